@@ -1,0 +1,49 @@
+"""Start a worker: the read first, then the imports, then the model, then jobs.
+
+    MODEL_ID=org/name python -m handler [--rp_serve_api | --test_input JSON]
+
+Arguments are the RunPod SDK's. A start that fails exits with the error's code and its reason as the last line.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from modelstore.errors import ModelStoreError
+from modelstore.settings import Settings
+from modelstore.warmstart import begin
+
+logger = logging.getLogger("handler")
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpx2", "httpcore", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        begun = begin(Settings.from_env())
+        with begun.timeline.span("import"):
+            from handler.engines.text import TextEngine
+            from handler.worker import serve
+        engine = TextEngine.load(begun)
+        with begun.timeline.span("import"):
+            import runpod  # noqa: F401  last, because nothing before needs it
+    except ModelStoreError as error:
+        return _failed(f"{type(error).__name__}: {error}", error.exit_code)
+    except Exception as error:
+        logger.exception("the start failed")
+        return _failed(f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}", 1)
+    begun.timeline.mark("ready")
+    print(begun.timeline.log_line(), file=sys.stderr, flush=True)
+    serve(engine)
+    return 0
+
+
+def _failed(reason: str, code: int) -> int:
+    print(f"start failed: {reason}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""`python -m modelstore`, the same as the `modelstore` command."""
+
+from modelstore.cli import main
+
+main()

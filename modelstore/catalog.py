@@ -1,0 +1,178 @@
+"""What is published: finding a snapshot by what its manifest says. Reads the volume, writes nothing, asks nobody.
+
+A revision that was resolved once is answered from its record under `refs/`, so a fleet serves one commit until somebody
+seeds again, and a Hub that is down changes nothing. Standard library only: this is the first thing a worker does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from modelstore.errors import BadManifest, FormatTooNew, RootUnusable, SnapshotNotFound
+from modelstore.layout import FORMAT_VERSION, MANIFEST, Layout, SnapshotKey, key_from_parts
+from modelstore.manifest import FileRecord, Manifest, parse_manifest
+from modelstore.reference import Reference, is_commit, local_repo_id
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["downloaded", "resumed", "present", "waited"]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A published snapshot: an immutable folder that `from_pretrained`, vLLM or diffusers can open by `path`.
+
+    `status` and `downloaded_bytes` tell how this process came to it.
+    """
+
+    path: Path
+    manifest: Manifest
+    status: Status = "present"
+    downloaded_bytes: int = 0
+
+    @property
+    def key(self) -> SnapshotKey:
+        return self.manifest.key
+
+    @property
+    def repo_id(self) -> str:
+        return self.key.repo_id
+
+    @property
+    def commit(self) -> str:
+        return self.key.commit
+
+    @property
+    def dtype(self) -> str:
+        """The storage dtype that was asked for when it was made."""
+        return self.key.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        return self.manifest.size_bytes
+
+    @property
+    def weights(self) -> tuple[FileRecord, ...]:
+        """The weights at the top of the snapshot; none for a pipeline, whose weights lie in its sub-folders."""
+        return tuple(f for f in self.manifest.files if f.path.endswith(".safetensors") and "/" not in f.path)
+
+    def as_json(self) -> dict[str, Any]:
+        """What `seed --json` and `show --json` print."""
+        return {
+            "repo_id": self.repo_id,
+            "commit": self.commit,
+            "dtype": self.dtype,
+            "path": str(self.path),
+            "files": len(self.manifest.files),
+            "bytes": self.size_bytes,
+            "downloaded_bytes": self.downloaded_bytes,
+            "status": self.status,
+        }
+
+
+class Catalog:
+    """The published snapshots of one store."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    def find(self, wanted: Reference, dtype: str) -> Snapshot | None:
+        """The snapshot that the volume's records lead to, or None.
+
+        Raises FormatTooNew, RootUnusable, and SnapshotNotFound for an alias that does not exist.
+        """
+        self.check_format()
+        if wanted.kind == "alias":
+            raise SnapshotNotFound(f"the store has no alias {wanted}: name the model as org/name")
+        commit = self.recorded_commit(wanted)
+        return self.published(SnapshotKey(repo_id_of(wanted), commit, dtype)) if commit else None
+
+    def snapshots(self) -> Iterator[Snapshot]:
+        """Every published snapshot, by repo and commit; damaged ones are left out, with a warning."""
+        self.check_format()
+        for repo in _folders(self._layout.models):
+            for variant in _folders(repo):
+                key = key_from_parts(repo.name, variant.name)
+                snapshot = self.published(key) if key else None
+                if snapshot is not None:
+                    yield snapshot
+
+    def published(self, key: SnapshotKey) -> Snapshot | None:
+        """The snapshot, if its manifest is there and every file that it names is there with its size."""
+        path = self._layout.snapshot(key)
+        try:
+            manifest = parse_manifest(_read_file(path / MANIFEST), where=str(path / MANIFEST))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except BadManifest as error:
+            logger.warning("%s", error)
+            return None
+        if manifest.key != key:
+            logger.warning("%s holds the manifest of %s: it is passed over", path, manifest.key)
+            return None
+        for file in manifest.files:
+            try:
+                state = os.lstat(path / file.path)
+            except OSError:
+                state = None
+            if state is None or not stat.S_ISREG(state.st_mode) or state.st_size != file.size_bytes:
+                logger.warning("%s is passed over: %s is missing or has another size", path, file.path)
+                return None
+        return Snapshot(path, manifest)
+
+    def recorded_commit(self, wanted: Reference) -> str:
+        """The commit that this fleet uses for the reference; empty where none was recorded."""
+        if is_commit(wanted.revision):
+            return wanted.revision
+        revision = wanted.name if wanted.kind == "file" else wanted.revision
+        return self.ref_commit(self._layout.ref(repo_id_of(wanted), revision))
+
+    def ref_commit(self, path: Path) -> str:
+        """The commit in one record under `refs/`; empty where there is none."""
+        try:
+            commit = json.loads(_read_file(path))["commit"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+        return commit if isinstance(commit, str) and is_commit(commit) else ""
+
+    def check_format(self) -> None:
+        """Raise FormatTooNew where a newer version wrote the store, RootUnusable where it cannot be read."""
+        try:
+            text = _read_file(self._layout.format_file).strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise RootUnusable(
+                f"cannot read {self._layout.root}: {error.strerror}; check the mount and MODELSTORE_ROOT"
+            ) from error
+        if not text.isdigit() or int(text) > FORMAT_VERSION:
+            raise FormatTooNew(
+                f"{self._layout.root} has store format {text[:20].decode(errors='replace')!r}, this version knows "
+                f"{FORMAT_VERSION}: upgrade modelstore, or set MODELSTORE_ROOT to another folder"
+            )
+
+
+def repo_id_of(wanted: Reference) -> str:
+    """The repo id that a reference's snapshots are kept under."""
+    return local_repo_id(wanted) if wanted.kind == "file" else wanted.name
+
+
+def _read_file(path: Path) -> bytes:
+    """The bytes of a small file; a link in its place is an error, not followed."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        return file.read()
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,260 @@
+"""Fill staging from a source: several files and byte ranges at once, each file verified once it is whole.
+
+What arrives is kept granule by granule (`partial.py`), so a download goes on, in another process on another host, at
+the byte where it was cut. A source that fails is tried again from there; one that sends wrong bytes once more from the
+start; one that ignores ranges is read as a whole by one thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from modelstore.errors import DigestMismatch, HubUnavailable
+from modelstore.hub import backoff_s
+from modelstore.layout import StagingLayout
+from modelstore.partial import GRANULE_BYTES, Digests, PartialFile
+from modelstore.sources import ByteStream, Resolved, Source, SourceFile
+
+CONNECTIONS = 8
+_MIN_SPAN_BYTES = 1 << 20
+_MAX_SPAN_BYTES = 64 << 20
+_ATTEMPTS = 6
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counts of one fill, in bytes; `reused` was there already, `network` came over the wire, repeats included."""
+
+    total: int = 0
+    done: int = 0
+    reused: int = 0
+    network: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, *, done: int = 0, reused: int = 0, network: int = 0) -> None:
+        with self._lock:
+            self.done += done
+            self.reused += reused
+            self.network += network
+
+
+OnFile = Callable[[SourceFile, Path, Digests], None]
+
+
+class Download:
+    """Fetches files of one commit into staging.
+
+    `guard` is called before each request and each granule and raises where the claim was lost.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        resolved: Resolved,
+        staging: StagingLayout,
+        *,
+        guard: Callable[[], None],
+        progress: Progress,
+        connections: int = CONNECTIONS,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._source = source
+        self._resolved = resolved
+        self._staging = staging
+        self._guard = guard
+        self._progress = progress
+        self._connections = connections
+        self._sleep = sleep
+
+    def fetch(self, files: Iterable[SourceFile], on_file: OnFile) -> None:
+        """Fetch `files`, in this order as far as parallel ranges allow.
+
+        `on_file` gets each file once its digests were checked, from the thread that finished it. The first error, its
+        or ours, stops the download; what has arrived stays for a resume.
+        """
+        queue = _SpanQueue(list(files), self._connections)
+        with ThreadPoolExecutor(self._connections, thread_name_prefix="fetch") as pool:
+            workers = [pool.submit(self._work, queue, on_file) for _ in range(self._connections)]
+        for worker in workers:
+            worker.result()
+        if queue.error is not None:
+            raise queue.error
+
+    def _work(self, queue: _SpanQueue, on_file: OnFile) -> None:
+        try:
+            while (span := queue.next(self._open)) is not None:
+                self._fetch_span(span, queue)
+                if queue.stopped:
+                    return
+                if queue.was_last(span):
+                    self._finish(span.partial, queue, on_file)
+        except BaseException as error:  # reported by `fetch`, after every thread has stopped
+            queue.stop(error)
+
+    def _open(self, file: SourceFile) -> PartialFile:
+        partial = PartialFile(file, self._staging)
+        kept = partial.resume()
+        self._progress.add(done=kept, reused=kept)
+        return partial
+
+    def _finish(self, partial: PartialFile, queue: _SpanQueue, on_file: OnFile) -> None:
+        """Check the digests; on a mismatch fetch the whole file once more, then give up."""
+        try:
+            digests = partial.finish()
+        except DigestMismatch as error:
+            logger.warning("%s (fetching it once more)", error)
+            partial.forget()
+            partial.close()
+            self._progress.add(done=-partial.file.size_bytes)
+            partial = PartialFile(partial.file, self._staging)
+            self._fetch_span(_Span(partial, 0, partial.granules), queue)
+            if queue.stopped:
+                return
+            try:
+                digests = partial.finish()
+            except DigestMismatch:
+                partial.forget()
+                raise
+        partial.close()
+        on_file(partial.file, partial.path, digests)
+
+    def _fetch_span(self, span: _Span, queue: _SpanQueue) -> None:
+        """Fetch the missing granules of a span; where the source fails, go on from there."""
+        attempt = 0
+        while (index := span.first_missing()) is not None and not queue.stopped:
+            self._guard()
+            try:
+                self._stream(span, index, queue)
+            except HubUnavailable as error:
+                attempt = 1 if span.first_missing() != index else attempt + 1
+                if attempt >= _ATTEMPTS:
+                    raise
+                delay = backoff_s(attempt, error.retry_after_s)
+                logger.info("%s (going on in %.1f s)", error, delay)
+                self._sleep(delay)
+
+    def _stream(self, span: _Span, index: int, queue: _SpanQueue) -> None:
+        """One request, from granule `index` to the end of the span."""
+        file = span.partial.file
+        start, end = index * GRANULE_BYTES, min(span.end * GRANULE_BYTES, file.size_bytes)
+        with self._source.open(self._resolved, file, start, end - start) as stream:
+            if stream.offset == start:
+                self._store(span.partial, stream, end, queue)
+                return
+            # The source ignores ranges. One thread takes the whole file from its stream; the others, whose streams
+            # would give the same, drop theirs and wait for it.
+            if span.partial.whole_stream.acquire(blocking=False):
+                try:
+                    self._store(span.partial, stream, file.size_bytes, queue)
+                finally:
+                    span.partial.whole_stream.release()
+                return
+        with span.partial.whole_stream:
+            return
+
+    def _store(self, partial: PartialFile, stream: ByteStream, end: int, queue: _SpanQueue) -> None:
+        """Cut a stream into granules and store them, until `end`."""
+        chunks: list[bytes] = []
+        size, position = 0, stream.offset
+        for chunk in stream.chunks:
+            if self._source.over_network:
+                self._progress.add(network=len(chunk))
+            chunks.append(chunk)
+            size += len(chunk)
+            while 0 < (need := min(GRANULE_BYTES, end - position)) <= size:
+                joined = b"".join(chunks)
+                chunks = [joined[need:]] if size > need else []
+                size -= need
+                self._guard()
+                if partial.put(position // GRANULE_BYTES, joined[:need] if len(joined) > need else joined):
+                    self._progress.add(done=need)
+                position += need
+            if position >= end or queue.stopped:
+                return
+        raise HubUnavailable(f"the connection for {partial.file.path} ended early")
+
+
+@dataclass(slots=True)
+class _Span:
+    """Granules [first, end) of one file: what one request asks for."""
+
+    partial: PartialFile
+    first: int
+    end: int
+
+    def first_missing(self) -> int | None:
+        return next((i for i in range(self.first, self.end) if not self.partial.has(i)), None)
+
+
+class _SpanQueue:
+    """Hands out spans in file order to many threads, and knows when a file's last one is done."""
+
+    def __init__(self, files: list[SourceFile], connections: int) -> None:
+        self._files = deque(files)
+        share = sum(file.size_bytes for file in files) // (connections * 4)
+        self._span_granules = max(_MIN_SPAN_BYTES, min(_MAX_SPAN_BYTES, share)) // GRANULE_BYTES
+        self._spans: deque[_Span] = deque()
+        self._left: dict[str, int] = {}
+        self._opening = 0
+        self._changed = threading.Condition()
+        self.stopped = False
+        self.error: BaseException | None = None
+
+    def next(self, open_file: Callable[[SourceFile], PartialFile]) -> _Span | None:
+        """The next span, or None where no more will come. May open a file, which reads what is there of it."""
+        with self._changed:
+            while not self._spans:
+                if self.stopped or (not self._files and not self._opening):
+                    return None
+                # A fresh file opens in no time: waiting for its spans keeps the download in file order. One with much
+                # to compare takes long, and another thread goes on with the next file.
+                if self._files and (not self._opening or not self._changed.wait(0.05)):
+                    break
+                if not self._files:
+                    self._changed.wait(0.5)
+            if self._spans:
+                return self._spans.popleft()
+            file = self._files.popleft()
+            self._opening += 1
+        try:
+            partial = open_file(file)
+            spans = list(self._split(partial))
+        finally:
+            with self._changed:
+                self._opening -= 1
+                self._changed.notify_all()
+        with self._changed:
+            self._left[file.path] = len(spans)
+            self._spans.extend(spans[1:])
+            self._changed.notify_all()
+        return spans[0]
+
+    def was_last(self, span: _Span) -> bool:
+        """Count a span as done; True where it was its file's last."""
+        with self._changed:
+            self._left[span.partial.file.path] -= 1
+            return self._left[span.partial.file.path] == 0
+
+    def stop(self, error: BaseException) -> None:
+        """Let every thread stop at its next granule; the first error is the one that counts."""
+        with self._changed:
+            self.error = self.error or error
+            self.stopped = True
+            self._changed.notify_all()
+
+    def _split(self, partial: PartialFile) -> Iterator[_Span]:
+        gaps = partial.missing()
+        if not gaps:
+            yield _Span(partial, 0, 0)
+        for first, end in gaps:
+            for start in range(first, end, self._span_granules):
+                yield _Span(partial, start, min(end, start + self._span_granules))

@@ -1,0 +1,146 @@
+"""Changing the volume: the package's only caller of write, fsync, rename, link, unlink and mkdir.
+
+What it guarantees: `write_atomic` leaves the old file or the new one, never a part; after `publish_folder` returns, the
+folder and all it holds survive a crash. What it does not: writes before an fsync may be seen late or never by another
+mount (MooseFS shows size 0 until the writer flushes), and no lock is taken here.
+
+A full volume or quota is NoSpace wherever it shows (MooseFS reports it at fsync or close, too); a root that cannot be
+written is RootUnusable. Every path must come from `layout.py`; links are never followed at the last component.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from modelstore.errors import ModelStoreError, NoSpace, RootUnusable
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP})
+_FILE_MODE = 0o644
+
+
+@contextmanager
+def mapped_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError on `path` into the package's own where it means a full or an unusable volume."""
+    try:
+        yield
+    except OSError as error:
+        raise _mapped(error, path) from error
+
+
+def _mapped(error: OSError, path: Path) -> ModelStoreError | OSError:
+    if error.errno in _FULL:
+        return NoSpace(f"no space for {path}: {error.strerror}; free some, raise the quota, or remove a model")
+    if error.errno in _UNUSABLE:
+        return RootUnusable(f"cannot write {path}: {error.strerror}; mount the volume writable, or set MODELSTORE_ROOT")
+    return error
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder` and its parents where they are missing."""
+    with mapped_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def open_for_write(path: Path, *, exclusive: bool = False) -> int:
+    """Open `path` for reading and writing, created if missing, never truncated; returns the descriptor.
+
+    `exclusive`: fail with FileExistsError where it exists; this is the one election that holds on MooseFS.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_EXCL if exclusive else 0)
+    with mapped_errors(path):
+        return os.open(path, flags, _FILE_MODE)
+
+
+def write_at(fd: int, data: bytes | bytearray | memoryview, offset: int, *, path: Path) -> None:
+    """Write all of `data` at `offset`."""
+    view = memoryview(data).cast("B")
+    with mapped_errors(path):
+        while view:
+            done = os.pwrite(fd, view, offset)
+            view = view[done:]
+            offset += done
+
+
+def set_size(fd: int, size_bytes: int, *, path: Path) -> None:
+    """Give the file its final size; where it has that size already, nothing happens."""
+    with mapped_errors(path):
+        if os.fstat(fd).st_size != size_bytes:
+            os.ftruncate(fd, size_bytes)
+
+
+def sync(fd: int, *, path: Path) -> None:
+    """Wait until the file's bytes are on the volume."""
+    with mapped_errors(path):
+        os.fsync(fd)
+
+
+def sync_path(path: Path) -> None:
+    """`sync` for a path: a file's bytes, or a folder's entries."""
+    with mapped_errors(path):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `path` whole: a temporary file beside it, fsync, rename over it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    make_folder(path.parent)
+    fd = open_for_write(temporary)
+    try:
+        write_at(fd, data, 0, path=temporary)
+        set_size(fd, len(data), path=temporary)
+        sync(fd, path=temporary)
+    finally:
+        os.close(fd)
+    rename(temporary, path)
+    sync_path(path.parent)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename, replacing a file at `target`."""
+    with mapped_errors(target):
+        os.rename(source, target)
+
+
+def publish_folder(source: Path, target: Path) -> bool:
+    """Make the folder `source` appear as `target` in one step; False where a non-empty `target` was there first.
+
+    `rename(2)` refuses a non-empty target (ENOTEMPTY, or EEXIST on some file systems), on MooseFS as elsewhere, so a
+    second publisher cannot replace the first. Everything in `source` must have been synced.
+    """
+    make_folder(target.parent)
+    sync_path(source)
+    try:
+        rename(source, target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    sync_path(target.parent)
+    return True
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file; fine where it is not there."""
+    with mapped_errors(path):
+        path.unlink(missing_ok=True)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder with all it holds, following no links; fine where it is not there."""
+    with mapped_errors(folder):
+        shutil.rmtree(folder, onerror=_ignore_missing)
+
+
+def _ignore_missing(_function: object, _path: object, info: tuple[object, BaseException, object]) -> None:
+    if not isinstance(info[1], FileNotFoundError):
+        raise info[1]

@@ -1,0 +1,184 @@
+"""Every error the package raises on purpose, as one tree.
+
+    ModelStoreError                     1  failed
+    ├── UsageError (ValueError)         2  usage
+    │   ├── InvalidReference
+    │   └── InvalidSetting
+    ├── NotFound (LookupError)          3  not found
+    │   ├── RepoNotFound
+    │   ├── RevisionNotFound
+    │   ├── SnapshotNotFound
+    │   └── NoWeights
+    ├── AccessDenied                    4  access (gated, token)
+    ├── IntegrityError                  5  integrity
+    │   ├── DigestMismatch
+    │   ├── BadSafetensors
+    │   └── BadManifest
+    ├── NoSpace                         6  no space or quota
+    ├── WaitTimeout (TimeoutError)      7  waited too long
+    ├── Refused                         8  refused (policy)
+    │   ├── UnsafeName
+    │   ├── PickleRefused
+    │   ├── Float16Overflow
+    │   └── FormatTooNew
+    ├── ClaimLost                       1
+    ├── HubUnavailable                  1
+    └── RootUnusable                    1
+
+The number is the exit code of the command line. A message is one line: what happened, to what, and what to do. Errors
+of other libraries are mapped to these where they enter the package; whatever is not in this tree is a bug of ours.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "AccessDenied",
+    "BadManifest",
+    "BadSafetensors",
+    "ClaimLost",
+    "DigestMismatch",
+    "Float16Overflow",
+    "FormatTooNew",
+    "HubUnavailable",
+    "IntegrityError",
+    "InvalidReference",
+    "InvalidSetting",
+    "ModelStoreError",
+    "NoSpace",
+    "NoWeights",
+    "NotFound",
+    "PickleRefused",
+    "Refused",
+    "RepoNotFound",
+    "RevisionNotFound",
+    "RootUnusable",
+    "SnapshotNotFound",
+    "UnsafeName",
+    "UsageError",
+    "WaitTimeout",
+]
+
+
+class ModelStoreError(Exception):
+    """The root of the tree; its text is one line that says what happened, to what, and what to do."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class UsageError(ModelStoreError, ValueError):
+    """What the caller gave cannot be used."""
+
+    exit_code = 2
+
+
+class InvalidReference(UsageError):
+    """A model reference that does not parse."""
+
+
+class InvalidSetting(UsageError):
+    """A setting that does not parse; the message names the variable."""
+
+
+class NotFound(ModelStoreError, LookupError):
+    """What was asked for does not exist."""
+
+    exit_code = 3
+
+
+class RepoNotFound(NotFound):
+    """The Hub knows no such repo, or does not show it to this token."""
+
+
+class RevisionNotFound(NotFound):
+    """The repo has no such branch, tag or commit."""
+
+
+class SnapshotNotFound(NotFound):
+    """The store holds no such snapshot."""
+
+
+class NoWeights(NotFound):
+    """The source holds no weights that could be stored."""
+
+
+class AccessDenied(ModelStoreError):
+    """The Hub refuses this token: a gated or private repo, or a token that is missing or wrong."""
+
+    exit_code = 4
+
+
+class IntegrityError(ModelStoreError):
+    """Bytes that are not what they should be."""
+
+    exit_code = 5
+
+
+class DigestMismatch(IntegrityError):
+    """A file's bytes do not have the digest that was stated for them."""
+
+
+class BadSafetensors(IntegrityError):
+    """A safetensors file whose header is invalid or does not describe the bytes."""
+
+
+class BadManifest(IntegrityError):
+    """A manifest that cannot be read, or that its own digest contradicts."""
+
+
+class NoSpace(ModelStoreError):
+    """The volume, or its quota, is full."""
+
+    exit_code = 6
+
+
+class WaitTimeout(ModelStoreError, TimeoutError):
+    """Another worker's claim was waited for longer than allowed."""
+
+    exit_code = 7
+
+
+class Refused(ModelStoreError):
+    """Possible, but against the policy in force."""
+
+    exit_code = 8
+
+
+class UnsafeName(Refused):
+    """A name that could leave its folder or mislead whoever reads it."""
+
+
+class PickleRefused(Refused):
+    """The weights are pickles, which can run code when they are opened."""
+
+
+class Float16Overflow(Refused):
+    """Weights that float16 cannot hold."""
+
+    def __init__(self, message: str, *, tensors: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.tensors = tensors
+
+
+class FormatTooNew(Refused):
+    """The store was written by a newer version of this package."""
+
+
+class ClaimLost(ModelStoreError):
+    """A higher generation exists: somebody else fills this snapshot now."""
+
+
+class HubUnavailable(ModelStoreError):
+    """The Hub could not be reached, or answered that it is busy; `retry_after_s` where it said for how long."""
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RootUnusable(ModelStoreError):
+    """The store's root cannot be created, read or written."""

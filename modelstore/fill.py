@@ -1,0 +1,369 @@
+"""From a claim to a published snapshot: download, convert beside it, publish.
+
+    source ──ranges──▶ staging/source ──verified──▶ convert or move ──▶ staging/snapshot ──one rename──▶ models/
+
+Each finished file leaves a record under `done/`, so that another process, on another host, goes on with the files that
+are missing and trusts the others only after comparing their blocks. Nothing here reads the network but through a
+source, and nothing reaches `models/` but by `durable.publish_folder`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import xxhash
+
+from modelstore import durable
+from modelstore.claim import Claim
+from modelstore.convert import (
+    StoragePolicy,
+    config_in_dtype,
+    convert_file,
+    converted_tensors,
+    read_header,
+    storage_policy,
+)
+from modelstore.download import Download, Progress
+from modelstore.errors import BadSafetensors, IntegrityError, NoSpace, Refused
+from modelstore.header import Header
+from modelstore.layout import MANIFEST, Layout, SnapshotKey, StagingLayout
+from modelstore.manifest import (
+    BLOCK_BYTES,
+    CHECKSUM_HEX,
+    FileRecord,
+    Manifest,
+    Origin,
+    file_as_json,
+    parse_file_record,
+)
+from modelstore.observer import Observer
+from modelstore.partial import Digests, RunningDigests
+from modelstore.selection import Selection, select_files
+from modelstore.settings import Dtype
+from modelstore.sources import Resolved, Source, SourceFile
+from modelstore.timeline import Span, Timeline
+
+logger = logging.getLogger(__name__)
+
+_CHECK_EVERY_S = 0.05
+_WAITING_CONVERSIONS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What a fill did; sizes in bytes. `reused` lay in staging already, `network` came over the wire."""
+
+    manifest: Manifest
+    reused: int
+    network: int
+
+
+class Fill:
+    """Fills one snapshot under one claim. Use once."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        key: SnapshotKey,
+        dtype: Dtype,
+        source: Source,
+        resolved: Resolved,
+        claim: Claim,
+        *,
+        timeline: Timeline,
+        observer: Observer,
+    ) -> None:
+        self._layout = layout
+        self._key = key
+        self._dtype: Dtype = dtype
+        self._source = source
+        self._resolved = resolved
+        self._claim = claim
+        self._timeline = timeline
+        self._observer = observer
+        self._staging = StagingLayout(layout.staging(key))
+        self._progress = Progress()
+        self._download = Download(source, resolved, self._staging, guard=self._guard, progress=self._progress)
+        self._began = time.monotonic()
+        self._checked = 0.0
+        self._records: dict[str, FileRecord] = {}
+        self._headers: dict[str, Header] = {}
+        self._policies: dict[str, StoragePolicy] = {}
+        self._convert_began: float | None = None
+        self._lock = threading.Lock()
+
+    def run(self) -> Filled:
+        """Download, convert and publish; returns the manifest that is published.
+
+        Raises what the source and the volume raise; after ClaimLost, HubUnavailable or NoSpace the staging stays for a
+        resume, after an IntegrityError or Refused it is removed.
+        """
+        try:
+            with self._timeline.span("download") as span:
+                selection = self._select()
+                self._fetch_small(selection)
+                self._fetch_weights(selection)
+                span.size_bytes = self._progress.network or self._progress.total
+            self._finish_indexes(selection)
+            with self._timeline.span("publish"):
+                manifest = self._publish()
+        except (IntegrityError, Refused):
+            durable.remove_tree(self._staging.folder)
+            raise
+        return Filled(manifest, self._progress.reused, self._progress.network)
+
+    def _select(self) -> Selection:
+        files = self._source.list_files(self._resolved)
+        return select_files(files, self._read_small, repo_id=self._key.repo_id)
+
+    def _read_small(self, file: SourceFile) -> bytes:
+        data: list[bytes] = []
+        self._download.fetch([file], lambda _file, path, _digests: data.append(path.read_bytes()))
+        return data[0]
+
+    def _fetch_small(self, selection: Selection) -> None:
+        # Choosing the files has fetched the indexes already; they are counted once, here, and not as found in staging.
+        fetched = self._progress.done - self._progress.reused
+        self._progress.done, self._progress.reused = 0, -fetched
+        self._progress.total = selection.size_bytes
+        self._download.fetch(self._left(selection.small), self._keep_small)
+        for folder in {_folder_of(file.path) for file in selection.weights}:
+            path = self._staging.snapshot_file(f"{folder}/config.json" if folder else "config.json")
+            config = _json(path.read_bytes(), path.name) if path.is_file() else None
+            self._policies[folder] = policy = storage_policy(self._dtype, config if isinstance(config, dict) else None)
+            if policy.unchanged_because and self._dtype != "keep":
+                logger.warning("%s is stored unchanged: %s", self._key, policy.unchanged_because)
+
+    def _fetch_weights(self, selection: Selection) -> None:
+        left = self._left(selection.weights)
+        self._check_space(left)
+        workers = max(1, min(4, (os.cpu_count() or 2) // 2))
+        room = threading.BoundedSemaphore(workers + _WAITING_CONVERSIONS)
+        jobs: list[Future[None]] = []
+        with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
+
+            def on_file(file: SourceFile, path: Path, digests: Digests) -> None:
+                room.acquire()
+                for job in jobs:
+                    if job.done():
+                        job.result()  # a conversion that failed stops the download
+                job = pool.submit(self._store_weights, file, path, digests)
+                job.add_done_callback(lambda _job: room.release())
+                jobs.append(job)
+
+            self._download.fetch(left, on_file)
+        for job in jobs:
+            job.result()
+        if self._convert_began is not None:
+            self._timeline.add(Span("convert", self._convert_began, self._timeline.now()))
+
+    def _left(self, files: tuple[SourceFile, ...]) -> list[SourceFile]:
+        """The files that no earlier process has finished."""
+        left = []
+        for file in files:
+            record = self._finished(file)
+            if record is None:
+                left.append(file)
+                continue
+            self._records[file.path] = record
+            self._progress.add(done=file.size_bytes, reused=file.size_bytes)
+        return left
+
+    def _finished(self, file: SourceFile) -> FileRecord | None:
+        """An earlier process's record of `file`, if what lies there still has those bytes."""
+        try:
+            data = json.loads(self._staging.done_file(file.path).read_bytes())
+            record = parse_file_record(data, BLOCK_BYTES)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        before = record.origin or Origin(record.size_bytes, record.sha256)
+        if before.size_bytes != file.size_bytes or file.sha256 not in (None, before.sha256):
+            return None
+        path = self._staging.snapshot_file(file.path)
+        if not has_blocks(path, record):
+            return None
+        if file.path.endswith(".safetensors"):
+            self._headers[file.path] = read_header(path, where=file.path)
+        return record
+
+    def _keep_small(self, file: SourceFile, path: Path, digests: Digests) -> None:
+        """A small file as it came, but for a config, which names the storage dtype."""
+        target = self._staging.snapshot_file(file.path)
+        durable.make_folder(target.parent)
+        data = path.read_bytes() if PurePosixPath(file.path).name == "config.json" else b""
+        config = _json(data, file.path) if data else None
+        rewritten = data
+        if isinstance(config, dict) and not storage_policy(self._dtype, config).unchanged_because:
+            rewritten = config_in_dtype(data, self._dtype)
+        if config is None or _json(rewritten, file.path) == config:
+            durable.sync_path(path)
+            durable.rename(path, target)
+            self._done(file, FileRecord(file.path, file.size_bytes, digests.sha256, digests.blocks))
+            return
+        durable.write_atomic(target, rewritten)
+        self._done(file, _record_of(file, digests, rewritten))
+
+    def _store_weights(self, file: SourceFile, path: Path, digests: Digests) -> None:
+        """A verified weights file in its stored form: converted, or moved where there is nothing to convert."""
+        self._guard()
+        header = read_header(path, where=f"{file.path} of {self._key.repo_id}")
+        policy = self._policies[_folder_of(file.path)]
+        target = self._staging.snapshot_file(file.path)
+        durable.make_folder(target.parent)
+        if converted_tensors(header, policy) is header.tensors:
+            durable.sync_path(path)
+            durable.rename(path, target)
+            record = FileRecord(file.path, file.size_bytes, digests.sha256, digests.blocks)
+        else:
+            with self._lock:
+                if self._convert_began is None:
+                    self._convert_began = self._timeline.now()
+            size, own = convert_file(path, target, header, policy, guard=self._guard)
+            record = FileRecord(file.path, size, own.sha256, own.blocks, Origin(file.size_bytes, digests.sha256))
+        self._headers[file.path] = header
+        self._done(file, record)
+
+    def _done(self, file: SourceFile, record: FileRecord) -> None:
+        data = json.dumps(file_as_json(record), separators=(",", ":")).encode()
+        durable.write_atomic(self._staging.done_file(file.path), data)
+        self._records[file.path] = record
+        durable.remove_file(self._staging.source_file(file.path))
+        durable.remove_file(self._staging.journal_file(file.path))
+
+    def _finish_indexes(self, selection: Selection) -> None:
+        """Check each index against the shards' headers, and correct its total size where shards were converted."""
+        for path, weight_map in selection.indexes.items():
+            folder = _folder_of(path)
+            held = {
+                name: {tensor.name for tensor in header.tensors}
+                for name, header in self._headers.items()
+                if _folder_of(name) == folder
+            }
+            for tensor, shard in weight_map.items():
+                if tensor not in held[f"{folder}/{shard}" if folder else shard]:
+                    raise BadSafetensors(
+                        f"{path} places {tensor[:80]!r} in {shard}, which does not hold it: name another revision"
+                    )
+            self._correct_total_size(path)
+
+    def _correct_total_size(self, path: str) -> None:
+        target = self._staging.snapshot_file(path)
+        record = self._records[path]
+        index = _json(target.read_bytes(), path)
+        metadata = index.get("metadata")
+        if not isinstance(metadata, dict) or "total_size" not in metadata:
+            return
+        shards = {name for name in self._headers if _folder_of(name) == _folder_of(path)}
+        total = sum(read_header(self._staging.snapshot_file(name), where=name).tensors[-1].end for name in shards)
+        if metadata["total_size"] == total or not any(self._records[name].origin for name in shards):
+            return
+        metadata["total_size"] = total
+        data = json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n"
+        durable.write_atomic(target, data)
+        before = record.origin or Origin(record.size_bytes, record.sha256)
+        digests = RunningDigests()
+        digests.update(data)
+        own = digests.finish()
+        self._records[path] = FileRecord(path, len(data), own.sha256, own.blocks, before)
+
+    def _publish(self) -> Manifest:
+        manifest = Manifest(
+            key=self._key,
+            created_at=int(time.time()),
+            source=self._resolved.record,
+            files=tuple(self._records[path] for path in sorted(self._records)),
+            stored_unchanged="; ".join(sorted({p.unchanged_because for p in self._policies.values()} - {""})),
+        )
+        folder = self._staging.snapshot
+        _keep_only(folder, {MANIFEST, *self._records})
+        durable.write_atomic(folder / MANIFEST, manifest.encode())
+        for parent, _folders, _names in os.walk(folder, topdown=False):
+            durable.sync_path(Path(parent))
+        self._claim.check()
+        if not durable.publish_folder(folder, self._layout.snapshot(self._key)):
+            logger.info("%s was published by another worker first", self._key)
+        durable.remove_tree(self._staging.folder)
+        return manifest
+
+    def _check_space(self, left: list[SourceFile]) -> None:
+        """Fail before the download where even the file system says that it cannot fit (on RunPod it says too much)."""
+        needed = sum(file.size_bytes for file in left)
+        for file in left:
+            path = self._staging.source_file(file.path)
+            needed -= path.stat().st_blocks * 512 if path.is_file() else 0
+        state = os.statvfs(self._staging.folder)
+        free = state.f_bavail * state.f_frsize
+        if needed > free:
+            raise NoSpace(
+                f"{self._key} needs {needed / 1e9:.2f} GB more and {self._layout.root} has {free / 1e9:.2f} GB free: "
+                "free some, or remove a model"
+            )
+
+    def _guard(self) -> None:
+        """Raise ClaimLost where the claim is gone; asks the volume at most every 50 ms. Reports progress on the way."""
+        now = time.monotonic()
+        if now - self._checked < _CHECK_EVERY_S:
+            return
+        self._checked = now
+        self._claim.check()
+        progress = self._progress
+        fetched = progress.done - progress.reused
+        eta_s = (progress.total - progress.done) * (now - self._began) / fetched if fetched > 0 else None
+        self._claim.report("downloading", done=progress.done, total=progress.total, eta_s=eta_s)
+        self._observer.filling(self._key, done=progress.done, total=progress.total, reused=progress.reused, eta_s=eta_s)
+
+
+def has_blocks(path: Path, record: FileRecord, *, on_block: Callable[[int], None] | None = None) -> bool:
+    """Whether the file at `path` has the record's size and block checksums; links are not followed."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        if os.fstat(fd).st_size != record.size_bytes:
+            return False
+        for index, offset in enumerate(range(0, record.size_bytes, BLOCK_BYTES)):
+            data = os.pread(fd, BLOCK_BYTES, offset)
+            if xxhash.xxh3_64_hexdigest(data) != record.blocks[index * CHECKSUM_HEX : (index + 1) * CHECKSUM_HEX]:
+                return False
+            if on_block:
+                on_block(len(data))
+        return True
+    finally:
+        os.close(fd)
+
+
+def _record_of(file: SourceFile, before: Digests, data: bytes) -> FileRecord:
+    digests = RunningDigests()
+    digests.update(data)
+    own = digests.finish()
+    return FileRecord(file.path, len(data), own.sha256, own.blocks, Origin(file.size_bytes, before.sha256))
+
+
+def _keep_only(folder: Path, names: set[str]) -> None:
+    """Remove what an earlier attempt left and the manifest will not name."""
+    for parent, _folders, files in os.walk(folder):
+        for name in files:
+            path = Path(parent, name)
+            if str(path.relative_to(folder)) not in names:
+                durable.remove_file(path)
+
+
+def _folder_of(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _json(data: bytes, where: str) -> Mapping[str, Any] | Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSafetensors(f"{where} is not JSON ({error}): name another revision") from error

@@ -1,0 +1,233 @@
+"""The Hub as a source: metadata and auth through huggingface_hub, bytes by HTTP ranges over its client.
+
+The library's own download is not used because it cannot resume in another process and accepts wrong bytes of the right
+size. Every error of the library and of HTTP becomes one of ours here; none of them ever carries a token or the query
+string of a signed address.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+import huggingface_hub
+from huggingface_hub import HfApi, RepoFile, hf_hub_url
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
+
+from modelstore.errors import (
+    AccessDenied,
+    DigestMismatch,
+    HubUnavailable,
+    ModelStoreError,
+    NotFound,
+    RepoNotFound,
+    RevisionNotFound,
+)
+from modelstore.manifest import SourceRecord
+from modelstore.reference import Reference, is_commit
+from modelstore.settings import Settings
+from modelstore.sources import ByteStream, Resolved, SourceFile
+
+_TIMEOUT_S = 30.0
+_METADATA_ATTEMPTS = 5
+_MAX_REDIRECTS = 5
+_BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+# The library's HTTP stack is httpx in some versions and httpx2 in others; both derive their errors from this class.
+_HTTPError: type[Exception] = getattr(hub_errors, "HTTPError")  # noqa: B009  not exported, so mypy does not see it
+
+T = TypeVar("T")
+
+
+class HubSource:
+    """One model on the Hub, at what a revision resolves to."""
+
+    over_network = True
+
+    def __init__(
+        self, reference: Reference, settings: Settings, *, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._reference = reference
+        self._endpoint = settings.hf_endpoint
+        self._token = settings.hf_token
+        self._api = HfApi(endpoint=settings.hf_endpoint, token=settings.hf_token)
+        self._sleep = sleep
+        self._locations: dict[str, str] = {}
+        self._locations_lock = threading.Lock()
+
+    def resolve(self) -> Resolved:
+        """The commit that the revision stands for now: one metadata call, none for a full commit id."""
+        revision = self._reference.revision
+        commit = revision
+        if not is_commit(revision):
+            info = self._retrying(
+                lambda: self._api.model_info(self._reference.name, revision=revision, timeout=_TIMEOUT_S)
+            )
+            commit = info.sha or ""
+            if not is_commit(commit):
+                raise HubUnavailable(f"{self._endpoint} gave no commit for {self._reference}: try again later")
+        record = SourceRecord(kind="hub", location=self._endpoint, revision=revision)
+        return Resolved(repo_id=self._reference.name, commit=commit, revision=revision, record=record)
+
+    def list_files(self, resolved: Resolved) -> tuple[SourceFile, ...]:
+        """Every file of the commit with what the Hub states of it."""
+        entries = self._retrying(
+            lambda: list(self._api.list_repo_tree(resolved.repo_id, recursive=True, revision=resolved.commit))
+        )
+        return tuple(
+            SourceFile(
+                path=entry.path,
+                size_bytes=entry.lfs.size if entry.lfs else entry.size,
+                sha256=entry.lfs.sha256 if entry.lfs else None,
+                git_oid=None if entry.lfs else entry.blob_id,
+            )
+            for entry in entries
+            if isinstance(entry, RepoFile)
+        )
+
+    @contextmanager
+    def open(self, resolved: Resolved, file: SourceFile, offset: int, length: int) -> Iterator[ByteStream]:
+        """Stream `length` bytes from `offset`; a server that ignores ranges gives a stream that starts at 0."""
+        headers = {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
+        if length == 0:
+            yield ByteStream(offset, iter(()))
+            return
+        with self._mapped(file.path), self._response(resolved, file, headers) as response:
+            total = _total_size(response)
+            if total is not None and total != file.size_bytes:
+                raise DigestMismatch(
+                    f"{file.path} of {resolved.repo_id} has {total} bytes where the Hub states {file.size_bytes}: "
+                    "nothing was published; tell the repo's owner, or name another revision"
+                )
+            yield ByteStream(offset if response.status_code == 206 else 0, response.iter_raw())
+
+    @contextmanager
+    def _response(self, resolved: Resolved, file: SourceFile, headers: dict[str, str]) -> Iterator[Any]:
+        """The streaming response with the bytes, redirects followed; the token goes to the Hub's own host only."""
+        own = hf_hub_url(resolved.repo_id, file.path, revision=resolved.commit, endpoint=self._endpoint)
+        auth = build_hf_headers(token=self._token)
+        with self._locations_lock:
+            known = self._locations.get(file.path)
+        url = known or own
+        for _ in range(_MAX_REDIRECTS):
+            with get_session().stream(
+                "GET",
+                url,
+                headers=(auth if _same_host(url, own) else {}) | headers,
+                follow_redirects=False,
+                timeout=_TIMEOUT_S,
+            ) as response:
+                if response.has_redirect_location:
+                    url = urljoin(url, response.headers["Location"])
+                    with self._locations_lock:
+                        self._locations[file.path] = url
+                    continue
+                if known and url == known and response.status_code in (401, 403, 404, 410):
+                    known, url = None, own  # the signed address has expired: ask for a new one
+                    continue
+                if response.status_code not in (200, 206):
+                    response.read()
+                    if not _same_host(url, own):
+                        raise HubUnavailable(
+                            f"the Hub's storage answered {response.status_code} for {file.path}",
+                            retry_after_s=_retry_after(response),
+                        )
+                    hf_raise_for_status(response)
+                yield response
+                return
+        raise HubUnavailable(f"{file.path} of {resolved.repo_id}: redirected more than {_MAX_REDIRECTS} times")
+
+    def _retrying(self, call: Callable[[], T]) -> T:
+        for attempt in range(1, _METADATA_ATTEMPTS + 1):
+            try:
+                with self._mapped("its metadata"):
+                    return call()
+            except HubUnavailable as error:
+                if attempt == _METADATA_ATTEMPTS:
+                    raise
+                self._sleep(backoff_s(attempt, error.retry_after_s))
+        raise AssertionError("unreachable")
+
+    @contextmanager
+    def _mapped(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except ModelStoreError:
+            raise
+        except hub_errors.HFValidationError as error:
+            raise RepoNotFound(f"{self._reference} is not a name that the Hub accepts: check its spelling") from error
+        except hub_errors.OfflineModeIsEnabled as error:
+            raise HubUnavailable("HF_HUB_OFFLINE is set: unset it to download, or use what the volume holds") from error
+        except hub_errors.HfHubHTTPError as error:
+            raise self._explained(error, what) from None  # the original shows addresses, signed ones among them
+        except (_HTTPError, OSError) as error:
+            raise HubUnavailable(
+                f"{_host(self._endpoint)} could not be reached for {what} of {self._reference.name} "
+                f"({type(error).__name__}): check the network and HF_ENDPOINT, then try again"
+            ) from None
+
+    def _explained(self, error: hub_errors.HfHubHTTPError, what: str) -> ModelStoreError:
+        name, status = self._reference.name, error.response.status_code
+        has_token = self._token or huggingface_hub.get_token()
+        hint = "check HF_TOKEN's access to it" if has_token else "set HF_TOKEN"
+        match error:
+            case hub_errors.GatedRepoError():
+                page = f"{self._endpoint}/{name}"
+                return AccessDenied(f"{name} is gated: accept its terms at {page} and {hint}")
+            case hub_errors.RepositoryNotFoundError():
+                return RepoNotFound(
+                    f"{name} is not on {_host(self._endpoint)}: check the name; if it is private, {hint}"
+                )
+            case hub_errors.RevisionNotFoundError():
+                return RevisionNotFound(f"{name} has no revision {self._reference.revision!r}: check MODEL_REVISION")
+            case hub_errors.EntryNotFoundError():
+                return NotFound(f"{name} lists {what} but does not serve it: try again, or name another revision")
+        if status in (401, 403):
+            return AccessDenied(f"{_host(self._endpoint)} refuses access to {name} ({status}): {hint}")
+        if status in _BUSY:
+            return HubUnavailable(
+                f"{_host(self._endpoint)} answers {status} for {what} of {name}: it is busy, try again later",
+                retry_after_s=_retry_after(error.response),
+            )
+        if status == 416:
+            return DigestMismatch(f"{what} of {name} is shorter than the Hub states: nothing was published")
+        return HubUnavailable(f"{_host(self._endpoint)} answers {status} for {what} of {name}: try again later")
+
+
+def backoff_s(attempt: int, retry_after_s: float | None) -> float:
+    """How long to wait before the next attempt (1 after the first): what the server asked for, else 0.5 s doubling."""
+    return min(retry_after_s if retry_after_s is not None else 0.5 * 2 ** (attempt - 1), 120.0)
+
+
+def _retry_after(response: Any) -> float | None:
+    text = response.headers.get("Retry-After", "")
+    if text.isascii() and text.isdigit():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
+def _total_size(response: Any) -> int | None:
+    text = (
+        response.headers.get("Content-Range", "").rpartition("/")[2]
+        if response.status_code == 206
+        else response.headers.get("Content-Length", "")
+    )
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _same_host(url: str, other: str) -> bool:
+    a, b = urlsplit(url), urlsplit(other)
+    return (a.scheme, a.hostname, a.port) == (b.scheme, b.hostname, b.port)
+
+
+def _host(endpoint: str) -> str:
+    return urlsplit(endpoint).netloc

@@ -1,0 +1,185 @@
+"""Every path on the volume, and which names may become one. No I/O.
+
+    <root>/
+      FORMAT                                         "1"
+      models/<org>--<name>/<commit>.<dtype>/         a published snapshot: the model's files and manifest.json
+      staging/<org>--<name>/<commit>.<dtype>/
+        source/<file>                                bytes as the source has them, partial
+        journal/<file>                               which blocks of it are complete (download.py)
+        snapshot/<file>                              what will be published
+        done/<file>                                  a converted file's digests (convert.py)
+      claims/<org>--<name>/<commit>.<dtype>/<generation>
+      refs/<org>--<name>/<revision>.json             the commit this fleet uses for a revision
+      used/ pins/ aliases/ quarantine/ trash/
+
+Paths are built from checked names only, so nothing that a repo or a manifest says can lead outside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from modelstore.errors import UnsafeName
+from modelstore.reference import is_commit
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+DTYPES = ("float16", "bfloat16", "float32", "keep")
+
+_MAX_COMPONENT_BYTES = 255
+_MAX_PATH_BYTES = 1024
+_MAX_REF_CHARACTERS = 200
+_DEVICE_NAMES = frozenset(
+    ["con", "prn", "aux", "nul", *(f"com{i}" for i in range(10)), *(f"lpt{i}" for i in range(10))]
+)
+_DRIVE = re.compile(r"[A-Za-z]:")
+
+
+def check_file_name(name: str) -> str:
+    """Return `name` if it is a plain relative POSIX path that may lie in a snapshot, else raise UnsafeName.
+
+    Refused: absolute paths, `..`, `.` and empty components, back-slashes, drive letters, control characters, names
+    that do not encode, too long ones, device names of Windows, and `manifest.json`, which is ours.
+    """
+    problem = _file_name_problem(name)
+    if problem:
+        raise UnsafeName(f"the file name {name[:120]!r} is refused: it {problem}")
+    return name
+
+
+def _file_name_problem(name: str) -> str:
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:
+        return "is not valid Unicode"
+    if not name or len(encoded) > _MAX_PATH_BYTES:
+        return "is empty or too long"
+    if any(ord(c) < 32 or 127 <= ord(c) < 160 for c in name):
+        return "holds control characters"
+    if name.startswith("/") or "\\" in name or _DRIVE.match(name):
+        return "is not a plain relative path"
+    for part in name.split("/"):
+        if part in ("", ".", ".."):
+            return "could leave its folder"
+        if len(part.encode()) > _MAX_COMPONENT_BYTES:
+            return "is too long"
+        if part.split(".")[0].lower() in _DEVICE_NAMES:
+            return "is a device's name"
+    if name.split("/")[0].lower() == MANIFEST:
+        return "is the manifest's own"
+    return ""
+
+
+def check_file_names(names: Iterable[str]) -> None:
+    """Check each name, and that no two differ only in case or are a file and a folder at once."""
+    seen: dict[str, str] = {}
+    folders: set[str] = set()
+    for name in names:
+        check_file_name(name)
+        other = seen.setdefault(name.casefold(), name)
+        if other is not name:
+            raise UnsafeName(f"the file names {other!r} and {name!r} are refused: they differ only in case")
+        parts = name.casefold().split("/")
+        folders.update("/".join(parts[:i]) for i in range(1, len(parts)))
+    both = folders & seen.keys()
+    if both:
+        raise UnsafeName(f"the file name {min(both)!r} is refused: it is a file and a folder at once")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class SnapshotKey:
+    """What names a snapshot: one commit of one repo in one variant."""
+
+    repo_id: str
+    commit: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.repo_id}@{self.commit[:12]} ({self.dtype})"
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """The two path components: `org--name`, `commit.dtype`."""
+        return repo_folder(self.repo_id), f"{self.commit}.{self.dtype}"
+
+
+def repo_folder(repo_id: str) -> str:
+    """`org/name` as one path component."""
+    return repo_id.replace("/", "--", 1)
+
+
+def key_from_parts(folder: str, variant: str) -> SnapshotKey | None:
+    """The key that two path components name, or None where they name none."""
+    org, dashes, name = folder.partition("--")
+    commit, dot, dtype = variant.partition(".")
+    if not (dashes and org and name and dot and is_commit(commit) and dtype in DTYPES):
+        return None
+    return SnapshotKey(f"{org}/{name}", commit, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The paths under one root."""
+
+    root: Path
+
+    @property
+    def format_file(self) -> Path:
+        return self.root / "FORMAT"
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    def snapshot(self, key: SnapshotKey) -> Path:
+        return self.models.joinpath(*key.parts)
+
+    def staging(self, key: SnapshotKey) -> Path:
+        return self.root.joinpath("staging", *key.parts)
+
+    def claims(self, key: SnapshotKey) -> Path:
+        return self.root.joinpath("claims", *key.parts)
+
+    def trash(self, name: str) -> Path:
+        return self.root / "trash" / name
+
+    def quarantine(self, name: str) -> Path:
+        return self.root / "quarantine" / name
+
+    def refs(self, repo_id: str) -> Path:
+        return self.root / "refs" / repo_folder(repo_id)
+
+    def ref(self, repo_id: str, revision: str) -> Path:
+        """The record of the commit that `revision` was last resolved to and published at."""
+        name = quote(revision, safe="")
+        if len(name) > _MAX_REF_CHARACTERS:
+            name = f"sha256-{hashlib.sha256(revision.encode()).hexdigest()}"
+        return self.refs(repo_id) / f"{name}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StagingLayout:
+    """The paths under one staging folder; `name` is a checked file name."""
+
+    folder: Path
+
+    @property
+    def snapshot(self) -> Path:
+        return self.folder / "snapshot"
+
+    def source_file(self, name: str) -> Path:
+        return self.folder / "source" / name
+
+    def journal_file(self, name: str) -> Path:
+        return self.folder / "journal" / name
+
+    def snapshot_file(self, name: str) -> Path:
+        return self.snapshot / check_file_name(name)
+
+    def done_file(self, name: str) -> Path:
+        return self.folder / "done" / f"{name}.json"

@@ -1,0 +1,203 @@
+"""One staged file: its bytes, its journal, and its digests.
+
+A file is kept in granules of 256 KiB. Each granule that lies on the volume has a slot of 16 bytes in the journal: its
+XXH3-64 checksum and a tag that binds the checksum to the file and the position. Data and slots are written in place, so
+two writers that both believe they hold the claim write the same bytes, and a torn or stale slot simply does not match.
+Nothing rests on the order in which a crash kept them: on resume every granule is read again and compared with its slot.
+
+SHA-256 runs over the file in order while granules arrive out of order: those ahead of the front wait in memory up to a
+limit, and are read back from the volume beyond it. The same pass gives the block checksums of the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from dataclasses import dataclass
+
+import xxhash
+
+from modelstore import durable
+from modelstore.errors import DigestMismatch
+from modelstore.layout import StagingLayout
+from modelstore.manifest import BLOCK_BYTES
+from modelstore.sources import SourceFile
+
+GRANULE_BYTES = 256 << 10
+_SLOT_BYTES = 16
+_AHEAD_BYTES = 128 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """A file's own digests: SHA-256, and the XXH3-64 of each block in hex, joined."""
+
+    sha256: str
+    blocks: str
+
+
+class RunningDigests:
+    """SHA-256 and block checksums of bytes that are given in order."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self._block = xxhash.xxh3_64()
+        self._in_block = 0
+        self._blocks: list[str] = []
+
+    def update(self, data: bytes | memoryview) -> None:
+        self._sha256.update(data)
+        view = memoryview(data)
+        while view:
+            part = view[: BLOCK_BYTES - self._in_block]
+            self._block.update(part)
+            self._in_block += len(part)
+            view = view[len(part) :]
+            if self._in_block == BLOCK_BYTES:
+                self._end_block()
+
+    def finish(self) -> Digests:
+        if self._in_block:
+            self._end_block()
+        return Digests(self._sha256.hexdigest(), "".join(self._blocks))
+
+    def _end_block(self) -> None:
+        self._blocks.append(self._block.hexdigest())
+        self._block = xxhash.xxh3_64()
+        self._in_block = 0
+
+
+class PartialFile:
+    """One staged file: its bytes, its journal, and the digests of what has arrived without a gap.
+
+    Threads may put different granules at once; `whole_stream` is for a source that ignores ranges, where one thread
+    takes the whole file and the others wait.
+    """
+
+    def __init__(self, file: SourceFile, staging: StagingLayout) -> None:
+        self.file = file
+        self.path = staging.source_file(file.path)
+        self._journal = staging.journal_file(file.path)
+        self.granules = -(-file.size_bytes // GRANULE_BYTES)
+        for path in (self.path, self._journal):
+            durable.make_folder(path.parent)
+        self._fd = durable.open_for_write(self.path)
+        self._journal_fd = durable.open_for_write(self._journal)
+        durable.set_size(self._fd, file.size_bytes, path=self.path)
+        self._have = [False] * self.granules
+        self.whole_stream = threading.Lock()
+        self._lock = threading.Lock()
+        self._front_lock = threading.Lock()
+        self._front = 0
+        self._ahead: dict[int, bytes] = {}
+        self._digests = RunningDigests()
+
+    def resume(self) -> int:
+        """Compare what is there with the journal and keep what matches; returns the bytes kept."""
+        slots = os.pread(self._journal_fd, self.granules * _SLOT_BYTES, 0)
+        kept = 0
+        for index in range(len(slots) // _SLOT_BYTES):
+            slot = slots[index * _SLOT_BYTES : (index + 1) * _SLOT_BYTES]
+            if slot.count(0) == _SLOT_BYTES:
+                continue
+            data = self._read(index)
+            if len(data) == self._length(index) and slot == self._slot(index, data):
+                self._arrived(index, data)
+                kept += len(data)
+        return kept
+
+    def missing(self) -> list[tuple[int, int]]:
+        """The gaps as (first granule, one past the last)."""
+        gaps: list[tuple[int, int]] = []
+        for index, have in enumerate(self._have):
+            if have:
+                continue
+            if gaps and gaps[-1][1] == index:
+                gaps[-1] = (gaps[-1][0], index + 1)
+            else:
+                gaps.append((index, index + 1))
+        return gaps
+
+    def put(self, index: int, data: bytes) -> bool:
+        """Store one granule with its slot; False where it was there already."""
+        if self._have[index]:
+            return False
+        durable.write_at(self._fd, data, index * GRANULE_BYTES, path=self.path)
+        durable.write_at(self._journal_fd, self._slot(index, data), index * _SLOT_BYTES, path=self._journal)
+        self._arrived(index, data)
+        return True
+
+    def has(self, index: int) -> bool:
+        return self._have[index]
+
+    def finish(self) -> Digests:
+        """The digests of the whole file, checked against what the source states; the file is kept either way."""
+        self._advance(wait_for_turn=True)
+        if self._front != self.granules:
+            raise AssertionError(f"{self.file.path} is not complete")
+        digests = self._digests.finish()
+        if self.file.sha256 is not None:
+            matches = digests.sha256 == self.file.sha256
+        elif self.file.git_oid is not None:
+            matches = _git_oid(self._fd, self.file.size_bytes) == self.file.git_oid
+        else:
+            matches = True
+        if not matches:
+            raise DigestMismatch(
+                f"{self.file.path} has the right size and wrong bytes (sha256 {digests.sha256[:12]}…): nothing was "
+                "published; try again, and if it stays so tell the repo's owner"
+            )
+        return digests
+
+    def forget(self) -> None:
+        """Drop the journal, so that nothing of this file counts as fetched."""
+        durable.remove_file(self._journal)
+
+    def close(self) -> None:
+        os.close(self._fd)
+        os.close(self._journal_fd)
+
+    def _length(self, index: int) -> int:
+        return min(GRANULE_BYTES, self.file.size_bytes - index * GRANULE_BYTES)
+
+    def _read(self, index: int) -> bytes:
+        return os.pread(self._fd, self._length(index), index * GRANULE_BYTES)
+
+    def _slot(self, index: int, data: bytes) -> bytes:
+        checksum = xxhash.xxh3_64_digest(data)
+        identity = f"{self.file.path}\0{self.file.size_bytes}\0{self.file.sha256 or self.file.git_oid}\0{index}"
+        return checksum + xxhash.xxh3_64_digest(checksum + identity.encode())
+
+    def _arrived(self, index: int, data: bytes) -> None:
+        with self._lock:
+            self._have[index] = True
+            if (index - self._front) * GRANULE_BYTES < _AHEAD_BYTES:
+                self._ahead[index] = data
+        self._advance()
+
+    def _advance(self, *, wait_for_turn: bool = False) -> None:
+        """Digest granules from the front on; one thread does it at a time, the others leave theirs to it."""
+        while self._front < self.granules and self._have[self._front]:
+            if not self._front_lock.acquire(blocking=wait_for_turn):
+                return
+            try:
+                while self._front < self.granules and self._have[self._front]:
+                    with self._lock:
+                        data = self._ahead.pop(self._front, None)
+                    self._digests.update(self._read(self._front) if data is None else data)
+                    with self._lock:
+                        self._front += 1
+                        self._ahead.pop(self._front - 1, None)
+            finally:
+                self._front_lock.release()
+
+
+def _git_oid(fd: int, size_bytes: int) -> str:
+    """Git's name for the file's bytes: SHA-1 over a small header and them."""
+    digest = hashlib.sha1(b"blob %d\0" % size_bytes, usedforsecurity=False)
+    offset = 0
+    while data := os.pread(fd, 1 << 20, offset):
+        digest.update(data)
+        offset += len(data)
+    return digest.hexdigest()

@@ -1,0 +1,204 @@
+"""Every setting, from one environment: the only reader of it in the package.
+
+A value that cannot be used raises InvalidSetting, which names the variable, what was given and what would do. `FIELDS`
+describes each variable once; the README's table is checked against it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, cast
+from urllib.parse import urlsplit
+
+from modelstore.errors import InvalidReference, InvalidSetting, Refused
+from modelstore.layout import DTYPES
+from modelstore.reference import Reference, parse_reference
+
+Dtype = Literal["float16", "bfloat16", "float32", "keep"]
+
+RUNPOD_VOLUME = Path("/runpod-volume")
+POD_VOLUME = Path("/workspace")
+HUB = "https://huggingface.co"
+
+logger = logging.getLogger(__name__)
+
+
+class Field(NamedTuple):
+    """One environment variable, as the documentation shows it."""
+
+    variable: str
+    default: str
+    meaning: str
+
+
+FIELDS = (
+    Field("MODEL_ID", "", "the model to serve: `org/name`, `org/name@revision`, `file:///folder` (or `MODEL_NAME`)"),
+    Field("MODEL_REVISION", "main", "branch, tag or commit, where the reference names none"),
+    Field("MODEL_DTYPE", "float16", "storage dtype: `float16`, `bfloat16`, `float32` or `keep`"),
+    Field("MODELSTORE_ROOT", "<volume>/modelstore", "the store's folder on the network volume"),
+    Field("MODELSTORE_LEASE_S", "30", "seconds without a heartbeat after which a claim is taken over"),
+    Field("MODELSTORE_WAIT_S", "1800", "seconds to wait for another worker's download before giving up"),
+    Field("MODELSTORE_OFFLINE", "0", "`1`: never ask the Hub, serve only what the volume holds"),
+    Field("MODELSTORE_ALLOWED_MODELS", "", "comma-separated references; any other model is refused"),
+    Field("HF_TOKEN", "", "access token for gated and private repos; never written to the volume or a log"),
+    Field("HF_ENDPOINT", HUB, "the Hub's address"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All settings of one process; build it with `from_env`, or by hand in tests and programs."""
+
+    root: Path
+    model: Reference | None = None
+    dtype: Dtype = "float16"
+    lease_s: float = 30.0
+    wait_s: float = 1800.0
+    offline: bool = False
+    allowed_models: tuple[Reference, ...] = ()
+    hf_token: str | None = field(default=None, repr=False)
+    hf_endpoint: str = HUB
+    worker_id: str = field(default_factory=socket.gethostname)
+
+    @classmethod
+    def from_env(
+        cls, env: Mapping[str, str] | None = None, *, root: Path | None = None, mounts: str | None = None
+    ) -> Settings:
+        """Read every variable from `env`, by default the process's; `root` overrides MODELSTORE_ROOT.
+
+        `mounts` is the text of the mount table, /proc/mounts by default.
+
+        Raises InvalidSetting with the name of the first variable that cannot be used.
+        """
+        env = os.environ if env is None else env
+        model_variable = "MODEL_ID" if env.get("MODEL_ID") else "MODEL_NAME"
+        model = env.get(model_variable, "")
+        revision = env.get("MODEL_REVISION") or None
+        allowed = [text.strip() for text in env.get("MODELSTORE_ALLOWED_MODELS", "").split(",")]
+        return cls(
+            root=_root(env, mounts) if root is None else root.absolute(),
+            model=_reference(model_variable, model, revision) if model else None,
+            dtype=parse_dtype("MODEL_DTYPE", env.get("MODEL_DTYPE") or "float16"),
+            lease_s=_number(env, "MODELSTORE_LEASE_S", 30.0, at_least=2.0),
+            wait_s=_number(env, "MODELSTORE_WAIT_S", 1800.0, at_least=0.0),
+            offline=_switch(env, "MODELSTORE_OFFLINE"),
+            allowed_models=tuple(_reference("MODELSTORE_ALLOWED_MODELS", text, None) for text in allowed if text),
+            hf_token=_token(env.get("HF_TOKEN", "")),
+            hf_endpoint=_endpoint(env.get("HF_ENDPOINT") or HUB),
+            worker_id=env.get("RUNPOD_POD_ID") or socket.gethostname(),
+        )
+
+    @property
+    def hf_caches(self) -> tuple[Path, ...]:
+        """Where RunPod's cached models and other tools' HF caches may lie on the same volume."""
+        return (self.root.parent / "huggingface-cache" / "hub",)
+
+    def check_allowed(self, reference: Reference) -> None:
+        """Raise Refused where MODELSTORE_ALLOWED_MODELS is set and names neither `reference` nor its repo."""
+        if not self.allowed_models or reference == self.model:
+            return
+        for allowed in self.allowed_models:
+            if reference in (allowed, Reference(allowed.kind, allowed.name, reference.revision)):
+                return
+        raise Refused(f"{reference} is not among MODELSTORE_ALLOWED_MODELS: add it there, or ask for one of those")
+
+
+def parse_dtype(variable: str, text: str) -> Dtype:
+    """`text` as a storage dtype; torch's and common short names are understood."""
+    short = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+    name = text.strip().lower().removeprefix("torch.")
+    name = short.get(name, name)
+    if name not in DTYPES:
+        raise InvalidSetting(f"{variable}={text!r} is not a storage dtype: use one of {', '.join(DTYPES)}")
+    return cast(Dtype, name)
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+
+
+def parse_size(variable: str, text: str) -> int:
+    """`text` such as `200GB` or `1.5 GiB` in bytes; decimal units, binary ones with an `i`."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise InvalidSetting(f"{variable}={text!r} is not a size: write it like 200GB or 1.5TiB")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+
+
+def _reference(variable: str, text: str, revision: str | None) -> Reference:
+    try:
+        return parse_reference(text, revision=revision)
+    except InvalidReference as error:
+        raise InvalidSetting(f"{variable}: {error}") from error
+
+
+def _number(env: Mapping[str, str], variable: str, default: float, *, at_least: float) -> float:
+    text = env.get(variable, "")
+    if not text:
+        return default
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not at_least <= number < float("inf"):
+        raise InvalidSetting(f"{variable}={text!r} is not usable: give a number of seconds, at least {at_least:g}")
+    return number
+
+
+def _switch(env: Mapping[str, str], variable: str) -> bool:
+    text = env.get(variable, "").strip().lower()
+    if text in ("", "0", "false", "no", "off"):
+        return False
+    if text in ("1", "true", "yes", "on"):
+        return True
+    raise InvalidSetting(f"{variable}={text!r} is not a switch: use 1 or 0")
+
+
+def _token(text: str) -> str | None:
+    token = text.strip()
+    if any(not 33 <= ord(c) < 127 for c in token):
+        raise InvalidSetting("HF_TOKEN holds characters that no token has: copy it again (it is not shown here)")
+    return token or None
+
+
+def _endpoint(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        raise InvalidSetting("HF_ENDPOINT is not an address: write it like https://huggingface.co")
+    return text.rstrip("/")
+
+
+def _root(env: Mapping[str, str], mounts: str | None) -> Path:
+    text = env.get("MODELSTORE_ROOT", "")
+    if text:
+        if not text.startswith("/"):
+            raise InvalidSetting(f"MODELSTORE_ROOT={text!r} is not absolute: give the full path of a folder")
+        return Path(text)
+    return default_root(_read_mounts() if mounts is None else mounts, env.get, Path.is_dir)
+
+
+def default_root(mounts: str, get: Callable[[str], str | None], is_dir: Callable[[Path], bool]) -> Path:
+    """The root where none is set: on the serverless volume, else the pod's, else in the user's cache, with a warning.
+
+    The mount table is asked, not the folder: RunPod's cached models make `/runpod-volume` exist without a volume.
+    """
+    if any(line.split()[1:2] == [str(RUNPOD_VOLUME)] for line in mounts.splitlines()):
+        return RUNPOD_VOLUME / "modelstore"
+    if is_dir(POD_VOLUME):
+        return POD_VOLUME / "modelstore"
+    cache = Path(get("XDG_CACHE_HOME") or Path(get("HOME") or "/root") / ".cache") / "modelstore"
+    logger.warning("no network volume is mounted: using %s, which no other worker sees; set MODELSTORE_ROOT", cache)
+    return cache
+
+
+def _read_mounts() -> str:
+    try:
+        return Path("/proc/mounts").read_text(errors="surrogateescape")
+    except OSError:
+        return ""

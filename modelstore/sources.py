@@ -1,0 +1,174 @@
+"""Where a model's bytes come from, and which of them a snapshot needs.
+
+A source resolves to one commit, lists that commit's files with what is stated of them, and streams byte ranges of them.
+`HubSource` is in `hub.py`; the two here cost no network: a folder (`file://`), whose commit is made from its content,
+and an HF cache that already lies on the volume, as RunPod's cached models do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from modelstore.errors import NotFound, RepoNotFound, UnsafeName
+from modelstore.manifest import SourceRecord
+from modelstore.reference import Reference, is_commit, local_repo_id
+
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file as its source states it: at most one of `sha256` (large files) and `git_oid` (small ones) is known."""
+
+    path: str
+    size_bytes: int
+    sha256: str | None = None
+    git_oid: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a reference resolved to."""
+
+    repo_id: str
+    commit: str
+    revision: str
+    record: SourceRecord
+
+
+@dataclass(frozen=True, slots=True)
+class ByteStream:
+    """Bytes of a file from `offset` on, which may lie before the offset that was asked for."""
+
+    offset: int
+    chunks: Iterator[bytes]
+
+
+class Source(Protocol):
+    """Anything a snapshot can be filled from."""
+
+    @property
+    def over_network(self) -> bool:
+        """Whether bytes streamed from here count as downloaded."""
+
+    def resolve(self) -> Resolved:
+        """The commit that is wanted now. Raises NotFound, AccessDenied or HubUnavailable."""
+
+    def list_files(self, resolved: Resolved) -> tuple[SourceFile, ...]:
+        """Every file of the commit, needed or not."""
+
+    def open(
+        self, resolved: Resolved, file: SourceFile, offset: int, length: int
+    ) -> AbstractContextManager[ByteStream]:
+        """Stream `length` bytes of a file from `offset`. Raises HubUnavailable where trying again may help."""
+
+
+class FolderSource:
+    """A local folder; its commit is a digest of the names and bytes in it, so equal folders are one snapshot."""
+
+    over_network = False
+
+    def __init__(self, reference: Reference) -> None:
+        self._folder = Path(reference.name)
+        self._reference = reference
+
+    def resolve(self) -> Resolved:
+        """Reads every file once: the content is the identity."""
+        if not self._folder.is_dir():
+            raise NotFound(f"{self._reference} is not a folder: give the folder that holds the model's files")
+        digest = hashlib.sha256()
+        for file in self.list_files(None):
+            digest.update(f"{file.path}\0{file.size_bytes}\0{_sha256_of(self._folder / file.path)}\0".encode())
+        record = SourceRecord(kind="file", location=self._folder.name, revision="")
+        return Resolved(local_repo_id(self._reference), digest.hexdigest()[:40], self._reference.name, record)
+
+    def list_files(self, resolved: Resolved | None) -> tuple[SourceFile, ...]:
+        """Regular files below the folder, by name; links are not followed."""
+        found = []
+        for parent, folders, names in os.walk(self._folder):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in names:
+                path = Path(parent, name)
+                if path.is_file() and not path.is_symlink():
+                    found.append(SourceFile(str(path.relative_to(self._folder)), path.stat().st_size))
+        return tuple(sorted(found, key=lambda file: file.path))
+
+    def open(
+        self, resolved: Resolved, file: SourceFile, offset: int, length: int
+    ) -> AbstractContextManager[ByteStream]:
+        return _stream(self._folder / file.path, offset, length)
+
+
+class HfCacheSource:
+    """A model in an HF cache on the volume: `models--org--name/{refs,snapshots,blobs}`.
+
+    The cache names its blobs by their digests, so what is stored from here is verified as from the Hub.
+    """
+
+    over_network = False
+
+    def __init__(self, cache: Path, reference: Reference) -> None:
+        self._repo = cache / f"models--{reference.name.replace('/', '--')}"
+        self._reference = reference
+
+    def resolve(self) -> Resolved:
+        revision = self._reference.revision
+        commit = revision
+        if not is_commit(revision):
+            try:
+                commit = (self._repo / "refs" / revision).read_text().strip()
+            except OSError:
+                commit = ""
+        if not is_commit(commit) or not (self._repo / "snapshots" / commit).is_dir():
+            raise RepoNotFound(f"{self._reference} is not in the HF cache at {self._repo.parent}: seed it from the Hub")
+        record = SourceRecord(kind="hf-cache", location=self._repo.parent.name, revision=revision)
+        return Resolved(self._reference.name, commit, revision, record)
+
+    def list_files(self, resolved: Resolved) -> tuple[SourceFile, ...]:
+        folder = self._repo / "snapshots" / resolved.commit
+        found = []
+        for parent, _folders, names in os.walk(folder):
+            for name in names:
+                path = Path(parent, name)
+                blob = self._inside(path)
+                if blob.is_file():
+                    sha256 = blob.name if len(blob.name) == 64 and blob.parent.name == "blobs" else None
+                    git_oid = blob.name if len(blob.name) == 40 and blob.parent.name == "blobs" else None
+                    found.append(SourceFile(str(path.relative_to(folder)), blob.stat().st_size, sha256, git_oid))
+        return tuple(sorted(found, key=lambda file: file.path))
+
+    def open(
+        self, resolved: Resolved, file: SourceFile, offset: int, length: int
+    ) -> AbstractContextManager[ByteStream]:
+        return _stream(self._inside(self._repo / "snapshots" / resolved.commit / file.path), offset, length)
+
+    def _inside(self, path: Path) -> Path:
+        """`path` with its links followed, as long as they stay in this repo's folder."""
+        real = path.resolve()
+        if not real.is_relative_to(self._repo.resolve()):
+            raise UnsafeName(f"{path} is a link that leaves its HF cache: it is refused")
+        return real
+
+
+@contextmanager
+def _stream(path: Path, offset: int, length: int) -> Iterator[ByteStream]:
+    with path.open("rb", buffering=0) as file:
+        yield ByteStream(offset, _chunks(file.fileno(), offset, length))
+
+
+def _chunks(fd: int, offset: int, length: int) -> Iterator[bytes]:
+    while length > 0 and (data := os.pread(fd, min(length, _CHUNK_BYTES), offset)):
+        yield data
+        offset += len(data)
+        length -= len(data)
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

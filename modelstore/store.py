@@ -1,0 +1,278 @@
+"""The store: look up a snapshot, make sure that one is there, list what there is.
+
+Looking up is `catalog.py`'s: it reads the volume and nothing else. Here is what else happens when it finds nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from modelstore import durable
+from modelstore.catalog import Catalog, Snapshot
+from modelstore.claim import Claim, Contender, Holder
+from modelstore.errors import (
+    BadManifest,
+    ClaimLost,
+    Float16Overflow,
+    NotFound,
+    SnapshotNotFound,
+    WaitTimeout,
+)
+from modelstore.fill import Fill, Filled
+from modelstore.hub import HubSource
+from modelstore.layout import FORMAT_VERSION, Layout, SnapshotKey
+from modelstore.observer import SILENT, Observer
+from modelstore.reference import Reference, is_commit, parse_reference
+from modelstore.settings import Dtype, Settings, parse_dtype
+from modelstore.sources import FolderSource, HfCacheSource, Resolved, Source
+from modelstore.timeline import Span, Timeline
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.25
+
+Overflow = Literal["stop", "bfloat16"]
+
+
+class ModelStore:
+    """One store on one volume. Cheap to make: nothing is read or written before it is needed."""
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        settings: Settings | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings = replace(settings or Settings.from_env(root=Path(root)), root=Path(root).absolute())
+        self.layout = Layout(self.settings.root)
+        self.catalog = Catalog(self.layout)
+        self._sleep = sleep
+        self._clock = clock
+
+    @classmethod
+    def from_env(cls) -> ModelStore:
+        """The store that the environment describes (MODELSTORE_ROOT and the other settings)."""
+        settings = Settings.from_env()
+        return cls(settings.root, settings=settings)
+
+    def lookup(
+        self, reference: str | Reference, *, revision: str | None = None, dtype: str | None = None
+    ) -> Snapshot | None:
+        """The published snapshot that the volume's records lead to, or None; touches no network and writes nothing.
+
+        Raises InvalidReference, InvalidSetting, FormatTooNew, and SnapshotNotFound for an alias that does not exist.
+        """
+        return self.catalog.find(_parsed(reference, revision), self._dtype(dtype))
+
+    def snapshots(self) -> Iterator[Snapshot]:
+        """Every published snapshot, by repo and commit; damaged ones are left out, with a warning."""
+        return self.catalog.snapshots()
+
+    def ensure(
+        self,
+        reference: str | Reference,
+        *,
+        revision: str | None = None,
+        dtype: str | None = None,
+        refresh: bool = False,
+        overflow: Overflow = "stop",
+        wait_s: float | None = None,
+        observer: Observer = SILENT,
+        timeline: Timeline | None = None,
+    ) -> Snapshot:
+        """The snapshot, downloaded if need be by exactly one of those who ask for it at once.
+
+        `refresh`: ask the source what the revision stands for now, even where the volume has an answer (what `seed`
+        does). `overflow="bfloat16"`: where float16 cannot hold a weight, store the bfloat16 variant instead. `wait_s`:
+        how long to wait for another's claim, MODELSTORE_WAIT_S by default.
+
+        Raises a ModelStoreError: NotFound, AccessDenied, HubUnavailable, IntegrityError, NoSpace, WaitTimeout, Refused.
+        """
+        wanted = _parsed(reference, revision)
+        variant = self._dtype(dtype)
+        self.settings.check_allowed(wanted)
+        timeline = timeline or Timeline()
+        with timeline.span("lookup"):
+            found = self.lookup(wanted, dtype=variant)
+            if found is None and overflow == "bfloat16" and variant == "float16":
+                found = self.lookup(wanted, dtype="bfloat16")
+        if found is not None and (not refresh or is_commit(wanted.revision)):
+            return found
+        if self.settings.offline and not any(c.is_dir() for c in self.settings.hf_caches) and wanted.kind == "hub":
+            if found is not None:
+                return found
+            raise _not_here(wanted, self.settings)
+        with timeline.span("lookup"):
+            source, resolved = self._resolve(wanted, refresh=refresh)
+        try:
+            snapshot = self._obtain(source, resolved, variant, wait_s, observer, timeline)
+        except Float16Overflow as error:
+            if overflow != "bfloat16":
+                raise
+            logger.warning("%s: storing bfloat16 instead, as allowed", error)
+            snapshot = self._obtain(source, resolved, "bfloat16", wait_s, observer, timeline)
+        self._record_commit(resolved)
+        return snapshot
+
+    def _obtain(
+        self,
+        source: Source,
+        resolved: Resolved,
+        dtype: Dtype,
+        wait_s: float | None,
+        observer: Observer,
+        timeline: Timeline,
+    ) -> Snapshot:
+        """Claim and fill, or wait for whoever does; what is on the volume is looked at again after every change."""
+        key = SnapshotKey(resolved.repo_id, resolved.commit, dtype)
+        limit_s = self.settings.wait_s if wait_s is None else wait_s
+        deadline = self._clock() + limit_s
+        waited_from: float | None = None
+        contender: Contender | None = None
+        while True:
+            snapshot = self.catalog.published(key)
+            if snapshot is not None:
+                if waited_from is None:
+                    return snapshot
+                timeline.add(Span("wait", waited_from, timeline.now()))
+                return replace(snapshot, status="waited")
+            self._prepare_root()
+            contender = contender or Contender(
+                self.layout.claims(key), worker=self.settings.worker_id, lease_s=self.settings.lease_s
+            )
+            outcome = contender.try_claim()
+            if isinstance(outcome, Claim):
+                if waited_from is not None:
+                    timeline.add(Span("wait", waited_from, timeline.now()))
+                try:
+                    return self._fill(outcome, key, dtype, source, resolved, observer, timeline)
+                except ClaimLost as error:
+                    logger.warning("%s", error)
+                    contender, waited_from = None, timeline.now()
+                    continue
+            if waited_from is None:
+                waited_from = timeline.now()
+            left_s = deadline - self._clock()
+            if left_s <= 0:
+                raise _waited_too_long(key, outcome, limit_s)
+            observer.waiting(key, outcome, left_s=left_s)
+            self._sleep(min(_POLL_S, left_s))
+
+    def _fill(
+        self,
+        claim: Claim,
+        key: SnapshotKey,
+        dtype: Dtype,
+        source: Source,
+        resolved: Resolved,
+        observer: Observer,
+        timeline: Timeline,
+    ) -> Snapshot:
+        with claim:
+            # Between our look and our claim another worker may have published and released.
+            if (snapshot := self.catalog.published(key)) is not None:
+                claim.finish("published")
+                return replace(snapshot, status="waited")
+            self._move_damaged_aside(key)
+            fill = Fill(self.layout, key, dtype, source, resolved, claim, timeline=timeline, observer=observer)
+            filled: Filled = fill.run()
+            claim.finish("published")
+        snapshot = self.catalog.published(key)
+        if snapshot is None:
+            raise BadManifest(f"{key} was published and cannot be read back: check the volume, then seed again")
+        return replace(snapshot, status="resumed" if filled.reused else "downloaded", downloaded_bytes=filled.network)
+
+    def _resolve(self, wanted: Reference, *, refresh: bool) -> tuple[Source, Resolved]:
+        """The source to fill from, and the commit. The HF cache on the volume goes first: it costs no network."""
+        if wanted.kind == "file":
+            folder = FolderSource(wanted)
+            return folder, folder.resolve()
+        caches = [HfCacheSource(cache, wanted) for cache in self.settings.hf_caches]
+        if refresh and not self.settings.offline:
+            hub = HubSource(wanted, self.settings)
+            resolved = hub.resolve()
+            pinned = replace(wanted, revision=resolved.commit)
+            for cached in (HfCacheSource(cache, pinned) for cache in self.settings.hf_caches):
+                if (found := _resolve_whole(cached)) is not None:
+                    return cached, replace(found, revision=wanted.revision)
+            return hub, resolved
+        for cached in caches:
+            if (found := _resolve_whole(cached)) is not None:
+                return cached, found
+        if self.settings.offline:
+            raise _not_here(wanted, self.settings)
+        hub = HubSource(wanted, self.settings)
+        return hub, hub.resolve()
+
+    def _record_commit(self, resolved: Resolved) -> None:
+        """Let the fleet use this commit for the revision from now on; written only where it changes."""
+        path = self.layout.ref(resolved.repo_id, resolved.revision)
+        if is_commit(resolved.revision) or self.catalog.ref_commit(path) == resolved.commit:
+            return
+        record = {"revision": resolved.revision, "commit": resolved.commit, "resolved_at": int(time.time())}
+        durable.write_atomic(path, json.dumps(record).encode() + b"\n")
+
+    def _dtype(self, dtype: str | None) -> Dtype:
+        return parse_dtype("dtype", dtype) if dtype else self.settings.dtype
+
+    def _prepare_root(self) -> None:
+        if not self.layout.format_file.exists():
+            durable.write_atomic(self.layout.format_file, b"%d\n" % FORMAT_VERSION)
+
+    def _move_damaged_aside(self, key: SnapshotKey) -> None:
+        """A folder that stands where the snapshot belongs and is none would block publishing: keep it elsewhere."""
+        path = self.layout.snapshot(key)
+        if not path.exists():
+            return
+        folder, variant = key.parts
+        aside = self.layout.quarantine(f"{folder}--{variant}.{time.time_ns()}")
+        durable.make_folder(aside.parent)
+        durable.rename(path, aside)
+        logger.warning("%s is damaged: moved to %s, and fetched again", key, aside)
+
+
+def _resolve_whole(cached: HfCacheSource) -> Resolved | None:
+    """What an HF cache holds of the revision, if its weights are all there."""
+    try:
+        resolved = cached.resolve()
+        files = cached.list_files(resolved)
+    except NotFound:
+        return None
+    paths = {file.path for file in files}
+    if "model.safetensors" in paths or "model_index.json" in paths:
+        return resolved
+    index = next((file for file in files if file.path == "model.safetensors.index.json"), None)
+    if index is None:
+        return resolved if any(path.endswith(".safetensors") for path in paths) else None
+    with cached.open(resolved, index, 0, index.size_bytes) as stream:
+        try:
+            shards = set(json.loads(b"".join(stream.chunks))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError):
+            return None
+    return resolved if shards <= paths else None
+
+
+def _parsed(reference: str | Reference, revision: str | None) -> Reference:
+    return parse_reference(reference, revision=revision) if isinstance(reference, str) else reference
+
+
+def _not_here(wanted: Reference, settings: Settings) -> SnapshotNotFound:
+    return SnapshotNotFound(
+        f"{wanted} is not in {settings.root} and MODELSTORE_OFFLINE is set: seed it, or unset MODELSTORE_OFFLINE"
+    )
+
+
+def _waited_too_long(key: SnapshotKey, holder: Holder, waited_s: float) -> WaitTimeout:
+    return WaitTimeout(
+        f"{key} is not there after waiting {waited_s:.0f} s for {holder.describe()}: "
+        "raise MODELSTORE_WAIT_S, or seed the model before the launch"
+    )

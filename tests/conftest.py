@@ -1,0 +1,55 @@
+"""Fixtures shared by all tests: a hub over a folder, and stores that ask it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelstore.settings import Settings
+from modelstore.store import ModelStore
+from tests.hub import Hub, running_hub
+
+# No test may find a token, a cache or a setting of whoever runs it; processes that tests start inherit this.
+for name in [name for name in os.environ if name.startswith(("HF_", "MODELSTORE_", "MODEL_", "RUNPOD_"))]:
+    del os.environ[name]
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home of the test's own, without a saved token."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf-home")))
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """A hub over `tmp_path/hub`; put repos there with `write_repo(hub.folder / "org/name")`."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    with running_hub(folder) as running:
+        yield running
+
+
+@pytest.fixture
+def make_store(tmp_path: Path, hub: Hub) -> Callable[..., ModelStore]:
+    """Stores on one volume that ask `hub`; keyword arguments are settings."""
+
+    def make(**changes: Any) -> ModelStore:
+        settings = {"root": tmp_path / "volume" / "modelstore", "hf_endpoint": hub.url, **changes}
+        return ModelStore(settings["root"], settings=Settings(**settings))
+
+    return make
+
+
+@pytest.fixture
+def store(make_store: Callable[..., ModelStore]) -> ModelStore:
+    return make_store()
+
+
+@pytest.fixture
+def store_env(tmp_path: Path, hub: Hub) -> dict[str, str]:
+    """The environment of a process that uses the same volume and hub as `store`."""
+    return {"MODELSTORE_ROOT": str(tmp_path / "volume" / "modelstore"), "HF_ENDPOINT": hub.url}
