@@ -19,8 +19,6 @@ logger = logging.getLogger("handler")
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "httpx2", "httpcore", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         begun = begin(Settings.from_env())
         with begun.timeline.span("import"):

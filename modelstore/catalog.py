@@ -6,6 +6,7 @@ seeds again, and a Hub that is down changes nothing. Standard library only: this
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -110,6 +111,11 @@ class Catalog:
         try:
             manifest = parse_manifest(_read_file(path / MANIFEST), where=str(path / MANIFEST))
         except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise RootUnusable(f"cannot read {path}: {error.strerror}; check the mount") from error
+            logger.warning("%s is passed over: its manifest is a link", path)
             return None
         except BadManifest as error:
             logger.warning("%s", error)

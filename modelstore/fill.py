@@ -81,6 +81,7 @@ class Fill:
         *,
         timeline: Timeline,
         observer: Observer,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._layout = layout
         self._key = key
@@ -92,7 +93,9 @@ class Fill:
         self._observer = observer
         self._staging = StagingLayout(layout.staging(key))
         self._progress = Progress()
-        self._download = Download(source, resolved, self._staging, guard=self._guard, progress=self._progress)
+        self._download = Download(
+            source, resolved, self._staging, guard=self._guard, progress=self._progress, sleep=sleep
+        )
         self._began = time.monotonic()
         self._checked = 0.0
         self._records: dict[str, FileRecord] = {}

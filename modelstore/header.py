@@ -78,7 +78,9 @@ def parse_header(data: bytes | memoryview, *, file_bytes: int, where: str) -> He
         record = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise _bad(where, f"its header is not JSON as the format wants it ({error})") from error
-    metadata = record.pop("__metadata__", None) or {}
+    metadata = record.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _bad(where, "its __metadata__ is not a map of strings")
     tensors = sorted(

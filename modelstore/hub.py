@@ -7,6 +7,7 @@ string of a signed address.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +44,10 @@ _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 _HTTPError: type[Exception] = getattr(hub_errors, "HTTPError")  # noqa: B009  not exported, so mypy does not see it
 
 T = TypeVar("T")
+
+# The HTTP libraries log every address they ask for, and a storage address carries its signature in the query.
+for _name in ("httpx", "httpx2", "httpcore", "httpcore2"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 
 class HubSource:

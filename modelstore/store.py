@@ -25,7 +25,7 @@ from modelstore.errors import (
     SnapshotNotFound,
     WaitTimeout,
 )
-from modelstore.fill import Fill, Filled
+from modelstore.fill import Fill
 from modelstore.hub import HubSource
 from modelstore.layout import FORMAT_VERSION, Layout, SnapshotKey
 from modelstore.observer import SILENT, Observer
@@ -183,7 +183,17 @@ class ModelStore:
                 claim.finish("published")
                 return replace(snapshot, status="waited")
             self._move_damaged_aside(key)
-            fill = Fill(self.layout, key, dtype, source, resolved, claim, timeline=timeline, observer=observer)
+            fill = Fill(
+                self.layout,
+                key,
+                dtype,
+                source,
+                resolved,
+                claim,
+                timeline=timeline,
+                observer=observer,
+                sleep=self._sleep,
+            )
             filled: Filled = fill.run()
             claim.finish("published")
         snapshot = self.catalog.published(key)
@@ -198,7 +208,7 @@ class ModelStore:
             return folder, folder.resolve()
         caches = [HfCacheSource(cache, wanted) for cache in self.settings.hf_caches]
         if refresh and not self.settings.offline:
-            hub = HubSource(wanted, self.settings)
+            hub = HubSource(wanted, self.settings, sleep=self._sleep)
             resolved = hub.resolve()
             pinned = replace(wanted, revision=resolved.commit)
             for cached in (HfCacheSource(cache, pinned) for cache in self.settings.hf_caches):
@@ -210,7 +220,7 @@ class ModelStore:
                 return cached, found
         if self.settings.offline:
             raise _not_here(wanted, self.settings)
-        hub = HubSource(wanted, self.settings)
+        hub = HubSource(wanted, self.settings, sleep=self._sleep)
         return hub, hub.resolve()
 
     def _record_commit(self, resolved: Resolved) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,11 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 @pytest.fixture
 def make_store(tmp_path: Path, hub: Hub) -> Callable[..., ModelStore]:
-    """Stores on one volume that ask `hub`; keyword arguments are settings."""
+    """Stores on one volume that ask `hub`; keyword arguments are settings, and `sleep`."""
 
-    def make(**changes: Any) -> ModelStore:
+    def make(*, sleep: Callable[[float], None] = time.sleep, **changes: Any) -> ModelStore:
         settings = {"root": tmp_path / "volume" / "modelstore", "hf_endpoint": hub.url, **changes}
-        return ModelStore(settings["root"], settings=Settings(**settings))
+        return ModelStore(settings["root"], settings=Settings(**settings), sleep=sleep)
 
     return make
 

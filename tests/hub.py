@@ -78,14 +78,19 @@ class Hub:
         self.revisions: dict[tuple[str, str], Path] = {}
         self.throttle = threading.Lock()
         self._servers = [_Server(self, "hub", port), _Server(self, "storage", 0)]
+        self._running = False
         self.url = f"http://127.0.0.1:{self._servers[0].server_port}"
         self.storage_url = f"http://localhost:{self._servers[1].server_port}"
 
     def start(self) -> None:
+        self._running = True
         for server in self._servers:
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def stop(self) -> None:
+        if not self._running:
+            return
+        self._running = False
         for server in self._servers:
             server.shutdown()
             server.server_close()
