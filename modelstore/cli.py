@@ -156,9 +156,10 @@ def list_snapshots(root: _ROOT = None, as_json: _JSON = False, quiet: _QUIET = F
     """List the published snapshots."""
     context = _Context(root, as_json, quiet, debug)
     with _errors(context):
-        found = list(context.store().snapshots())
+        store = context.store()
+        found = list(store.snapshots())
     records = [_without_status(snapshot) for snapshot in found]
-    context.print(records, lambda console: _print_list(console, found))
+    context.print(records, lambda console: _print_list(console, found, store.settings.root))
 
 
 @app.command()
@@ -329,9 +330,9 @@ def _print_timeline(console: Console, waterfall: str) -> None:
     console.print(waterfall)
 
 
-def _print_list(console: Console, snapshots: list[Snapshot]) -> None:
+def _print_list(console: Console, snapshots: list[Snapshot], root: Path) -> None:
     if not snapshots:
-        console.print("no snapshots: publish one with `modelstore seed org/name`")
+        console.print(f"no snapshots in {root}: publish one with `modelstore seed org/name`")
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("model", "commit", "dtype"):

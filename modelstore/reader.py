@@ -64,8 +64,11 @@ class Reading:
         self._error: Exception | None = None
         self._changed = threading.Condition()
         self._running = min(threads, len(blocks)) or 1
-        for number in range(self._running):
-            threading.Thread(target=self._work, name=f"read-{number}", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"read-{number}", daemon=True) for number in range(self._running)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def wait(self, path: str) -> memoryview:
         """The bytes of one file, once all of it has arrived.
@@ -85,6 +88,11 @@ class Reading:
             self._changed.wait_for(lambda: self._error is not None or not any(self._left))
             if self._error is not None:
                 raise self._error
+
+    def join(self) -> None:
+        """Return when the threads have ended and the files are closed."""
+        for thread in self._threads:
+            thread.join()
 
     def _work(self) -> None:
         try:

@@ -183,7 +183,7 @@ class ModelStore:
                 claim.finish("published")
                 return replace(snapshot, status="waited")
             self._move_damaged_aside(key)
-            fill = Fill(
+            filled = Fill(
                 self.layout,
                 key,
                 dtype,
@@ -193,8 +193,7 @@ class ModelStore:
                 timeline=timeline,
                 observer=observer,
                 sleep=self._sleep,
-            )
-            filled: Filled = fill.run()
+            ).run()
             claim.finish("published")
         snapshot = self.catalog.published(key)
         if snapshot is None:

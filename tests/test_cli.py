@@ -1,0 +1,153 @@
+"""The command line: one JSON document on stdout, one line on stderr, the exit codes of the design."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoints import random_tensors, write_repo
+from tests.hub import Hub
+from tests.test_handler import write_model
+
+
+class Cli:
+    def __init__(self, env: dict[str, str]) -> None:
+        self.env = env
+
+    def __call__(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "modelstore", *arguments],
+            env=os.environ | self.env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    def json(self, *arguments: str, code: int = 0) -> Any:
+        return json.loads(self(*arguments, "--json", code=code).stdout)
+
+
+@pytest.fixture
+def cli(store_env: dict[str, str]) -> Cli:
+    return Cli(store_env)
+
+
+def test_seed_twice_prints_the_contracts_record_and_downloads_once(hub: Hub, cli: Cli) -> None:
+    repo = write_repo(hub.folder / "org" / "name")
+    first = cli.json("seed", "org/name")
+    assert first.keys() == {"repo_id", "commit", "dtype", "path", "files", "bytes", "downloaded_bytes", "status"}
+    assert (first["repo_id"], first["commit"], first["dtype"]) == ("org/name", hub.commit(repo), "float16")
+    assert first["downloaded_bytes"] == hub.served.total_bytes > 0
+    second = cli.json("seed", "org/name")
+    assert (second["status"], second["downloaded_bytes"]) == ("present", 0)
+    assert Path(second["path"], "manifest.json").is_file()
+
+
+def test_several_references_give_a_list_and_one_failure_spares_the_others(hub: Hub, cli: Cli) -> None:
+    write_repo(hub.folder / "org" / "one")
+    write_repo(hub.folder / "org" / "two", random_tensors(2, seed=2))
+    done = cli("seed", "org/one", "org/missing", "org/two", "--json", code=3)
+    records = json.loads(done.stdout)
+    assert [record.get("status") for record in records] == ["downloaded", None, "downloaded"]
+    assert records[1]["exit_code"] == 3
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_path_prints_the_folder_and_touches_no_network(hub: Hub, cli: Cli) -> None:
+    write_repo(hub.folder / "org" / "name")
+    seeded = cli.json("seed", "org/name")
+    hub.stop()
+    done = cli("path", "org/name")
+    assert done.stdout.strip() == seeded["path"]
+    assert cli.json("path", "org/name") == {"path": seeded["path"]}
+
+
+def test_ls_show_and_verify_tell_what_is_there(hub: Hub, cli: Cli) -> None:
+    write_repo(hub.folder / "org" / "name")
+    assert cli.json("ls") == []
+    assert "modelstore seed" in cli("ls").stdout
+    seeded = cli.json("seed", "org/name")
+    (listed,) = cli.json("ls")
+    assert listed["path"] == seeded["path"]
+    assert "org/name" in cli("ls").stdout
+    shown = cli.json("show", "org/name")
+    assert {file["path"] for file in shown["file_list"]} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert "model.safetensors" in cli("show", "org/name").stdout
+    assert cli.json("verify", "org/name")[0]["ok"] is True
+    weights = Path(seeded["path"], "model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    (record,) = cli.json("verify", code=5)
+    assert record["findings"][0]["path"] == "model.safetensors"
+
+
+def test_warm_prints_the_timeline_record(hub: Hub, cli: Cli) -> None:
+    write_model(hub.folder / "org" / "name", seed=0)
+    record = cli.json("warm", "org/name", "--device", "cpu")
+    assert record["outcome"] == "downloaded"
+    assert record["spans"][-1]["name"] == "ready"
+    assert "build" in cli("warm", "org/name").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["seed", "org/unknown"], 3, "org/unknown"),
+        (["seed", "not-a-reference"], 2, "org/name"),
+        (["seed", "org/name@../x"], 2, "revision"),
+        (["seed", "org/gated"], 4, "HF_TOKEN"),
+        (["seed", "org/pickles"], 8, "pickles"),
+        (["seed", "org/name", "--dtype", "int3"], 2, "int3"),
+        (["path", "org/name"], 3, "modelstore seed org/name"),
+        (["show", "@chat"], 3, "alias"),
+        (["seed", "file:///nowhere"], 3, "file:///nowhere"),
+        (["ls", "--root", "/dev/null/x"], 1, "MODELSTORE_ROOT"),
+        (["seed", "org/name", "--root", "/dev/null/x"], 1, "MODELSTORE_ROOT"),
+        (["seed", "org/name", "--overflow", "wrap"], 2, "overflow"),
+        (["seed"], 2, "REF"),
+        (["frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_bad_input_is_one_line_and_the_right_code(
+    hub: Hub, cli: Cli, arguments: list[str], code: int, words: str
+) -> None:
+    write_repo(hub.folder / "org" / "name")
+    write_repo(hub.folder / "org" / "gated")
+    hub.gated.add("org/gated")
+    pickles = write_repo(hub.folder / "org" / "pickles")
+    (pickles / "model.safetensors").rename(pickles / "pytorch_model.bin")
+    done = cli(*arguments, code=code)
+    assert words in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    usage = "Usage:" in done.stderr
+    assert len(errors) == (0 if usage else 1), done.stderr
+    assert done.stdout == ""
+
+
+def test_a_bad_setting_names_its_variable(cli: Cli) -> None:
+    cli.env = cli.env | {"MODELSTORE_LEASE_S": "soon"}
+    assert "MODELSTORE_LEASE_S" in cli("ls", code=2).stderr
+
+
+def test_a_hub_that_is_down_is_one_line(hub: Hub, cli: Cli) -> None:
+    hub.stop()
+    done = cli("seed", "org/name", code=1)
+    assert "could not be reached" in done.stderr
+
+
+def test_a_narrow_terminal_and_a_pipe_look_right(hub: Hub, cli: Cli) -> None:
+    write_repo(hub.folder / "organisation" / "a-model-with-a-rather-long-name-indeed")
+    cli.env = cli.env | {"COLUMNS": "60"}
+    cli("seed", "organisation/a-model-with-a-rather-long-name-indeed")
+    out = cli("ls").stdout
+    assert "\x1b" not in out
+    assert "".join(line.split()[0] for line in out.splitlines()[1:]).startswith("organisation/a-model")
