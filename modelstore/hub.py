@@ -1,4 +1,4 @@
-"""The Hub as a source: metadata and auth through huggingface_hub, bytes by HTTP ranges over its client.
+"""The Hub as a source: metadata and auth through huggingface_hub, bytes by HTTP ranges (`wire.py`).
 
 The library's own download is not used because it cannot resume in another process and accepts wrong bytes of the right
 size. Every error of the library and of HTTP becomes one of ours here; none of them ever carries a token or the query
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException, HTTPResponse
 from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
@@ -34,6 +35,7 @@ from modelstore.manifest import SourceRecord
 from modelstore.reference import Reference, is_commit
 from modelstore.settings import Settings
 from modelstore.sources import ByteStream, Resolved, SourceFile
+from modelstore.wire import open_url
 
 _TIMEOUT_S = 30.0
 _METADATA_ATTEMPTS = 5
@@ -101,7 +103,7 @@ class HubSource:
         """Stream `length` bytes from `offset`; a server that ignores ranges gives a stream that starts at 0."""
         headers = {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
         if length == 0:
-            yield ByteStream(offset, iter(()))
+            yield ByteStream(offset, lambda _view: 0)
             return
         with self._mapped(file.path), self._response(resolved, file, headers) as response:
             total = _total_size(response)
@@ -110,10 +112,10 @@ class HubSource:
                     f"{file.path} of {resolved.repo_id} has {total} bytes where the Hub states {file.size_bytes}: "
                     "nothing was published; tell the repo's owner, or name another revision"
                 )
-            yield ByteStream(offset if response.status_code == 206 else 0, response.iter_raw())
+            yield ByteStream(offset if response.status == 206 else 0, response.readinto)
 
     @contextmanager
-    def _response(self, resolved: Resolved, file: SourceFile, headers: dict[str, str]) -> Iterator[Any]:
+    def _response(self, resolved: Resolved, file: SourceFile, headers: dict[str, str]) -> Iterator[HTTPResponse]:
         """The streaming response with the bytes, redirects followed; the token goes to the Hub's own host only."""
         own = hf_hub_url(resolved.repo_id, file.path, revision=resolved.commit, endpoint=self._endpoint)
         auth = build_hf_headers(token=self._token)
@@ -121,32 +123,32 @@ class HubSource:
             known = self._locations.get(file.path)
         url = known or own
         for _ in range(_MAX_REDIRECTS):
-            with get_session().stream(
-                "GET",
-                url,
-                headers=(auth if _same_host(url, own) else {}) | headers,
-                follow_redirects=False,
-                timeout=_TIMEOUT_S,
-            ) as response:
-                if response.has_redirect_location:
+            sent = (auth if _same_host(url, own) else {}) | headers
+            with open_url(url, sent, timeout_s=_TIMEOUT_S) as response:
+                if response.status in (301, 302, 303, 307, 308) and response.headers["Location"]:
                     url = urljoin(url, response.headers["Location"])
                     with self._locations_lock:
                         self._locations[file.path] = url
                     continue
-                if known and url == known and response.status_code in (401, 403, 404, 410):
+                if known and url == known and response.status in (401, 403, 404, 410):
                     known, url = None, own  # the signed address has expired: ask for a new one
                     continue
-                if response.status_code not in (200, 206):
-                    response.read()
-                    if not _same_host(url, own):
-                        raise HubUnavailable(
-                            f"the Hub's storage answered {response.status_code} for {file.path}",
-                            retry_after_s=_retry_after(response),
-                        )
-                    hf_raise_for_status(response)
+                if response.status not in (200, 206):
+                    self._raise_for(response, file, url, own, sent)
                 yield response
                 return
         raise HubUnavailable(f"{file.path} of {resolved.repo_id}: redirected more than {_MAX_REDIRECTS} times")
+
+    def _raise_for(self, response: HTTPResponse, file: SourceFile, url: str, own: str, sent: dict[str, str]) -> None:
+        """Raise for a response without bytes. What the Hub's own answers mean, its library knows: it asks again."""
+        if response.status not in _BUSY and _same_host(url, own):
+            hf_raise_for_status(get_session().head(own, headers=sent, follow_redirects=False, timeout=_TIMEOUT_S))
+        if response.status == 416:
+            raise DigestMismatch(f"{file.path} is shorter than the Hub states: nothing was published")
+        raise HubUnavailable(
+            f"{_host(url)} answers {response.status} for {file.path} of {self._reference.name}: try again later",
+            retry_after_s=_retry_after(response),
+        )
 
     def _retrying(self, call: Callable[[], T]) -> T:
         for attempt in range(1, _METADATA_ATTEMPTS + 1):
@@ -171,7 +173,7 @@ class HubSource:
             raise HubUnavailable("HF_HUB_OFFLINE is set: unset it to download, or use what the volume holds") from error
         except hub_errors.HfHubHTTPError as error:
             raise self._explained(error, what) from None  # the original shows addresses, signed ones among them
-        except (_HTTPError, OSError) as error:
+        except (_HTTPError, HTTPException, OSError) as error:
             raise HubUnavailable(
                 f"{_host(self._endpoint)} could not be reached for {what} of {self._reference.name} "
                 f"({type(error).__name__}): check the network and HF_ENDPOINT, then try again"
@@ -200,8 +202,6 @@ class HubSource:
                 f"{_host(self._endpoint)} answers {status} for {what} of {name}: it is busy, try again later",
                 retry_after_s=_retry_after(error.response),
             )
-        if status == 416:
-            return DigestMismatch(f"{what} of {name} is shorter than the Hub states: nothing was published")
         return HubUnavailable(f"{_host(self._endpoint)} answers {status} for {what} of {name}: try again later")
 
 
@@ -220,10 +220,10 @@ def _retry_after(response: Any) -> float | None:
         return None
 
 
-def _total_size(response: Any) -> int | None:
+def _total_size(response: HTTPResponse) -> int | None:
     text = (
         response.headers.get("Content-Range", "").rpartition("/")[2]
-        if response.status_code == 206
+        if response.status == 206
         else response.headers.get("Content-Length", "")
     )
     return int(text) if text.isascii() and text.isdigit() else None

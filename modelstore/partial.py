@@ -46,7 +46,7 @@ class RunningDigests:
         self._in_block = 0
         self._blocks: list[str] = []
 
-    def update(self, data: bytes | memoryview) -> None:
+    def update(self, data: bytes | bytearray | memoryview) -> None:
         self._sha256.update(data)
         view = memoryview(data)
         while view:
@@ -90,7 +90,7 @@ class PartialFile:
         self._lock = threading.Lock()
         self._front_lock = threading.Lock()
         self._front = 0
-        self._ahead: dict[int, bytes] = {}
+        self._ahead: dict[int, bytes | bytearray] = {}
         self._digests = RunningDigests()
 
     def resume(self) -> int:
@@ -119,14 +119,13 @@ class PartialFile:
                 gaps.append((index, index + 1))
         return gaps
 
-    def put(self, index: int, data: bytes) -> bool:
-        """Store one granule with its slot; False where it was there already."""
+    def put(self, index: int, data: bytes | bytearray) -> bool:
+        """Store one granule with its slot, and keep `data`; False where it was there already."""
         if self._have[index]:
             return False
         durable.write_at(self._fd, data, index * GRANULE_BYTES, path=self.path)
         durable.write_at(self._journal_fd, self._slot(index, data), index * _SLOT_BYTES, path=self._journal)
-        self._arrived(index, data)
-        return True
+        return self._arrived(index, data)
 
     def has(self, index: int) -> bool:
         return self._have[index]
@@ -164,17 +163,20 @@ class PartialFile:
     def _read(self, index: int) -> bytes:
         return os.pread(self._fd, self._length(index), index * GRANULE_BYTES)
 
-    def _slot(self, index: int, data: bytes) -> bytes:
+    def _slot(self, index: int, data: bytes | bytearray) -> bytes:
         checksum = xxhash.xxh3_64_digest(data)
         identity = f"{self.file.path}\0{self.file.size_bytes}\0{self.file.sha256 or self.file.git_oid}\0{index}"
         return checksum + xxhash.xxh3_64_digest(checksum + identity.encode())
 
-    def _arrived(self, index: int, data: bytes) -> None:
+    def _arrived(self, index: int, data: bytes | bytearray) -> bool:
         with self._lock:
+            if self._have[index]:
+                return False
             self._have[index] = True
             if (index - self._front) * GRANULE_BYTES < _AHEAD_BYTES:
                 self._ahead[index] = data
         self._advance()
+        return True
 
     def _advance(self, *, wait_for_turn: bool = False) -> None:
         """Digest granules from the front on; one thread does it at a time, the others leave theirs to it."""

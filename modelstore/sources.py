@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,6 @@ from typing import Protocol
 from modelstore.errors import NotFound, RepoNotFound, UnsafeName
 from modelstore.manifest import SourceRecord
 from modelstore.reference import Reference, is_commit, local_repo_id
-
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +42,13 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class ByteStream:
-    """Bytes of a file from `offset` on, which may lie before the offset that was asked for."""
+    """Bytes of a file from `offset` on, which may lie before the offset that was asked for.
+
+    `readinto` fills what it is given as far as bytes come at once, and returns how many; 0 at the end.
+    """
 
     offset: int
-    chunks: Iterator[bytes]
+    readinto: Callable[[memoryview], int]
 
 
 class Source(Protocol):
@@ -159,14 +160,17 @@ class HfCacheSource:
 @contextmanager
 def _stream(path: Path, offset: int, length: int) -> Iterator[ByteStream]:
     with path.open("rb", buffering=0) as file:
-        yield ByteStream(offset, _chunks(file.fileno(), offset, length))
+        file.seek(offset)
+        yield ByteStream(offset, file.readinto)
 
 
-def _chunks(fd: int, offset: int, length: int) -> Iterator[bytes]:
-    while length > 0 and (data := os.pread(fd, min(length, _CHUNK_BYTES), offset)):
-        yield data
-        offset += len(data)
-        length -= len(data)
+def read_all(stream: ByteStream, length: int) -> bytes:
+    """`length` bytes of a stream, fewer where it ends before."""
+    buffer = memoryview(bytearray(length))
+    done = 0
+    while done < length and (count := stream.readinto(buffer[done:])):
+        done += count
+    return bytes(buffer[:done])
 
 
 def _sha256_of(path: Path) -> str:

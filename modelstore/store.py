@@ -31,7 +31,7 @@ from modelstore.layout import FORMAT_VERSION, Layout, SnapshotKey
 from modelstore.observer import SILENT, Observer
 from modelstore.reference import Reference, is_commit, parse_reference
 from modelstore.settings import Dtype, Settings, parse_dtype
-from modelstore.sources import FolderSource, HfCacheSource, Resolved, Source
+from modelstore.sources import FolderSource, HfCacheSource, Resolved, Source, read_all
 from modelstore.timeline import Span, Timeline
 
 logger = logging.getLogger(__name__)
@@ -264,7 +264,7 @@ def _resolve_whole(cached: HfCacheSource) -> Resolved | None:
         return resolved if any(path.endswith(".safetensors") for path in paths) else None
     with cached.open(resolved, index, 0, index.size_bytes) as stream:
         try:
-            shards = set(json.loads(b"".join(stream.chunks))["weight_map"].values())
+            shards = set(json.loads(read_all(stream, index.size_bytes))["weight_map"].values())
         except (ValueError, KeyError, AttributeError, TypeError):
             return None
     return resolved if shards <= paths else None

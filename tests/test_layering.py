@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "modelstore"
 ORDER = [
     "errors", "timeline", "reference", "layout", "settings", "manifest", "durable", "claim", "observer", "sources",
-    "hub", "partial", "download", "header", "convert", "selection", "catalog", "fill", "store", "verify", "reader", "loader",
+    "wire", "hub", "partial", "download", "header", "convert", "selection", "catalog", "fill", "store", "verify", "reader", "loader",
     "warmstart", "cli",
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "runpod", "accelerate"}

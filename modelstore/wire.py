@@ -1,0 +1,49 @@
+"""One ranged GET, for bytes by the gigabyte: the standard library's HTTP, with as little Python a byte as can be.
+
+Proxies of the environment are used, redirects are not followed and no status is an error here: what an answer means is
+the caller's business. `HTTPResponse.readinto` fills a buffer in C with the interpreter's lock released; on loopback one
+connection takes 4 GB/s where httpx takes 1.3, and four of them 1.1 where httpx takes 0.5 (two cores, measured).
+"""
+
+from __future__ import annotations
+
+import ssl
+import urllib.request
+from collections.abc import Mapping
+from functools import cache
+from http.client import HTTPResponse
+from typing import cast
+
+
+def open_url(url: str, headers: Mapping[str, str], *, timeout_s: float) -> HTTPResponse:
+    """GET `url`; the response is a context manager whose `readinto` gives the body. Raises OSError, HTTPException.
+
+    `timeout_s` bounds connecting and each wait for bytes, not the whole.
+    """
+    request = urllib.request.Request(url, headers=dict(headers))  # noqa: S310  http and https alone, see _opener
+    return cast(HTTPResponse, _opener().open(request, timeout=timeout_s))
+
+
+@cache
+def _opener() -> urllib.request.OpenerDirector:
+    """An opener that speaks http and https, through proxies where the environment names them, and nothing else."""
+    opener = urllib.request.OpenerDirector()
+    handlers = (
+        urllib.request.ProxyHandler(),
+        urllib.request.UnknownHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(context=_tls()),
+    )
+    for handler in handlers:
+        opener.add_handler(handler)
+    return opener
+
+
+def _tls() -> ssl.SSLContext:
+    """Verified TLS against the system's authorities (or SSL_CERT_FILE's); certifi's in an image that has none."""
+    context = ssl.create_default_context()
+    if not context.cert_store_stats()["x509_ca"]:
+        import certifi
+
+        context.load_verify_locations(certifi.where())
+    return context
