@@ -103,8 +103,8 @@ class Timeline:
         return json.dumps({"timeline": self.as_json()}, separators=(",", ":"))
 
     def waterfall(self, *, width: int = 60) -> str:
-        """The spans drawn as bars over one time axis, a line each, for a terminal of `width` columns and more."""
-        spans = self.spans
+        """The spans drawn as bars over one time axis, a line each, in `width` columns; under 10 ms is left out."""
+        spans = [span for span in self.spans if span.end - span.start >= 0.01 or span.name == "ready"]
         total = max((span.end for span in spans), default=0.0) or 1.0
         label = max((len(span.name) for span in spans), default=0)
         bar = max(10, width - label - 10)

@@ -129,8 +129,7 @@ def wait_until_ready(workers: list[Worker], root: Path, progress: Progress) -> N
                 raise SystemExit("\n".join([*worker.lines[-5:], f"error: {worker.name} ended before it was ready"]))
             task = tasks[worker.name]
             if worker.timeline is not None:
-                size = next(span["bytes"] for span in worker.timeline["spans"] if span["name"] == "read")
-                progress.update(task, description=f"{worker.name}: ready", total=size, completed=size)
+                show_ready(worker, progress, task)
             elif record is not None and record.state == "held":
                 doing = "downloading" if record.worker == worker.name else f"waiting for {record.worker}"
                 progress.update(
@@ -140,7 +139,13 @@ def wait_until_ready(workers: list[Worker], root: Path, progress: Progress) -> N
                 progress.update(task, description=f"{worker.name}: loading")
         time.sleep(0.1)
     for worker in workers:
-        progress.update(tasks[worker.name], description=f"{worker.name}: ready")
+        show_ready(worker, progress, tasks[worker.name])
+
+
+def show_ready(worker: Worker, progress: Progress, task: TaskID) -> None:
+    assert worker.timeline is not None
+    size = next(span["bytes"] for span in worker.timeline["spans"] if span["name"] == "read")
+    progress.update(task, description=f"{worker.name}: ready", total=size, completed=size)
 
 
 def current_claim(root: Path) -> Any:
@@ -199,17 +204,16 @@ def show(console: Console, workers: list[Worker]) -> None:
 
 
 def summary(console: Console, workers: list[Worker]) -> None:
-    table = Table(title="process start to ready", title_justify="left")
-    for name in ("", "worker"):
-        table.add_column(name)
-    for name in ("ready s", "wait s", "download s", "read s", "imports s", "build s"):
+    table = Table(title="process start to ready, in seconds", title_justify="left")
+    table.add_column("")
+    for name in ("ready", "wait", "download", "read", "import", "build"):
         table.add_column(name, justify="right")
     names = {"downloaded": "first run", "resumed": "first run", "waited": "waited", "hit": "warm start"}
     for worker in workers:
         assert worker.timeline is not None
         spans = ("wait", "download", "read", "import", "build")
         figures = [f"{worker.seconds(name):.1f}" for name in spans]
-        table.add_row(names[worker.timeline["outcome"]], worker.name, f"{worker.ready_s:.1f}", *figures)
+        table.add_row(f"{names[worker.timeline['outcome']]} ({worker.name})", f"{worker.ready_s:.1f}", *figures)
     console.print(table)
 
 
