@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,10 +92,10 @@ def sync_path(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `path` whole: a temporary file beside it, fsync, rename over it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write `path` whole: a temporary file of its own beside it, fsync, rename over it."""
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # process ids repeat from container to container
     make_folder(path.parent)
-    fd = open_for_write(temporary)
+    fd = open_for_write(temporary, exclusive=True)
     try:
         write_at(fd, data, 0, path=temporary)
         set_size(fd, len(data), path=temporary)

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPResponse
@@ -39,6 +40,7 @@ from modelstore.wire import open_url
 
 _TIMEOUT_S = 30.0
 _METADATA_ATTEMPTS = 5
+_METADATA_LIMIT_S = 120.0
 _MAX_REDIRECTS = 5
 _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -154,7 +156,7 @@ class HubSource:
         for attempt in range(1, _METADATA_ATTEMPTS + 1):
             try:
                 with self._mapped("its metadata"):
-                    return call()
+                    return _within(_METADATA_LIMIT_S, call)
             except HubUnavailable as error:
                 if attempt == _METADATA_ATTEMPTS:
                     raise
@@ -203,6 +205,21 @@ class HubSource:
                 retry_after_s=_retry_after(error.response),
             )
         return HubUnavailable(f"{_host(self._endpoint)} answers {status} for {what} of {name}: try again later")
+
+
+def _within(limit_s: float, call: Callable[[], T]) -> T:
+    """The result of `call`, or TimeoutError: listing a repo's files takes no timeout, and a Hub that accepts the
+    connection and stays silent would hold the worker, and all who wait for it, for ever."""
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:  # handed to the caller
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="hub-metadata", daemon=True).start()
+    return outcome.result(limit_s)
 
 
 def backoff_s(attempt: int, retry_after_s: float | None) -> float:

@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -38,6 +38,10 @@ class Resolved:
     commit: str
     revision: str
     record: SourceRecord
+
+    def for_revision(self, revision: str) -> Resolved:
+        """The same commit, as what `revision` stands for."""
+        return replace(self, revision=revision, record=replace(self.record, revision=revision))
 
 
 @dataclass(frozen=True, slots=True)

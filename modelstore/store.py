@@ -105,12 +105,8 @@ class ModelStore:
             found = self.lookup(wanted, dtype=variant)
             if found is None and overflow == "bfloat16" and variant == "float16":
                 found = self.lookup(wanted, dtype="bfloat16")
-        if found is not None and (not refresh or is_commit(wanted.revision)):
+        if found is not None and (not refresh or is_commit(wanted.revision) or self.settings.offline):
             return found
-        if self.settings.offline and not any(c.is_dir() for c in self.settings.hf_caches) and wanted.kind == "hub":
-            if found is not None:
-                return found
-            raise _not_here(wanted, self.settings)
         with timeline.span("lookup"):
             source, resolved = self._resolve(wanted, refresh=refresh)
         try:
@@ -120,7 +116,7 @@ class ModelStore:
                 raise
             logger.warning("%s: storing bfloat16 instead, as allowed", error)
             snapshot = self._obtain(source, resolved, "bfloat16", wait_s, observer, timeline)
-        self._record_commit(resolved)
+        self._record_commit(resolved, replacing=refresh)
         return snapshot
 
     def _obtain(
@@ -201,31 +197,31 @@ class ModelStore:
         return replace(snapshot, status="resumed" if filled.reused else "downloaded", downloaded_bytes=filled.network)
 
     def _resolve(self, wanted: Reference, *, refresh: bool) -> tuple[Source, Resolved]:
-        """The source to fill from, and the commit. The HF cache on the volume goes first: it costs no network."""
+        """The source to fill from, and the commit: the Hub's where it is asked, else the one that was recorded.
+
+        An HF cache on the volume that has the commit goes before the Hub: it costs no network.
+        """
         if wanted.kind == "file":
             folder = FolderSource(wanted)
             return folder, folder.resolve()
-        caches = [HfCacheSource(cache, wanted) for cache in self.settings.hf_caches]
         if refresh and not self.settings.offline:
-            hub = HubSource(wanted, self.settings, sleep=self._sleep)
-            resolved = hub.resolve()
-            pinned = replace(wanted, revision=resolved.commit)
-            for cached in (HfCacheSource(cache, pinned) for cache in self.settings.hf_caches):
-                if (found := _resolve_whole(cached)) is not None:
-                    return cached, replace(found, revision=wanted.revision)
-            return hub, resolved
-        for cached in caches:
+            commit = HubSource(wanted, self.settings, sleep=self._sleep).resolve().commit
+        else:
+            commit = self.catalog.recorded_commit(wanted)
+        pinned = replace(wanted, revision=commit) if commit else wanted
+        for cached in (HfCacheSource(cache, pinned) for cache in self.settings.hf_caches):
             if (found := _resolve_whole(cached)) is not None:
-                return cached, found
+                return cached, found.for_revision(wanted.revision)
         if self.settings.offline:
             raise _not_here(wanted, self.settings)
-        hub = HubSource(wanted, self.settings, sleep=self._sleep)
-        return hub, hub.resolve()
+        hub = HubSource(pinned, self.settings, sleep=self._sleep)
+        return hub, hub.resolve().for_revision(wanted.revision)
 
-    def _record_commit(self, resolved: Resolved) -> None:
-        """Let the fleet use this commit for the revision from now on; written only where it changes."""
+    def _record_commit(self, resolved: Resolved, *, replacing: bool) -> None:
+        """Let the fleet use this commit for the revision from now on; `replacing` another one is for a seed alone."""
         path = self.layout.ref(resolved.repo_id, resolved.revision)
-        if is_commit(resolved.revision) or self.catalog.ref_commit(path) == resolved.commit:
+        recorded = self.catalog.ref_commit(path)
+        if is_commit(resolved.revision) or recorded == resolved.commit or (recorded and not replacing):
             return
         record = {"revision": resolved.revision, "commit": resolved.commit, "resolved_at": int(time.time())}
         durable.write_atomic(path, json.dumps(record).encode() + b"\n")

@@ -267,6 +267,16 @@ def test_a_hub_that_is_not_there_is_named_in_one_line(tmp_path: Path) -> None:
     assert len(slept) == 4
 
 
+@pytest.mark.parametrize("route", ["/revision/", "/tree/"])
+def test_a_hub_that_accepts_and_stays_silent_is_given_up(
+    hub: Hub, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    monkeypatch.setattr("modelstore.hub._METADATA_LIMIT_S", 0.2)
+    hub.faults.silent.add(route)
+    with pytest.raises(HubUnavailable, match="could not be reached"):
+        Fetch(hub, tmp_path / "volume").run()
+
+
 def test_no_error_shows_a_token_or_a_signed_address(hub: Hub, repo: Path, tmp_path: Path) -> None:
     hub.faults.status[WEIGHTS] = [(403, {})] * 1000
     with pytest.raises(HubUnavailable) as caught:

@@ -129,6 +129,16 @@ def peak_bytes(env: dict[str, str], name: str) -> float:
     return float(done.stdout)
 
 
+def test_seeding_needs_neither_torch_nor_transformers(hub: Hub, store_env: dict[str, str]) -> None:
+    write_repo(hub.folder / "org" / "name", shards=2)
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'accelerate', 'runpod')));"
+        "sys.argv = ['modelstore', 'seed', 'org/name']; from modelstore.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | store_env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_token_is_nowhere_on_the_volume_and_in_no_output(
     hub: Hub, store_env: dict[str, str], tmp_path: Path
 ) -> None:

@@ -35,7 +35,9 @@ from modelstore.errors import (
     UnsafeName,
     WaitTimeout,
 )
+from modelstore.layout import SnapshotKey
 from modelstore.manifest import parse_manifest
+from modelstore.observer import Observer
 from modelstore.store import ModelStore
 from modelstore.timeline import Timeline
 from modelstore.verify import verify_snapshot
@@ -103,6 +105,38 @@ def test_a_fleet_serves_one_commit_until_somebody_seeds_again(hub: Hub, store: M
     assert store.ensure("org/name").commit == second.commit
     assert store.ensure(f"org/name@{first.commit}").path == first.path
     assert len(list(store.snapshots())) == 2
+
+
+def test_a_snapshot_that_is_gone_is_made_again_at_the_commit_the_fleet_uses(hub: Hub, store: ModelStore) -> None:
+    repo = write_repo(hub.folder / "org" / "name")
+    first = store.ensure("org/name")
+    old = shutil.copytree(repo, hub.folder.parent / "old")
+    hub.revisions["org/name", "old"] = old
+    write_repo(repo, random_tensors(4, seed=1))
+    shutil.rmtree(first.path)
+    assert store.ensure("org/name").commit == first.commit
+    assert store.ensure("org/name").status == "present"
+
+
+def test_a_worker_that_finishes_late_does_not_turn_the_fleet_back(hub: Hub, make_store: MakeStore) -> None:
+    repo = write_repo(hub.folder / "org" / "name")
+    store = make_store()
+    old = hub.commit(repo)
+    hub.revisions["org/name", "old"] = shutil.copytree(repo, hub.folder.parent / "old")
+
+    class SeedMeanwhile(Observer):
+        """While the first worker downloads, somebody moves the branch and seeds."""
+
+        done = False
+
+        def filling(self, key: SnapshotKey, **_: Any) -> None:
+            if not self.done:
+                self.done = True
+                write_repo(repo, random_tensors(4, seed=1))
+                make_store().ensure("org/name", refresh=True)
+
+    assert store.ensure("org/name", observer=SeedMeanwhile()).commit == old
+    assert store.ensure("org/name").commit == hub.commit(repo) != old
 
 
 @pytest.mark.parametrize("trouble", ["down", "slow", "429"])
@@ -428,7 +462,6 @@ def test_the_manifest_tells_where_each_file_came_from(hub: Hub, store: ModelStor
 
 def test_a_wait_that_is_too_long_says_for_whom_and_what_to_do(hub: Hub, make_store: MakeStore) -> None:
     from modelstore.claim import Claim, Contender
-    from modelstore.layout import SnapshotKey
 
     repo = write_repo(hub.folder / "org" / "name")
     store = make_store(worker_id="b")
