@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Seeding against its competitors, each in a process of its own, in turn, from the same local hub.
 
-    python scripts/bench_seed.py [--size 1GB] [--runs 5] [--folder DIR] [--write docs/benchmarks.md]
+    python scripts/bench_seed.py [--size 1GB] [--runs 5] [--peak 20GB] [--folder DIR] [--write docs/benchmarks.md]
 
 Two checkpoints of one Llama with random weights, in shards: fp32 of --size, and fp16 of half of that.
 Competitors: huggingface_hub.snapshot_download alone, and followed by what the seed documents do with it:
@@ -12,6 +12,7 @@ are timed, imports included.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -24,6 +25,9 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+
+from modelstore.header import TensorInfo, encode_header
 from modelstore.settings import parse_size
 
 HERE = Path(__file__).parent.parent
@@ -110,6 +114,30 @@ def make_checkpoints(folder: Path, size_bytes: int) -> dict[str, str]:
     return {"fp32 checkpoint": "bench/fp32", "16-bit checkpoint": "bench/fp16"}
 
 
+def make_large(folder: Path, size_bytes: int) -> str:
+    """An fp32 checkpoint of this size in shards of 4 GB, one random block over and over; returns its name."""
+    repo = folder / "bench" / "large"
+    repo.mkdir(parents=True)
+    (repo / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    block = (np.random.default_rng(0).standard_normal(1 << 24) * 0.02).astype("<f4").tobytes()
+    shards = max(1, round(size_bytes / 4e9))
+    blocks = max(1, round(size_bytes / shards / len(block)))
+    weight_map = {}
+    for number in range(shards):
+        name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        tensors = tuple(
+            TensorInfo(f"{number}.{i}", "F32", (4096, 4096), i * len(block), (i + 1) * len(block))
+            for i in range(blocks)
+        )
+        with (repo / name).open("wb") as file:
+            file.write(encode_header(tensors, {"format": "pt"}))
+            for _ in tensors:
+                file.write(block)
+        weight_map |= {tensor.name: name for tensor in tensors}
+    (repo / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return "bench/large"
+
+
 def timed(code: str, endpoint: str, repo: str, folder: Path) -> tuple[float, float]:
     """Wall seconds of one process, and its peak memory in bytes."""
     target = Path(tempfile.mkdtemp(dir=folder))
@@ -158,7 +186,8 @@ def environment(folder: Path) -> str:
 def report(arguments: argparse.Namespace, folder: Path) -> str:
     hub_folder = folder / "hub"
     repos = make_checkpoints(hub_folder, parse_size("--size", arguments.size))
-    lines = [f"Measured by `python scripts/bench_seed.py --size {arguments.size} --runs {arguments.runs}`:"]
+    peak = f" --peak {arguments.peak}" if arguments.peak else ""
+    lines = [f"Measured by `python scripts/bench_seed.py --size {arguments.size} --runs {arguments.runs}{peak}`:"]
     lines += [environment(folder) + ".", ""]
     hub = subprocess.Popen([sys.executable, "-m", "tests.hub", hub_folder], cwd=HERE, stdout=subprocess.PIPE, text=True)
     try:
@@ -176,6 +205,14 @@ def report(arguments: argparse.Namespace, folder: Path) -> str:
                     print(f"{what}, run {run + 1}: {name}: {took:.2f} s", file=sys.stderr)
             lines += table(what, size_of(hub_folder / repo), seconds, peaks)
         milliseconds = hit_seconds(endpoint, repos["fp32 checkpoint"], folder) * 1000
+        if arguments.peak:
+            repo = make_large(hub_folder, parse_size("--peak", arguments.peak))
+            took, most = timed(OURS, endpoint, repo, folder)
+            size = size_of(hub_folder / repo)
+            lines += [
+                f"Seeding an fp32 checkpoint of {size / 1e9:.1f} GB took {took:.0f} s (once, its digests included on "
+            ]
+            lines[-1] += f"the hub's side) and at most {most / 1e9:.2f} GB of memory.\n"
         lines += [f"A hit (`store.ensure` on a published snapshot of {what_files(hub_folder)} files): "]
         lines[-1] += f"median {milliseconds:.2f} ms of 200."
     finally:
@@ -208,6 +245,7 @@ def table(what: str, size: int, seconds: dict[str, list[float]], peaks: dict[str
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", default="1GB", help="of the fp32 checkpoint")
+    parser.add_argument("--peak", help="also measure the peak memory of seeding a checkpoint of this size, e.g. 20GB")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the volume lies")
     parser.add_argument("--write", type=Path, help="a document whose section by this script is replaced")

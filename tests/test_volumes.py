@@ -1,0 +1,107 @@
+"""Volumes that are full or read-only: real mounts, in a mount namespace of the test's own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from modelstore.store import ModelStore
+from tests.checkpoints import random_tensors, write_repo
+from tests.hub import Hub
+
+MAY_MOUNT = os.geteuid() == 0 and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+needs_mount = pytest.mark.skipif(not MAY_MOUNT, reason="needs root and mount namespaces")
+
+SEED = [sys.executable, "-m", "modelstore", "seed", "org/name", "--quiet"]
+# statfs tells the truth on tmpfs; on RunPod it shows the whole cluster. This is what a seed sees there.
+SEED_WHERE_STATFS_LIES = """
+import os, sys
+real = os.statvfs
+os.statvfs = lambda path: os.statvfs_result((*real(path)[:4], 2**40, *real(path)[5:]))
+sys.argv = ["modelstore", "seed", "org/name", "--quiet"]
+from modelstore.cli import main
+main()
+"""
+
+
+OnMount = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def on_mount(tmp_path: Path, store_env: dict[str, str]) -> OnMount:
+    """Run a command after mounting something on the volume's folder; the mount ends with the command."""
+
+    def run(mount: str, *command: str, then: str = "true") -> subprocess.CompletedProcess[str]:
+        volume = tmp_path / "volume"
+        volume.mkdir(exist_ok=True)
+        script = f'cd / && {mount} && "$@"; code=$?; cd "$VOLUME" && {then}; exit $code'
+        return subprocess.run(
+            ["unshare", "-m", "sh", "-c", script, "sh", *command],
+            env=os.environ | store_env | {"VOLUME": str(volume)},
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    return run
+
+
+READ_ONLY = 'mount --bind "$VOLUME" "$VOLUME" && mount -o remount,bind,ro "$VOLUME"'
+
+
+def error_of(done: subprocess.CompletedProcess[str]) -> str:
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@needs_mount
+def test_a_full_volume_ends_the_download_in_one_line_and_publishes_nothing(hub: Hub, on_mount: OnMount) -> None:
+    write_repo(hub.folder / "org" / "name", random_tensors(8, (512, 512)))
+    done = on_mount(
+        'mount -t tmpfs -o size=4m none "$VOLUME"',
+        sys.executable,
+        "-c",
+        SEED_WHERE_STATFS_LIES,
+        then="find modelstore/models 2>/dev/null",
+    )
+    assert done.returncode == 6, done.stderr
+    assert "no space for" in error_of(done)
+    assert done.stdout == ""
+
+
+@needs_mount
+def test_a_volume_that_says_that_it_is_too_small_is_believed(hub: Hub, on_mount: OnMount) -> None:
+    write_repo(hub.folder / "org" / "name", random_tensors(8, (512, 512)))
+    done = on_mount('mount -t tmpfs -o size=4m none "$VOLUME"', *SEED)
+    assert done.returncode == 6
+    assert "GB free" in error_of(done)
+    assert hub.served.bytes["model.safetensors"] == 0
+
+
+@needs_mount
+def test_a_read_only_volume_is_named_where_something_must_be_written(hub: Hub, on_mount: OnMount) -> None:
+    write_repo(hub.folder / "org" / "name")
+    done = on_mount(READ_ONLY, *SEED)
+    assert done.returncode == 1
+    assert "Read-only file system" in error_of(done)
+    assert "MODELSTORE_ROOT" in error_of(done)
+
+
+@needs_mount
+def test_a_read_only_volume_serves_what_it_holds(hub: Hub, store: ModelStore, on_mount: OnMount) -> None:
+    write_repo(hub.folder / "org" / "name")
+    snapshot = store.ensure("org/name")
+    hub.stop()
+    code = "from modelstore import ModelStore; print(ModelStore.from_env().ensure('org/name').path)"
+    done = on_mount(READ_ONLY, sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(snapshot.path)
