@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import Any
 
 MAX_TOKENS = 2048
+MIN_TEMPERATURE = 0.01
 MAX_TEMPERATURE = 2.0
 MAX_PROMPT_CHARACTERS = 1_000_000
 
@@ -86,7 +87,7 @@ def parse_job(job: Mapping[str, Any], *, model: str) -> TextRequest:
         prompt=None if prompt is None else _prompt(prompt),
         messages=() if messages is None else _messages(messages),
         max_tokens=_integer(data, "max_tokens", 100, at_least=1, at_most=MAX_TOKENS),
-        temperature=_number(data, "temperature", 0.7, at_least=0.0, at_most=MAX_TEMPERATURE),
+        temperature=_temperature(data),
         top_p=_number(data, "top_p", 0.9, above=0.0, at_most=1.0),
     )
 
@@ -123,6 +124,14 @@ def _messages(value: object) -> tuple[Mapping[str, str], ...]:
     if sum(len(message["content"]) for message in value) > MAX_PROMPT_CHARACTERS:
         raise _invalid(f"messages must have at most {MAX_PROMPT_CHARACTERS} characters together")
     return tuple({"role": message["role"], "content": message["content"]} for message in value)
+
+
+def _temperature(data: Mapping[str, Any]) -> float:
+    """0 for greedy, else large enough that dividing by it stays finite: on a GPU it would not be an exception."""
+    value = _number(data, "temperature", 0.7, at_least=0.0, at_most=MAX_TEMPERATURE)
+    if 0 < value < MIN_TEMPERATURE:
+        raise _invalid(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE:g}, not {value:g}")
+    return value
 
 
 def _integer(data: Mapping[str, Any], name: str, default: int, *, at_least: int, at_most: int) -> int:

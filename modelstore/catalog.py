@@ -95,15 +95,26 @@ class Catalog:
         commit = self.recorded_commit(wanted)
         return self.published(SnapshotKey(repo_id_of(wanted), commit, dtype)) if commit else None
 
-    def snapshots(self) -> Iterator[Snapshot]:
-        """Every published snapshot, by repo and commit; damaged ones are left out, with a warning."""
+    def keys(self) -> Iterator[SnapshotKey]:
+        """Whatever stands where a snapshot belongs, damaged or not."""
         self.check_format()
         for repo in _folders(self._layout.models):
             for variant in _folders(repo):
-                key = key_from_parts(repo.name, variant.name)
-                snapshot = self.published(key) if key else None
-                if snapshot is not None:
-                    yield snapshot
+                if (key := key_from_parts(repo.name, variant.name)) is not None:
+                    yield key
+
+    def snapshots(self) -> Iterator[Snapshot]:
+        """Every published snapshot, by repo and commit; damaged ones are left out, with a warning."""
+        for key in self.keys():
+            if (snapshot := self.published(key)) is not None:
+                yield snapshot
+
+    def find_key(self, wanted: Reference, dtype: str) -> SnapshotKey | None:
+        """What `find` would look at, if anything stands there, damaged or not."""
+        self.check_format()
+        commit = self.recorded_commit(wanted)
+        key = SnapshotKey(repo_id_of(wanted), commit, dtype)
+        return key if commit and self._layout.snapshot(key).is_dir() else None
 
     def published(self, key: SnapshotKey) -> Snapshot | None:
         """The snapshot, if its manifest is there and every file that it names is there with its size."""
@@ -126,8 +137,10 @@ class Catalog:
         for file in manifest.files:
             try:
                 state = os.lstat(path / file.path)
-            except OSError:
+            except (FileNotFoundError, NotADirectoryError):
                 state = None
+            except OSError as error:
+                raise RootUnusable(f"cannot read {path}: {error.strerror}; check the mount") from error
             if state is None or not stat.S_ISREG(state.st_mode) or state.st_size != file.size_bytes:
                 logger.warning("%s is passed over: %s is missing or has another size", path, file.path)
                 return None
@@ -144,7 +157,7 @@ class Catalog:
         """The commit in one record under `refs/`; empty where there is none."""
         try:
             commit = json.loads(_read_file(path))["commit"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return ""
         return commit if isinstance(commit, str) and is_commit(commit) else ""
 
@@ -158,7 +171,7 @@ class Catalog:
             raise RootUnusable(
                 f"cannot read {self._layout.root}: {error.strerror}; check the mount and MODELSTORE_ROOT"
             ) from error
-        if not text.isdigit() or int(text) > FORMAT_VERSION:
+        if not text.isdigit() or len(text) > 9 or int(text) > FORMAT_VERSION:
             raise FormatTooNew(
                 f"{self._layout.root} has store format {text[:20].decode(errors='replace')!r}, this version knows "
                 f"{FORMAT_VERSION}: upgrade modelstore, or set MODELSTORE_ROOT to another folder"

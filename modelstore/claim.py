@@ -113,7 +113,7 @@ class Contender:
         generation = highest_generation(self._folder)
         if generation == 0:
             durable.make_folder(self._folder)
-            return self._create(1)
+            return self._create(1, after_the_dead=True)
         path = self._folder / str(generation)
         data = _read(path)
         now = self._clock()
@@ -122,33 +122,53 @@ class Contender:
         silent_s = now - self._seen_since
         record = parse_record(data)
         if record is not None and record.state != "held":
-            return self._create(generation + 1)
-        if silent_s >= self._lease_s:
-            logger.warning("taking over generation %d: silent for %.0f s", generation, silent_s)
-            return self._create(generation + 1)
+            return self._create(generation + 1, after_the_dead=True)
         if silent_s >= DEAD_AFTER_S and (lock := _try_lock(path)) is not None:
             try:
                 logger.warning("taking over generation %d: its process is gone", generation)
-                return self._create(generation + 1)
+                return self._create(generation + 1, after_the_dead=True)
             finally:
                 lock.release()
+        if silent_s >= self._lease_s:
+            logger.warning("taking over generation %d: silent for %.0f s", generation, silent_s)
+            return self._create(generation + 1, after_the_dead=False)
         return Holder(generation, record, silent_s)
 
-    def _create(self, generation: int) -> Claim | Holder:
+    def _create(self, generation: int, *, after_the_dead: bool) -> Claim | Holder:
         path = self._folder / str(generation)
         try:
             fd = durable.open_for_write(path, exclusive=True)
         except FileExistsError:
             return Holder(generation, None, 0.0)
         lock = _try_lock(path, timeout_s=_LOCK_TIMEOUT_S)
-        return Claim(path, fd, lock, self._record, heartbeat_s=min(_HEARTBEAT_S, self._lease_s / 4))
+        return Claim(
+            path,
+            fd,
+            lock,
+            self._record,
+            heartbeat_s=min(_HEARTBEAT_S, self._lease_s / 4),
+            after_the_dead=after_the_dead,
+        )
 
 
 class Claim:
-    """A generation that this process created. As a context manager it is released at the end of the block."""
+    """A generation that this process created. As a context manager it is released at the end of the block.
 
-    def __init__(self, path: Path, fd: int, lock: FileLock | None, record: ClaimRecord, *, heartbeat_s: float) -> None:
+    `after_the_dead`: nobody can still be writing under the generation before; False where its host was only silent.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        fd: int,
+        lock: FileLock | None,
+        record: ClaimRecord,
+        *,
+        heartbeat_s: float,
+        after_the_dead: bool,
+    ) -> None:
         self.generation = int(path.name)
+        self.after_the_dead = after_the_dead
         self._path = path
         self._fd = fd
         self._lock = lock

@@ -17,18 +17,20 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from modelstore import __version__
 from modelstore.catalog import Snapshot
 from modelstore.claim import Holder
-from modelstore.errors import ModelStoreError, NotFound, SnapshotNotFound
+from modelstore.errors import ModelStoreError, NotFound, Refused, SnapshotNotFound, UsageError
+from modelstore.evict import Removal
 from modelstore.layout import SnapshotKey
 from modelstore.observer import Observer
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings, parse_dtype
 from modelstore.store import ModelStore
-from modelstore.verify import verify_snapshot
+from modelstore.verify import verify_folder
 from modelstore.warmstart import LogObserver
 
 app = typer.Typer(
@@ -59,7 +61,7 @@ class _Context:
         if self.json:
             print(json.dumps(record, indent=2))
         elif not self.quiet:
-            text(Console(highlight=False, soft_wrap=True))
+            text(Console(highlight=False, markup=False, soft_wrap=True))
 
 
 _ROOT = Annotated[Path | None, typer.Option("--root", help="The store's folder; MODELSTORE_ROOT by default.")]
@@ -68,8 +70,25 @@ _QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no 
 _DEBUG = Annotated[bool, typer.Option("--debug", help="Show tracebacks and every log line.")]
 _REF = Annotated[str, typer.Argument(metavar="REF", help="org/name, org/name@revision or file:///folder")]
 _REFS = Annotated[list[str], typer.Argument(metavar="REF...", help="org/name, org/name@revision or file:///folder")]
-_DTYPE = Annotated[str | None, typer.Option("--dtype", help="float16 (default), bfloat16, float32 or keep")]
+_DTYPE = Annotated[
+    str | None, typer.Option("--dtype", help="float16 or fp16 (default), bfloat16 or bf16, float32, keep")
+]
 _REVISION = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit, where REF names none.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"modelstore {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """A shared model store on a network volume: seed it, look at it, start from it."""
 
 
 @app.command()
@@ -96,6 +115,8 @@ def seed(
         store = context.store()
         for text in references:
             parse_reference(text, revision=revision)
+        if wait_s is not None and not wait_s >= 0:
+            raise UsageError("--wait-s must be a number of seconds, at least 0")
         for text in references:
             try:
                 with _observer(context) as observer:
@@ -219,32 +240,69 @@ def verify(
     context = _Context(root, as_json, quiet, debug)
     with _errors(context):
         store = context.store()
-        chosen = [_found(store, reference, revision, dtype)] if reference else list(store.snapshots())
+        keys = [_found_key(store, reference, revision, dtype)] if reference else list(store.catalog.keys())
         records = []
-        for snapshot in chosen:
-            findings = verify_snapshot(snapshot)
+        for key in keys:
+            folder = store.layout.snapshot(key)
+            findings = verify_folder(folder, key)
             problems = [{"path": finding.path, "problem": finding.problem} for finding in findings]
-            records.append(_without_status(snapshot) | {"ok": not findings, "findings": problems})
+            records.append(_key_record(key, folder) | {"ok": not findings, "findings": problems})
     context.print(records, lambda console: _print_verified(console, records))
     raise typer.Exit(0 if all(record["ok"] for record in records) else 5)
 
 
+@app.command("rm")
+def remove(
+    reference: _REF,
+    dtype: _DTYPE = None,
+    revision: _REVISION = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and leave it.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    root: _ROOT = None,
+    as_json: _JSON = False,
+    quiet: _QUIET = False,
+    debug: _DEBUG = False,
+) -> None:
+    """Remove one snapshot from the volume; a worker that is reading it is not hurt."""
+    context = _Context(root, as_json, quiet, debug)
+    with _errors(context):
+        store = context.store()
+        key = _found_key(store, reference, revision, dtype)
+        plan, folder = Removal((key,)), store.layout.snapshot(key)
+        size = plan.size_bytes(store.layout)
+        question = f"remove {key}, {size / 1e9:.2f} GB, {folder}"
+        if not dry_run:
+            if not yes and not (sys.stdin.isatty() and typer.confirm(f"{question}?", err=True)):
+                raise Refused(f"not removed: {question} needs --yes")
+            plan.run(store.layout)
+    record = _key_record(key, folder) | {"bytes": size, "removed": not dry_run}
+    context.print(record, lambda console: console.print(f"{'would remove' if dry_run else 'removed'} {folder}"))
+
+
 def main() -> NoReturn:
     """The entry point."""
-    try:
-        app(standalone_mode=True)
-    except KeyboardInterrupt:
-        print("interrupted: what was downloaded is kept, the next call goes on from there", file=sys.stderr)
-        sys.exit(130)
+    app(standalone_mode=True)
     sys.exit(0)
+
+
+def _key_record(key: SnapshotKey, folder: Path) -> dict[str, Any]:
+    return {"repo_id": key.repo_id, "commit": key.commit, "dtype": key.dtype, "path": str(folder)}
+
+
+def _found_key(store: ModelStore, reference: str, revision: str | None, dtype: str | None) -> SnapshotKey:
+    """What stands where the snapshot belongs, damaged or not."""
+    wanted = parse_reference(reference, revision=revision)
+    variant = parse_dtype("--dtype", dtype) if dtype else store.settings.dtype
+    return store.catalog.find_key(wanted, variant) or _found(store, reference, revision, dtype).key
 
 
 def _found(store: ModelStore, reference: str, revision: str | None, dtype: str | None) -> Snapshot:
     snapshot = store.lookup(reference, revision=revision, dtype=dtype)
     if snapshot is None:
+        option = f" --dtype {dtype}" if dtype else ""
         raise SnapshotNotFound(
             f"{reference} is not in {store.settings.root} as {dtype or store.settings.dtype}: "
-            f"run `modelstore seed {reference}`, or look at `modelstore ls`"
+            f"run `modelstore seed {reference}{option}`, or look at `modelstore ls`"
         )
     return snapshot
 
@@ -266,6 +324,9 @@ def _errors(context: _Context) -> Iterator[None]:
             logging.getLogger(__name__).exception("failed")
         print(f"error: {error.strerror or error} ({error.filename or 'no file'}): check the volume", file=sys.stderr)
         raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        print("interrupted: what was downloaded is kept, the same command goes on from there", file=sys.stderr)
+        raise typer.Exit(130) from error
 
 
 def _report(error: ModelStoreError, context: _Context) -> None:
@@ -273,23 +334,28 @@ def _report(error: ModelStoreError, context: _Context) -> None:
 
 
 class _BarObserver(Observer):
-    """A progress bar on a terminal."""
+    """A progress bar on a terminal, with a line above it that says of what."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._task = progress.add_task("looking up", total=None)
+        self._task: TaskID | None = None
+        self._said = ""
 
     def filling(self, key: SnapshotKey, *, done: int, total: int, reused: int, eta_s: float | None) -> None:
-        self._progress.update(self._task, description=f"{key}", completed=done, total=total or None)
+        self._draw(f"downloading {key}", done, total)
 
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
         record = holder.record
-        self._progress.update(
-            self._task,
-            description=f"waiting for {holder.describe()}",
-            completed=record.done if record else 0,
-            total=(record.total if record else 0) or None,
-        )
+        who = record.worker if record else "another worker"
+        self._draw(f"waiting for {key} from {who}", record.done if record else 0, record.total if record else 0)
+
+    def _draw(self, what: str, done: int, total: int) -> None:
+        if what != self._said:
+            self._said = what
+            self._progress.console.print(what)
+        if self._task is None:
+            self._task = self._progress.add_task("", total=None)
+        self._progress.update(self._task, completed=done, total=total or None)
 
 
 @contextmanager
@@ -300,14 +366,8 @@ def _observer(context: _Context) -> Iterator[Observer]:
         logging.getLogger("modelstore.warmstart").setLevel(logging.INFO)
         yield LogObserver()
     else:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        columns = (BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True, markup=False), transient=True) as progress:
             yield _BarObserver(progress)
 
 

@@ -99,7 +99,7 @@ def config_in_dtype(data: bytes, dtype: Dtype) -> bytes:
     """A `config.json` that names the storage dtype, as `save_pretrained` after a cast would write it."""
     config = json.loads(data)
     _set_dtype(config, dtype)
-    return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(config, indent=2).encode() + b"\n"
 
 
 def _set_dtype(config: dict[str, Any], dtype: Dtype) -> None:

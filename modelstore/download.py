@@ -11,8 +11,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,7 +56,8 @@ OnFile = Callable[[SourceFile, Path, Digests], None]
 class Download:
     """Fetches files of one commit into staging.
 
-    `guard` is called before each request and each granule and raises where the claim was lost.
+    `guard` is called before each request and each granule and raises where the claim was lost. `inherited` is staging
+    of earlier generations, to copy from.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Download:
         resolved: Resolved,
         staging: StagingLayout,
         *,
+        inherited: Sequence[StagingLayout] = (),
         guard: Callable[[], None],
         progress: Progress,
         connections: int = CONNECTIONS,
@@ -73,6 +75,7 @@ class Download:
         self._source = source
         self._resolved = resolved
         self._staging = staging
+        self._inherited = inherited
         self._guard = guard
         self._progress = progress
         self._connections = connections
@@ -87,8 +90,11 @@ class Download:
         queue = _SpanQueue(list(files), self._connections)
         with ThreadPoolExecutor(self._connections, thread_name_prefix="fetch") as pool:
             workers = [pool.submit(self._work, queue, on_file, number) for number in range(self._connections)]
-        for worker in workers:
-            worker.result()
+            try:
+                wait(workers)
+            except BaseException as error:  # Ctrl-C: without this the pool's end would wait for the whole download
+                queue.stop(error)
+                raise
         if queue.error is not None:
             raise queue.error
 
@@ -118,7 +124,7 @@ class Download:
 
     def _open(self, file: SourceFile) -> PartialFile:
         partial = PartialFile(file, self._staging)
-        kept = partial.resume()
+        kept = partial.resume(self._inherited)
         self._progress.add(done=kept, reused=kept)
         return partial
 

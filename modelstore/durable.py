@@ -37,15 +37,19 @@ def mapped_errors(path: Path) -> Iterator[None]:
 def _mapped(error: OSError, path: Path) -> ModelStoreError | OSError:
     if error.errno in _FULL:
         return NoSpace(f"no space for {path}: {error.strerror}; free some, raise the quota, or remove a model")
-    if error.errno in _UNUSABLE:
-        return RootUnusable(f"cannot write {path}: {error.strerror}; mount the volume writable, or set MODELSTORE_ROOT")
-    return error
+    return _unusable(error, path) if error.errno in _UNUSABLE else error
+
+
+def _unusable(error: OSError, path: Path) -> RootUnusable:
+    return RootUnusable(f"cannot write {path}: {error.strerror}; mount the volume writable, or set MODELSTORE_ROOT")
 
 
 def make_folder(folder: Path) -> None:
-    """Create `folder` and its parents where they are missing."""
-    with mapped_errors(folder):
+    """Create `folder` and its parents where they are missing. Raises NoSpace, or RootUnusable for all else."""
+    try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise (_mapped(error, folder) if error.errno in _FULL else _unusable(error, folder)) from error
 
 
 def open_for_write(path: Path, *, exclusive: bool = False) -> int:

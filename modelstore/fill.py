@@ -33,7 +33,7 @@ from modelstore.convert import (
     storage_policy,
 )
 from modelstore.download import Download, Progress
-from modelstore.errors import BadSafetensors, IntegrityError, NoSpace, Refused
+from modelstore.errors import BadSafetensors, ClaimLost, IntegrityError, NoSpace, Refused
 from modelstore.header import Header
 from modelstore.layout import MANIFEST, Layout, SnapshotKey, StagingLayout
 from modelstore.manifest import (
@@ -42,6 +42,7 @@ from modelstore.manifest import (
     FileRecord,
     Manifest,
     Origin,
+    digest_of,
     file_as_json,
     parse_file_record,
 )
@@ -91,13 +92,21 @@ class Fill:
         self._claim = claim
         self._timeline = timeline
         self._observer = observer
-        self._staging = StagingLayout(layout.staging(key))
+        self._staging = StagingLayout(layout.staging(key) / str(claim.generation))
+        self._inherited = self._inherit()
         self._progress = Progress()
         self._download = Download(
-            source, resolved, self._staging, guard=self._guard, progress=self._progress, sleep=sleep
+            source,
+            resolved,
+            self._staging,
+            inherited=self._inherited,
+            guard=self._guard,
+            progress=self._progress,
+            sleep=sleep,
         )
         self._began = time.monotonic()
         self._checked = 0.0
+        self._stopping = False
         self._records: dict[str, FileRecord] = {}
         self._headers: dict[str, Header] = {}
         self._policies: dict[str, StoragePolicy] = {}
@@ -111,6 +120,7 @@ class Fill:
         resume, after an IntegrityError or Refused it is removed.
         """
         try:
+            durable.make_folder(self._staging.folder)
             with self._timeline.span("download") as span:
                 selection = self._select()
                 self._fetch_small(selection)
@@ -120,9 +130,21 @@ class Fill:
             with self._timeline.span("publish"):
                 manifest = self._publish()
         except (IntegrityError, Refused):
-            durable.remove_tree(self._staging.folder)
+            for staging in (self._staging, *self._inherited):
+                durable.remove_tree(staging.folder)
+            raise
+        except OSError:
+            self._claim.check()  # a successor moves our staging away under us: then that is what happened
             raise
         return Filled(manifest, self._progress.reused, self._progress.network)
+
+    def _inherit(self) -> list[StagingLayout]:
+        """Earlier generations' staging: moved to be ours where nobody can still write there, else to be copied from."""
+        folders = _generations(self._layout.staging(self._key), below=self._claim.generation)
+        if folders and self._claim.after_the_dead:
+            durable.rename(folders[0], self._staging.folder)
+            return []
+        return [StagingLayout(folder) for folder in folders]
 
     def _select(self) -> Selection:
         files = self._source.list_files(self._resolved)
@@ -163,7 +185,12 @@ class Fill:
                 job.add_done_callback(lambda _job: room.release())
                 jobs.append(job)
 
-            self._download.fetch(left, on_file)
+            try:
+                self._download.fetch(left, on_file)
+            except BaseException:
+                self._stopping = True  # conversions end at their next chunk, or Ctrl-C would wait for them
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         for job in jobs:
             job.result()
         if self._convert_began is not None:
@@ -173,7 +200,7 @@ class Fill:
         """The files that no earlier process has finished."""
         left = []
         for file in files:
-            record = self._finished(file)
+            record = self._finished(file) or self._finished_before(file)
             if record is None:
                 left.append(file)
                 continue
@@ -181,12 +208,30 @@ class Fill:
             self._progress.add(done=file.size_bytes, reused=file.size_bytes)
         return left
 
+    def _finished_before(self, file: SourceFile) -> FileRecord | None:
+        """The same for an inherited file, which is moved over: it was synced, so nobody writes to it any more."""
+        for staging in self._inherited:
+            try:
+                data = staging.done_file(file.path).read_bytes()
+                target = self._staging.snapshot_file(file.path)
+                durable.make_folder(target.parent)
+                durable.rename(staging.snapshot_file(file.path), target)
+            except FileNotFoundError:
+                continue
+            durable.write_atomic(self._staging.done_file(file.path), data)
+            if (record := self._finished(file)) is not None:
+                return record
+        return None
+
     def _finished(self, file: SourceFile) -> FileRecord | None:
         """An earlier process's record of `file`, if what lies there still has those bytes."""
         try:
             data = json.loads(self._staging.done_file(file.path).read_bytes())
-            record = parse_file_record(data, BLOCK_BYTES)
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            record = parse_file_record(data["record"], BLOCK_BYTES)
+            intact = record.path == file.path and data["digest"] == digest_of(data["record"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        if not intact:
             return None
         before = record.origin or Origin(record.size_bytes, record.sha256)
         if before.size_bytes != file.size_bytes or file.sha256 not in (None, before.sha256):
@@ -236,8 +281,8 @@ class Fill:
         self._done(file, record)
 
     def _done(self, file: SourceFile, record: FileRecord) -> None:
-        data = json.dumps(file_as_json(record), separators=(",", ":")).encode()
-        durable.write_atomic(self._staging.done_file(file.path), data)
+        data = {"record": file_as_json(record), "digest": digest_of(file_as_json(record))}
+        durable.write_atomic(self._staging.done_file(file.path), json.dumps(data, separators=(",", ":")).encode())
         self._records[file.path] = record
         durable.remove_file(self._staging.source_file(file.path))
         durable.remove_file(self._staging.journal_file(file.path))
@@ -270,7 +315,7 @@ class Fill:
         if metadata["total_size"] == total or not any(self._records[name].origin for name in shards):
             return
         metadata["total_size"] = total
-        data = json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n"
+        data = json.dumps(index, indent=2).encode() + b"\n"
         durable.write_atomic(target, data)
         before = record.origin or Origin(record.size_bytes, record.sha256)
         digests = RunningDigests()
@@ -294,7 +339,7 @@ class Fill:
         self._claim.check()
         if not durable.publish_folder(folder, self._layout.snapshot(self._key)):
             logger.info("%s was published by another worker first", self._key)
-        durable.remove_tree(self._staging.folder)
+        durable.remove_tree(self._layout.staging(self._key))
         return manifest
 
     def _check_space(self, left: list[SourceFile]) -> None:
@@ -313,6 +358,8 @@ class Fill:
 
     def _guard(self) -> None:
         """Raise ClaimLost where the claim is gone; asks the volume at most every 50 ms. Reports progress on the way."""
+        if self._stopping:
+            raise ClaimLost("this worker stops")
         now = time.monotonic()
         if now - self._checked < _CHECK_EVERY_S:
             return
@@ -323,6 +370,15 @@ class Fill:
         eta_s = (progress.total - progress.done) * (now - self._began) / fetched if fetched > 0 else None
         self._claim.report("downloading", done=progress.done, total=progress.total, eta_s=eta_s)
         self._observer.filling(self._key, done=progress.done, total=progress.total, reused=progress.reused, eta_s=eta_s)
+
+
+def _generations(folder: Path, *, below: int) -> list[Path]:
+    """The staging folders of earlier generations, the latest first."""
+    try:
+        numbers = sorted((int(name) for name in os.listdir(folder) if name.isascii() and name.isdigit()), reverse=True)
+    except FileNotFoundError:
+        return []
+    return [folder / str(number) for number in numbers if number < below]
 
 
 def has_blocks(path: Path, record: FileRecord, *, on_block: Callable[[int], None] | None = None) -> bool:

@@ -76,6 +76,7 @@ def parse_header(data: bytes | memoryview, *, file_bytes: int, where: str) -> He
         if not text.startswith("{"):
             raise ValueError("it does not begin with '{'")
         record = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        json.dumps(record, ensure_ascii=False).encode()  # a lone surrogate is JSON here, and in no other language
     except (ValueError, RecursionError) as error:
         raise _bad(where, f"its header is not JSON as the format wants it ({error})") from error
     metadata = record.pop("__metadata__", None)

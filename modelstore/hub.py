@@ -175,7 +175,7 @@ class HubSource:
             raise HubUnavailable("HF_HUB_OFFLINE is set: unset it to download, or use what the volume holds") from error
         except hub_errors.HfHubHTTPError as error:
             raise self._explained(error, what) from None  # the original shows addresses, signed ones among them
-        except (_HTTPError, HTTPException, OSError) as error:
+        except (_HTTPError, HTTPException, OSError, ValueError) as error:  # ValueError: an answer that is not JSON
             raise HubUnavailable(
                 f"{_host(self._endpoint)} could not be reached for {what} of {self._reference.name} "
                 f"({type(error).__name__}): check the network and HF_ENDPOINT, then try again"

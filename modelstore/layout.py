@@ -3,7 +3,7 @@
     <root>/
       FORMAT                                         "1"
       models/<org>--<name>/<commit>.<dtype>/         a published snapshot: the model's files and manifest.json
-      staging/<org>--<name>/<commit>.<dtype>/
+      staging/<org>--<name>/<commit>.<dtype>/<generation>/
         source/<file>                                bytes as the source has them, partial
         journal/<file>                               which blocks of it are complete (download.py)
         snapshot/<file>                              what will be published
@@ -31,7 +31,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 DTYPES = ("float16", "bfloat16", "float32", "keep")
 
-_MAX_COMPONENT_BYTES = 255
+_MAX_COMPONENT_BYTES = 240  # 255 less what our own suffixes take
 _MAX_PATH_BYTES = 1024
 _MAX_REF_CHARACTERS = 200
 _DEVICE_NAMES = frozenset(
@@ -164,9 +164,13 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class StagingLayout:
-    """The paths under one staging folder; `name` is a checked file name."""
+    """The paths under the staging folder of one generation; `name` is a checked file name."""
 
     folder: Path
+
+    @property
+    def done(self) -> Path:
+        return self.folder / "done"
 
     @property
     def snapshot(self) -> Path:
@@ -182,4 +186,4 @@ class StagingLayout:
         return self.snapshot / check_file_name(name)
 
     def done_file(self, name: str) -> Path:
-        return self.folder / "done" / f"{name}.json"
+        return self.done / f"{name}.json"

@@ -16,7 +16,7 @@ import transformers
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from modelstore.catalog import Snapshot
-from modelstore.errors import BadSafetensors, IntegrityError, NoWeights
+from modelstore.errors import BadSafetensors, IntegrityError, NoWeights, UsageError
 from modelstore.header import LENGTH_BYTES, header_length, parse_header
 from modelstore.reader import Reading, start_reading
 from modelstore.timeline import Span, Timeline
@@ -47,9 +47,17 @@ if hasattr(torch, "float8_e8m0fnu"):
     _TORCH["F8_E8M0"] = torch.float8_e8m0fnu
 
 
-def default_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """`device`, or where none is named CUDA if there is one, else the CPU. Raises UsageError where it is not here."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"{str(device)!r} is not a device: use cuda, cuda:0 or cpu") from error
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"this machine has no {target}: torch sees {torch.cuda.device_count()} GPUs; use cpu")
+    return target
 
 
 def load_tensors(
@@ -64,13 +72,14 @@ def load_tensors(
     `device` is CUDA where there is one by default; on the CPU the tensors share the read buffer. `reading`: a read of
     this snapshot that is in flight already. Raises DigestMismatch where bytes are not what was published.
     """
-    target = torch.device(device) if device is not None else default_device()
+    target = usable_device(device)
     timeline = timeline or Timeline()
     if reading is None:
         reading = start_reading(snapshot)
     tensors: dict[str, torch.Tensor] = {}
-    for file in reading.files:
+    for file in snapshot.weights:
         tensors |= _tensors_of(reading.wait(file.path), str(snapshot.path / file.path))
+    reading.wait_all()
     ended = reading.ended or reading.began
     timeline.add(Span("read", reading.began - timeline.began, ended - timeline.began, reading.size_bytes))
     if target.type != "cpu":
@@ -92,8 +101,11 @@ def load_model(
 
     `device`, `reading` and errors as in `load_tensors`; IntegrityError also where weights of the class are missing.
     """
-    target = torch.device(device) if device is not None else default_device()
+    target = usable_device(device)
     timeline = timeline or Timeline()
+    reading = reading or start_reading(snapshot)
+    for file in reading.files[: -len(snapshot.weights)]:
+        reading.wait(file.path)  # the config is parsed only once its bytes are known to be right
     transformers.utils.logging.disable_progress_bar()  # it would draw one bar a start into the worker's log
     config = AutoConfig.from_pretrained(snapshot.path, trust_remote_code=False)
     cls = model_class(config)

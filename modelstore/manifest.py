@@ -98,7 +98,7 @@ class Manifest:
             "files": [file_as_json(file) for file in self.files],
             "stored_unchanged": self.stored_unchanged,
         }
-        return json.dumps(record | {"digest": _digest(record)}, indent=1).encode() + b"\n"
+        return json.dumps(record | {"digest": digest_of(record)}, indent=1).encode() + b"\n"
 
 
 def parse_manifest(data: bytes, *, where: str) -> Manifest:
@@ -111,14 +111,15 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise FormatTooNew(f"{where} has format {version}, this version reads {FORMAT_VERSION}: upgrade modelstore")
         digest = record.pop("digest")
-        if version != FORMAT_VERSION or digest != _digest(record):
+        if version != FORMAT_VERSION or digest != digest_of(record):
             raise ValueError("its digest does not match")
         return _manifest(record)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UnsafeName) as error:
         raise BadManifest(f"{where} is damaged ({error}): remove the snapshot and seed it again") from error
 
 
-def _digest(record: Mapping[str, Any]) -> str:
+def digest_of(record: Mapping[str, Any]) -> str:
+    """The SHA-256 of a JSON record, written with sorted keys and no white space."""
     return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

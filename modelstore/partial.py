@@ -14,7 +14,10 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import xxhash
 
@@ -93,19 +96,36 @@ class PartialFile:
         self._ahead: dict[int, bytes | bytearray] = {}
         self._digests = RunningDigests()
 
-    def resume(self) -> int:
-        """Compare what is there with the journal and keep what matches; returns the bytes kept."""
-        slots = os.pread(self._journal_fd, self.granules * _SLOT_BYTES, 0)
-        kept = 0
+    def resume(self, inherited: Iterable[StagingLayout] = ()) -> int:
+        """Keep what matches its slot, and copy what does from `inherited` staging; returns the bytes kept.
+
+        Copying is for staging whose writer may still live: what it writes late goes into its file, not into ours. Nor
+        could ours be written on MooseFS for minutes, where a lost host's chunks stay locked.
+        """
+        kept = sum(
+            len(data) for index, data in self._intact_granules(self._fd, self._journal_fd) if self._arrived(index, data)
+        )
+        for staging in inherited:
+            with (
+                _opened(staging.source_file(self.file.path)) as fd,
+                _opened(staging.journal_file(self.file.path)) as journal_fd,
+            ):
+                if fd is not None and journal_fd is not None:
+                    kept += sum(
+                        len(data) for index, data in self._intact_granules(fd, journal_fd) if self.put(index, data)
+                    )
+        return kept
+
+    def _intact_granules(self, fd: int, journal_fd: int) -> Iterator[tuple[int, bytes]]:
+        """The granules that we lack and that match their slots."""
+        slots = os.pread(journal_fd, self.granules * _SLOT_BYTES, 0)
         for index in range(len(slots) // _SLOT_BYTES):
             slot = slots[index * _SLOT_BYTES : (index + 1) * _SLOT_BYTES]
-            if slot.count(0) == _SLOT_BYTES:
+            if self._have[index] or slot.count(0) == _SLOT_BYTES:
                 continue
-            data = self._read(index)
+            data = os.pread(fd, self._length(index), index * GRANULE_BYTES)
             if len(data) == self._length(index) and slot == self._slot(index, data):
-                self._arrived(index, data)
-                kept += len(data)
-        return kept
+                yield index, data
 
     def missing(self) -> list[tuple[int, int]]:
         """The gaps as (first granule, one past the last)."""
@@ -193,6 +213,20 @@ class PartialFile:
                         self._ahead.pop(self._front - 1, None)
             finally:
                 self._front_lock.release()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int | None]:
+    """A descriptor to read `path`, or None where there is no such regular file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        yield None
+        return
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _git_oid(fd: int, size_bytes: int) -> str:

@@ -136,15 +136,17 @@ class Reading:
     def _mismatch(self, block: _Block, what: str) -> DigestMismatch:
         name = self.files[block.file].path
         return DigestMismatch(
-            f"{self._folder / name} {what} at byte {block.offset}: run `modelstore rm` and seed the model again"
+            f"{self._folder / name} {what} at byte {block.offset}: "
+            "remove the snapshot (`modelstore rm`) and seed the model again"
         )
 
 
 def start_reading(snapshot: Snapshot, *, verify: bool = True) -> Reading:
-    """Start to read a snapshot's weights into host memory."""
+    """Start to read a snapshot into host memory: the small files, so that they are verified too, then the weights."""
     if not snapshot.weights:
         raise NoWeights(f"{snapshot.key} has no weights at its top: it is a pipeline, load it by its path")
-    return Reading(snapshot.path, snapshot.weights, block_bytes=snapshot.manifest.block_bytes, verify=verify)
+    small = [file for file in snapshot.manifest.files if not file.path.endswith(".safetensors")]
+    return Reading(snapshot.path, (*small, *snapshot.weights), block_bytes=snapshot.manifest.block_bytes, verify=verify)
 
 
 def _blocks(index: int, file: FileRecord, block_bytes: int) -> Iterable[_Block]:

@@ -24,7 +24,7 @@ _REVISION = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._/+-]{0,254})")
 _ALIAS = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
-_FORMS = "write org/name, org/name@revision, hf://org/name, file:///folder or @alias"
+_FORMS = "write org/name, org/name@revision, hf://org/name or file:///folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,11 @@ def parse_reference(text: str, *, revision: str | None = None) -> Reference:
         raise InvalidReference(f"{text!r} has a scheme that is not known: {_FORMS}")
     repo_id, at, named = body.partition("@")
     if not is_repo_id(repo_id):
-        hint = f"; did you mean an organisation's repo, as in org/{repo_id}?" if "/" not in repo_id and repo_id else ""
+        hint = ""
+        if text.startswith("/"):
+            hint = f"; did you mean file://{text}?"
+        elif repo_id and "/" not in repo_id:
+            hint = f"; did you mean an organisation's repo, as in org/{repo_id}?"
         raise InvalidReference(f"{text!r} is not a model reference: {_FORMS}{hint}")
     if at and revision and named != revision:
         raise InvalidReference(f"{text!r} names a revision and so does the setting ({revision!r}): keep one of them")
@@ -111,7 +115,10 @@ def _no_revision(text: str, revision: str | None) -> None:
 
 
 def _parse_file(text: str) -> Reference:
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        raise InvalidReference(f"{text!r} is not a local folder: write file:///absolute/folder") from None
     path = unquote(parts.path)
     if parts.netloc not in ("", "localhost") or not path.startswith("/") or parts.query or parts.fragment:
         raise InvalidReference(f"{text!r} is not a local folder: write file:///absolute/folder")

@@ -108,6 +108,10 @@ def _weight_map(path: str, data: bytes) -> dict[str, str]:
 
 def _shard(by_path: Mapping[str, SourceFile], folder: str, name: str, index: str) -> SourceFile:
     check_file_name(name)
+    if "/" in name:
+        raise BadSafetensors(
+            f"{index} places weights in the sub-folder {name[:120]!r}: name a repo with shards beside it"
+        )
     file = by_path.get(_join(folder, name))
     if file is None or not name.endswith(".safetensors"):
         raise BadSafetensors(f"{index} names {name[:120]!r}, which the repo does not have: name another revision")

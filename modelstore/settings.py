@@ -101,7 +101,7 @@ class Settings:
 
     def check_allowed(self, reference: Reference) -> None:
         """Raise Refused where MODELSTORE_ALLOWED_MODELS is set and names neither `reference` nor its repo."""
-        if not self.allowed_models or reference == self.model:
+        if not self.allowed_models:
             return
         for allowed in self.allowed_models:
             if reference in (allowed, Reference(allowed.kind, allowed.name, reference.revision)):
@@ -168,8 +168,13 @@ def _token(text: str) -> str | None:
 
 
 def _endpoint(text: str) -> str:
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and not parts.query
+        usable = usable and parts.port != 0  # a port that is no number raises
+    except ValueError:
+        usable = False
+    if not usable:
         raise InvalidSetting("HF_ENDPOINT is not an address: write it like https://huggingface.co")
     return text.rstrip("/")
 

@@ -8,6 +8,7 @@ and an HF cache that already lies on the volume, as RunPod's cached models do.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -81,6 +82,7 @@ class FolderSource:
 
     def __init__(self, reference: Reference) -> None:
         self._folder = Path(reference.name)
+        self._files: tuple[SourceFile, ...] = ()
         self._reference = reference
 
     def resolve(self) -> Resolved:
@@ -88,12 +90,17 @@ class FolderSource:
         if not self._folder.is_dir():
             raise NotFound(f"{self._reference} is not a folder: give the folder that holds the model's files")
         digest = hashlib.sha256()
-        for file in self.list_files(None):
-            digest.update(f"{file.path}\0{file.size_bytes}\0{_sha256_of(self._folder / file.path)}\0".encode())
+        self._files = tuple(replace(file, sha256=_sha256_of(self._folder / file.path)) for file in self._found())
+        for file in self._files:
+            digest.update(f"{file.path}\0{file.size_bytes}\0{file.sha256}\0".encode("utf-8", "surrogateescape"))
         record = SourceRecord(kind="file", location=self._folder.name, revision="")
         return Resolved(local_repo_id(self._reference), digest.hexdigest()[:40], self._reference.name, record)
 
-    def list_files(self, resolved: Resolved | None) -> tuple[SourceFile, ...]:
+    def list_files(self, resolved: Resolved) -> tuple[SourceFile, ...]:
+        """The files as `resolve` read them: one that changes afterwards does not match and is refused."""
+        return self._files
+
+    def _found(self) -> tuple[SourceFile, ...]:
         """Regular files below the folder, by name; links are not followed."""
         found = []
         for parent, folders, names in os.walk(self._folder):
@@ -113,7 +120,8 @@ class FolderSource:
 class HfCacheSource:
     """A model in an HF cache on the volume: `models--org--name/{refs,snapshots,blobs}`.
 
-    The cache names its blobs by their digests, so what is stored from here is verified as from the Hub.
+    The cache names its blobs by their digests, so what is stored from here is verified as from the Hub. A cache whose
+    download was cut short, or whose files are no links to blobs, is not `whole`, and the Hub is asked.
     """
 
     over_network = False
@@ -134,6 +142,29 @@ class HfCacheSource:
             raise RepoNotFound(f"{self._reference} is not in the HF cache at {self._repo.parent}: seed it from the Hub")
         record = SourceRecord(kind="hf-cache", location=self._repo.parent.name, revision=revision)
         return Resolved(self._reference.name, commit, revision, record)
+
+    def whole(self) -> Resolved | None:
+        """What the cache holds of the revision, if no part of a model can be missing and all can be verified."""
+        try:
+            resolved = self.resolve()
+        except NotFound:
+            return None
+        files = {file.path: file for file in self.list_files(resolved)}
+        if any((self._repo / "blobs").glob("*.incomplete")) or "config.json" not in files:
+            return None
+        if not all(file.sha256 or file.git_oid for file in files.values()):
+            return None
+        if "model.safetensors" in files:
+            return resolved
+        index = files.get("model.safetensors.index.json")
+        if index is None:
+            return None
+        with self.open(resolved, index, 0, index.size_bytes) as stream:
+            try:
+                shards = set(json.loads(read_all(stream, index.size_bytes))["weight_map"].values())
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+                return None
+        return resolved if shards <= files.keys() else None
 
     def list_files(self, resolved: Resolved) -> tuple[SourceFile, ...]:
         folder = self._repo / "snapshots" / resolved.commit

@@ -21,7 +21,6 @@ from modelstore.errors import (
     BadManifest,
     ClaimLost,
     Float16Overflow,
-    NotFound,
     SnapshotNotFound,
     WaitTimeout,
 )
@@ -31,7 +30,7 @@ from modelstore.layout import FORMAT_VERSION, Layout, SnapshotKey
 from modelstore.observer import SILENT, Observer
 from modelstore.reference import Reference, is_commit, parse_reference
 from modelstore.settings import Dtype, Settings, parse_dtype
-from modelstore.sources import FolderSource, HfCacheSource, Resolved, Source, read_all
+from modelstore.sources import FolderSource, HfCacheSource, Resolved, Source
 from modelstore.timeline import Span, Timeline
 
 logger = logging.getLogger(__name__)
@@ -210,7 +209,7 @@ class ModelStore:
             commit = self.catalog.recorded_commit(wanted)
         pinned = replace(wanted, revision=commit) if commit else wanted
         for cached in (HfCacheSource(cache, pinned) for cache in self.settings.hf_caches):
-            if (found := _resolve_whole(cached)) is not None:
+            if (found := cached.whole()) is not None:
                 return cached, found.for_revision(wanted.revision)
         if self.settings.offline:
             raise _not_here(wanted, self.settings)
@@ -243,27 +242,6 @@ class ModelStore:
         durable.make_folder(aside.parent)
         durable.rename(path, aside)
         logger.warning("%s is damaged: moved to %s, and fetched again", key, aside)
-
-
-def _resolve_whole(cached: HfCacheSource) -> Resolved | None:
-    """What an HF cache holds of the revision, if its weights are all there."""
-    try:
-        resolved = cached.resolve()
-        files = cached.list_files(resolved)
-    except NotFound:
-        return None
-    paths = {file.path for file in files}
-    if "model.safetensors" in paths or "model_index.json" in paths:
-        return resolved
-    index = next((file for file in files if file.path == "model.safetensors.index.json"), None)
-    if index is None:
-        return resolved if any(path.endswith(".safetensors") for path in paths) else None
-    with cached.open(resolved, index, 0, index.size_bytes) as stream:
-        try:
-            shards = set(json.loads(read_all(stream, index.size_bytes))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError):
-            return None
-    return resolved if shards <= paths else None
 
 
 def _parsed(reference: str | Reference, revision: str | None) -> Reference:

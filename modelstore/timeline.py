@@ -103,7 +103,10 @@ class Timeline:
         return json.dumps({"timeline": self.as_json()}, separators=(",", ":"))
 
     def waterfall(self, *, width: int = 60) -> str:
-        """The spans drawn as bars over one time axis, a line each, in `width` columns; under 10 ms is left out."""
+        """The spans drawn as bars over one time axis, a line each, in `width` columns; under 10 ms is left out.
+
+        Each line ends with how long the span took; `ready`, which is a moment, with when it was.
+        """
         spans = [span for span in self.spans if span.end - span.start >= 0.01 or span.name == "ready"]
         total = max((span.end for span in spans), default=0.0) or 1.0
         label = max((len(span.name) for span in spans), default=0)
@@ -115,7 +118,7 @@ class Timeline:
             lines.append(
                 f"{span.name:<{label}} {' ' * first}{'█' * min(length, bar - first or 1)}".ljust(label + bar + 2)
             )
-            lines[-1] += f"{span.end - span.start:6.2f} s"
+            lines[-1] += f"{span.end if span.name == 'ready' else span.end - span.start:6.2f} s"
         return "\n".join(lines)
 
 

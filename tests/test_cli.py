@@ -88,6 +88,40 @@ def test_ls_show_and_verify_tell_what_is_there(hub: Hub, cli: Cli) -> None:
     weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
     (record,) = cli.json("verify", code=5)
     assert record["findings"][0]["path"] == "model.safetensors"
+    for damaged, name in ((weights, "model.safetensors"), (weights.with_name("manifest.json"), "manifest.json")):
+        damaged.write_bytes(damaged.read_bytes()[:-10])
+        for arguments in (["verify"], ["verify", "org/name"]):
+            (record,) = cli.json(*arguments, code=5)
+            assert record["findings"][0]["path"] == name
+    assert cli.json("rm", "org/name", "--yes")["removed"] is True
+    assert cli.json("verify") == []
+
+
+def test_rm_removes_one_variant_and_only_when_told(hub: Hub, cli: Cli) -> None:
+    write_repo(hub.folder / "org" / "name")
+    seeded = cli.json("seed", "org/name")
+    other = cli.json("seed", "org/name", "--dtype", "keep")
+    assert cli.json("rm", "org/name", "--dry-run")["removed"] is False
+    assert "--yes" in cli("rm", "org/name", code=8).stderr
+    assert Path(seeded["path"]).is_dir()
+    assert cli.json("rm", "org/name", "--yes")["removed"] is True
+    assert not Path(seeded["path"]).exists()
+    assert Path(other["path"]).is_dir()
+    assert list(Path(seeded["path"]).parents[2].joinpath("trash").iterdir()) == []
+    cli("rm", "org/name", "--yes", code=3)
+    assert cli.json("seed", "org/name")["status"] == "downloaded"
+
+
+def test_version_is_the_packages(cli: Cli) -> None:
+    from modelstore import __version__
+
+    assert cli("--version").stdout.strip() == f"modelstore {__version__}"
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "toaster"])
+def test_a_device_that_is_not_here_is_one_line(hub: Hub, cli: Cli, device: str) -> None:
+    write_model(hub.folder / "org" / "name", seed=0)
+    assert device in cli("warm", "org/name", "--device", device, code=2).stderr
 
 
 def test_warm_prints_the_timeline_record(hub: Hub, cli: Cli) -> None:

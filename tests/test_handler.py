@@ -210,7 +210,9 @@ def test_the_production_loop_takes_jobs_and_posts_answers_and_errors(env: dict[s
         ({"MODEL_ID": "org/unknown"}, 3, "org/unknown"),
         ({"MODEL_DTYPE": "int3"}, 2, "MODEL_DTYPE"),
         ({"MODELSTORE_OFFLINE": "1"}, 3, "MODELSTORE_OFFLINE"),
-        ({"MODELSTORE_ALLOWED_MODELS": "org/other", "MODEL_ID": "org/name@v7"}, 3, "v7"),
+        ({"MODEL_ID": "org/name@v7"}, 3, "v7"),
+        ({"MODELSTORE_ALLOWED_MODELS": "org/other"}, 8, "MODELSTORE_ALLOWED_MODELS"),
+        ({"MODELSTORE_ROOT": "/proc/nope"}, 1, "MODELSTORE_ROOT"),
     ],
 )
 def test_a_start_that_fails_exits_with_its_code_and_its_reason_last(

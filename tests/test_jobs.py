@@ -56,6 +56,7 @@ def test_a_whole_number_may_come_as_a_float() -> None:
         ({"prompt": "a", "temperature": -0.1}, "temperature must be a number at least 0 and at most 2, not -0.1"),
         ({"prompt": "a", "temperature": float("nan")}, "temperature"),
         ({"prompt": "a", "temperature": 2.1}, "temperature"),
+        ({"prompt": "a", "temperature": 1e-300}, "at least 0.01, not 1e-300"),
         ({"prompt": "a", "top_p": 0}, "top_p must be a number above 0 and at most 1, not 0"),
         ({"prompt": "a", "top_p": 1.1}, "top_p"),
         ({"prompt": "a", "stream": True}, "stream"),

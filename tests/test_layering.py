@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "modelstore"
 ORDER = [
     "errors", "timeline", "reference", "layout", "settings", "manifest", "durable", "claim", "observer", "sources",
-    "wire", "hub", "partial", "download", "header", "convert", "selection", "catalog", "fill", "store", "verify", "reader", "loader",
+    "wire", "hub", "partial", "download", "header", "convert", "selection", "catalog", "fill", "store", "verify", "evict", "reader", "loader",
     "warmstart", "cli",
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "runpod", "accelerate"}
@@ -35,6 +35,7 @@ def test_the_order_names_every_file() -> None:
 def test_a_file_imports_only_from_lines_above_its_own(name: str) -> None:
     above = set(ORDER[: ORDER.index(name)])
     ours = {module.split(".")[1] for module in imports_of(PACKAGE / f"{name}.py") if module.startswith("modelstore.")}
+    ours.discard("__version__")
     assert ours <= above, f"{name} imports {sorted(ours - above)}"
 
 

@@ -138,13 +138,15 @@ def test_tensors_on_the_cpu_are_views_of_the_read_buffer(store: ModelStore, tmp_
     assert all(first <= p.data_ptr() < last for p in model.parameters())
 
 
-def test_a_flipped_bit_never_gets_into_a_model(store: ModelStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_flipped_bit_never_gets_into_a_model(name: str, store: ModelStore, tmp_path: Path) -> None:
     save(MODELS["llama"](), tmp_path / "original", shards=False)
     snapshot = store.ensure(f"file://{tmp_path}/original")
-    weights = snapshot.path / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-3] ^= 16
-    weights.write_bytes(data)
+    path = snapshot.path / name
+    data = bytearray(path.read_bytes())
+    digit = data.rindex(b"128") if name == "config.json" else len(data) - 3
+    data[digit] ^= 1
+    path.write_bytes(data)
     with pytest.raises(DigestMismatch):
         load_model(snapshot, device="cpu")
 
@@ -180,7 +182,7 @@ def test_a_load_records_its_spans(store: ModelStore, tmp_path: Path) -> None:
     load_model(snapshot, device="cpu", timeline=timeline)
     spans = {span.name: span for span in timeline.spans}
     assert spans.keys() == {"read", "build"}
-    assert spans["read"].size_bytes == (snapshot.path / "model.safetensors").stat().st_size
+    assert spans["read"].size_bytes == snapshot.size_bytes
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -84,6 +84,20 @@ def test_a_seeder_that_is_killed_at_60_percent_is_resumed_by_another(
     assert verify_snapshot(snapshot) == ()
 
 
+def test_ctrl_c_stops_a_slow_download_at_once_and_says_what_is_kept(hub: Hub, store_env: dict[str, str]) -> None:
+    repo = write_repo(hub.folder / "org" / "name", random_tensors(12, (1024, 1024)), shards=2)
+    hub.faults.bytes_per_s = 2e6
+    process = start(store_env)
+    wait_for_share(hub, weights_bytes(repo), 0.1)
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    _out, err = process.communicate(timeout=60)
+    assert time.monotonic() - sent < 3.0
+    assert process.returncode == 130
+    assert err.strip().splitlines() == ["interrupted: what was downloaded is kept, the same command goes on from there"]
+    assert hub.served.total_bytes < 0.5 * weights_bytes(repo)
+
+
 def test_a_waiter_takes_over_from_a_killed_holder_within_2_s_of_polling(
     hub: Hub, store: ModelStore, store_env: dict[str, str]
 ) -> None:

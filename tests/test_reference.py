@@ -26,7 +26,7 @@ def test_every_form_of_the_design_is_understood(text: str, expected: Reference) 
     [
         "", " org/name", "name", "org/", "/name", "a/b/c", "org/../x", "org/na me", "org/name@", "org/name@a..b",
         "org--x/y",
-        "s3://org/name", "file://relative", "file:///a/../b", "file:///", "file://host/x", "@", "@Chat", "@a/b",
+        "s3://org/name", "file://[x", "file://relative", "file:///a/../b", "file:///", "file://host/x", "@", "@Chat", "@a/b",
         "org/n\x00",
         "org/name@-x", "org/name.git", "-org/name", "org/" + "x" * 97,
     ],

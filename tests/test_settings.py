@@ -63,6 +63,9 @@ def test_model_name_of_worker_vllm_serves_where_model_id_is_not_set() -> None:
         ("MODELSTORE_ALLOWED_MODELS", "org/name,??"),
         ("HF_ENDPOINT", "huggingface.co"),
         ("HF_ENDPOINT", "https://user:pass@host"),
+        ("HF_ENDPOINT", "https://:secret@host"),
+        ("HF_ENDPOINT", "http://[::1"),
+        ("HF_ENDPOINT", "http://host:port"),
     ],
 )
 def test_a_bad_value_fails_and_names_its_variable(variable: str, value: str) -> None:
@@ -91,12 +94,13 @@ def test_without_a_volume_the_root_is_in_the_cache_and_a_warning_says_so(caplog:
     assert "no network volume" in caplog.text
 
 
-def test_the_policy_lets_the_listed_models_through_and_the_served_one() -> None:
-    settings = Settings.from_env(ROOT | {"MODEL_ID": "org/served", "MODELSTORE_ALLOWED_MODELS": "org/name"})
+def test_the_policy_lets_the_listed_models_through_and_no_other() -> None:
+    settings = Settings.from_env(ROOT | {"MODEL_ID": "org/served", "MODELSTORE_ALLOWED_MODELS": "org/name,org/pin@v1"})
     settings.check_allowed(parse_reference("org/name"))
-    settings.check_allowed(parse_reference("org/served"))
-    with pytest.raises(Refused, match="MODELSTORE_ALLOWED_MODELS"):
-        settings.check_allowed(parse_reference("org/other"))
+    settings.check_allowed(parse_reference("org/pin@v1"))
+    for refused in ("org/other", "org/served", "file:///x"):
+        with pytest.raises(Refused, match="MODELSTORE_ALLOWED_MODELS"):
+            settings.check_allowed(parse_reference(refused))
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_a_folder_becomes_a_snapshot_without_a_network(hub: Hub, store: ModelSto
     assert again.commit != snapshot.commit
 
 
-def hf_cache(root: Path, hub: Hub, repo: Path, name: str) -> Path:
+def hf_cache(root: Path, hub: Hub, name: str) -> Path:
     """An HF cache as the real library lays it out, beside the store's root."""
     from huggingface_hub import snapshot_download
 
@@ -223,7 +223,7 @@ def hf_cache(root: Path, hub: Hub, repo: Path, name: str) -> Path:
 def test_an_hf_cache_on_the_volume_costs_no_network(hub: Hub, store: ModelStore) -> None:
     tensors = random_tensors(5)
     repo = write_repo(hub.folder / "org" / "name", tensors, shards=2)
-    hf_cache(store.settings.root, hub, repo, "org/name")
+    hf_cache(store.settings.root, hub, "org/name")
     hub.served.reset()
     snapshot = store.ensure("org/name")
     assert hub.served.requests == []
@@ -234,8 +234,8 @@ def test_an_hf_cache_on_the_volume_costs_no_network(hub: Hub, store: ModelStore)
 
 
 def test_a_damaged_blob_of_an_hf_cache_is_never_published(hub: Hub, store: ModelStore) -> None:
-    repo = write_repo(hub.folder / "org" / "name")
-    cache = hf_cache(store.settings.root, hub, repo, "org/name")
+    write_repo(hub.folder / "org" / "name")
+    cache = hf_cache(store.settings.root, hub, "org/name")
     blob = next((cache / "models--org--name" / "snapshots").rglob("model.safetensors")).resolve()
     data = bytearray(blob.read_bytes())
     data[-1] ^= 1
@@ -247,15 +247,71 @@ def test_a_damaged_blob_of_an_hf_cache_is_never_published(hub: Hub, store: Model
 
 def test_an_hf_cache_without_all_shards_is_passed_over(hub: Hub, store: ModelStore) -> None:
     repo = write_repo(hub.folder / "org" / "name", shards=2)
-    cache = hf_cache(store.settings.root, hub, repo, "org/name")
+    cache = hf_cache(store.settings.root, hub, "org/name")
     next((cache / "models--org--name" / "snapshots").rglob("model-00002*")).unlink()
     hub.served.reset()
     assert store.ensure("org/name").downloaded_bytes >= weights_bytes(repo)
 
 
+@pytest.mark.parametrize("damage", ["no index", "no config", "files instead of links", "a download that was cut"])
+def test_an_hf_cache_that_cannot_be_trusted_is_passed_over(hub: Hub, store: ModelStore, damage: str) -> None:
+    repo = write_repo(hub.folder / "org" / "name", shards=2)
+    cache = hf_cache(store.settings.root, hub, "org/name") / "models--org--name"
+    folder = cache / "snapshots" / hub.commit(repo)
+    match damage:
+        case "no index":
+            (folder / "model.safetensors.index.json").unlink()
+        case "no config":
+            (folder / "config.json").unlink()
+        case "files instead of links":
+            path = next(folder.glob("*.safetensors"))
+            data = path.read_bytes()
+            path.unlink()
+            path.write_bytes(data[:-1] + b"\xff")
+        case "a download that was cut":
+            (cache / "blobs" / "abc.incomplete").touch()
+    hub.served.reset()
+    snapshot = store.ensure("org/name")
+    assert snapshot.downloaded_bytes >= weights_bytes(repo)
+    assert verify_snapshot(snapshot) == ()
+
+
+def test_a_folder_that_changes_while_it_is_seeded_is_refused(
+    store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modelstore.sources import FolderSource
+
+    folder = write_repo(tmp_path / "model")
+    resolve = FolderSource.resolve
+
+    def resolve_then_change(self: FolderSource) -> Any:
+        resolved = resolve(self)
+        data = bytearray((folder / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (folder / "model.safetensors").write_bytes(data)
+        return resolved
+
+    monkeypatch.setattr(FolderSource, "resolve", resolve_then_change)
+    with pytest.raises(DigestMismatch):
+        store.ensure(f"file://{folder}")
+    assert published(store) == []
+
+
+def test_a_done_record_of_another_file_counts_for_nothing(hub: Hub, make_store: MakeStore) -> None:
+    write_repo(hub.folder / "org" / "name", shards=2)
+    store = make_store(sleep=lambda _seconds: None)
+    hub.faults.status["model-00002-of-00002.safetensors"] = [(404, {})] * 1000
+    with pytest.raises(HubUnavailable):
+        store.ensure("org/name")
+    hub.faults.status.clear()
+    record = next(store.settings.root.rglob("done/tokenizer.json.json"))
+    record.write_text(record.read_text().replace("tokenizer.json", "tokenizen.json"))
+    assert verify_snapshot(store.ensure("org/name")) == ()
+
+
 def test_a_seed_takes_from_the_hf_cache_what_the_hub_names(hub: Hub, store: ModelStore) -> None:
-    repo = write_repo(hub.folder / "org" / "name")
-    hf_cache(store.settings.root, hub, repo, "org/name")
+    write_repo(hub.folder / "org" / "name")
+    hf_cache(store.settings.root, hub, "org/name")
     hub.served.reset()
     assert store.ensure("org/name", refresh=True).downloaded_bytes == 0
     assert len(hub.served.requests) == 1
@@ -323,6 +379,11 @@ def bad_repo(hub: Hub, kind: str) -> str:
             record = json.loads(index.read_text())
             record["weight_map"]["ghost"] = "model-00001-of-00002.safetensors"
             index.write_text(json.dumps(record))
+        case "weight_map into a folder":
+            index.write_text(json.dumps({"weight_map": {"x": "sub/model.safetensors"}}))
+        case "a surrogate in a name":
+            header = b'{"\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+            weights.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
         case "wrong bytes":
             hub.faults.flip_byte.add("model.safetensors")
         case "wrong size":
@@ -347,6 +408,8 @@ BAD: dict[str, tuple[type[ModelStoreError], int]] = {
     "weight_map that leaves": (UnsafeName, 8),
     "weight_map of a missing file": (BadSafetensors, 5),
     "weight_map of a missing tensor": (BadSafetensors, 5),
+    "weight_map into a folder": (BadSafetensors, 5),
+    "a surrogate in a name": (BadSafetensors, 5),
     "wrong bytes": (DigestMismatch, 5),
     "wrong size": (DigestMismatch, 5),
 }
@@ -448,6 +511,21 @@ def test_a_link_in_the_place_of_a_file_is_not_followed(hub: Hub, store: ModelSto
 def test_an_alias_that_does_not_exist_is_not_found(store: ModelStore) -> None:
     with pytest.raises(SnapshotNotFound, match="alias"):
         store.ensure("@chat")
+
+
+def test_weights_alone_are_a_model_too(hub: Hub, store: ModelStore) -> None:
+    folder = hub.folder / "org" / "bare"
+    folder.mkdir(parents=True)
+    save_file(random_tensors(1), folder / "model.safetensors")
+    assert [file.path for file in store.ensure("org/bare").manifest.files] == ["model.safetensors"]
+
+
+def test_a_surrogate_in_a_config_is_kept(hub: Hub, store: ModelStore) -> None:
+    folder = write_repo(hub.folder / "org" / "name")
+    (folder / "config.json").write_text('{"model_type": "llama", "torch_dtype": "float32", "note": "\\ud800"}')
+    config = json.loads((store.ensure("org/name").path / "config.json").read_bytes())
+    assert config["note"] == "\ud800"
+    assert config["torch_dtype"] == "float16"
 
 
 def test_the_manifest_tells_where_each_file_came_from(hub: Hub, store: ModelStore) -> None:
