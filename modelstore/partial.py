@@ -12,12 +12,15 @@ limit, and are read back from the volume beyond it. The same pass gives the bloc
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import queue
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import xxhash
 
@@ -30,6 +33,11 @@ from modelstore.sources import SourceFile
 GRANULE_BYTES = 256 << 10
 _SLOT_BYTES = 16
 _AHEAD_BYTES = 128 << 20
+_STALLED_S = 2.0
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,22 +107,24 @@ class PartialFile:
     def resume(self, inherited: Iterable[StagingLayout] = ()) -> int:
         """Keep what matches its slot, and copy what does from `inherited` staging; returns the bytes kept.
 
-        Copying is for staging whose writer may still live: what it writes late goes into its file, not into ours. Nor
-        could ours be written on MooseFS for minutes, where a lost host's chunks stay locked.
+        Copying is for staging whose writer may still live: what it writes late goes into its file, not into ours. A
+        copy that stalls is given up, and the rest fetched: on MooseFS the chunks that a lost host was writing can
+        neither be written nor read for two minutes.
         """
         kept = sum(
             len(data) for index, data in self._intact_granules(self._fd, self._journal_fd) if self._arrived(index, data)
         )
         for staging in inherited:
-            with (
-                _opened(staging.source_file(self.file.path)) as fd,
-                _opened(staging.journal_file(self.file.path)) as journal_fd,
-            ):
-                if fd is not None and journal_fd is not None:
-                    kept += sum(
-                        len(data) for index, data in self._intact_granules(fd, journal_fd) if self.put(index, data)
-                    )
+            granules = _until_it_stalls(self._granules_of(staging), limit_s=_STALLED_S)
+            kept += sum(len(data) for index, data in granules if self.put(index, data))
         return kept
+
+    def _granules_of(self, staging: StagingLayout) -> Iterator[tuple[int, bytes]]:
+        """The granules that we lack and that another staging folder has intact."""
+        source, journal = staging.source_file(self.file.path), staging.journal_file(self.file.path)
+        with _opened(source) as fd, _opened(journal) as journal_fd:
+            if fd is not None and journal_fd is not None:
+                yield from self._intact_granules(fd, journal_fd)
 
     def _intact_granules(self, fd: int, journal_fd: int) -> Iterator[tuple[int, bytes]]:
         """The granules that we lack and that match their slots."""
@@ -213,6 +223,31 @@ class PartialFile:
                         self._ahead.pop(self._front - 1, None)
             finally:
                 self._front_lock.release()
+
+
+def _until_it_stalls(items: Iterator[T], *, limit_s: float) -> Iterator[T]:
+    """What `items` yields, until one takes longer than `limit_s`; it runs in a thread that is then left alone."""
+    ready: queue.Queue[T | None] = queue.Queue(maxsize=4)
+    left_alone = threading.Event()
+
+    def run() -> None:
+        try:
+            for item in items:
+                ready.put(item)
+                if left_alone.is_set():
+                    return
+        except OSError as error:
+            logger.warning("what an earlier worker left cannot be read (%s): it is fetched again", error)
+        ready.put(None)
+
+    threading.Thread(target=run, name="inherit", daemon=True).start()
+    try:
+        while (item := ready.get(timeout=limit_s)) is not None:
+            yield item
+    except queue.Empty:
+        logger.warning("what an earlier worker was writing cannot be read yet: the rest is fetched again")
+    finally:
+        left_alone.set()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -192,6 +193,34 @@ def test_a_download_that_was_stopped_goes_on_in_another_process(fetch: Fetch, re
     assert again.progress.reused > 0
     assert again.progress.reused + again.progress.network == SIZE
     assert first > 0
+
+
+def test_what_a_silent_host_left_is_copied_and_a_read_that_hangs_is_given_up(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MooseFS holds reads of what a lost host was writing for two minutes."""
+    monkeypatch.setattr("modelstore.partial._STALLED_S", 0.3)
+    data = (repo / WEIGHTS).read_bytes()
+    old, new = StagingLayout(tmp_path / "1"), StagingLayout(tmp_path / "2")
+    left = PartialFile(SourceFile(WEIGHTS, SIZE), old)
+    for index in range(6):
+        left.put(index, data[index * GRANULE_BYTES : (index + 1) * GRANULE_BYTES])
+    left.close()
+    hang = threading.Event()
+    pread = os.pread
+
+    def pread_that_hangs(fd: int, size: int, offset: int) -> bytes:
+        if size == GRANULE_BYTES and offset == 3 * GRANULE_BYTES:
+            hang.wait(30)
+        return pread(fd, size, offset)
+
+    monkeypatch.setattr(os, "pread", pread_that_hangs)
+    mine = PartialFile(SourceFile(WEIGHTS, SIZE), new)
+    assert mine.resume([old]) == 3 * GRANULE_BYTES
+    hang.set()
+    assert mine.missing() == [(3, 11)]
+    assert mine.path.read_bytes()[: 3 * GRANULE_BYTES] == data[: 3 * GRANULE_BYTES]
+    mine.close()
 
 
 def test_what_was_damaged_on_the_volume_is_fetched_again(fetch: Fetch, repo: Path, hub: Hub) -> None:
