@@ -233,7 +233,7 @@ class Fill:
             return None
         if not intact:
             return None
-        before = record.origin or Origin(record.size_bytes, record.sha256)
+        before = _origin(record)
         if before.size_bytes != file.size_bytes or file.sha256 not in (None, before.sha256):
             return None
         path = self._staging.snapshot_file(file.path)
@@ -258,7 +258,7 @@ class Fill:
             self._done(file, FileRecord(file.path, file.size_bytes, digests.sha256, digests.blocks))
             return
         durable.write_atomic(target, rewritten)
-        self._done(file, _record_of(file, digests, rewritten))
+        self._done(file, _rewritten(file.path, rewritten, Origin(file.size_bytes, digests.sha256)))
 
     def _store_weights(self, file: SourceFile, path: Path, digests: Digests) -> None:
         """A verified weights file in its stored form: converted, or moved where there is nothing to convert."""
@@ -317,11 +317,7 @@ class Fill:
         metadata["total_size"] = total
         data = json.dumps(index, indent=2).encode() + b"\n"
         durable.write_atomic(target, data)
-        before = record.origin or Origin(record.size_bytes, record.sha256)
-        digests = RunningDigests()
-        digests.update(data)
-        own = digests.finish()
-        self._records[path] = FileRecord(path, len(data), own.sha256, own.blocks, before)
+        self._records[path] = _rewritten(path, data, _origin(record))
 
     def _publish(self) -> Manifest:
         manifest = Manifest(
@@ -401,11 +397,17 @@ def has_blocks(path: Path, record: FileRecord, *, on_block: Callable[[int], None
         os.close(fd)
 
 
-def _record_of(file: SourceFile, before: Digests, data: bytes) -> FileRecord:
+def _origin(record: FileRecord) -> Origin:
+    """A file as its source had it, converted or not."""
+    return record.origin or Origin(record.size_bytes, record.sha256)
+
+
+def _rewritten(path: str, data: bytes, origin: Origin) -> FileRecord:
+    """The record of a small file that is stored as `data`."""
     digests = RunningDigests()
     digests.update(data)
     own = digests.finish()
-    return FileRecord(file.path, len(data), own.sha256, own.blocks, Origin(file.size_bytes, before.sha256))
+    return FileRecord(path, len(data), own.sha256, own.blocks, origin)
 
 
 def _keep_only(folder: Path, names: set[str]) -> None:
