@@ -24,7 +24,7 @@ def main() -> int:
         with begun.timeline.span("import"):
             from handler.engines.text import TextEngine
             from handler.worker import serve
-        engine = TextEngine.load(begun)
+        engine = begun.load(TextEngine.load)
         with begun.timeline.span("import"):
             import runpod  # noqa: F401  last, because nothing before needs it
     except ModelStoreError as error:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from modelstore.errors import BadManifest, FormatTooNew, RootUnusable, SnapshotNotFound
+from modelstore import durable
+from modelstore.errors import BadManifest, FormatTooNew, RootUnusable, SnapshotNotFound, UnsafeName
 from modelstore.layout import FORMAT_VERSION, MANIFEST, Layout, SnapshotKey, key_from_parts
 from modelstore.manifest import FileRecord, Manifest, parse_manifest
 from modelstore.reference import Reference, is_commit, local_repo_id
@@ -30,11 +31,13 @@ Status = Literal["downloaded", "resumed", "present", "waited"]
 class Snapshot:
     """A published snapshot: an immutable folder that `from_pretrained`, vLLM or diffusers can open by `path`.
 
-    `status` and `downloaded_bytes` tell how this process came to it.
+    `status` and `downloaded_bytes` tell how this process came to it; `inode` is the manifest file's, which tells it
+    from one that was published in its place.
     """
 
     path: Path
     manifest: Manifest
+    inode: int = 0
     status: Status = "present"
     downloaded_bytes: int = 0
 
@@ -119,7 +122,35 @@ class Catalog:
     def published(self, key: SnapshotKey) -> Snapshot | None:
         """The snapshot, if its manifest is there and every file that it names is there with its size."""
         path = self._layout.snapshot(key)
+        manifest = self.manifest(key)
+        if manifest is None:
+            return None
+        for folder in {os.path.dirname(file.path) for file in manifest.files} - {""}:
+            if not _is_plain(path, folder):
+                logger.warning("%s is passed over: %s is a link", path, folder)
+                return None
+        for file in manifest.files:
+            try:
+                state = os.lstat(path / file.path)
+            except (FileNotFoundError, NotADirectoryError):
+                state = None
+            except OSError as error:
+                raise RootUnusable(f"cannot read {path}: {error.strerror}; check the mount") from error
+            if state is None or not stat.S_ISREG(state.st_mode) or state.st_size != file.size_bytes:
+                logger.warning("%s is passed over: %s is missing or has another size", path, file.path)
+                return None
         try:
+            return Snapshot(path, manifest, os.lstat(path / MANIFEST).st_ino)
+        except FileNotFoundError:  # evicted while we looked
+            return None
+
+    def manifest(self, key: SnapshotKey) -> Manifest | None:
+        """What stands where the snapshot belongs says that it is; None where it says nothing that can be trusted."""
+        path = self._layout.snapshot(key)
+        try:
+            if not _is_plain(self._layout.root, str(path.relative_to(self._layout.root))):
+                logger.warning("%s is passed over: a folder on its way is a link", path)
+                return None
             manifest = parse_manifest(_read_file(path / MANIFEST), where=str(path / MANIFEST))
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -134,17 +165,7 @@ class Catalog:
         if manifest.key != key:
             logger.warning("%s holds the manifest of %s: it is passed over", path, manifest.key)
             return None
-        for file in manifest.files:
-            try:
-                state = os.lstat(path / file.path)
-            except (FileNotFoundError, NotADirectoryError):
-                state = None
-            except OSError as error:
-                raise RootUnusable(f"cannot read {path}: {error.strerror}; check the mount") from error
-            if state is None or not stat.S_ISREG(state.st_mode) or state.st_size != file.size_bytes:
-                logger.warning("%s is passed over: %s is missing or has another size", path, file.path)
-                return None
-        return Snapshot(path, manifest)
+        return manifest
 
     def recorded_commit(self, wanted: Reference) -> str:
         """The commit that this fleet uses for the reference; empty where none was recorded."""
@@ -181,6 +202,14 @@ class Catalog:
 def repo_id_of(wanted: Reference) -> str:
     """The repo id that a reference's snapshots are kept under."""
     return local_repo_id(wanted) if wanted.kind == "file" else wanted.name
+
+
+def _is_plain(path: Path, folder: str) -> bool:
+    try:
+        durable.check_no_links(path, path / folder)
+    except UnsafeName:
+        return False
+    return True
 
 
 def _read_file(path: Path) -> bytes:

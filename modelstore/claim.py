@@ -50,7 +50,8 @@ State = Literal["held", "released", "published"]
 
 @dataclass(frozen=True, slots=True)
 class ClaimRecord:
-    """What a generation's file says; `done`, `total` in bytes, `eta_s` in seconds where it can be told."""
+    """What a generation's file says; `done`, `total` in bytes, `eta_s` in seconds where it can be told; `reserved` is
+    what the snapshot and its staging will take on the volume, in bytes."""
 
     worker: str
     host: str
@@ -61,6 +62,7 @@ class ClaimRecord:
     done: int = 0
     total: int = 0
     eta_s: float | None = None
+    reserved: int = 0
 
     def encode(self) -> bytes:
         fields = {name: getattr(self, name) for name in self.__slots__}
@@ -134,6 +136,13 @@ class Contender:
             return self._create(generation + 1, after_the_dead=False)
         return Holder(generation, record, silent_s)
 
+    def take_over(self) -> Claim | Holder:
+        """Create the next generation whatever the holder's record says: for who knows that it has long been silent."""
+        generation = highest_generation(self._folder)
+        if generation == 0:
+            durable.make_folder(self._folder)
+        return self._create(generation + 1, after_the_dead=False)
+
     def _create(self, generation: int, *, after_the_dead: bool) -> Claim | Holder:
         path = self._folder / str(generation)
         try:
@@ -194,6 +203,12 @@ class Claim:
         with self._write_lock:
             self._record = replace(self._record, phase=phase, done=done, total=total, eta_s=eta_s)
 
+    def reserve(self, size_bytes: int) -> None:
+        """Let everybody who counts space count this; on the volume when it returns."""
+        with self._write_lock:
+            self._record = replace(self._record, reserved=size_bytes)
+        self._write()
+
     def finish(self, state: Literal["released", "published"]) -> None:
         """Give the claim up; the file stays, so that numbers only grow. Does nothing the second time."""
         if self._stop.is_set():
@@ -239,6 +254,12 @@ def highest_generation(folder: Path) -> int:
         return max((int(name) for name in os.listdir(folder) if name.isascii() and name.isdigit()), default=0)
     except FileNotFoundError:
         return 0
+
+
+def reserved_bytes(folder: Path) -> tuple[int, int]:
+    """What the holder of a claim has reserved, and its beat; (0, 0) where nobody holds it."""
+    record = parse_record(_read(folder / str(highest_generation(folder))))
+    return (record.reserved, record.beat) if record is not None and record.state == "held" else (0, 0)
 
 
 def _read(path: Path) -> bytes:

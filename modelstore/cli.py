@@ -7,31 +7,36 @@ With `--json` stdout carries one JSON document and nothing else. An error is one
 from __future__ import annotations
 
 import json
-import logging
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 
-from modelstore import __version__
+from modelstore import __version__, pins
 from modelstore.catalog import Snapshot
-from modelstore.claim import Holder
+from modelstore.console import (
+    Context,
+    errors,
+    observer_of,
+    print_collected,
+    print_list,
+    print_seeded,
+    print_snapshot,
+    print_verified,
+    report_error,
+    without_status,
+)
 from modelstore.errors import ModelStoreError, NotFound, Refused, SnapshotNotFound, UsageError
-from modelstore.evict import Removal
+from modelstore.evict import evict, least_recently_used, survey
+from modelstore.gc import GRACE_S, collect, find_garbage
 from modelstore.layout import SnapshotKey
-from modelstore.observer import Observer
 from modelstore.reference import parse_reference
-from modelstore.settings import Settings, parse_dtype
+from modelstore.settings import parse_dtype, parse_size
+from modelstore.space import Space
 from modelstore.store import ModelStore
-from modelstore.verify import verify_folder
-from modelstore.warmstart import LogObserver
+from modelstore.verify import parse_sample, save_position, saved_position, verify_folder
 
 app = typer.Typer(
     name="modelstore",
@@ -43,27 +48,6 @@ app = typer.Typer(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Context:
-    """What every command has: the options that all of them take."""
-
-    root: Path | None
-    json: bool
-    quiet: bool
-    debug: bool
-
-    def store(self, **changes: Any) -> ModelStore:
-        settings = replace(Settings.from_env(root=self.root), **changes)
-        return ModelStore(settings.root, settings=settings)
-
-    def print(self, record: object, text: Callable[[Console], None]) -> None:
-        """A result: `record` with --json, else what `text` draws."""
-        if self.json:
-            print(json.dumps(record, indent=2))
-        elif not self.quiet:
-            text(Console(highlight=False, markup=False, soft_wrap=True))
-
-
 _ROOT = Annotated[Path | None, typer.Option("--root", help="The store's folder; MODELSTORE_ROOT by default.")]
 _JSON = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 _QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
@@ -73,6 +57,8 @@ _REFS = Annotated[list[str], typer.Argument(metavar="REF...", help="org/name, or
 _DTYPE = Annotated[
     str | None, typer.Option("--dtype", help="float16 or fp16 (default), bfloat16 or bf16, float32, keep")
 ]
+_DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Say what would go, and leave it.")]
+_YES = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 _REVISION = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit, where REF names none.")]
 
 
@@ -106,12 +92,12 @@ def seed(
     debug: _DEBUG = False,
 ) -> None:
     """Publish models before any worker needs them; fetches only what is missing."""
-    context = _Context(root, as_json, quiet, debug)
+    context = Context(root, as_json, quiet, debug)
     if overflow not in ("stop", "bfloat16"):
         raise typer.BadParameter("use stop or bfloat16", param_hint="--overflow")
     records: list[dict[str, Any]] = []
     worst = 0
-    with _errors(context):
+    with errors(context):
         store = context.store()
         for text in references:
             parse_reference(text, revision=revision)
@@ -119,7 +105,7 @@ def seed(
             raise UsageError("--wait-s must be a number of seconds, at least 0")
         for text in references:
             try:
-                with _observer(context) as observer:
+                with observer_of(context) as observer:
                     snapshot = store.ensure(
                         text,
                         revision=revision,
@@ -133,10 +119,10 @@ def seed(
             except ModelStoreError as error:
                 if len(references) == 1:
                     raise
-                _report(error, context)
+                report_error(error, context)
                 worst = worst or error.exit_code
                 records.append({"reference": text, "error": str(error), "exit_code": error.exit_code})
-    context.print(records[0] if len(references) == 1 else records, lambda console: _print_seeded(console, records))
+    context.print(records[0] if len(references) == 1 else records, lambda console: print_seeded(console, records))
     raise typer.Exit(worst)
 
 
@@ -152,35 +138,36 @@ def warm(
     debug: _DEBUG = False,
 ) -> None:
     """Start as a worker would, up to the model in memory, and print the timeline."""
-    context = _Context(root, as_json, quiet, debug)
-    with _errors(context):
+    context = Context(root, as_json, quiet, debug)
+    with errors(context):
         from modelstore.warmstart import begin
 
         changes: dict[str, Any] = {"model": parse_reference(reference, revision=revision)}
         if dtype is not None:
             changes["dtype"] = parse_dtype("--dtype", dtype)
         store = context.store(**changes)
-        with _observer(context) as observer:
+        with observer_of(context) as observer:
             begun = begin(store.settings, observer=observer)
         with begun.timeline.span("import"):
             try:
                 from modelstore.loader import load_model
             except ModuleNotFoundError as error:
                 raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[worker]'") from error
-        load_model(begun.snapshot, device, reading=begun.reading, timeline=begun.timeline)
+        begun.load(lambda b: load_model(b.snapshot, device, reading=b.reading, timeline=b.timeline))
         begun.timeline.mark("ready")
-    context.print(begun.timeline.as_json(), lambda console: _print_timeline(console, begun.timeline.waterfall()))
+        begun.in_use.end()
+    context.print(begun.timeline.as_json(), lambda console: console.print(begun.timeline.waterfall()))
 
 
 @app.command("ls")
 def list_snapshots(root: _ROOT = None, as_json: _JSON = False, quiet: _QUIET = False, debug: _DEBUG = False) -> None:
     """List the published snapshots."""
-    context = _Context(root, as_json, quiet, debug)
-    with _errors(context):
+    context = Context(root, as_json, quiet, debug)
+    with errors(context):
         store = context.store()
         found = list(store.snapshots())
-    records = [_without_status(snapshot) for snapshot in found]
-    context.print(records, lambda console: _print_list(console, found, store.settings.root))
+    records = [without_status(snapshot) for snapshot in found]
+    context.print(records, lambda console: print_list(console, found, store.settings.root))
 
 
 @app.command()
@@ -194,11 +181,11 @@ def show(
     debug: _DEBUG = False,
 ) -> None:
     """Show one snapshot: its files, their sizes and digests, and where it came from."""
-    context = _Context(root, as_json, quiet, debug)
-    with _errors(context):
+    context = Context(root, as_json, quiet, debug)
+    with errors(context):
         snapshot = _found(context.store(), reference, revision, dtype)
     source = snapshot.manifest.source
-    record = _without_status(snapshot) | {
+    record = without_status(snapshot) | {
         "created_at": snapshot.manifest.created_at,
         "source": {"kind": source.kind, "location": source.location, "revision": source.revision},
         "stored_unchanged": snapshot.manifest.stored_unchanged,
@@ -206,7 +193,7 @@ def show(
             {"path": file.path, "bytes": file.size_bytes, "sha256": file.sha256} for file in snapshot.manifest.files
         ],
     }
-    context.print(record, lambda console: _print_snapshot(console, snapshot))
+    context.print(record, lambda console: print_snapshot(console, snapshot))
 
 
 @app.command()
@@ -220,8 +207,8 @@ def path(
     debug: _DEBUG = False,
 ) -> None:
     """Print the folder of a snapshot; touches no network."""
-    context = _Context(root, as_json, quiet, debug)
-    with _errors(context):
+    context = Context(root, as_json, quiet, debug)
+    with errors(context):
         snapshot = _found(context.store(), reference, revision, dtype)
     print(json.dumps({"path": str(snapshot.path)}) if as_json else snapshot.path)
 
@@ -229,6 +216,12 @@ def path(
 @app.command()
 def verify(
     reference: Annotated[str | None, typer.Argument(metavar="[REF]", help="One model; all without it.")] = None,
+    sample: Annotated[
+        str | None, typer.Option("--sample", help="Compare a part, as in 1/20; the next run takes the next part.")
+    ] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option("--max-seconds", help="Stop after that long; the next run goes on from there.")
+    ] = None,
     dtype: _DTYPE = None,
     revision: _REVISION = None,
     root: _ROOT = None,
@@ -236,18 +229,20 @@ def verify(
     quiet: _QUIET = False,
     debug: _DEBUG = False,
 ) -> None:
-    """Compare every byte of a snapshot, or of all, with its manifest; touches no network."""
-    context = _Context(root, as_json, quiet, debug)
-    with _errors(context):
+    """Compare a snapshot, or all, with its manifest, byte by byte; touches no network."""
+    context = Context(root, as_json, quiet, debug)
+    with errors(context):
         store = context.store()
+        stride = parse_sample(sample) if sample else 1
+        if max_seconds is not None and not max_seconds > 0:
+            raise UsageError("--max-seconds must be a number above 0")
+        in_parts = bool(sample) or max_seconds is not None
+        until = time.monotonic() + (max_seconds or float("inf"))
         keys = [_found_key(store, reference, revision, dtype)] if reference else list(store.catalog.keys())
-        records = []
-        for key in keys:
-            folder = store.layout.snapshot(key)
-            findings = verify_folder(folder, key)
-            problems = [{"path": finding.path, "problem": finding.problem} for finding in findings]
-            records.append(_key_record(key, folder) | {"ok": not findings, "findings": problems})
-    context.print(records, lambda console: _print_verified(console, records))
+        if in_parts:  # whatever was looked at longest ago comes first
+            keys.sort(key=lambda key: _mtime(store.layout.verified(key)))
+        records = [_verify(store, key, stride, until, in_parts=in_parts) for key in keys]
+    context.print(records, lambda console: print_verified(console, records))
     raise typer.Exit(0 if all(record["ok"] for record in records) else 5)
 
 
@@ -256,33 +251,160 @@ def remove(
     reference: _REF,
     dtype: _DTYPE = None,
     revision: _REVISION = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and leave it.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry_run: _DRY_RUN = False,
+    yes: _YES = False,
+    force: Annotated[bool, typer.Option("--force", help="Also where it is pinned.")] = False,
     root: _ROOT = None,
     as_json: _JSON = False,
     quiet: _QUIET = False,
     debug: _DEBUG = False,
 ) -> None:
     """Remove one snapshot from the volume; a worker that is reading it is not hurt."""
-    context = _Context(root, as_json, quiet, debug)
-    with _errors(context):
+    context = Context(root, as_json, quiet, debug)
+    with errors(context):
         store = context.store()
         key = _found_key(store, reference, revision, dtype)
-        plan, folder = Removal((key,)), store.layout.snapshot(key)
-        size = plan.size_bytes(store.layout)
-        question = f"remove {key}, {size / 1e9:.2f} GB, {folder}"
+        (found,), folder = survey(store.layout, [key]), store.layout.snapshot(key)
+        if found.pinned and not force:
+            raise Refused(f"{key} is pinned: run `modelstore unpin {reference}` first, or add --force")
+        users = f", in use by {', '.join(found.users)}" if found.users else ""
         if not dry_run:
-            if not yes and not (sys.stdin.isatty() and typer.confirm(f"{question}?", err=True)):
-                raise Refused(f"not removed: {question} needs --yes")
-            plan.run(store.layout)
-    record = _key_record(key, folder) | {"bytes": size, "removed": not dry_run}
+            context.confirm(f"remove {key}, {found.size_bytes / 1e9:.2f} GB, {folder}{users}", yes=yes)
+            evict(store.layout, key, force=True)
+    record = _key_record(key, folder) | {"bytes": found.size_bytes, "removed": not dry_run}
     context.print(record, lambda console: console.print(f"{'would remove' if dry_run else 'removed'} {folder}"))
+
+
+@app.command("gc")
+def collect_garbage(
+    to: Annotated[
+        str | None, typer.Option("--to", help="Also evict the least recently used until the store takes this, as 50GB.")
+    ] = None,
+    grace_s: Annotated[float, typer.Option("--grace-s", help="Leave alone what is younger.")] = GRACE_S,
+    dry_run: _DRY_RUN = False,
+    yes: _YES = False,
+    root: _ROOT = None,
+    as_json: _JSON = False,
+    quiet: _QUIET = False,
+    debug: _DEBUG = False,
+) -> None:
+    """Remove what nobody needs: abandoned downloads, trash, quarantine; with --to also models that were not used."""
+    context = Context(root, as_json, quiet, debug)
+    with errors(context):
+        store = context.store()
+        layout, settings = store.layout, store.settings
+        limit = parse_size("--to", to) if to else None
+        if not grace_s >= settings.lease_s:
+            raise UsageError(f"--grace-s must be at least the lease, {settings.lease_s:g} s")
+        store.catalog.check_format()
+        garbage = find_garbage(layout, grace_s=grace_s)
+        freed = sum(item.size_bytes for item in garbage)
+        excess = Space(layout, settings).taken() - freed - limit if limit is not None else 0
+        victims = least_recently_used(survey(layout), excess) if excess > 0 else ()
+        total = freed + sum(victim.size_bytes for victim in victims)
+        if not dry_run and (garbage or victims):
+            context.confirm(f"remove {len(garbage)} leftovers and {len(victims)} models, {total / 1e9:.2f} GB", yes=yes)
+            garbage = tuple(
+                item
+                for item in garbage
+                if collect(layout, item, worker=settings.worker_id, lease_s=settings.lease_s, grace_s=grace_s)
+            )
+            victims = tuple(victim for victim in victims if evict(layout, victim.key))
+            total = sum(item.size_bytes for item in garbage) + sum(victim.size_bytes for victim in victims)
+        evicted = [
+            _key_record(victim.key, layout.snapshot(victim.key))
+            | {"bytes": victim.size_bytes, "idle_s": round(victim.idle_s)}
+            for victim in victims
+        ]
+        collected = [
+            {
+                "kind": item.kind,
+                "path": str(item.path.relative_to(layout.root)),
+                "bytes": item.size_bytes,
+                "age_s": round(item.age_s),
+            }
+            for item in garbage
+        ]
+        record = {"bytes": total, "removed": not dry_run, "collected": collected, "evicted": evicted}
+        short = limit is not None and not dry_run and Space(layout, settings).taken() > limit
+    context.print(record, lambda console: print_collected(console, record))
+    if short:
+        report_error(ModelStoreError(f"{layout.root} takes more than {to}: the rest is in use"), context)
+        raise typer.Exit(6)
+
+
+@app.command()
+def pin(
+    reference: _REF,
+    dtype: _DTYPE = None,
+    revision: _REVISION = None,
+    root: _ROOT = None,
+    as_json: _JSON = False,
+    quiet: _QUIET = False,
+    debug: _DEBUG = False,
+) -> None:
+    """Keep a snapshot from eviction, whatever the quota says."""
+    context = Context(root, as_json, quiet, debug)
+    with errors(context):
+        store = context.store()
+        key = _found(store, reference, revision, dtype).key
+        pins.pin(store.layout, key, store.settings.worker_id)
+    record = _key_record(key, store.layout.snapshot(key)) | {"pinned": True}
+    context.print(record, lambda console: console.print(f"pinned {key}"))
+
+
+@app.command()
+def unpin(
+    reference: _REF,
+    dtype: _DTYPE = None,
+    revision: _REVISION = None,
+    root: _ROOT = None,
+    as_json: _JSON = False,
+    quiet: _QUIET = False,
+    debug: _DEBUG = False,
+) -> None:
+    """Let a snapshot be evicted again."""
+    context = Context(root, as_json, quiet, debug)
+    with errors(context):
+        store = context.store()
+        key = _found_key(store, reference, revision, dtype)
+        was_pinned = pins.unpin(store.layout, key)
+    record = _key_record(key, store.layout.snapshot(key)) | {"pinned": False}
+    text = f"unpinned {key}" if was_pinned else f"{key} was not pinned"
+    context.print(record, lambda console: console.print(text))
 
 
 def main() -> NoReturn:
     """The entry point."""
     app(standalone_mode=True)
-    sys.exit(0)
+    raise SystemExit(0)
+
+
+def _verify(store: ModelStore, key: SnapshotKey, stride: int, until: float, *, in_parts: bool) -> dict[str, Any]:
+    """One snapshot's record; a verification in parts goes on where the last one stopped, and keeps where it came to."""
+    folder = store.layout.snapshot(key)
+    if in_parts:
+        found = verify_folder(
+            folder,
+            key,
+            saved_position(store.layout, key, stride),
+            until=until,
+            on_position=lambda position: save_position(store.layout, key, position),
+        )
+        save_position(store.layout, key, found.position)
+    else:
+        found = verify_folder(folder, key)
+    return _key_record(key, folder) | {
+        "ok": found.ok,
+        "complete": found.complete,
+        "compared_bytes": found.compared,
+        "planned_bytes": found.planned,
+        "findings": [asdict(finding) for finding in found.findings],
+    }
+
+
+def _mtime(path: Path) -> float:
+    return path.lstat().st_mtime if path.exists() else 0.0
 
 
 def _key_record(key: SnapshotKey, folder: Path) -> dict[str, Any]:
@@ -305,124 +427,3 @@ def _found(store: ModelStore, reference: str, revision: str | None, dtype: str |
             f"run `modelstore seed {reference}{option}`, or look at `modelstore ls`"
         )
     return snapshot
-
-
-@contextmanager
-def _errors(context: _Context) -> Iterator[None]:
-    """Set up logging; end with an error's own code and one line."""
-    level = logging.DEBUG if context.debug else logging.ERROR if context.quiet else logging.WARNING
-    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    try:
-        yield
-    except ModelStoreError as error:
-        if context.debug:
-            logging.getLogger(__name__).exception("failed")
-        _report(error, context)
-        raise typer.Exit(error.exit_code) from error
-    except OSError as error:
-        if context.debug:
-            logging.getLogger(__name__).exception("failed")
-        print(f"error: {error.strerror or error} ({error.filename or 'no file'}): check the volume", file=sys.stderr)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt as error:
-        print("interrupted: what was downloaded is kept, the same command goes on from there", file=sys.stderr)
-        raise typer.Exit(130) from error
-
-
-def _report(error: ModelStoreError, context: _Context) -> None:
-    print(f"error: {error}", file=sys.stderr)
-
-
-class _BarObserver(Observer):
-    """A progress bar on a terminal, with a line above it that says of what."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task: TaskID | None = None
-        self._said = ""
-
-    def filling(self, key: SnapshotKey, *, done: int, total: int, reused: int, eta_s: float | None) -> None:
-        self._draw(f"downloading {key}", done, total)
-
-    def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
-        record = holder.record
-        who = record.worker if record else "another worker"
-        self._draw(f"waiting for {key} from {who}", record.done if record else 0, record.total if record else 0)
-
-    def _draw(self, what: str, done: int, total: int) -> None:
-        if what != self._said:
-            self._said = what
-            self._progress.console.print(what)
-        if self._task is None:
-            self._task = self._progress.add_task("", total=None)
-        self._progress.update(self._task, completed=done, total=total or None)
-
-
-@contextmanager
-def _observer(context: _Context) -> Iterator[Observer]:
-    if context.quiet:
-        yield Observer()
-    elif not sys.stderr.isatty():
-        logging.getLogger("modelstore.warmstart").setLevel(logging.INFO)
-        yield LogObserver()
-    else:
-        columns = (BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True, markup=False), transient=True) as progress:
-            yield _BarObserver(progress)
-
-
-def _without_status(snapshot: Snapshot) -> dict[str, Any]:
-    record = snapshot.as_json()
-    return {name: record[name] for name in ("repo_id", "commit", "dtype", "path", "files", "bytes")}
-
-
-def _print_seeded(console: Console, records: list[dict[str, Any]]) -> None:
-    for record in records:
-        if "error" not in record:
-            console.print(
-                f"{record['status']}: {record['repo_id']} at {record['commit'][:12]} as {record['dtype']}, "
-                f"{record['files']} files, {record['bytes'] / 1e9:.2f} GB, {record['downloaded_bytes'] / 1e9:.2f} GB "
-                f"over the network\n{record['path']}"
-            )
-
-
-def _print_timeline(console: Console, waterfall: str) -> None:
-    console.print(waterfall)
-
-
-def _print_list(console: Console, snapshots: list[Snapshot], root: Path) -> None:
-    if not snapshots:
-        console.print(f"no snapshots in {root}: publish one with `modelstore seed org/name`")
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("model", "commit", "dtype"):
-        table.add_column(name, overflow="fold")
-    for name in ("files", "GB"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for snapshot in snapshots:
-        count, size = len(snapshot.manifest.files), snapshot.size_bytes / 1e9
-        table.add_row(snapshot.repo_id, snapshot.commit[:12], snapshot.dtype, str(count), f"{size:.2f}")
-    console.print(table)
-
-
-def _print_snapshot(console: Console, snapshot: Snapshot) -> None:
-    source = snapshot.manifest.source
-    console.print(f"{snapshot.repo_id} at {snapshot.commit} as {snapshot.dtype}")
-    console.print(f"{snapshot.path}\nfrom {source.kind} {source.location} {source.revision}")
-    if snapshot.manifest.stored_unchanged:
-        console.print(f"stored unchanged: {snapshot.manifest.stored_unchanged}")
-    for file in snapshot.manifest.files:
-        console.print(f"{file.size_bytes:>15,}  {file.sha256[:12]}  {file.path}")
-
-
-def _print_verified(console: Console, records: list[dict[str, Any]]) -> None:
-    for record in records:
-        console.print(
-            f"{'ok ' if record['ok'] else 'BAD'} {record['repo_id']} {record['commit'][:12]} {record['dtype']}"
-        )
-        for finding in record["findings"]:
-            _print_finding(console, finding)
-
-
-def _print_finding(console: Console, finding: Mapping[str, str]) -> None:
-    console.print(f"    {finding['path']}: {finding['problem']}")

@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from modelstore import durable
+from modelstore.checksums import Digests, RunningDigests
 from modelstore.errors import BadSafetensors, Float16Overflow
 from modelstore.header import DTYPE_BITS, LENGTH_BYTES, Header, TensorInfo, encode_header, header_length, parse_header
-from modelstore.partial import Digests, RunningDigests
 from modelstore.settings import Dtype
 
 CHUNK_BYTES = 8 << 20

@@ -16,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modelstore.checksums import Digests
 from modelstore.errors import DigestMismatch, HubUnavailable
 from modelstore.hub import backoff_s
 from modelstore.layout import StagingLayout
-from modelstore.partial import GRANULE_BYTES, Digests, PartialFile
+from modelstore.partial import GRANULE_BYTES, PartialFile
 from modelstore.sources import ByteStream, Resolved, Source, SourceFile
 
 CONNECTIONS = 8

@@ -14,11 +14,12 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from modelstore.errors import ModelStoreError, NoSpace, RootUnusable
+from modelstore.errors import ModelStoreError, NoSpace, RootUnusable, UnsafeName
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP})
@@ -134,6 +135,41 @@ def publish_folder(source: Path, target: Path) -> bool:
     return True
 
 
+def touch(path: Path) -> float:
+    """Create an empty file where it is missing, and give it the volume's own time; returns that, in seconds."""
+    make_folder(path.parent)
+    with mapped_errors(path):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, _FILE_MODE)
+        try:
+            os.utime(fd)
+            return os.fstat(fd).st_mtime
+        finally:
+            os.close(fd)
+
+
+def touch_folder(folder: Path) -> None:
+    """Give a folder the volume's own time, so that its age counts from now; fine where it is none."""
+    with mapped_errors(folder):
+        try:
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except (NotADirectoryError, FileNotFoundError):
+            return
+        try:
+            os.utime(fd)
+        finally:
+            os.close(fd)
+
+
+def link(source: Path, target: Path) -> None:
+    """A second name for the file `source`; fine where `target` is that file already."""
+    with mapped_errors(target):
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except FileExistsError:
+            if not os.path.samestat(source.lstat(), target.lstat()):
+                raise
+
+
 def remove_file(path: Path) -> None:
     """Remove a file; fine where it is not there."""
     with mapped_errors(path):
@@ -144,6 +180,64 @@ def remove_tree(folder: Path) -> None:
     """Remove a folder with all it holds, following no links; fine where it is not there."""
     with mapped_errors(folder):
         shutil.rmtree(folder, onerror=_ignore_missing)
+
+
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, by name; nothing where it does not exist."""
+    try:
+        return [folder / name for name in sorted(os.listdir(folder))]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def tree_bytes(folder: Path, seen: set[tuple[int, int]] | None = None) -> int:
+    """What the regular files of a folder take by their sizes, each inode once; `seen` carries inodes between calls.
+
+    Sizes, not blocks: MooseFS tells the whole size for a sparse file, too.
+    """
+    seen = set() if seen is None else seen
+    total = 0
+    try:
+        with os.scandir(folder) as found:
+            for entry in found:
+                if entry.is_dir(follow_symlinks=False):
+                    total += tree_bytes(Path(entry.path), seen)
+                elif entry.is_file(follow_symlinks=False):
+                    state = entry.stat(follow_symlinks=False)
+                    if state.st_nlink == 1 or (state.st_dev, state.st_ino) not in seen:
+                        seen.add((state.st_dev, state.st_ino))
+                        total += state.st_size
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # removed while we looked
+    return total
+
+
+def tree_blocks(folder: Path) -> int:
+    """What a folder's files take on the disk in bytes, holes left out; MooseFS counts holes."""
+    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
+
+
+def newest_mtime(path: Path) -> float:
+    """The latest mtime of a file, or of a folder and all it holds; 0 where it does not exist."""
+    try:
+        state = path.lstat()
+        children = entries(path) if stat.S_ISDIR(state.st_mode) else []
+    except FileNotFoundError:
+        return 0.0
+    return max([state.st_mtime, *map(newest_mtime, children)])
+
+
+def check_no_links(root: Path, path: Path) -> None:
+    """Raise UnsafeName where a component of `path` below `root` is a symbolic link, as another user of the volume may
+    have planted it. What does not exist is fine."""
+    step = root
+    for part in path.relative_to(root).parts:
+        step = step / part
+        try:
+            if stat.S_ISLNK(step.lstat().st_mode):
+                raise UnsafeName(f"{step} is a link: the store follows none; remove it, it was put there by hand")
+        except (FileNotFoundError, NotADirectoryError):
+            return
 
 
 def _ignore_missing(_function: object, _path: object, info: tuple[object, BaseException, object]) -> None:

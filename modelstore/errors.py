@@ -131,9 +131,13 @@ class BadManifest(IntegrityError):
 
 
 class NoSpace(ModelStoreError):
-    """The volume, or its quota, is full."""
+    """The volume, or its quota, is full; `free_bytes` is what was left, 0 where a write failed."""
 
     exit_code = 6
+
+    def __init__(self, message: str, *, free_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.free_bytes = free_bytes
 
 
 class WaitTimeout(ModelStoreError, TimeoutError):

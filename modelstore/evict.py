@@ -1,48 +1,86 @@
 """Removing snapshots: plan first, then act.
 
 A snapshot is unpublished by one rename into `trash/`, then deleted: from that moment nobody finds it, and whoever has
-opened its files reads them to the end. What a crash leaves in `trash/` the next removal deletes.
+opened its files reads them to the end. What a crash leaves in `trash/` is collected later (`gc.py`).
 """
 
 from __future__ import annotations
 
-import os
-import secrets
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from modelstore import durable
+from modelstore import durable, pins
+from modelstore.catalog import Catalog
 from modelstore.layout import Layout, SnapshotKey
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Removal:
-    """Snapshots that are to go, damaged or not; print it before running it."""
+class Candidate:
+    """A snapshot, damaged or not, and what speaks against evicting it. `idle_s`: seconds since its last use."""
 
-    keys: tuple[SnapshotKey, ...]
+    key: SnapshotKey
+    size_bytes: int
+    idle_s: float
+    pinned: bool
+    users: tuple[str, ...]
 
-    def size_bytes(self, layout: Layout) -> int:
-        """What their folders take."""
-        folders = [layout.snapshot(key) for key in self.keys]
-        return sum(path.lstat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
-
-    def run(self, layout: Layout) -> None:
-        """Unpublish, then delete. A snapshot that somebody else removed meanwhile is fine."""
-        for key in self.keys:
-            path = layout.snapshot(key)
-            aside = layout.trash(f"{'--'.join(key.parts)}.{secrets.token_hex(4)}")
-            durable.make_folder(aside.parent)
-            try:
-                durable.rename(path, aside)
-            except FileNotFoundError:
-                continue
-            durable.sync_path(path.parent)
-        for leftover in _entries(layout.root / "trash"):
-            durable.remove_tree(leftover)
+    @property
+    def kept_because(self) -> str:
+        """Why it must stay; empty where it may go."""
+        if self.pinned:
+            return "it is pinned"
+        return f"it is in use by {', '.join(self.users)}" if self.users else ""
 
 
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return [folder / name for name in sorted(os.listdir(folder))]
-    except FileNotFoundError:
-        return []
+def survey(layout: Layout, keys: Sequence[SnapshotKey] | None = None) -> tuple[Candidate, ...]:
+    """The snapshots, or those of `keys`, the least recently used first."""
+    now = pins.volume_time(layout)
+    found = []
+    for key in Catalog(layout).keys() if keys is None else keys:
+        folder = layout.snapshot(key)
+        marks = pins.marks(layout, key)
+        touched_at = marks[0].touched_at if marks else durable.newest_mtime(folder)
+        users = pins.users(layout, key, now)
+        found.append(Candidate(key, durable.tree_bytes(folder), now - touched_at, pins.is_pinned(layout, key), users))
+    return tuple(sorted(found, key=lambda candidate: -candidate.idle_s))
+
+
+def least_recently_used(candidates: Sequence[Candidate], size_bytes: int) -> tuple[Candidate, ...]:
+    """The first of `candidates` that may go and together free `size_bytes`; all that may go where they do not."""
+    chosen: list[Candidate] = []
+    for candidate in candidates:
+        if sum(before.size_bytes for before in chosen) >= size_bytes:
+            break
+        if not candidate.kept_because:
+            chosen.append(candidate)
+    return tuple(chosen)
+
+
+def evict(layout: Layout, key: SnapshotKey, *, force: bool = False) -> bool:
+    """Unpublish a snapshot, then delete it; False where somebody uses it, pinned it or removed it meanwhile.
+
+    `force`: whatever uses or pins it.
+    """
+    path, aside = layout.snapshot(key), layout.aside(layout.trash, key)
+    durable.check_no_links(layout.root, path)
+    durable.check_no_links(layout.root, aside)
+    durable.make_folder(aside.parent)
+    with pins.evicting(layout, key) as in_time:
+        if not force:
+            now = pins.volume_time(layout)
+            if pins.is_pinned(layout, key) or pins.users(layout, key, now) or not in_time():
+                return False
+        durable.touch_folder(path)
+        try:
+            durable.rename(path, aside)
+        except FileNotFoundError:
+            return False
+        durable.sync_path(path.parent)
+    if force:
+        pins.unpin(layout, key)
+    durable.remove_tree(aside)
+    logger.info("evicted %s", key)
+    return True

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import xxhash
-
 from modelstore import durable
+from modelstore.catalog import Snapshot
+from modelstore.checksums import Digests, RunningDigests, has_blocks
 from modelstore.claim import Claim
 from modelstore.convert import (
     StoragePolicy,
@@ -38,7 +38,6 @@ from modelstore.header import Header
 from modelstore.layout import MANIFEST, Layout, SnapshotKey, StagingLayout
 from modelstore.manifest import (
     BLOCK_BYTES,
-    CHECKSUM_HEX,
     FileRecord,
     Manifest,
     Origin,
@@ -47,16 +46,18 @@ from modelstore.manifest import (
     parse_file_record,
 )
 from modelstore.observer import Observer
-from modelstore.partial import Digests, RunningDigests
 from modelstore.selection import Selection, select_files
-from modelstore.settings import Dtype
+from modelstore.settings import Dtype, Settings
 from modelstore.sources import Resolved, Source, SourceFile
+from modelstore.space import Space
 from modelstore.timeline import Span, Timeline
 
 logger = logging.getLogger(__name__)
 
 _CHECK_EVERY_S = 0.05
+_CONVERSIONS = max(1, min(4, (os.cpu_count() or 2) // 2))
 _WAITING_CONVERSIONS = 2
+_WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +81,19 @@ class Fill:
         resolved: Resolved,
         claim: Claim,
         *,
+        settings: Settings,
         timeline: Timeline,
         observer: Observer,
+        damaged: Snapshot | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        """`damaged`: the snapshot that is to be replaced, moved aside; what of it is intact is used again."""
+        durable.check_no_links(layout.root, layout.snapshot(key))
+        durable.check_no_links(layout.root, layout.staging(key) / str(claim.generation))
         self._layout = layout
+        self._damaged = damaged
+        self._space = Space(layout, settings, sleep=sleep)
+        self._needed = 0
         self._key = key
         self._dtype: Dtype = dtype
         self._source = source
@@ -110,33 +119,43 @@ class Fill:
         self._records: dict[str, FileRecord] = {}
         self._headers: dict[str, Header] = {}
         self._policies: dict[str, StoragePolicy] = {}
+        self._configs: dict[str, Mapping[str, Any]] = {}
         self._convert_began: float | None = None
         self._lock = threading.Lock()
 
     def run(self) -> Filled:
         """Download, convert and publish; returns the manifest that is published.
 
-        Raises what the source and the volume raise; after ClaimLost, HubUnavailable or NoSpace the staging stays for a
-        resume, after an IntegrityError or Refused it is removed.
+        Raises what the source and the volume raise. After ClaimLost, HubUnavailable, or NoSpace for a model that would
+        fit, the staging stays for a resume; after an IntegrityError, Refused, or NoSpace for one that never can, it is
+        removed.
         """
         try:
             durable.make_folder(self._staging.folder)
             with self._timeline.span("download") as span:
                 selection = self._select()
                 self._fetch_small(selection)
+                self._reserve(selection)
                 self._fetch_weights(selection)
                 span.size_bytes = self._progress.network or self._progress.total
             self._finish_indexes(selection)
             with self._timeline.span("publish"):
                 manifest = self._publish()
         except (IntegrityError, Refused):
-            for staging in (self._staging, *self._inherited):
-                durable.remove_tree(staging.folder)
+            self._remove_staging()
+            raise
+        except NoSpace as error:
+            if not self._space.could_fit(self._needed, error):
+                self._remove_staging()
             raise
         except OSError:
             self._claim.check()  # a successor moves our staging away under us: then that is what happened
             raise
         return Filled(manifest, self._progress.reused, self._progress.network)
+
+    def _remove_staging(self) -> None:
+        for staging in (self._staging, *self._inherited):
+            durable.remove_tree(staging.folder)
 
     def _inherit(self) -> list[StagingLayout]:
         """Earlier generations' staging: moved to be ours where nobody can still write there, else to be copied from."""
@@ -162,16 +181,52 @@ class Fill:
         self._progress.total = selection.size_bytes
         self._download.fetch(self._left(selection.small), self._keep_small)
         for folder in {_folder_of(file.path) for file in selection.weights}:
-            path = self._staging.snapshot_file(f"{folder}/config.json" if folder else "config.json")
-            config = _json(path.read_bytes(), path.name) if path.is_file() else None
-            self._policies[folder] = policy = storage_policy(self._dtype, config if isinstance(config, dict) else None)
+            self._policies[folder] = policy = storage_policy(self._dtype, self._config(folder, selection))
             if policy.unchanged_because and self._dtype != "keep":
                 logger.warning("%s is stored unchanged: %s", self._key, policy.unchanged_because)
 
+    def _config(self, folder: str, selection: Selection) -> Mapping[str, Any]:
+        """A folder's `config.json` as the source has it; the stored one names the storage dtype."""
+        path = f"{folder}/config.json" if folder else "config.json"
+        if path not in self._configs:
+            file = next((file for file in selection.small if file.path == path), None)
+            if file is None:
+                return self._configs.setdefault(path, {})
+            rewritten = self._records[path].origin is not None
+            data = self._read_small(file) if rewritten else self._staging.snapshot_file(path).read_bytes()
+            config = _json(data, path)
+            self._configs[path] = config if isinstance(config, dict) else {}
+        return self._configs[path]
+
+    def _reserve(self, selection: Selection) -> None:
+        """Find out what the snapshot and its staging take at their peak, and make sure that the volume has it."""
+        self._needed = sum(file.size_bytes for file in selection.small)
+        converted = []
+        for file in selection.weights:
+            ratio = self._stored_ratio(_folder_of(file.path), selection)
+            self._needed += int(file.size_bytes * (ratio or 1))
+            converted += [file.size_bytes] if ratio else []
+        # Originals that are being fetched, wait for their conversion, or are in it.
+        at_once = _CONVERSIONS + _WAITING_CONVERSIONS + 1
+        self._needed += sum(sorted(converted, reverse=True)[:at_once])
+        folders = (self._staging.folder, *(staging.folder for staging in self._inherited))
+        self._space.reserve(
+            self._key, self._claim, self._needed, present_bytes=sum(durable.tree_blocks(folder) for folder in folders)
+        )
+
+    def _stored_ratio(self, folder: str, selection: Selection) -> float:
+        """Stored bytes for each byte of the original's weights, by the dtype that the config names; 0 where they are
+        stored as they come."""
+        config = self._config(folder, selection)
+        before = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+        if self._policies[folder].unchanged_because or before == self._dtype:
+            return 0.0
+        width = _WIDTH.get(before)
+        return _WIDTH[self._dtype] / width if width else max(1.0, _WIDTH[self._dtype] / 2)
+
     def _fetch_weights(self, selection: Selection) -> None:
         left = self._left(selection.weights)
-        self._check_space(left)
-        workers = max(1, min(4, (os.cpu_count() or 2) // 2))
+        workers = _CONVERSIONS
         room = threading.BoundedSemaphore(workers + _WAITING_CONVERSIONS)
         jobs: list[Future[None]] = []
         with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
@@ -200,7 +255,7 @@ class Fill:
         """The files that no earlier process has finished."""
         left = []
         for file in files:
-            record = self._finished(file) or self._finished_before(file)
+            record = self._finished(file) or self._finished_before(file) or self._intact_before(file)
             if record is None:
                 left.append(file)
                 continue
@@ -222,6 +277,25 @@ class Fill:
             if (record := self._finished(file)) is not None:
                 return record
         return None
+
+    def _intact_before(self, file: SourceFile) -> FileRecord | None:
+        """The same for a file of the damaged snapshot that this one replaces, if nothing is wrong with that file."""
+        if self._damaged is None:
+            return None
+        record = self._damaged.manifest.file(file.path)
+        weights = file.path.endswith(".safetensors")
+        if record is None or (weights and self._damaged.manifest.stored_unchanged != self._unchanged_because()):
+            return None
+        path, target = self._damaged.path / file.path, self._staging.snapshot_file(file.path)
+        if _origin(record).size_bytes != file.size_bytes or not has_blocks(path, record):
+            return None
+        durable.make_folder(target.parent)
+        durable.link(path, target)
+        self._write_done(file, record)
+        return self._finished(file)
+
+    def _unchanged_because(self) -> str:
+        return "; ".join(sorted({policy.unchanged_because for policy in self._policies.values()} - {""}))
 
     def _finished(self, file: SourceFile) -> FileRecord | None:
         """An earlier process's record of `file`, if what lies there still has those bytes."""
@@ -250,6 +324,8 @@ class Fill:
         data = path.read_bytes() if PurePosixPath(file.path).name == "config.json" else b""
         config = _json(data, file.path) if data else None
         rewritten = data
+        if isinstance(config, dict):
+            self._configs[file.path] = config
         if isinstance(config, dict) and not storage_policy(self._dtype, config).unchanged_because:
             rewritten = config_in_dtype(data, self._dtype)
         if config is None or _json(rewritten, file.path) == config:
@@ -281,11 +357,14 @@ class Fill:
         self._done(file, record)
 
     def _done(self, file: SourceFile, record: FileRecord) -> None:
-        data = {"record": file_as_json(record), "digest": digest_of(file_as_json(record))}
-        durable.write_atomic(self._staging.done_file(file.path), json.dumps(data, separators=(",", ":")).encode())
+        self._write_done(file, record)
         self._records[file.path] = record
         durable.remove_file(self._staging.source_file(file.path))
-        durable.remove_file(self._staging.journal_file(file.path))
+        durable.remove_tree(self._staging.journal(file.path))
+
+    def _write_done(self, file: SourceFile, record: FileRecord) -> None:
+        data = {"record": file_as_json(record), "digest": digest_of(file_as_json(record))}
+        durable.write_atomic(self._staging.done_file(file.path), json.dumps(data, separators=(",", ":")).encode())
 
     def _finish_indexes(self, selection: Selection) -> None:
         """Check each index against the shards' headers, and correct its total size where shards were converted."""
@@ -325,7 +404,7 @@ class Fill:
             created_at=int(time.time()),
             source=self._resolved.record,
             files=tuple(self._records[path] for path in sorted(self._records)),
-            stored_unchanged="; ".join(sorted({p.unchanged_because for p in self._policies.values()} - {""})),
+            stored_unchanged=self._unchanged_because(),
         )
         folder = self._staging.snapshot
         _keep_only(folder, {MANIFEST, *self._records})
@@ -337,20 +416,6 @@ class Fill:
             logger.info("%s was published by another worker first", self._key)
         durable.remove_tree(self._layout.staging(self._key))
         return manifest
-
-    def _check_space(self, left: list[SourceFile]) -> None:
-        """Fail before the download where even the file system says that it cannot fit (on RunPod it says too much)."""
-        needed = sum(file.size_bytes for file in left)
-        for file in left:
-            path = self._staging.source_file(file.path)
-            needed -= path.stat().st_blocks * 512 if path.is_file() else 0
-        state = os.statvfs(self._staging.folder)
-        free = state.f_bavail * state.f_frsize
-        if needed > free:
-            raise NoSpace(
-                f"{self._key} needs {needed / 1e9:.2f} GB more and {self._layout.root} has {free / 1e9:.2f} GB free: "
-                "free some, or remove a model"
-            )
 
     def _guard(self) -> None:
         """Raise ClaimLost where the claim is gone; asks the volume at most every 50 ms. Reports progress on the way."""
@@ -375,26 +440,6 @@ def _generations(folder: Path, *, below: int) -> list[Path]:
     except FileNotFoundError:
         return []
     return [folder / str(number) for number in numbers if number < below]
-
-
-def has_blocks(path: Path, record: FileRecord, *, on_block: Callable[[int], None] | None = None) -> bool:
-    """Whether the file at `path` has the record's size and block checksums; links are not followed."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        if os.fstat(fd).st_size != record.size_bytes:
-            return False
-        for index, offset in enumerate(range(0, record.size_bytes, BLOCK_BYTES)):
-            data = os.pread(fd, BLOCK_BYTES, offset)
-            if xxhash.xxh3_64_hexdigest(data) != record.blocks[index * CHECKSUM_HEX : (index + 1) * CHECKSUM_HEX]:
-                return False
-            if on_block:
-                on_block(len(data))
-        return True
-    finally:
-        os.close(fd)
 
 
 def _origin(record: FileRecord) -> Origin:

@@ -5,12 +5,16 @@
       models/<org>--<name>/<commit>.<dtype>/         a published snapshot: the model's files and manifest.json
       staging/<org>--<name>/<commit>.<dtype>/<generation>/
         source/<file>                                bytes as the source has them, partial
-        journal/<file>                               which blocks of it are complete (download.py)
+        journal/<file>/<segment>[.open]              which granules of it are there (partial.py)
         snapshot/<file>                              what will be published
         done/<file>                                  a converted file's digests (convert.py)
       claims/<org>--<name>/<commit>.<dtype>/<generation>
+      claims/space/<generation>                      who counts what the store takes, and evicts (space.py)
       refs/<org>--<name>/<revision>.json             the commit this fleet uses for a revision
-      used/ pins/ aliases/ quarantine/ trash/
+      pins/<org>--<name>/<commit>.<dtype>.json       a person's pin
+      used/<org>--<name>/<commit>.<dtype>/<worker>   empty; its mtime is that worker's last use (pins.py)
+      verified/<org>--<name>/<commit>.<dtype>.json   how far a sampled or time-boxed verify came
+      quarantine/ trash/                             <org>--<name>--<commit>.<dtype>.<8 hex digits>
 
 Paths are built from checked names only, so nothing that a repo or a manifest says can lead outside.
 """
@@ -19,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,11 +150,37 @@ class Layout:
     def claims(self, key: SnapshotKey) -> Path:
         return self.root.joinpath("claims", *key.parts)
 
-    def trash(self, name: str) -> Path:
-        return self.root / "trash" / name
+    @property
+    def space_claim(self) -> Path:
+        return self.root / "claims" / "space"
 
-    def quarantine(self, name: str) -> Path:
-        return self.root / "quarantine" / name
+    @property
+    def pins(self) -> Path:
+        return self.root / "pins"
+
+    def pin(self, key: SnapshotKey) -> Path:
+        repo, variant = key.parts
+        return self.pins / repo / f"{variant}.json"
+
+    def used(self, key: SnapshotKey) -> Path:
+        """The folder of the marks that workers leave on a snapshot."""
+        return self.root.joinpath("used", *key.parts)
+
+    def verified(self, key: SnapshotKey) -> Path:
+        repo, variant = key.parts
+        return self.root / "verified" / repo / f"{variant}.json"
+
+    @property
+    def trash(self) -> Path:
+        return self.root / "trash"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.root / "quarantine"
+
+    def aside(self, folder: Path, key: SnapshotKey) -> Path:
+        """A new name for the snapshot `key` in `folder`, the trash or the quarantine."""
+        return folder / f"{'--'.join(key.parts)}.{secrets.token_hex(4)}"
 
     def refs(self, repo_id: str) -> Path:
         return self.root / "refs" / repo_folder(repo_id)
@@ -179,7 +210,8 @@ class StagingLayout:
     def source_file(self, name: str) -> Path:
         return self.folder / "source" / name
 
-    def journal_file(self, name: str) -> Path:
+    def journal(self, name: str) -> Path:
+        """The folder of a file's journal."""
         return self.folder / "journal" / name
 
     def snapshot_file(self, name: str) -> Path:

@@ -89,6 +89,16 @@ class Reading:
             if self._error is not None:
                 raise self._error
 
+    def damage(self) -> DigestMismatch | None:
+        """What is wrong with the bytes, once all of them were read or the first wrong block was."""
+        try:
+            self.wait_all()
+        except DigestMismatch as error:
+            return error
+        except OSError:
+            pass
+        return None
+
     def join(self) -> None:
         """Return when the threads have ended and the files are closed."""
         for thread in self._threads:

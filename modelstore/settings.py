@@ -42,6 +42,8 @@ FIELDS = (
     Field("MODEL_REVISION", "main", "branch, tag or commit, where the reference names none"),
     Field("MODEL_DTYPE", "float16", "storage dtype: `float16`, `bfloat16`, `float32` or `keep`"),
     Field("MODELSTORE_ROOT", "<volume>/modelstore", "the store's folder on the network volume"),
+    Field("MODELSTORE_QUOTA", "", "what the store may take on the volume, such as `200GB`; no limit without it"),
+    Field("MODELSTORE_EVICT", "0", "`1`: a download may remove the least recently used models to fit the quota"),
     Field("MODELSTORE_LEASE_S", "30", "seconds without a heartbeat after which a claim is taken over"),
     Field("MODELSTORE_WAIT_S", "1800", "seconds to wait for another worker's download before giving up"),
     Field("MODELSTORE_OFFLINE", "0", "`1`: never ask the Hub, serve only what the volume holds"),
@@ -58,6 +60,8 @@ class Settings:
     root: Path
     model: Reference | None = None
     dtype: Dtype = "float16"
+    quota_bytes: int | None = None
+    evict: bool = False
     lease_s: float = 30.0
     wait_s: float = 1800.0
     offline: bool = False
@@ -80,11 +84,14 @@ class Settings:
         model_variable = "MODEL_ID" if env.get("MODEL_ID") else "MODEL_NAME"
         model = env.get(model_variable, "")
         revision = env.get("MODEL_REVISION") or None
+        quota = env.get("MODELSTORE_QUOTA", "")
         allowed = [text.strip() for text in env.get("MODELSTORE_ALLOWED_MODELS", "").split(",")]
         return cls(
             root=_root(env, mounts) if root is None else root.absolute(),
             model=_reference(model_variable, model, revision) if model else None,
             dtype=parse_dtype("MODEL_DTYPE", env.get("MODEL_DTYPE") or "float16"),
+            quota_bytes=parse_size("MODELSTORE_QUOTA", quota) if quota else None,
+            evict=_switch(env, "MODELSTORE_EVICT"),
             lease_s=_number(env, "MODELSTORE_LEASE_S", 30.0, at_least=2.0),
             wait_s=_number(env, "MODELSTORE_WAIT_S", 1800.0, at_least=0.0),
             offline=_switch(env, "MODELSTORE_OFFLINE"),

@@ -28,10 +28,12 @@ from modelstore.fill import Fill
 from modelstore.hub import HubSource
 from modelstore.layout import FORMAT_VERSION, Layout, SnapshotKey
 from modelstore.observer import SILENT, Observer
+from modelstore.pins import mark_used
 from modelstore.reference import Reference, is_commit, parse_reference
 from modelstore.settings import Dtype, Settings, parse_dtype
 from modelstore.sources import FolderSource, HfCacheSource, Resolved, Source
 from modelstore.timeline import Span, Timeline
+from modelstore.verify import verify_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,7 @@ class ModelStore:
         dtype: str | None = None,
         refresh: bool = False,
         overflow: Overflow = "stop",
+        damaged: Snapshot | None = None,
         wait_s: float | None = None,
         observer: Observer = SILENT,
         timeline: Timeline | None = None,
@@ -91,8 +94,10 @@ class ModelStore:
         """The snapshot, downloaded if need be by exactly one of those who ask for it at once.
 
         `refresh`: ask the source what the revision stands for now, even where the volume has an answer (what `seed`
-        does). `overflow="bfloat16"`: where float16 cannot hold a weight, store the bfloat16 variant instead. `wait_s`:
-        how long to wait for another's claim, MODELSTORE_WAIT_S by default.
+        does). `overflow="bfloat16"`: where float16 cannot hold a weight, store the bfloat16 variant instead.
+        `damaged`: a snapshot whose bytes a load found to be wrong; it is compared again, and if need be quarantined
+        and made anew, from the files of it that are intact and the source. `wait_s`: how long to wait for another's
+        claim, MODELSTORE_WAIT_S by default.
 
         Raises a ModelStoreError: NotFound, AccessDenied, HubUnavailable, IntegrityError, NoSpace, WaitTimeout, Refused.
         """
@@ -104,18 +109,22 @@ class ModelStore:
             found = self.lookup(wanted, dtype=variant)
             if found is None and overflow == "bfloat16" and variant == "float16":
                 found = self.lookup(wanted, dtype="bfloat16")
-        if found is not None and (not refresh or is_commit(wanted.revision) or self.settings.offline):
+        if found is not None and _same(found, damaged):
+            wanted, variant = replace(wanted, revision=found.commit), parse_dtype("dtype", found.dtype)
+        elif found is not None and (not refresh or is_commit(wanted.revision) or self.settings.offline):
+            mark_used(self.layout, found.key)
             return found
         with timeline.span("lookup"):
             source, resolved = self._resolve(wanted, refresh=refresh)
         try:
-            snapshot = self._obtain(source, resolved, variant, wait_s, observer, timeline)
+            snapshot = self._obtain(source, resolved, variant, damaged, wait_s, observer, timeline)
         except Float16Overflow as error:
             if overflow != "bfloat16":
                 raise
             logger.warning("%s: storing bfloat16 instead, as allowed", error)
-            snapshot = self._obtain(source, resolved, "bfloat16", wait_s, observer, timeline)
+            snapshot = self._obtain(source, resolved, "bfloat16", damaged, wait_s, observer, timeline)
         self._record_commit(resolved, replacing=refresh)
+        mark_used(self.layout, snapshot.key)
         return snapshot
 
     def _obtain(
@@ -123,6 +132,7 @@ class ModelStore:
         source: Source,
         resolved: Resolved,
         dtype: Dtype,
+        damaged: Snapshot | None,
         wait_s: float | None,
         observer: Observer,
         timeline: Timeline,
@@ -135,7 +145,7 @@ class ModelStore:
         contender: Contender | None = None
         while True:
             snapshot = self.catalog.published(key)
-            if snapshot is not None:
+            if snapshot is not None and not _same(snapshot, damaged):
                 if waited_from is None:
                     return snapshot
                 timeline.add(Span("wait", waited_from, timeline.now()))
@@ -149,7 +159,7 @@ class ModelStore:
                 if waited_from is not None:
                     timeline.add(Span("wait", waited_from, timeline.now()))
                 try:
-                    return self._fill(outcome, key, dtype, source, resolved, observer, timeline)
+                    return self._fill(outcome, key, dtype, source, resolved, damaged, observer, timeline)
                 except ClaimLost as error:
                     logger.warning("%s", error)
                     contender, waited_from = None, timeline.now()
@@ -169,15 +179,22 @@ class ModelStore:
         dtype: Dtype,
         source: Source,
         resolved: Resolved,
+        damaged: Snapshot | None,
         observer: Observer,
         timeline: Timeline,
     ) -> Snapshot:
         with claim:
             # Between our look and our claim another worker may have published and released.
             if (snapshot := self.catalog.published(key)) is not None:
-                claim.finish("published")
-                return replace(snapshot, status="waited")
-            self._move_damaged_aside(key)
+                if not _same(snapshot, damaged):
+                    claim.finish("published")
+                    return replace(snapshot, status="waited")
+                with timeline.span("verify"):
+                    intact = verify_snapshot(snapshot).ok
+                if intact:
+                    logger.warning("%s reads back as it was published: the damage was on its way to this worker", key)
+                    claim.finish("published")
+                    return snapshot
             filled = Fill(
                 self.layout,
                 key,
@@ -185,8 +202,10 @@ class ModelStore:
                 source,
                 resolved,
                 claim,
+                settings=self.settings,
                 timeline=timeline,
                 observer=observer,
+                damaged=self._quarantine(key, claim),
                 sleep=self._sleep,
             ).run()
             claim.finish("published")
@@ -232,16 +251,27 @@ class ModelStore:
         if not self.layout.format_file.exists():
             durable.write_atomic(self.layout.format_file, b"%d\n" % FORMAT_VERSION)
 
-    def _move_damaged_aside(self, key: SnapshotKey) -> None:
-        """A folder that stands where the snapshot belongs and is none would block publishing: keep it elsewhere."""
+    def _quarantine(self, key: SnapshotKey, claim: Claim) -> Snapshot | None:
+        """Move what stands where the snapshot belongs and is none, or a damaged one, out of the way; it is kept, and
+        returned where its manifest still tells which of its files are intact."""
         path = self.layout.snapshot(key)
-        if not path.exists():
-            return
-        folder, variant = key.parts
-        aside = self.layout.quarantine(f"{folder}--{variant}.{time.time_ns()}")
+        if not os.path.lexists(path):
+            return None
+        manifest = self.catalog.manifest(key)
+        aside = self.layout.aside(self.layout.quarantine, key)
+        durable.check_no_links(self.layout.root, path.parent)
+        durable.check_no_links(self.layout.root, aside)
         durable.make_folder(aside.parent)
+        claim.check()
+        durable.touch_folder(path)
         durable.rename(path, aside)
-        logger.warning("%s is damaged: moved to %s, and fetched again", key, aside)
+        logger.warning("%s is damaged: moved to %s, and made again", key, aside)
+        return Snapshot(aside, manifest) if manifest is not None else None
+
+
+def _same(snapshot: Snapshot, damaged: Snapshot | None) -> bool:
+    """Whether what is published is still what was found damaged."""
+    return damaged is not None and (snapshot.key, snapshot.inode) == (damaged.key, damaged.inode)
 
 
 def _parsed(reference: str | Reference, revision: str | None) -> Reference:

@@ -1,18 +1,30 @@
-"""Whether a snapshot still is what its manifest says: offline, reading every byte."""
+"""Whether a snapshot still is what its manifest says: offline, whole or a sample, at once or in parts.
+
+Blocks are counted over all files of a snapshot. A sample of 1/20 compares the blocks r, r + 20, r + 40, … and the next
+run takes the next r, so that twenty runs have compared every byte. Where a run came to is kept beside the snapshot
+(`verified/`), so that one that is cut short, by its time or by a kill, is gone on with. Names, sizes and foreign files
+are compared in every run. Bytes come from the volume: what this machine's page cache holds of a file is dropped first.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import stat
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from modelstore import durable
 from modelstore.catalog import Snapshot
-from modelstore.errors import BadManifest, FormatTooNew
-from modelstore.fill import has_blocks
-from modelstore.layout import MANIFEST, SnapshotKey
-from modelstore.manifest import FileRecord, parse_manifest
+from modelstore.checksums import block_count, has_block
+from modelstore.errors import BadManifest, FormatTooNew, ModelStoreError, UsageError
+from modelstore.layout import MANIFEST, Layout, SnapshotKey
+from modelstore.manifest import FileRecord, Manifest, parse_manifest
+
+_SAVE_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,46 +35,185 @@ class Finding:
     problem: str
 
 
-def verify_folder(
-    folder: Path, key: SnapshotKey, *, on_bytes: Callable[[int], None] | None = None
-) -> tuple[Finding, ...]:
-    """Compare every file with the manifest's checksums, and look for files that do not belong.
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a verification stands: `done` of the blocks whose number is `first` modulo `stride` were compared."""
 
-    `folder` is where the snapshot `key` belongs, damaged or not. `on_bytes` gets what was read, as it is read.
-    """
+    stride: int = 1
+    first: int = 0
+    done: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What one run found. `compared` of `planned` bytes were read; `position` is where the next run goes on."""
+
+    findings: tuple[Finding, ...]
+    compared: int = 0
+    planned: int = 0
+    position: Position = Position()
+
+    @property
+    def ok(self) -> bool:
+        return not self.findings
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run compared all that it planned to."""
+        return self.compared == self.planned
+
+
+def parse_sample(text: str) -> int:
+    """`1/20`, `5%` or `0.05` as 20: one block of how many. Raises UsageError."""
+    match = re.fullmatch(r"1/(\d{1,6})", text.strip())
     try:
-        manifest = parse_manifest((folder / MANIFEST).read_bytes(), where=MANIFEST)
-    except (OSError, BadManifest, FormatTooNew) as error:
-        return (Finding(MANIFEST, str(error)),)
-    if manifest.key != key:
-        return (Finding(MANIFEST, f"it is the manifest of {manifest.key}"),)
-    findings = [
-        Finding(file.path, _problem(folder / file.path, file))
-        for file in manifest.files
-        if not has_blocks(folder / file.path, file, on_block=on_bytes)
-    ]
-    known = {MANIFEST, *(file.path for file in manifest.files)}
-    for parent, folders, names in os.walk(folder):
-        links = [name for name in folders if Path(parent, name).is_symlink()]
-        for name in [*names, *links]:
-            path = str(Path(parent, name).relative_to(folder))
-            if path not in known:
-                findings.append(Finding(path, "not named by the manifest"))
-    return tuple(sorted(findings, key=lambda finding: finding.path))
+        number = text.strip()
+        share = float(number[:-1]) / 100 if number.endswith("%") else float(number) if not match else 1.0
+        stride = int(match[1]) if match else round(1 / share) if 0 < share <= 1 else 0
+    except ValueError:
+        stride = 0
+    if not 1 <= stride <= 1_000_000:
+        raise UsageError(f"{text!r} is no sample: write it like 1/20 or 5%")
+    return stride
 
 
-def verify_snapshot(snapshot: Snapshot) -> tuple[Finding, ...]:
-    """`verify_folder` for a snapshot that was found."""
+def verify_snapshot(snapshot: Snapshot) -> Verified:
+    """`verify_folder` for a snapshot that was found, every byte of it."""
     return verify_folder(snapshot.path, snapshot.key)
 
 
-def _problem(path: Path, file: FileRecord) -> str:
+def verify_folder(
+    folder: Path,
+    key: SnapshotKey,
+    position: Position | None = None,
+    *,
+    until: float = float("inf"),
+    on_position: Callable[[Position], object] | None = None,
+) -> Verified:
+    """Compare files with the manifest's checksums from `position` on, and look for files that do not belong.
+
+    `folder` is where the snapshot `key` belongs, damaged or not. `until`: monotonic seconds at which to stop.
+    `on_position` gets where the run stands, every few seconds.
+    """
+    position = position or Position()
     try:
-        state = os.lstat(path)
+        manifest = parse_manifest(_manifest_bytes(folder), where=MANIFEST)
+    except (OSError, BadManifest, FormatTooNew) as error:
+        return Verified((Finding(MANIFEST, str(error)),))
+    if manifest.key != key:
+        return Verified((Finding(MANIFEST, f"it is the manifest of {manifest.key}"),))
+    found = {file.path: problem for file in manifest.files if (problem := _at_a_glance(folder, file))}
+    blocks = list(_blocks(manifest))[position.first :: position.stride]
+    planned = sum(_length(manifest, file, index) for file, index in blocks[position.done :])
+    compared, done, said = 0, position.done, time.monotonic()
+    with _Files(folder) as files:
+        for file, index in blocks[position.done :]:
+            if time.monotonic() >= until:
+                break
+            if file.path not in found and not has_block(files.open(file), file, index, manifest.block_bytes):
+                found[file.path] = f"not the bytes that were published, at byte {index * manifest.block_bytes}"
+            compared += _length(manifest, file, index)
+            done += 1
+            if on_position is not None and time.monotonic() - said > _SAVE_EVERY_S:
+                said = time.monotonic()
+                on_position(Position(position.stride, position.first, done))
+    findings = [*(Finding(path, problem) for path, problem in found.items()), *_foreign(folder, manifest)]
+    whole = done >= len(blocks)
+    after = Position(position.stride, (position.first + 1) % position.stride) if whole else None
+    return Verified(
+        tuple(sorted(findings, key=lambda finding: finding.path)),
+        compared,
+        planned,
+        after or Position(position.stride, position.first, done),
+    )
+
+
+def saved_position(layout: Layout, key: SnapshotKey, stride: int) -> Position:
+    """Where the last run with this stride came to; the start where there was none."""
+    try:
+        fd = os.open(layout.verified(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as file:
+            record = json.loads(file.read(4096))
+        position = Position(int(record["stride"]), int(record["first"]), int(record["done"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return Position(stride)
+    usable = position.stride == stride and 0 <= position.first < stride and position.done >= 0
+    return position if usable else Position(stride)
+
+
+def save_position(layout: Layout, key: SnapshotKey, position: Position) -> bool:
+    """Keep where a run came to; False where the volume does not take it, and the next run starts over."""
+    record = {"stride": position.stride, "first": position.first, "done": position.done}
+    try:
+        durable.check_no_links(layout.root, layout.verified(key))
+        durable.write_atomic(layout.verified(key), json.dumps(record).encode() + b"\n")
+    except (ModelStoreError, OSError):
+        return False
+    return True
+
+
+def _manifest_bytes(folder: Path) -> bytes:
+    fd = os.open(folder / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        return file.read()
+
+
+def _blocks(manifest: Manifest) -> Iterator[tuple[FileRecord, int]]:
+    for file in manifest.files:
+        for index in range(block_count(file)):
+            yield file, index
+
+
+def _length(manifest: Manifest, file: FileRecord, index: int) -> int:
+    return min(manifest.block_bytes, file.size_bytes - index * manifest.block_bytes)
+
+
+class _Files:
+    """Opens one file at a time, without what the page cache holds of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = ""
+        self._fd = -1
+
+    def open(self, file: FileRecord) -> int:
+        if file.path != self._path:
+            self.close()
+            self._fd = os.open(self._folder / file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            self._path = file.path
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        return self._fd
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+def _at_a_glance(folder: Path, file: FileRecord) -> str:
+    """What is wrong with a file as its folder shows it."""
+    try:
+        state = os.lstat(folder / file.path)
     except OSError:
         return "missing"
     if not stat.S_ISREG(state.st_mode):
         return "not a regular file"
     if state.st_size != file.size_bytes:
         return f"{state.st_size} bytes where {file.size_bytes} were published"
-    return "not the bytes that were published"
+    return ""
+
+
+def _foreign(folder: Path, manifest: Manifest) -> Iterator[Finding]:
+    known = {MANIFEST, *(file.path for file in manifest.files)}
+    for parent, folders, names in os.walk(folder):
+        links = [name for name in folders if Path(parent, name).is_symlink()]
+        for name in [*names, *links]:
+            path = str(Path(parent, name).relative_to(folder))
+            if path not in known:
+                yield Finding(path, "not named by the manifest")

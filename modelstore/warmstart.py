@@ -1,22 +1,24 @@
-"""The whole of a start in one page: find the snapshot or make it, and have its bytes in flight.
+"""The whole of a start in one page: find the snapshot or make it, have its bytes in flight, load them.
 
-found = begin(settings)        the standard library, the store and the reader; no torch
-import torch, transformers     beside the read
-load_model(found.snapshot, reading=found.reading, timeline=found.timeline)
+begun = begin(settings)            the standard library, the store and the reader; no torch
+import torch, transformers         beside the read
+begun.load(load)                   load(begun) makes the model; where the bytes are not what was published, the snapshot
+                                   is quarantined and made again, and the start goes on with that
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from modelstore.catalog import Catalog, Snapshot, Status
-from modelstore.errors import InvalidSetting
+from modelstore.errors import DigestMismatch, InvalidSetting, ModelStoreError, SnapshotNotFound
 from modelstore.layout import Layout, SnapshotKey
 from modelstore.observer import Observer
+from modelstore.pins import InUse, wait_while_evicting
 from modelstore.reader import Reading, start_reading
 from modelstore.settings import Settings
 from modelstore.timeline import Outcome, Timeline
@@ -26,7 +28,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _LOG_EVERY_S = 5.0
+_LOOKS = 5
 _OUTCOMES: Mapping[Status, tuple[Outcome, str]] = {
     "present": ("hit", "the snapshot was on the volume"),
     "waited": ("waited", "another worker was making the snapshot"),
@@ -35,13 +40,47 @@ _OUTCOMES: Mapping[Status, tuple[Outcome, str]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Begun:
-    """A start whose bytes are in flight."""
+    """A start whose bytes are in flight. `snapshot` and `reading` are exchanged where the first were damaged."""
 
+    settings: Settings
     snapshot: Snapshot
     reading: Reading
+    in_use: InUse
     timeline: Timeline
+    observer: Observer
+
+    def load(self, load: Callable[[Begun], T]) -> T:
+        """What `load` makes of this start; called again, once, where the first bytes were not those published.
+
+        Raises DigestMismatch where the damage cannot be mended, and whatever `load` raises.
+        """
+        try:
+            return load(self)
+        except Exception as error:  # a damaged tokenizer is whatever its parser makes of it
+            found = error if isinstance(error, DigestMismatch) else self.reading.damage()
+            if found is None:
+                raise
+            logger.warning("%s; comparing it again", found)
+            damage = found
+        self.reading.join()
+        try:
+            self._begin_again()
+        except ModelStoreError as error:
+            raise DigestMismatch(f"{damage}; it could not be made again: {error}") from error
+        return load(self)
+
+    def _begin_again(self) -> None:
+        from modelstore.store import ModelStore
+
+        store, model = ModelStore(self.settings.root, settings=self.settings), self.settings.model
+        assert model is not None
+        fresh = store.ensure(
+            model, dtype=self.snapshot.dtype, damaged=self.snapshot, observer=self.observer, timeline=self.timeline
+        )
+        self.timeline.reason += "; it was damaged and made again"
+        self.snapshot, self.reading = fresh, start_reading(fresh)
 
 
 class LogObserver(Observer):
@@ -76,13 +115,27 @@ def begin(settings: Settings, *, observer: Observer | None = None) -> Begun:
         raise InvalidSetting("MODEL_ID is not set: name the model to serve, as in MODEL_ID=org/name")
     timeline = Timeline(worker=settings.worker_id, model=str(settings.model), dtype=settings.dtype)
     settings.check_allowed(settings.model)
-    with timeline.span("lookup"):
-        snapshot = Catalog(Layout(settings.root)).find(settings.model, settings.dtype)
-    if snapshot is None:
-        from modelstore.store import ModelStore  # its imports (numpy, HTTP) are for a miss alone
+    observer = observer or LogObserver()
+    layout = Layout(settings.root)
+    for attempt in range(_LOOKS):
+        with timeline.span("lookup"):
+            snapshot = Catalog(layout).find(settings.model, settings.dtype)
+        if snapshot is None:
+            from modelstore.store import ModelStore  # its imports (numpy, HTTP) are for a miss alone
 
-        store = ModelStore(settings.root, settings=settings)
-        snapshot = store.ensure(settings.model, timeline=timeline, observer=observer or LogObserver())
+            store = ModelStore(settings.root, settings=settings)
+            snapshot = store.ensure(settings.model, timeline=timeline, observer=observer)
+        in_use = InUse(layout, snapshot.key, settings.worker_id)
+        try:
+            if wait_while_evicting(layout, snapshot.key):
+                continue
+            reading = start_reading(snapshot)
+            break
+        except SnapshotNotFound:  # evicted between the look and the open
+            if attempt + 1 == _LOOKS:
+                raise
+    else:
+        raise SnapshotNotFound(f"{settings.model} is evicted again and again: pin it, or raise MODELSTORE_QUOTA")
     timeline.commit, timeline.dtype = snapshot.commit, snapshot.dtype
     timeline.outcome, timeline.reason = _OUTCOMES[snapshot.status]
-    return Begun(snapshot, start_reading(snapshot), timeline)
+    return Begun(settings, snapshot, reading, in_use, timeline, observer)

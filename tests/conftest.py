@@ -14,6 +14,8 @@ from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from tests.hub import Hub, running_hub
 
+MakeStore = Callable[..., ModelStore]
+
 # No test may find a token, a cache or a setting of whoever runs it; processes that tests start inherit this.
 for name in [name for name in os.environ if name.startswith(("HF_", "MODELSTORE_", "MODEL_", "RUNPOD_"))]:
     del os.environ[name]
@@ -35,7 +37,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def make_store(tmp_path: Path, hub: Hub) -> Callable[..., ModelStore]:
+def make_store(tmp_path: Path, hub: Hub) -> MakeStore:
     """Stores on one volume that ask `hub`; keyword arguments are settings, and `sleep`."""
 
     def make(*, sleep: Callable[[float], None] = time.sleep, **changes: Any) -> ModelStore:
@@ -46,7 +48,7 @@ def make_store(tmp_path: Path, hub: Hub) -> Callable[..., ModelStore]:
 
 
 @pytest.fixture
-def store(make_store: Callable[..., ModelStore]) -> ModelStore:
+def store(make_store: MakeStore) -> ModelStore:
     return make_store()
 
 

@@ -185,3 +185,60 @@ def test_a_narrow_terminal_and_a_pipe_look_right(hub: Hub, cli: Cli) -> None:
     out = cli("ls").stdout
     assert "\x1b" not in out
     assert "".join(line.split()[0] for line in out.splitlines()[1:]).startswith("organisation/a-model")
+
+
+def test_verify_in_parts_goes_on_where_it_stopped_and_finds_the_damage(hub: Hub, cli: Cli) -> None:
+    write_repo(hub.folder / "org" / "name", random_tensors(3, (1024, 2048)), shards=3)  # two blocks a shard
+    folder = Path(cli.json("seed", "org/name")["path"])
+    (whole,) = cli.json("verify")
+    assert whole["ok"]
+    assert whole["complete"]
+    assert whole["compared_bytes"] == whole["planned_bytes"] == cli.json("ls")[0]["bytes"]
+    parts = [cli.json("verify", "org/name", "--sample", "1/3")[0] for _run in range(3)]
+    assert sum(part["compared_bytes"] for part in parts) == whole["compared_bytes"]
+    (cut,) = cli.json("verify", "--max-seconds", "1e-9")
+    assert not cut["complete"]
+    assert "run it again" in cli("verify", "--max-seconds", "1e-9").stdout
+    shard = next(folder.glob("*-00002-*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 128
+    shard.write_bytes(data)
+    found = [cli.json("verify", "--sample", "33%", code=code)[0]["ok"] for code in codes_of_samples(folder, shard, cli)]
+    assert found.count(False) == 1
+    cli("verify", "--sample", "2/3", code=2)
+    cli("verify", "--max-seconds", "0", code=2)
+
+
+def codes_of_samples(folder: Path, shard: Path, cli: Cli) -> list[int]:
+    """The exit codes of the next three samples: 5 for the one that holds the last block of `shard`."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    blocks = [(file["path"], at) for file in manifest["files"] for at in range(len(file["blocks"]) // 16)]
+    last = max(index for index, (path, _at) in enumerate(blocks) if path == shard.name)
+    return [5 if last % 3 == first else 0 for first in range(3)]
+
+
+def test_pinned_models_stay_and_gc_evicts_the_least_recently_used(hub: Hub, cli: Cli) -> None:
+    for number, name in enumerate(("a", "b", "c")):
+        write_repo(hub.folder / "org" / name, random_tensors(4, seed=number))
+        cli("seed", f"org/{name}", "--quiet")
+    assert cli.json("pin", "org/a")["pinned"]
+    cli("rm", "org/a", "--yes", code=8)
+    one = cli.json("ls")[0]["bytes"]
+    planned = cli.json("gc", "--to", str(2 * one + 5000), "--dry-run")
+    assert [item["repo_id"] for item in planned["evicted"]] == ["org/b"]
+    assert not planned["removed"]
+    assert len(cli.json("ls")) == 3
+    cli("gc", "--to", str(2 * one + 5000), code=8)
+    done = cli.json("gc", "--to", str(2 * one + 5000), "--yes")
+    assert [item["repo_id"] for item in done["evicted"]] == ["org/b"]
+    assert {item["repo_id"] for item in cli.json("ls")} == {"org/a", "org/c"}
+    error = cli("gc", "--to", "1KB", "--yes", code=6).stderr
+    assert "pinned" in error or "in use" in error
+    assert {item["repo_id"] for item in cli.json("ls")} == {"org/a"}
+    assert not cli.json("unpin", "org/a")["pinned"]
+    assert "was not pinned" in cli("unpin", "org/a").stdout
+    cli("rm", "org/a", "--yes")
+    assert cli.json("gc", "--dry-run")["collected"] == []
+    cli("gc", "--grace-s", "1", code=2)
+    cli("gc", "--to", "much", code=2)
+    cli("pin", "org/a", code=3)

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
+from modelstore.checksums import RunningDigests
 from modelstore.convert import config_in_dtype, convert_file, converted_tensors, read_header, storage_policy
 from modelstore.errors import Float16Overflow
-from modelstore.partial import RunningDigests
 from modelstore.settings import Dtype
 
 LLAMA = {"model_type": "llama"}

@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "modelstore"
 ORDER = [
     "errors", "timeline", "reference", "layout", "settings", "manifest", "durable", "claim", "observer", "sources",
-    "wire", "hub", "partial", "download", "header", "convert", "selection", "catalog", "fill", "store", "verify", "evict", "reader", "loader",
-    "warmstart", "cli",
+    "wire", "hub", "checksums", "partial", "download", "header", "convert", "selection", "catalog", "pins", "evict", "space",
+    "fill", "verify", "store", "gc", "reader", "loader", "warmstart", "console", "cli",
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "runpod", "accelerate"}
 

@@ -97,7 +97,7 @@ class Fleet:
         store = ModelStore(self.root(host), settings=Settings(root=self.root(host), offline=True))
         snapshot = store.lookup("org/name")
         assert snapshot is not None
-        assert verify_snapshot(snapshot) == ()
+        assert verify_snapshot(snapshot).ok
 
     def end(self) -> None:
         for process in self.processes:

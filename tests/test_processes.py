@@ -56,7 +56,7 @@ def test_eight_seeders_at_once_download_the_model_once(
     assert sum(record["downloaded_bytes"] for record in records) == hub.served.total_bytes
     snapshot = store.lookup("org/name")
     assert snapshot is not None
-    assert verify_snapshot(snapshot) == ()
+    assert verify_snapshot(snapshot).ok
 
 
 @pytest.mark.parametrize("shards", [1, 4])
@@ -81,7 +81,7 @@ def test_a_seeder_that_is_killed_at_60_percent_is_resumed_by_another(
     assert record["downloaded_bytes"] < 0.6 * total
     snapshot = store.lookup("org/name")
     assert snapshot is not None
-    assert verify_snapshot(snapshot) == ()
+    assert verify_snapshot(snapshot).ok
 
 
 def test_ctrl_c_stops_a_slow_download_at_once_and_says_what_is_kept(hub: Hub, store_env: dict[str, str]) -> None:

@@ -66,7 +66,7 @@ def test_a_seed_publishes_the_models_files_in_fp16_with_a_manifest(hub: Hub, sto
     stored = load_file(snapshot.path / "model.safetensors")
     assert all(np.array_equal(stored[name], tensor.astype(np.float16)) for name, tensor in tensors.items())
     assert json.loads((snapshot.path / "config.json").read_bytes())["torch_dtype"] == "float16"
-    assert verify_snapshot(snapshot) == ()
+    assert verify_snapshot(snapshot).ok
     assert not list((store.settings.root / "staging").rglob("*.safetensors"))
     assert snapshot.status == "downloaded"
     assert snapshot.downloaded_bytes == hub.served.total_bytes
@@ -163,7 +163,7 @@ def test_shards_are_converted_one_by_one_and_the_index_says_the_new_size(hub: Hu
     assert index["metadata"]["total_size"] == sum(tensor.nbytes // 2 for tensor in tensors.values())
     for name, shard in index["weight_map"].items():
         assert np.array_equal(load_file(snapshot.path / shard)[name], tensors[name].astype(np.float16))
-    assert verify_snapshot(snapshot) == ()
+    assert verify_snapshot(snapshot).ok
 
 
 def test_a_shard_is_converted_while_the_next_one_is_downloaded(hub: Hub, store: ModelStore) -> None:
@@ -229,7 +229,7 @@ def test_an_hf_cache_on_the_volume_costs_no_network(hub: Hub, store: ModelStore)
     assert hub.served.requests == []
     assert snapshot.commit == hub.commit(repo)
     assert snapshot.downloaded_bytes == 0
-    assert verify_snapshot(snapshot) == ()
+    assert verify_snapshot(snapshot).ok
     assert not any(path.is_symlink() for path in snapshot.path.rglob("*"))
 
 
@@ -273,7 +273,7 @@ def test_an_hf_cache_that_cannot_be_trusted_is_passed_over(hub: Hub, store: Mode
     hub.served.reset()
     snapshot = store.ensure("org/name")
     assert snapshot.downloaded_bytes >= weights_bytes(repo)
-    assert verify_snapshot(snapshot) == ()
+    assert verify_snapshot(snapshot).ok
 
 
 def test_a_folder_that_changes_while_it_is_seeded_is_refused(
@@ -306,7 +306,7 @@ def test_a_done_record_of_another_file_counts_for_nothing(hub: Hub, make_store: 
     hub.faults.status.clear()
     record = next(store.settings.root.rglob("done/tokenizer.json.json"))
     record.write_text(record.read_text().replace("tokenizer.json", "tokenizen.json"))
-    assert verify_snapshot(store.ensure("org/name")) == ()
+    assert verify_snapshot(store.ensure("org/name")).ok
 
 
 def test_a_seed_takes_from_the_hf_cache_what_the_hub_names(hub: Hub, store: ModelStore) -> None:
@@ -465,7 +465,7 @@ def test_too_little_space_is_said_before_the_download(
         return os.statvfs_result((*state[:4], 1, *state[5:]))
 
     monkeypatch.setattr(os, "statvfs", nearly_full)
-    with pytest.raises(NoSpace, match="GB free") as caught:
+    with pytest.raises(NoSpace, match="MB free") as caught:
         store.ensure("org/name")
     assert caught.value.exit_code == 6
     assert hub.served.bytes["model.safetensors"] == 0 < weights_bytes(repo)
@@ -488,7 +488,7 @@ def test_a_snapshot_that_lost_a_file_is_put_aside_and_made_again(hub: Hub, store
     assert store.lookup("org/name") is None
     again = store.ensure("org/name")
     assert again.path == first.path
-    assert verify_snapshot(again) == ()
+    assert verify_snapshot(again).ok
     assert len(list((store.settings.root / "quarantine").iterdir())) == 1
 
 
@@ -580,7 +580,7 @@ def test_a_sharded_pipeline_keeps_its_folders(hub: Hub, store: ModelStore) -> No
         "unet/diffusion_pytorch_model.safetensors",
         "text_encoder/model.safetensors",
     }
-    assert verify_snapshot(snapshot) == ()
+    assert verify_snapshot(snapshot).ok
 
 
 def test_the_hub_may_go_away_in_the_middle_and_the_rest_is_fetched_later(hub: Hub, make_store: MakeStore) -> None:
@@ -594,7 +594,7 @@ def test_the_hub_may_go_away_in_the_middle_and_the_rest_is_fetched_later(hub: Hu
     hub.faults.status.clear()
     snapshot = store.ensure("org/name")
     assert snapshot.status == "resumed"
-    assert verify_snapshot(snapshot) == ()
+    assert verify_snapshot(snapshot).ok
     assert hub.served.total_bytes < weights_bytes(repo) * 1.02
     assert 0 < first < weights_bytes(repo)
 
@@ -609,5 +609,5 @@ def test_verify_finds_a_flipped_bit_a_lost_byte_a_missing_and_a_foreign_file(hub
     shards[1].write_bytes(shards[1].read_bytes()[:-1])
     shards[2].unlink()
     (snapshot.path / "stray").symlink_to("/etc/passwd")
-    found = {finding.path for finding in verify_snapshot(replace(snapshot))}
+    found = {finding.path for finding in verify_snapshot(replace(snapshot)).findings}
     assert found == {*(shard.name for shard in shards), "stray"}

@@ -83,7 +83,7 @@ def test_a_volume_that_says_that_it_is_too_small_is_believed(hub: Hub, on_mount:
     write_repo(hub.folder / "org" / "name", random_tensors(8, (512, 512)))
     done = on_mount('mount -t tmpfs -o size=4m none "$VOLUME"', *SEED)
     assert done.returncode == 6
-    assert "GB free" in error_of(done)
+    assert "MB free" in error_of(done)
     assert hub.served.bytes["model.safetensors"] == 0
 
 

@@ -1,0 +1,79 @@
+"""The digests of a file: SHA-256 over all of it, XXH3-64 for each of its blocks; made in one pass.
+
+The block checksums are what the manifest keeps and what every reader compares; SHA-256 is what sources state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from modelstore.manifest import BLOCK_BYTES, CHECKSUM_HEX, FileRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """A file's own digests: SHA-256, and the XXH3-64 of each block in hex, joined."""
+
+    sha256: str
+    blocks: str
+
+
+class RunningDigests:
+    """SHA-256 and block checksums of bytes that are given in order."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self._block = xxhash.xxh3_64()
+        self._in_block = 0
+        self._blocks: list[str] = []
+
+    def update(self, data: bytes | bytearray | memoryview) -> None:
+        self._sha256.update(data)
+        view = memoryview(data)
+        while view:
+            part = view[: BLOCK_BYTES - self._in_block]
+            self._block.update(part)
+            self._in_block += len(part)
+            view = view[len(part) :]
+            if self._in_block == BLOCK_BYTES:
+                self._end_block()
+
+    def finish(self) -> Digests:
+        if self._in_block:
+            self._end_block()
+        return Digests(self._sha256.hexdigest(), "".join(self._blocks))
+
+    def _end_block(self) -> None:
+        self._blocks.append(self._block.hexdigest())
+        self._block = xxhash.xxh3_64()
+        self._in_block = 0
+
+
+def has_blocks(path: Path, record: FileRecord) -> bool:
+    """Whether the file at `path` has the record's size and block checksums; links are not followed."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        whole = os.fstat(fd).st_size == record.size_bytes
+        return whole and all(has_block(fd, record, index) for index in range(block_count(record)))
+    finally:
+        os.close(fd)
+
+
+def block_count(record: FileRecord) -> int:
+    """How many blocks a file has."""
+    return len(record.blocks) // CHECKSUM_HEX
+
+
+def has_block(fd: int, record: FileRecord, index: int, block_bytes: int = BLOCK_BYTES) -> bool:
+    """Whether one block of an open file has the checksum that its record states."""
+    length = min(block_bytes, record.size_bytes - index * block_bytes)
+    data = os.pread(fd, length, index * block_bytes)
+    return xxhash.xxh3_64_hexdigest(data) == record.blocks[index * CHECKSUM_HEX : (index + 1) * CHECKSUM_HEX]

@@ -1,0 +1,183 @@
+"""What the command line shows: errors, progress, tables. Progress and logs go to stderr, results to stdout."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from modelstore.catalog import Snapshot
+from modelstore.claim import Holder
+from modelstore.errors import ModelStoreError, Refused
+from modelstore.layout import SnapshotKey
+from modelstore.observer import Observer
+from modelstore.settings import Settings
+from modelstore.store import ModelStore
+from modelstore.warmstart import LogObserver
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The options that every command takes, and what they mean."""
+
+    root: Path | None
+    json: bool
+    quiet: bool
+    debug: bool
+
+    def store(self, **changes: Any) -> ModelStore:
+        settings = replace(Settings.from_env(root=self.root), **changes)
+        return ModelStore(settings.root, settings=settings)
+
+    def print(self, record: object, text: Callable[[Console], None]) -> None:
+        """A result: `record` with --json, else what `text` draws."""
+        if self.json:
+            print(json.dumps(record, indent=2))
+        elif not self.quiet:
+            text(Console(highlight=False, markup=False, soft_wrap=True))
+
+    def confirm(self, question: str, *, yes: bool) -> None:
+        """Raise Refused unless the person said yes, by the option or on a terminal."""
+        if not yes and not (sys.stdin.isatty() and typer.confirm(f"{question}?", err=True)):
+            raise Refused(f"not done: {question} needs --yes")
+
+
+@contextmanager
+def errors(context: Context) -> Iterator[None]:
+    """Set up logging; end with an error's own code and one line."""
+    level = logging.DEBUG if context.debug else logging.ERROR if context.quiet else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        yield
+    except ModelStoreError as error:
+        if context.debug:
+            logging.getLogger(__name__).exception("failed")
+        report_error(error, context)
+        raise typer.Exit(error.exit_code) from error
+    except OSError as error:
+        if context.debug:
+            logging.getLogger(__name__).exception("failed")
+        print(f"error: {error.strerror or error} ({error.filename or 'no file'}): check the volume", file=sys.stderr)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        print("interrupted: what was downloaded is kept, the same command goes on from there", file=sys.stderr)
+        raise typer.Exit(130) from error
+
+
+def report_error(error: ModelStoreError, context: Context) -> None:
+    print(f"error: {error}", file=sys.stderr)
+
+
+class _BarObserver(Observer):
+    """A progress bar on a terminal, with a line above it that says of what."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: TaskID | None = None
+        self._said = ""
+
+    def filling(self, key: SnapshotKey, *, done: int, total: int, reused: int, eta_s: float | None) -> None:
+        self._draw(f"downloading {key}", done, total)
+
+    def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
+        record = holder.record
+        who = record.worker if record else "another worker"
+        self._draw(f"waiting for {key} from {who}", record.done if record else 0, record.total if record else 0)
+
+    def _draw(self, what: str, done: int, total: int) -> None:
+        if what != self._said:
+            self._said = what
+            self._progress.console.print(what)
+        if self._task is None:
+            self._task = self._progress.add_task("", total=None)
+        self._progress.update(self._task, completed=done, total=total or None)
+
+
+@contextmanager
+def observer_of(context: Context) -> Iterator[Observer]:
+    if context.quiet:
+        yield Observer()
+    elif not sys.stderr.isatty():
+        logging.getLogger("modelstore.warmstart").setLevel(logging.INFO)
+        yield LogObserver()
+    else:
+        columns = (BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True, markup=False), transient=True) as progress:
+            yield _BarObserver(progress)
+
+
+def without_status(snapshot: Snapshot) -> dict[str, Any]:
+    record = snapshot.as_json()
+    return {name: record[name] for name in ("repo_id", "commit", "dtype", "path", "files", "bytes")}
+
+
+def print_seeded(console: Console, records: list[dict[str, Any]]) -> None:
+    for record in records:
+        if "error" not in record:
+            console.print(
+                f"{record['status']}: {record['repo_id']} at {record['commit'][:12]} as {record['dtype']}, "
+                f"{record['files']} files, {record['bytes'] / 1e9:.2f} GB, {record['downloaded_bytes'] / 1e9:.2f} GB "
+                f"over the network\n{record['path']}"
+            )
+
+
+def print_list(console: Console, snapshots: list[Snapshot], root: Path) -> None:
+    if not snapshots:
+        console.print(f"no snapshots in {root}: publish one with `modelstore seed org/name`")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("model", "commit", "dtype"):
+        table.add_column(name, overflow="fold")
+    for name in ("files", "GB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for snapshot in snapshots:
+        count, size = len(snapshot.manifest.files), snapshot.size_bytes / 1e9
+        table.add_row(snapshot.repo_id, snapshot.commit[:12], snapshot.dtype, str(count), f"{size:.2f}")
+    console.print(table)
+
+
+def print_snapshot(console: Console, snapshot: Snapshot) -> None:
+    source = snapshot.manifest.source
+    console.print(f"{snapshot.repo_id} at {snapshot.commit} as {snapshot.dtype}")
+    console.print(f"{snapshot.path}\nfrom {source.kind} {source.location} {source.revision}")
+    if snapshot.manifest.stored_unchanged:
+        console.print(f"stored unchanged: {snapshot.manifest.stored_unchanged}")
+    for file in snapshot.manifest.files:
+        console.print(f"{file.size_bytes:>15,}  {file.sha256[:12]}  {file.path}")
+
+
+def print_collected(console: Console, record: Mapping[str, Any]) -> None:
+    verb = "removed" if record["removed"] else "would remove"
+    for item in record["collected"]:
+        console.print(f"{verb} {item['kind']} {item['path']}, {item['bytes'] / 1e9:.2f} GB")
+    for item in record["evicted"]:
+        console.print(
+            f"{verb} {item['repo_id']} {item['commit'][:12]} {item['dtype']}, {item['bytes'] / 1e9:.2f} GB, "
+            f"last used {item['idle_s'] / 3600:.1f} h ago"
+        )
+    console.print(f"{verb} {record['bytes'] / 1e9:.2f} GB")
+
+
+def print_verified(console: Console, records: list[dict[str, Any]]) -> None:
+    for record in records:
+        line = f"{'ok ' if record['ok'] else 'BAD'} {record['repo_id']} {record['commit'][:12]} {record['dtype']}"
+        if not record["complete"]:
+            share = record["compared_bytes"] / record["planned_bytes"]
+            line += f" ({share:.0%} compared in this run: run it again to go on)"
+        console.print(line)
+        for finding in record["findings"]:
+            _print_finding(console, finding)
+
+
+def _print_finding(console: Console, finding: Mapping[str, str]) -> None:
+    console.print(f"    {finding['path']}: {finding['problem']}")

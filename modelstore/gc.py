@@ -1,0 +1,129 @@
+"""Collecting what nobody needs any more: plan first, then act.
+
+Nothing is touched that changed within the grace period: what a running download, load or removal works on is younger.
+Ages are told by the volume's own clock. Collected are
+
+- staging that no worker fills: under a claim of its own, so that nobody begins to in between;
+- `trash/` and `quarantine/`: what a removal that was cut short left, and damaged snapshots;
+- generations of claims below the highest, which stays, so that numbers only grow;
+- marks of use of workers that are gone, but for the newest, which says when the snapshot was last used;
+- pins and positions of verifications whose snapshot is gone, and temporary files of writers that died.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from modelstore import durable, pins
+from modelstore.claim import Claim, Contender, highest_generation
+from modelstore.layout import Layout, SnapshotKey, key_from_parts
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 24 * 3600.0
+
+Kind = Literal["staging", "trash", "quarantine", "generation", "mark", "record", "temporary"]
+
+
+@dataclass(frozen=True, slots=True)
+class Garbage:
+    """One file or folder to collect; `key` where it belongs to a snapshot's claim."""
+
+    kind: Kind
+    path: Path
+    size_bytes: int
+    age_s: float
+    key: SnapshotKey | None = None
+
+
+def find_garbage(layout: Layout, *, grace_s: float = GRACE_S) -> tuple[Garbage, ...]:
+    """What may go now. Raises RootUnusable where the store cannot be read."""
+    now = pins.volume_time(layout)
+    return tuple(item for item in _candidates(layout, now) if item.age_s >= grace_s)
+
+
+def collect(layout: Layout, item: Garbage, *, worker: str, lease_s: float, grace_s: float = GRACE_S) -> bool:
+    """Remove one item; False where somebody needs it after all."""
+    durable.check_no_links(layout.root, item.path)
+    if item.kind == "staging" and item.key is not None:
+        return _collect_staging(layout, item, item.key, worker=worker, lease_s=lease_s, grace_s=grace_s)
+    if pins.volume_time(layout) - durable.newest_mtime(item.path) < grace_s:
+        return False
+    if item.path.is_dir():
+        durable.remove_tree(item.path)
+    else:
+        durable.remove_file(item.path)
+    return True
+
+
+def _collect_staging(
+    layout: Layout, item: Garbage, key: SnapshotKey, *, worker: str, lease_s: float, grace_s: float
+) -> bool:
+    """Nobody has written there or beaten for the grace period, which is longer than any lease: take the claim over."""
+    now = pins.volume_time(layout)
+    if now - max(_claimed_at(layout, key), durable.newest_mtime(item.path)) < grace_s:
+        return False
+    claim = Contender(layout.claims(key), worker=worker, lease_s=lease_s).take_over()
+    if not isinstance(claim, Claim):
+        return False
+    with claim:
+        if pins.volume_time(layout) - durable.newest_mtime(item.path) < grace_s:
+            return False
+        durable.remove_tree(item.path)
+    return True
+
+
+def _candidates(layout: Layout, now: float) -> Iterator[Garbage]:
+    for variant, key in _variants(layout.root / "staging"):
+        # A live claim beats every half second, whatever its download does.
+        touched_at = max(durable.newest_mtime(variant), _claimed_at(layout, key))
+        yield Garbage("staging", variant, durable.tree_bytes(variant), now - touched_at, key)
+    for folder, kind in ((layout.trash, "trash"), (layout.quarantine, "quarantine")):
+        for path in durable.entries(folder):
+            age_s = now - path.lstat().st_mtime
+            yield Garbage("trash" if kind == "trash" else "quarantine", path, durable.tree_bytes(path), age_s)
+    for folder in (layout.space_claim, *(variant for variant, _key in _variants(layout.root / "claims"))):
+        highest = highest_generation(folder)
+        for path in durable.entries(folder):
+            if path.name.isascii() and path.name.isdigit() and int(path.name) < highest:
+                yield _file("generation", path, now)
+    for variant, key in _variants(layout.root / "used"):
+        kept = 1 if layout.snapshot(key).is_dir() else 0
+        marks = sorted(durable.entries(variant), key=lambda path: -path.lstat().st_mtime)
+        yield from (_file("mark", path, now) for path in marks[kept:])
+    for name in ("pins", "verified"):
+        for repo in durable.entries(layout.root / name):
+            for path in durable.entries(repo):
+                key_of = key_from_parts(repo.name, path.name.removesuffix(".json"))
+                if key_of is not None and not layout.snapshot(key_of).is_dir():
+                    yield _file("record", path, now)
+    for folder in (layout.root, *(repo for name in ("pins", "verified", "refs") for repo in _folders(layout, name))):
+        for path in durable.entries(folder):
+            if path.name.startswith(".") and path.name.endswith(".tmp"):
+                yield _file("temporary", path, now)
+
+
+def _variants(folder: Path) -> Iterator[tuple[Path, SnapshotKey]]:
+    """The folders of snapshots below `staging/`, `claims/` or `used/`."""
+    for repo in durable.entries(folder):
+        for variant in durable.entries(repo):
+            if (key := key_from_parts(repo.name, variant.name)) is not None:
+                yield variant, key
+
+
+def _folders(layout: Layout, name: str) -> list[Path]:
+    return durable.entries(layout.root / name)
+
+
+def _claimed_at(layout: Layout, key: SnapshotKey) -> float:
+    folder = layout.claims(key)
+    return durable.newest_mtime(folder / str(highest_generation(folder)))
+
+
+def _file(kind: Kind, path: Path, now: float) -> Garbage:
+    state = path.lstat()
+    return Garbage(kind, path, state.st_size, now - state.st_mtime)

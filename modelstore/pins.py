@@ -1,0 +1,174 @@
+"""What keeps a snapshot from eviction: a person's pin, and the marks of the workers that use it. Standard library only.
+
+    pins/<org>--<name>/<commit>.<dtype>.json        {"by": "alice"}; until a person takes it away
+    used/<org>--<name>/<commit>.<dtype>/<worker>    empty; the worker touches it at its start and every minute
+    used/<org>--<name>/<commit>.<dtype>/.last       empty; touched by whoever asked for the snapshot without serving it
+    used/<org>--<name>/<commit>.<dtype>/.evicting   somebody is about to move the snapshot away
+
+A worker's mark that was touched in the last five minutes says "in use"; the newest of all is the last use. Ages are
+told by the volume's own clock, which gives every mtime here, so a host whose clock is wrong changes nothing.
+
+A worker makes its mark and then looks for `.evicting`; whoever evicts makes `.evicting` and then looks for marks. One
+of the two sees the other, so a snapshot that a worker has begun to load stays where it is, also for what opens its
+files by path later. A volume that is mounted read-only gets no marks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from modelstore import durable
+from modelstore.errors import ModelStoreError
+from modelstore.layout import Layout, SnapshotKey
+
+IN_USE_S = 300.0
+_TOUCH_EVERY_S = 60.0
+_EVICTING = ".evicting"
+_LAST = ".last"
+_EVICTING_S = 5.0  # an eviction that takes longer was cut short
+_POLL_S = 0.02
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A use of a snapshot; `worker` is empty where nobody serves it; `touched_at` in seconds of the volume's clock."""
+
+    worker: str
+    touched_at: float
+
+
+class InUse:
+    """This worker's mark on one snapshot, kept fresh in the background until `end` or the end of the process."""
+
+    def __init__(self, layout: Layout, key: SnapshotKey, worker: str) -> None:
+        self._layout, self._key = layout, key
+        self._path = layout.used(key) / _file_name(worker)
+        self._over = threading.Event()
+        if _touched(layout, key, self._path):
+            threading.Thread(target=self._keep_fresh, name="in-use", daemon=True).start()
+
+    def end(self) -> None:
+        """The snapshot is no longer in use by this worker. Without it that shows after five minutes."""
+        self._over.set()
+        if mark_used(self._layout, self._key):
+            durable.remove_file(self._path)
+
+    def _keep_fresh(self) -> None:
+        while not self._over.wait(_TOUCH_EVERY_S):
+            try:
+                durable.touch(self._path)
+            except (ModelStoreError, OSError) as error:  # five minutes are long enough to get through once
+                logger.warning("the mark of use was not refreshed: %s", error)
+
+
+def mark_used(layout: Layout, key: SnapshotKey) -> bool:
+    """Note a use that ends at once; False where the volume is read-only or does not take it, which fails nothing."""
+    return _touched(layout, key, layout.used(key) / _LAST)
+
+
+def _touched(layout: Layout, key: SnapshotKey, path: Path) -> bool:
+    try:
+        if os.statvfs(layout.root).f_flag & os.ST_RDONLY:
+            return False
+        durable.check_no_links(layout.root, layout.used(key))
+        durable.touch(path)
+    except (ModelStoreError, OSError) as error:
+        logger.warning("%s is not marked as used (%s): an eviction may take it", key, error)
+        return False
+    return True
+
+
+def marks(layout: Layout, key: SnapshotKey) -> tuple[Mark, ...]:
+    """The marks on a snapshot, the latest first."""
+    found = []
+    for path in durable.entries(layout.used(key)):
+        if path.name == _EVICTING:
+            continue
+        try:
+            worker = "" if path.name == _LAST else unquote(path.name)
+            found.append(Mark(worker, path.lstat().st_mtime))
+        except FileNotFoundError:
+            continue
+    return tuple(sorted(found, key=lambda mark: -mark.touched_at))
+
+
+def users(layout: Layout, key: SnapshotKey, now: float) -> tuple[str, ...]:
+    """The workers that use a snapshot at `now`, in seconds of the volume's clock."""
+    return tuple(mark.worker for mark in marks(layout, key) if mark.worker and now - mark.touched_at < IN_USE_S)
+
+
+def volume_time(layout: Layout) -> float:
+    """Now, in seconds, as the volume tells it; as this host does where the volume is read-only or empty."""
+    if not layout.format_file.exists() or os.statvfs(layout.root).f_flag & os.ST_RDONLY:
+        return time.time()
+    return durable.touch(layout.root / "used" / ".clock")
+
+
+def pin(layout: Layout, key: SnapshotKey, by: str) -> None:
+    """Keep a snapshot until `unpin`."""
+    durable.check_no_links(layout.root, layout.pin(key))
+    durable.write_atomic(layout.pin(key), json.dumps({"by": by}).encode() + b"\n")
+
+
+def unpin(layout: Layout, key: SnapshotKey) -> bool:
+    """Take a pin away; whether there was one."""
+    durable.check_no_links(layout.root, layout.pin(key))
+    there = is_pinned(layout, key)
+    durable.remove_file(layout.pin(key))
+    return there
+
+
+def is_pinned(layout: Layout, key: SnapshotKey) -> bool:
+    """Whether a person pinned the snapshot."""
+    return os.path.lexists(layout.pin(key))
+
+
+def wait_while_evicting(layout: Layout, key: SnapshotKey, *, sleep: Callable[[float], None] = time.sleep) -> bool:
+    """Return when nobody is about to move the snapshot away; whether somebody was, and it must be looked up again."""
+    path = layout.used(key) / _EVICTING
+    if not path.exists():
+        return False
+    until = time.monotonic() + _EVICTING_S
+    while path.exists():
+        if time.monotonic() > until:
+            durable.remove_file(path)  # whoever left it gives up by itself after less than that
+            break
+        sleep(_POLL_S)
+    return True
+
+
+@contextmanager
+def evicting(layout: Layout, key: SnapshotKey) -> Iterator[Callable[[], bool]]:
+    """Announce an eviction; yields a check to call right before the rename: False where it came too late, or where
+    somebody else evicts the same snapshot."""
+    path = layout.used(key) / _EVICTING
+    durable.check_no_links(layout.root, path)
+    durable.make_folder(path.parent)
+    if path.exists() and volume_time(layout) - path.lstat().st_mtime > 2 * _EVICTING_S:
+        durable.remove_file(path)
+    began = time.monotonic()
+    try:
+        os.close(durable.open_for_write(path, exclusive=True))
+    except FileExistsError:
+        yield lambda: False
+        return
+    try:
+        yield lambda: time.monotonic() - began < _EVICTING_S / 2
+    finally:
+        durable.remove_file(path)
+
+
+def _file_name(worker: str) -> str:
+    name = quote(worker, safe="")[:200]
+    return f"%2E{name[1:]}" if name.startswith(".") else name or "worker"

@@ -1,0 +1,180 @@
+"""A start goes on where its snapshot is damaged, evicted or being made; nothing wrong is ever served."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modelstore import pins, warmstart
+from modelstore.catalog import Snapshot
+from modelstore.errors import DigestMismatch
+from modelstore.evict import evict
+from modelstore.loader import load_model
+from modelstore.reference import parse_reference
+from modelstore.settings import Settings
+from modelstore.store import ModelStore
+from modelstore.verify import verify_snapshot
+from modelstore.warmstart import Begun, begin
+from tests.conftest import MakeStore
+from tests.hub import Hub
+from tests.test_handler import write_model
+
+
+@pytest.fixture
+def model(hub: Hub, store: ModelStore) -> Snapshot:
+    write_model(hub.folder / "org" / "name", seed=1)
+    snapshot = store.ensure("org/name")
+    hub.served.reset()
+    return snapshot
+
+
+def settings_of(store: ModelStore, **changes: Any) -> Settings:
+    return replace(store.settings, model=parse_reference("org/name"), worker_id="w1", **changes)
+
+
+def load(begun: Begun) -> dict[str, torch.Tensor]:
+    model = load_model(begun.snapshot, "cpu", reading=begun.reading)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def flip(path: Path, where: int = -1) -> None:
+    """Flip one bit in place, and leave the times as they were."""
+    state = path.stat()
+    data = bytearray(path.read_bytes())
+    data[where] ^= 1
+    with path.open("r+b") as file:
+        file.write(data)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_flipped_bit_is_quarantined_and_fetched_again_and_the_start_goes_on(
+    hub: Hub, store: ModelStore, model: Snapshot, name: str
+) -> None:
+    right = load(begin(settings_of(store)))
+    flip(model.path / name, 40)
+    begun = begin(settings_of(store))
+    old = begun.snapshot
+    loaded = begun.load(load)
+    assert all(torch.equal(loaded[key], right[key]) for key in right)
+    assert begun.snapshot.path == old.path
+    assert begun.snapshot.inode != old.inode
+    assert verify_snapshot(begun.snapshot).ok
+    fetched = {file for file, size in hub.served.bytes.items() if size}
+    assert fetched <= {name, "config.json", "model.safetensors.index.json"}, "intact files were fetched again"
+    (aside,) = store.layout.quarantine.iterdir()
+    assert (aside / name).exists()
+    spans = [span.name for span in begun.timeline.spans]
+    assert "verify" in spans
+    assert "publish" in spans
+    assert "damaged" in begun.timeline.reason
+
+
+def test_a_damaged_config_that_its_parser_refuses_is_mended_too(hub: Hub, store: ModelStore, model: Snapshot) -> None:
+    path = model.path / "tokenizer_config.json"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+
+    def parse_before_the_bytes_are_checked(begun: Begun) -> str:
+        return (begun.snapshot.path / "tokenizer_config.json").read_text()
+
+    begun = begin(settings_of(store))
+    assert begun.load(parse_before_the_bytes_are_checked).startswith("{")
+
+
+def test_what_is_no_damage_is_raised_as_it_is(hub: Hub, store: ModelStore, model: Snapshot) -> None:
+    def fail(begun: Begun) -> None:
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError, match="a bug"):
+        begin(settings_of(store)).load(fail)
+    assert not store.layout.quarantine.exists()
+
+
+def test_damage_on_the_way_leaves_the_snapshot_where_it_is(hub: Hub, store: ModelStore, model: Snapshot) -> None:
+    """A host with bad memory must not make the whole fleet download again."""
+    begun = begin(settings_of(store))
+    calls = []
+
+    def bad_once(begun: Begun) -> str:
+        calls.append(begun.snapshot.inode)
+        if len(calls) == 1:
+            raise DigestMismatch("a bit fell over in this machine")
+        return "loaded"
+
+    assert begun.load(bad_once) == "loaded"
+    assert len(set(calls)) == 1
+    assert hub.served.total_bytes == 0
+    assert not store.layout.quarantine.exists()
+
+
+def test_damage_that_cannot_be_mended_fails_the_start_and_says_both(
+    hub: Hub, store: ModelStore, model: Snapshot
+) -> None:
+    flip(model.path / "model.safetensors")
+    hub.stop()
+    begun = begin(settings_of(store, offline=True))
+    with pytest.raises(DigestMismatch, match=r"is not what was published.*could not be made again.*OFFLINE"):
+        begun.load(load)
+    assert not verify_snapshot(model).ok
+
+
+def test_of_many_that_find_the_damage_one_fetches(hub: Hub, store: ModelStore, model: Snapshot) -> None:
+    flip(model.path / "model.safetensors")
+    starts = [begin(settings_of(store)) for _worker in range(4)]
+    loaded: list[dict[str, torch.Tensor]] = []
+    threads = [threading.Thread(target=lambda start=start: loaded.append(start.load(load))) for start in starts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(loaded) == 4
+    assert hub.served.bytes["model.safetensors"] == (hub.folder / "org/name/model.safetensors").stat().st_size
+    assert len(list(store.layout.quarantine.iterdir())) == 1
+
+
+@pytest.fixture
+def evict_once(monkeypatch: pytest.MonkeyPatch, store: ModelStore) -> list[str]:
+    """Evict the snapshot between the look and the open, the first time."""
+    done: list[str] = []
+    real = warmstart.start_reading
+
+    def read(snapshot: Snapshot) -> Any:
+        if not done:
+            done.append(str(snapshot.path))
+            assert evict(store.layout, snapshot.key, force=True)
+        return real(snapshot)
+
+    monkeypatch.setattr(warmstart, "start_reading", read)
+    return done
+
+
+def test_a_snapshot_that_goes_between_the_look_and_the_open_is_made_again(
+    hub: Hub, store: ModelStore, model: Snapshot, evict_once: list[str]
+) -> None:
+    begun = begin(settings_of(store))
+    assert evict_once == [str(model.path)]
+    assert begun.timeline.outcome == "downloaded"
+    assert load(begun)
+
+
+def test_a_start_marks_its_snapshot_as_in_use_until_it_ends(hub: Hub, store: ModelStore, model: Snapshot) -> None:
+    begun = begin(settings_of(store))
+    assert pins.users(store.layout, model.key, pins.volume_time(store.layout)) == ("w1",)
+    assert not evict(store.layout, model.key)
+    begun.in_use.end()
+    assert evict(store.layout, model.key)
+
+
+def test_of_an_evicted_snapshot_everything_is_read_that_was_opened(
+    hub: Hub, store: ModelStore, make_store: MakeStore, model: Snapshot
+) -> None:
+    begun = begin(settings_of(store))
+    assert evict(store.layout, model.key, force=True)
+    begun.reading.wait_all()
+    assert begun.reading.damage() is None
