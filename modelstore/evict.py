@@ -1,18 +1,23 @@
 """Removing snapshots: plan first, then act.
 
 A snapshot is unpublished by one rename into `trash/`, then deleted: from that moment nobody finds it, and whoever has
-opened its files reads them to the end. What a crash leaves in `trash/` is collected later (`gc.py`).
+opened its files reads them to the end. Another mount may find the folder under its old name for a second more (MooseFS
+caches the names of folders for that long, measured), so the announcement of the eviction stands for two. What a crash
+leaves in `trash/` is collected later (`gc.py`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from modelstore import durable, pins
 from modelstore.catalog import Catalog
 from modelstore.layout import Layout, SnapshotKey
+
+SETTLE_S = 2.0
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +64,9 @@ def least_recently_used(candidates: Sequence[Candidate], size_bytes: int) -> tup
     return tuple(chosen)
 
 
-def evict(layout: Layout, key: SnapshotKey, *, force: bool = False) -> bool:
+def evict(
+    layout: Layout, key: SnapshotKey, *, force: bool = False, sleep: Callable[[float], None] = time.sleep
+) -> bool:
     """Unpublish a snapshot, then delete it; False where somebody uses it, pinned it or removed it meanwhile.
 
     `force`: whatever uses or pins it.
@@ -79,6 +86,7 @@ def evict(layout: Layout, key: SnapshotKey, *, force: bool = False) -> bool:
         except FileNotFoundError:
             return False
         durable.sync_path(path.parent)
+        sleep(SETTLE_S)
     if force:
         pins.unpin(layout, key)
     durable.remove_tree(aside)

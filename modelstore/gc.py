@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -84,8 +84,8 @@ def _candidates(layout: Layout, now: float) -> Iterator[Garbage]:
         yield Garbage("staging", variant, durable.tree_bytes(variant), now - touched_at, key)
     for folder, kind in ((layout.trash, "trash"), (layout.quarantine, "quarantine")):
         for path in durable.entries(folder):
-            age_s = now - path.lstat().st_mtime
-            yield Garbage("trash" if kind == "trash" else "quarantine", path, durable.tree_bytes(path), age_s)
+            item = _file("trash" if kind == "trash" else "quarantine", path, now)
+            yield replace(item, size_bytes=durable.tree_bytes(path))
     for folder in (layout.space_claim, *(variant for variant, _key in _variants(layout.root / "claims"))):
         highest = highest_generation(folder)
         for path in durable.entries(folder):
@@ -93,8 +93,8 @@ def _candidates(layout: Layout, now: float) -> Iterator[Garbage]:
                 yield _file("generation", path, now)
     for variant, key in _variants(layout.root / "used"):
         kept = 1 if layout.snapshot(key).is_dir() else 0
-        marks = sorted(durable.entries(variant), key=lambda path: -path.lstat().st_mtime)
-        yield from (_file("mark", path, now) for path in marks[kept:])
+        marks = sorted((_file("mark", path, now) for path in durable.entries(variant)), key=lambda mark: mark.age_s)
+        yield from marks[kept:]
     for name in ("pins", "verified"):
         for repo in durable.entries(layout.root / name):
             for path in durable.entries(repo):
@@ -125,5 +125,8 @@ def _claimed_at(layout: Layout, key: SnapshotKey) -> float:
 
 
 def _file(kind: Kind, path: Path, now: float) -> Garbage:
-    state = path.lstat()
+    try:
+        state = path.lstat()
+    except FileNotFoundError:  # gone since the folder was listed: as young as can be
+        return Garbage(kind, path, 0, 0.0)
     return Garbage(kind, path, state.st_size, now - state.st_mtime)

@@ -132,6 +132,8 @@ class PartialFile:
             except OSError:
                 continue
             try:
+                # Without read-ahead, and backwards: else MooseFS reads on into chunks that do not answer.
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
                 for index, data in self._intact(fd, _Journal(staging.journal(self.file.path)), sealed_only=True):
                     kept += len(data) if self.put(index, data) else 0
             except OSError as error:
@@ -142,7 +144,7 @@ class PartialFile:
 
     def _intact(self, fd: int, journal: _Journal, *, sealed_only: bool) -> Iterator[tuple[int, bytes]]:
         """The granules that we lack and that match their slots."""
-        for index, slot in journal.slots(sealed_only=sealed_only):
+        for index, slot in sorted(journal.slots(sealed_only=sealed_only), reverse=sealed_only):
             if index >= self.granules or self._have[index]:
                 continue
             data = os.pread(fd, self._length(index), index * GRANULE_BYTES)

@@ -28,7 +28,7 @@ from modelstore.fill import Fill
 from modelstore.hub import HubSource
 from modelstore.layout import FORMAT_VERSION, Layout, SnapshotKey
 from modelstore.observer import SILENT, Observer
-from modelstore.pins import mark_used
+from modelstore.pins import mark_used, wait_while_evicting
 from modelstore.reference import Reference, is_commit, parse_reference
 from modelstore.settings import Dtype, Settings, parse_dtype
 from modelstore.sources import FolderSource, HfCacheSource, Resolved, Source
@@ -113,7 +113,8 @@ class ModelStore:
             wanted, variant = replace(wanted, revision=found.commit), parse_dtype("dtype", found.dtype)
         elif found is not None and (not refresh or is_commit(wanted.revision) or self.settings.offline):
             mark_used(self.layout, found.key)
-            return found
+            if not wait_while_evicting(self.layout, found.key, sleep=self._sleep):
+                return found
         with timeline.span("lookup"):
             source, resolved = self._resolve(wanted, refresh=refresh)
         try:
@@ -264,7 +265,10 @@ class ModelStore:
         durable.make_folder(aside.parent)
         claim.check()
         durable.touch_folder(path)
-        durable.rename(path, aside)
+        try:
+            durable.rename(path, aside)
+        except FileNotFoundError:  # evicted meanwhile
+            return None
         logger.warning("%s is damaged: moved to %s, and made again", key, aside)
         return Snapshot(aside, manifest) if manifest is not None else None
 

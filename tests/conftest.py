@@ -27,6 +27,12 @@ def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf-home")))
 
 
+@pytest.fixture(autouse=True)
+def no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all tests share one mount, an eviction is seen at once; `test_moosefs.py` waits as a fleet must."""
+    monkeypatch.setattr("modelstore.evict.SETTLE_S", 0.0)
+
+
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
     """A hub over `tmp_path/hub`; put repos there with `write_repo(hub.folder / "org/name")`."""

@@ -47,6 +47,13 @@ class Host:
     def pull_cable(self) -> None:
         _run("ip", "-n", self.name, "link", "set", self.cable, "down")
 
+    def set_quota(self, folder: Path, size_bytes: int) -> None:
+        """A hard quota on what the files of a folder below the mount may hold, as RunPod sets one on a volume."""
+        self._tool("mfssetquota", "-L", str(size_bytes), str(folder))
+
+    def _tool(self, *command: str) -> None:
+        _run("nsenter", f"--net=/run/netns/{self.name}", *command)
+
     def plug_in_cable(self) -> None:
         _run("ip", "-n", self.name, "link", "set", self.cable, "up")
 
@@ -86,7 +93,7 @@ def _start_servers(stack: ExitStack, folder: Path, store: str, network: str) -> 
     for path in (master, chunks, data):
         path.mkdir(parents=True)
     shutil.copy("/var/lib/mfs/metadata.mfs.empty", master / "metadata.mfs")
-    (folder / "exports.cfg").write_text(f"{network}.0/24 / rw,alldirs,maproot=0:0\n{network}.0/24 . rw\n")
+    (folder / "exports.cfg").write_text(f"{network}.0/24 / rw,alldirs,admin,maproot=0:0\n{network}.0/24 . rw\n")
     (folder / "topology.cfg").write_text("")
     (folder / "hdd.cfg").write_text(f"{data}\n")
     common = "WORKING_USER = mfs\nWORKING_GROUP = mfs\nSYSLOG_MIN_LEVEL = WARNING\n"
