@@ -176,6 +176,8 @@ class Catalog:
 
     def ref_commit(self, path: Path) -> str:
         """The commit in one record under `refs/`; empty where there is none."""
+        if not _is_plain(self._layout.root, str(path.relative_to(self._layout.root))):
+            return ""
         try:
             commit = json.loads(_read_file(path))["commit"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):

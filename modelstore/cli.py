@@ -85,6 +85,12 @@ def seed(
     overflow: Annotated[
         str, typer.Option("--overflow", help="Where float16 cannot hold a weight: stop, or store bfloat16.")
     ] = "stop",
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Convert weights that there are only as pickles.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Store a repo's own code too, if REF names its commit in full.")
+    ] = False,
     wait_s: Annotated[float | None, typer.Option("--wait-s", help="Seconds to wait for another's download.")] = None,
     root: _ROOT = None,
     as_json: _JSON = False,
@@ -98,7 +104,8 @@ def seed(
     records: list[dict[str, Any]] = []
     worst = 0
     with errors(context):
-        store = context.store()
+        allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+        store = context.store(**{name: True for name, wanted in allowed.items() if wanted})
         for text in references:
             parse_reference(text, revision=revision)
         if wait_s is not None and not wait_s >= 0:
@@ -153,7 +160,15 @@ def warm(
                 from modelstore.loader import load_model
             except ModuleNotFoundError as error:
                 raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[worker]'") from error
-        begun.load(lambda b: load_model(b.snapshot, device, reading=b.reading, timeline=b.timeline))
+        begun.load(
+            lambda b: load_model(
+                b.snapshot,
+                device,
+                reading=b.reading,
+                timeline=b.timeline,
+                trust_remote_code=b.settings.trust_remote_code,
+            )
+        )
         begun.timeline.mark("ready")
         begun.in_use.end()
     context.print(begun.timeline.as_json(), lambda console: console.print(begun.timeline.waterfall()))

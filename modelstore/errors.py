@@ -19,6 +19,7 @@
     ├── Refused                         8  refused (policy)
     │   ├── UnsafeName
     │   ├── PickleRefused
+    │   ├── CodeRefused
     │   ├── Float16Overflow
     │   └── FormatTooNew
     ├── ClaimLost                       1
@@ -38,6 +39,7 @@ __all__ = [
     "BadManifest",
     "BadSafetensors",
     "ClaimLost",
+    "CodeRefused",
     "DigestMismatch",
     "Float16Overflow",
     "FormatTooNew",
@@ -158,6 +160,10 @@ class UnsafeName(Refused):
 
 class PickleRefused(Refused):
     """The weights are pickles, which can run code when they are opened."""
+
+
+class CodeRefused(Refused):
+    """The repo brings code of its own, and nobody said that it may run."""
 
 
 class Float16Overflow(Refused):

@@ -33,7 +33,7 @@ from modelstore.convert import (
     storage_policy,
 )
 from modelstore.download import Download, Progress
-from modelstore.errors import BadSafetensors, ClaimLost, IntegrityError, NoSpace, Refused
+from modelstore.errors import BadSafetensors, ClaimLost, CodeRefused, IntegrityError, NoSpace, Refused
 from modelstore.header import Header
 from modelstore.layout import MANIFEST, Layout, SnapshotKey, StagingLayout
 from modelstore.manifest import (
@@ -46,7 +46,8 @@ from modelstore.manifest import (
     parse_file_record,
 )
 from modelstore.observer import Observer
-from modelstore.selection import Selection, select_files
+from modelstore.reference import is_commit
+from modelstore.selection import Selection, code_in, is_pickle, select_files, stored_path
 from modelstore.settings import Dtype, Settings
 from modelstore.sources import Resolved, Source, SourceFile
 from modelstore.space import Space
@@ -92,6 +93,9 @@ class Fill:
         durable.check_no_links(layout.root, layout.staging(key) / str(claim.generation))
         self._layout = layout
         self._damaged = damaged
+        self._settings = settings
+        self._repo: frozenset[str] = frozenset()
+        self._has_code = False
         self._space = Space(layout, settings, sleep=sleep)
         self._needed = 0
         self._key = key
@@ -167,7 +171,31 @@ class Fill:
 
     def _select(self) -> Selection:
         files = self._source.list_files(self._resolved)
-        return select_files(files, self._read_small, repo_id=self._key.repo_id)
+        self._repo = frozenset(file.path for file in files)
+        return select_files(
+            files,
+            self._read_small,
+            repo_id=self._key.repo_id,
+            pickles=self._settings.allow_pickle,
+            code=self._may_bring_code(),
+        )
+
+    def _may_bring_code(self) -> bool:
+        """Only a commit that somebody named in full can have been read before it is run."""
+        pinned = is_commit(self._resolved.revision) or self._resolved.record.kind == "file"
+        return self._settings.trust_remote_code and pinned
+
+    def _check_code(self, selection: Selection) -> None:
+        """Refuse a repo whose configs name code, unless that was asked for; what was asked for is in the manifest."""
+        for file in selection.small:
+            path = self._staging.snapshot_file(stored_path(file.path))
+            found = code_in(file.path, path.read_bytes(), self._repo) if file.path.endswith(".json") else ""
+            if found and not self._may_bring_code():
+                raise CodeRefused(
+                    f"{self._key.repo_id} brings code of its own ({found}): read it, then name the commit in full "
+                    f"({self._key.repo_id}@{self._key.commit}) with --trust-remote-code, or use another repo"
+                )
+            self._has_code = self._has_code or bool(found)
 
     def _read_small(self, file: SourceFile) -> bytes:
         data: list[bytes] = []
@@ -180,6 +208,7 @@ class Fill:
         self._progress.done, self._progress.reused = 0, -fetched
         self._progress.total = selection.size_bytes
         self._download.fetch(self._left(selection.small), self._keep_small)
+        self._check_code(selection)
         for folder in {_folder_of(file.path) for file in selection.weights}:
             self._policies[folder] = policy = storage_policy(self._dtype, self._config(folder, selection))
             if policy.unchanged_because and self._dtype != "keep":
@@ -204,6 +233,9 @@ class Fill:
         converted = []
         for file in selection.weights:
             ratio = self._stored_ratio(_folder_of(file.path), selection)
+            if is_pickle(file.path):  # it lies there once more, as safetensors, before it is converted
+                converted.append(file.size_bytes)
+                ratio = ratio or 1.0
             self._needed += int(file.size_bytes * (ratio or 1))
             converted += [file.size_bytes] if ratio else []
         # Originals that are being fetched, wait for their conversion, or are in it.
@@ -259,7 +291,7 @@ class Fill:
             if record is None:
                 left.append(file)
                 continue
-            self._records[file.path] = record
+            self._records[record.path] = record
             self._progress.add(done=file.size_bytes, reused=file.size_bytes)
         return left
 
@@ -268,9 +300,9 @@ class Fill:
         for staging in self._inherited:
             try:
                 data = staging.done_file(file.path).read_bytes()
-                target = self._staging.snapshot_file(file.path)
+                target = self._staging.snapshot_file(stored_path(file.path))
                 durable.make_folder(target.parent)
-                durable.rename(staging.snapshot_file(file.path), target)
+                durable.rename(staging.snapshot_file(stored_path(file.path)), target)
             except FileNotFoundError:
                 continue
             durable.write_atomic(self._staging.done_file(file.path), data)
@@ -282,11 +314,12 @@ class Fill:
         """The same for a file of the damaged snapshot that this one replaces, if nothing is wrong with that file."""
         if self._damaged is None:
             return None
-        record = self._damaged.manifest.file(file.path)
-        weights = file.path.endswith(".safetensors")
+        stored = stored_path(file.path)
+        record = self._damaged.manifest.file(stored)
+        weights = stored.endswith(".safetensors")
         if record is None or (weights and self._damaged.manifest.stored_unchanged != self._unchanged_because()):
             return None
-        path, target = self._damaged.path / file.path, self._staging.snapshot_file(file.path)
+        path, target = self._damaged.path / stored, self._staging.snapshot_file(stored)
         if _origin(record).size_bytes != file.size_bytes or not has_blocks(path, record):
             return None
         durable.make_folder(target.parent)
@@ -302,7 +335,7 @@ class Fill:
         try:
             data = json.loads(self._staging.done_file(file.path).read_bytes())
             record = parse_file_record(data["record"], BLOCK_BYTES)
-            intact = record.path == file.path and data["digest"] == digest_of(data["record"])
+            intact = record.path == stored_path(file.path) and data["digest"] == digest_of(data["record"])
         except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             return None
         if not intact:
@@ -310,55 +343,76 @@ class Fill:
         before = _origin(record)
         if before.size_bytes != file.size_bytes or file.sha256 not in (None, before.sha256):
             return None
-        path = self._staging.snapshot_file(file.path)
+        path = self._staging.snapshot_file(record.path)
         if not has_blocks(path, record):
             return None
-        if file.path.endswith(".safetensors"):
-            self._headers[file.path] = read_header(path, where=file.path)
+        if record.path.endswith(".safetensors"):
+            self._headers[record.path] = read_header(path, where=file.path)
         return record
 
     def _keep_small(self, file: SourceFile, path: Path, digests: Digests) -> None:
-        """A small file as it came, but for a config, which names the storage dtype."""
-        target = self._staging.snapshot_file(file.path)
+        """A small file as it came, but for a config, which names the storage dtype, and the index of pickles."""
+        stored = stored_path(file.path)
+        target = self._staging.snapshot_file(stored)
         durable.make_folder(target.parent)
-        data = path.read_bytes() if PurePosixPath(file.path).name == "config.json" else b""
-        config = _json(data, file.path) if data else None
-        rewritten = data
-        if isinstance(config, dict):
-            self._configs[file.path] = config
-        if isinstance(config, dict) and not storage_policy(self._dtype, config).unchanged_because:
-            rewritten = config_in_dtype(data, self._dtype)
-        if config is None or _json(rewritten, file.path) == config:
+        before = after = b""
+        if stored != file.path:
+            before = path.read_bytes()
+            after = _index_of_converted(_json(before, file.path))
+        elif PurePosixPath(file.path).name == "config.json":
+            before = after = path.read_bytes()
+            config = _json(before, file.path)
+            if isinstance(config, dict):
+                self._configs[file.path] = config
+                if not storage_policy(self._dtype, config).unchanged_because:
+                    after = config_in_dtype(before, self._dtype)
+        if after == before or _json(after, stored) == _json(before, file.path):
             durable.sync_path(path)
             durable.rename(path, target)
-            self._done(file, FileRecord(file.path, file.size_bytes, digests.sha256, digests.blocks))
+            self._done(file, FileRecord(stored, file.size_bytes, digests.sha256, digests.blocks))
             return
-        durable.write_atomic(target, rewritten)
-        self._done(file, _rewritten(file.path, rewritten, Origin(file.size_bytes, digests.sha256)))
+        durable.write_atomic(target, after)
+        self._done(file, _rewritten(stored, after, Origin(file.size_bytes, digests.sha256)))
 
     def _store_weights(self, file: SourceFile, path: Path, digests: Digests) -> None:
         """A verified weights file in its stored form: converted, or moved where there is nothing to convert."""
         self._guard()
+        stored = stored_path(file.path)
+        origin = None
+        if stored != file.path:
+            path, origin = self._unpickled(file, path), Origin(file.size_bytes, digests.sha256)
         header = read_header(path, where=f"{file.path} of {self._key.repo_id}")
         policy = self._policies[_folder_of(file.path)]
-        target = self._staging.snapshot_file(file.path)
+        target = self._staging.snapshot_file(stored)
         durable.make_folder(target.parent)
-        if converted_tensors(header, policy) is header.tensors:
+        if converted_tensors(header, policy) is header.tensors and origin is None:
             durable.sync_path(path)
             durable.rename(path, target)
-            record = FileRecord(file.path, file.size_bytes, digests.sha256, digests.blocks)
+            record = FileRecord(stored, file.size_bytes, digests.sha256, digests.blocks)
         else:
             with self._lock:
                 if self._convert_began is None:
                     self._convert_began = self._timeline.now()
             size, own = convert_file(path, target, header, policy, guard=self._guard)
-            record = FileRecord(file.path, size, own.sha256, own.blocks, Origin(file.size_bytes, digests.sha256))
-        self._headers[file.path] = header
+            origin = origin or Origin(file.size_bytes, digests.sha256)
+            record = FileRecord(stored, size, own.sha256, own.blocks, origin)
+        self._headers[stored] = header
         self._done(file, record)
+        if path != self._staging.source_file(file.path):
+            durable.remove_file(path)
+
+    def _unpickled(self, file: SourceFile, path: Path) -> Path:
+        """The tensors of a verified pickle as safetensors beside it."""
+        from modelstore.unpickle import convert
+
+        logger.warning("%s of %s is a pickle: converting it, as allowed", file.path, self._key.repo_id)
+        target = path.with_name(f"{path.name}.unpickled")
+        convert(path, target, name=f"{file.path} of {self._key.repo_id}")
+        return target
 
     def _done(self, file: SourceFile, record: FileRecord) -> None:
         self._write_done(file, record)
-        self._records[file.path] = record
+        self._records[record.path] = record
         durable.remove_file(self._staging.source_file(file.path))
         durable.remove_tree(self._staging.journal(file.path))
 
@@ -376,11 +430,11 @@ class Fill:
                 if _folder_of(name) == folder
             }
             for tensor, shard in weight_map.items():
-                if tensor not in held[f"{folder}/{shard}" if folder else shard]:
+                if tensor not in held[stored_path(f"{folder}/{shard}" if folder else shard)]:
                     raise BadSafetensors(
                         f"{path} places {tensor[:80]!r} in {shard}, which does not hold it: name another revision"
                     )
-            self._correct_total_size(path)
+            self._correct_total_size(stored_path(path))
 
     def _correct_total_size(self, path: str) -> None:
         target = self._staging.snapshot_file(path)
@@ -405,6 +459,7 @@ class Fill:
             source=self._resolved.record,
             files=tuple(self._records[path] for path in sorted(self._records)),
             stored_unchanged=self._unchanged_because(),
+            remote_code=self._has_code,
         )
         folder = self._staging.snapshot
         _keep_only(folder, {MANIFEST, *self._records})
@@ -462,6 +517,12 @@ def _keep_only(folder: Path, names: set[str]) -> None:
             path = Path(parent, name)
             if str(path.relative_to(folder)) not in names:
                 durable.remove_file(path)
+
+
+def _index_of_converted(index: Mapping[str, Any]) -> bytes:
+    """The index of a pickled checkpoint, for the files that its shards become."""
+    weight_map = {tensor: stored_path(shard) for tensor, shard in index["weight_map"].items()}
+    return json.dumps({**index, "weight_map": weight_map}, indent=2).encode() + b"\n"
 
 
 def _folder_of(path: str) -> str:

@@ -16,7 +16,7 @@ import transformers
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from modelstore.catalog import Snapshot
-from modelstore.errors import BadSafetensors, IntegrityError, NoWeights, UsageError
+from modelstore.errors import BadSafetensors, CodeRefused, IntegrityError, NoWeights, UsageError
 from modelstore.header import LENGTH_BYTES, header_length, parse_header
 from modelstore.reader import Reading, start_reading
 from modelstore.timeline import Span, Timeline
@@ -95,20 +95,27 @@ def load_model(
     *,
     reading: Reading | None = None,
     timeline: Timeline | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model that the snapshot's `config.architectures` names, in eval mode, bit for bit what
     `from_pretrained(original, dtype=<storage dtype>)` gives.
 
     `device`, `reading` and errors as in `load_tensors`; IntegrityError also where weights of the class are missing.
+    `trust_remote_code`: run the code that the snapshot was stored with; without it such a snapshot is CodeRefused.
     """
     target = usable_device(device)
     timeline = timeline or Timeline()
+    trusted = snapshot.manifest.remote_code and trust_remote_code
+    if snapshot.manifest.remote_code and not trusted:
+        raise CodeRefused(
+            f"{snapshot.key} was stored with code of its own: set MODELSTORE_TRUST_REMOTE_CODE=1 to run it here"
+        )
     reading = reading or start_reading(snapshot)
     for file in reading.files[: -len(snapshot.weights)]:
         reading.wait(file.path)  # the config is parsed only once its bytes are known to be right
     transformers.utils.logging.disable_progress_bar()  # it would draw one bar a start into the worker's log
-    config = AutoConfig.from_pretrained(snapshot.path, trust_remote_code=False)
-    cls = model_class(config)
+    config = AutoConfig.from_pretrained(snapshot.path, trust_remote_code=trusted)
+    cls = _own_class(config, snapshot.path) if trusted else model_class(config)
     tensors = load_tensors(snapshot, target, reading=reading, timeline=timeline)
     with timeline.span("build"):
         model, info = cls.from_pretrained(
@@ -127,6 +134,18 @@ def load_model(
             model.generation_config = _generation_config(snapshot.path)
         model.eval()
     return model
+
+
+def _own_class(config: Any, folder: Path) -> type[PreTrainedModel]:
+    """The class that the snapshot's own code brings for what `config.architectures` names, else transformers' own."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    wanted = set(getattr(config, "architectures", None) or ())
+    for reference in (getattr(config, "auto_map", None) or {}).values():
+        if isinstance(reference, str) and "--" not in reference and reference.rpartition(".")[2] in wanted:
+            cls: type[PreTrainedModel] = get_class_from_dynamic_module(reference, folder)
+            return cls
+    return model_class(config)
 
 
 def _generation_config(folder: Path) -> GenerationConfig:

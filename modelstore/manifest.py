@@ -5,7 +5,7 @@
      "block_bytes": 8388608,
      "files": [{"path": "model.safetensors", "size": 123, "sha256": "…", "blocks": "16 hex digits a block",
                 "origin": {"size": 246, "sha256": "…"}}],
-     "stored_unchanged": "", "digest": "…"}
+     "stored_unchanged": "", "remote_code": false, "digest": "…"}
 
 `blocks` are the XXH3-64 checksums of the file's consecutive blocks, joined; the last block may be short. `origin` says
 what the file was before conversion and is absent where it was stored as it came. `digest` is the SHA-256 of the record
@@ -63,13 +63,15 @@ class SourceRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The record of one snapshot. `stored_unchanged` says why nothing was converted, and is empty where it was."""
+    """The record of one snapshot. `stored_unchanged` says why nothing was converted, and is empty where it was;
+    `remote_code` that its configs name code that the repo brings, which somebody allowed."""
 
     key: SnapshotKey
     created_at: int
     source: SourceRecord
     files: tuple[FileRecord, ...]
     stored_unchanged: str = ""
+    remote_code: bool = False
     block_bytes: int = BLOCK_BYTES
 
     @property
@@ -97,6 +99,7 @@ class Manifest:
             "block_bytes": self.block_bytes,
             "files": [file_as_json(file) for file in self.files],
             "stored_unchanged": self.stored_unchanged,
+            "remote_code": self.remote_code,
         }
         return json.dumps(record | {"digest": digest_of(record)}, indent=1).encode() + b"\n"
 
@@ -152,6 +155,7 @@ def _manifest(record: Mapping[str, Any]) -> Manifest:
         source=SourceRecord(_text(source["kind"]), _text(source["location"]), _text(source["revision"])),
         files=files,
         stored_unchanged=_text(record["stored_unchanged"]),
+        remote_code=_switch(record["remote_code"]),
         block_bytes=block_bytes,
     )
 
@@ -175,6 +179,12 @@ def parse_file_record(record: Mapping[str, Any], block_bytes: int) -> FileRecord
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not a string")
+    return value
+
+
+def _switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is not true or false")
     return value
 
 

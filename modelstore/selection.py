@@ -2,15 +2,16 @@
 
 Weights: `model.safetensors`, else the shards that `model.safetensors.index.json` names, else every safetensors file of
 the folder. In a diffusers repo (`model_index.json`) and a sentence-transformers repo (`modules.json`) the same for each
-folder that it names. Beside them the small files: configs, tokenizer, chat templates, generation config, licences.
-Not: the same weights as `.bin`, `.h5`, `.msgpack`, `.onnx`, `.gguf`; code; training leftovers; pictures.
+folder that it names. Beside them the small files: configs, tokenizer, chat templates, generation config, licences. Not:
+the same weights as `.bin`, `.h5`, `.msgpack`, `.onnx`, `.gguf`; code; training leftovers; pictures. With permission
+pickles stand in for safetensors that a folder lacks, and a repo's Python files come along.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -22,6 +23,8 @@ _SMALL_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", "
 _LICENCE = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)([-_.].*)?", re.IGNORECASE)
 _FOREIGN = re.compile(r"(pytorch_model|tf_model|flax_model|consolidated|rust_model).*\.json|trainer_state\.json")
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+_ENDING = ".index.json"
+_INDEX = ".safetensors.index.json"
 _EXTRA_FOLDERS = ("additional_chat_templates",)
 _MAX_SMALL_BYTES = 512 << 20
 
@@ -34,13 +37,75 @@ class Selection:
     weights: tuple[SourceFile, ...]
     indexes: Mapping[str, Mapping[str, str]]
 
+    def __post_init__(self) -> None:
+        check_file_names(stored_path(file.path) for file in (*self.small, *self.weights))
+
     @property
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in (*self.small, *self.weights))
 
 
-def select_files(files: tuple[SourceFile, ...], read: Callable[[SourceFile], bytes], *, repo_id: str) -> Selection:
-    """Choose a snapshot's files; `read` gives the bytes of a small one.
+def is_pickle(path: str) -> bool:
+    """Whether a file of weights is a pickle."""
+    return PurePosixPath(path).suffix in _PICKLES
+
+
+def stored_path(path: str) -> str:
+    """The name under which a file is stored: a pickle and its index go by what they become."""
+    folder, name = _folder_of(path), PurePosixPath(path).name
+    if name.endswith(".bin.index.json"):
+        return _join(folder, _stored_stem(name.removesuffix(".bin.index.json")) + _INDEX)
+    if is_pickle(path):
+        return _join(folder, _stored_stem(PurePosixPath(name).stem) + ".safetensors")
+    return path
+
+
+def _stored_stem(stem: str) -> str:
+    return "model" + stem.removeprefix("pytorch_model") if stem.startswith("pytorch_model") else stem
+
+
+def code_in(path: str, data: bytes, repo: Collection[str]) -> str:
+    """What in a config makes its reader run code, as a phrase; empty where nothing does. `repo`: all its files."""
+    name = PurePosixPath(path).name
+    if not name.endswith(".json") or not ("config" in name or name in ("model_index.json", "modules.json")):
+        return ""
+    record = _parsed(path, data)
+    if name == "modules.json" and isinstance(record, list):
+        types = [module.get("type") for module in record if isinstance(module, dict)]
+        foreign = [each for each in types if not str(each).startswith("sentence_transformers.")]
+        return f"the module type {foreign[0]!r} in {path}" if foreign else ""
+    if name == "model_index.json" and isinstance(record, dict):
+        for part, value in record.items():
+            library = value[0] if isinstance(value, list) and value else value if part == "_class_name" else None
+            if {f"{library}.py", f"{part}/{library}.py"} & set(repo):
+                return f"{library!r} in {path}, which is a Python file of the repo"
+    key = _code_key(record)
+    return f"{key!r} in {path}" if key else ""
+
+
+def _code_key(record: object) -> str:
+    """The first key, at any depth, that has made transformers import what a repo names (CVE-2026-4372, -5241)."""
+    if isinstance(record, list):
+        return next((key for value in record if (key := _code_key(value))), "")
+    if not isinstance(record, dict):
+        return ""
+    for key, value in record.items():
+        if (key == "auto_map" and value) or (key.endswith("_internal") and value is not None):
+            return str(key)
+        if found := _code_key(value):
+            return found
+    return ""
+
+
+def select_files(
+    files: tuple[SourceFile, ...],
+    read: Callable[[SourceFile], bytes],
+    *,
+    repo_id: str,
+    pickles: bool = False,
+    code: bool = False,
+) -> Selection:
+    """Choose a snapshot's files; `read` gives the bytes of a small one. `pickles`, `code`: whether they are allowed.
 
     Raises NoWeights or PickleRefused where there are no safetensors, UnsafeName for a name that leaves the folder, and
     BadSafetensors for an index that names files the repo does not have.
@@ -55,15 +120,16 @@ def select_files(files: tuple[SourceFile, ...], read: Callable[[SourceFile], byt
     indexes: dict[str, Mapping[str, str]] = {}
     for folder in folders:
         here = [file for file in files if _folder_of(file.path) == folder]
-        small += [file for file in here if _is_small(file)]
-        index = by_path.get(_join(folder, _weights_name(here) + ".index.json"))
-        single = by_path.get(_join(folder, _weights_name(here)))
+        small += [file for file in here if _is_small(file) or (code and file.path.endswith(".py"))]
+        index = by_path.get(_join(folder, _index_name(here, pickles=pickles)))
+        single = by_path.get(_join(folder, _weights_name(here, pickles=pickles)))
         if single:
             weights.append(single)
             small = [file for file in small if file is not index]
         elif index:
             weight_map = _weight_map(index.path, read(index))
             indexes[index.path] = weight_map
+            small += [index] if index not in small else []
             weights += [_shard(by_path, folder, name, index.path) for name in sorted(set(weight_map.values()))]
         else:
             weights += [file for file in here if file.path.endswith(".safetensors")]
@@ -71,7 +137,6 @@ def select_files(files: tuple[SourceFile, ...], read: Callable[[SourceFile], byt
         small += [file for file in files if _folder_of(file.path) == folder and _is_small(file)]
     if not weights:
         raise _no_weights(files, repo_id)
-    check_file_names(file.path for file in (*small, *weights))
     return Selection(tuple(small), tuple(weights), indexes)
 
 
@@ -89,13 +154,21 @@ def _component_folders(by_path: Mapping[str, SourceFile], read: Callable[[Source
     return sorted(name for name in named if any(_folder_of(path) == name for path in by_path))
 
 
-def _weights_name(here: list[SourceFile]) -> str:
-    """The name that this folder's weights go by, single or before `.index.json`."""
+def _weights_name(here: list[SourceFile], *, pickles: bool) -> str:
+    """The name that this folder's weights go by, single or before `.index.json`; a pickle's only where there are no
+    safetensors."""
     names = {PurePosixPath(file.path).name for file in here}
-    for name in ("model.safetensors", "diffusion_pytorch_model.safetensors"):
+    known = ["model.safetensors", "diffusion_pytorch_model.safetensors"]
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        known += ["pytorch_model.bin", "diffusion_pytorch_model.bin"]
+    for name in known:
         if name in names or f"{name}.index.json" in names:
             return name
     return "model.safetensors"
+
+
+def _index_name(here: list[SourceFile], *, pickles: bool) -> str:
+    return _weights_name(here, pickles=pickles) + ".index.json"
 
 
 def _weight_map(path: str, data: bytes) -> dict[str, str]:
@@ -113,7 +186,7 @@ def _shard(by_path: Mapping[str, SourceFile], folder: str, name: str, index: str
             f"{index} places weights in the sub-folder {name[:120]!r}: name a repo with shards beside it"
         )
     file = by_path.get(_join(folder, name))
-    if file is None or not name.endswith(".safetensors"):
+    if file is None or not (name.endswith(".safetensors") or (is_pickle(name) and is_pickle(index[: -len(_ENDING)]))):
         raise BadSafetensors(f"{index} names {name[:120]!r}, which the repo does not have: name another revision")
     return file
 
@@ -123,7 +196,7 @@ def _no_weights(files: tuple[SourceFile, ...], repo_id: str) -> NoWeights | Pick
     if suffixes & _PICKLES:
         return PickleRefused(
             f"{repo_id} has its weights only as pickles, which can run code when opened: "
-            "use a revision or a repo with safetensors"
+            "use a revision or a repo with safetensors, or allow it with --allow-pickle"
         )
     return NoWeights(f"{repo_id} has no safetensors weights: use a repo or a revision that has them")
 
@@ -134,6 +207,8 @@ def _is_small(file: SourceFile) -> bool:
         return False
     if _LICENCE.fullmatch(name.name):
         return name.suffix not in {".py", ".sh"}
+    if name.name.endswith(".bin.index.json"):
+        return False
     return name.suffix in _SMALL_SUFFIXES and not _FOREIGN.fullmatch(name.name)
 
 

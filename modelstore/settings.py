@@ -48,6 +48,8 @@ FIELDS = (
     Field("MODELSTORE_WAIT_S", "1800", "seconds to wait for another worker's download before giving up"),
     Field("MODELSTORE_OFFLINE", "0", "`1`: never ask the Hub, serve only what the volume holds"),
     Field("MODELSTORE_ALLOWED_MODELS", "", "comma-separated references; any other model is refused"),
+    Field("MODELSTORE_ALLOW_PICKLE", "0", "`1`: convert repos that have their weights only as pickles"),
+    Field("MODELSTORE_TRUST_REMOTE_CODE", "0", "`1`: store and run a repo's own code, if its commit is named in full"),
     Field("HF_TOKEN", "", "access token for gated and private repos; never written to the volume or a log"),
     Field("HF_ENDPOINT", HUB, "the Hub's address"),
 )
@@ -66,6 +68,8 @@ class Settings:
     wait_s: float = 1800.0
     offline: bool = False
     allowed_models: tuple[Reference, ...] = ()
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
     hf_token: str | None = field(default=None, repr=False)
     hf_endpoint: str = HUB
     worker_id: str = field(default_factory=socket.gethostname)
@@ -96,6 +100,8 @@ class Settings:
             wait_s=_number(env, "MODELSTORE_WAIT_S", 1800.0, at_least=0.0),
             offline=_switch(env, "MODELSTORE_OFFLINE"),
             allowed_models=tuple(_reference("MODELSTORE_ALLOWED_MODELS", text, None) for text in allowed if text),
+            allow_pickle=_switch(env, "MODELSTORE_ALLOW_PICKLE"),
+            trust_remote_code=_switch(env, "MODELSTORE_TRUST_REMOTE_CODE"),
             hf_token=_token(env.get("HF_TOKEN", "")),
             hf_endpoint=_endpoint(env.get("HF_ENDPOINT") or HUB),
             worker_id=env.get("RUNPOD_POD_ID") or socket.gethostname(),

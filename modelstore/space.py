@@ -126,6 +126,7 @@ class Space:
 
     @contextmanager
     def _alone(self, claim: Claim) -> Iterator[None]:
+        durable.check_no_links(self._layout.root, self._layout.space_claim)
         contender = Contender(self._layout.space_claim, worker=self._settings.worker_id, lease_s=self._settings.lease_s)
         while not isinstance(held := contender.try_claim(), Claim):
             claim.check()

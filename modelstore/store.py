@@ -152,6 +152,7 @@ class ModelStore:
                 timeline.add(Span("wait", waited_from, timeline.now()))
                 return replace(snapshot, status="waited")
             self._prepare_root()
+            durable.check_no_links(self.layout.root, self.layout.claims(key))
             contender = contender or Contender(
                 self.layout.claims(key), worker=self.settings.worker_id, lease_s=self.settings.lease_s
             )
@@ -242,6 +243,7 @@ class ModelStore:
         recorded = self.catalog.ref_commit(path)
         if is_commit(resolved.revision) or recorded == resolved.commit or (recorded and not replacing):
             return
+        durable.check_no_links(self.layout.root, path)
         record = {"revision": resolved.revision, "commit": resolved.commit, "resolved_at": int(time.time())}
         durable.write_atomic(path, json.dumps(record).encode() + b"\n")
 

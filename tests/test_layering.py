@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "modelstore"
 ORDER = [
     "errors", "timeline", "reference", "layout", "settings", "manifest", "durable", "claim", "observer", "sources",
-    "wire", "hub", "checksums", "partial", "download", "header", "convert", "selection", "catalog", "pins", "evict", "space",
+    "wire", "hub", "checksums", "partial", "download", "header", "convert", "selection", "catalog", "pins", "evict", "space", "unpickle",
     "fill", "verify", "store", "gc", "reader", "loader", "warmstart", "console", "cli",
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "runpod", "accelerate"}
@@ -42,7 +42,10 @@ def test_a_file_imports_only_from_lines_above_its_own(name: str) -> None:
 def test_only_the_loader_imports_torch_and_transformers() -> None:
     for path in PACKAGE.glob("*.py"):
         heavy = {module.split(".")[0] for module in imports_of(path)} & HEAVY
-        assert not heavy or path.stem == "loader", f"{path.stem} imports {sorted(heavy)}"
+        # unpickle.py is a process of its own: nothing that imports it imports torch.
+        assert not heavy or path.stem == "loader" or (path.stem, heavy) == ("unpickle", {"torch"}), (
+            f"{path.stem} imports {sorted(heavy)}"
+        )
 
 
 def test_only_settings_reads_the_environment() -> None:

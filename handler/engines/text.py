@@ -27,8 +27,14 @@ class TextEngine:
     def load(cls, begun: Begun) -> TextEngine:
         """The tokenizer while the bytes are in flight, then the model from them."""
         with begun.timeline.span("import"):
-            tokenizer = AutoTokenizer.from_pretrained(begun.snapshot.path, trust_remote_code=False)
-        model = load_model(begun.snapshot, reading=begun.reading, timeline=begun.timeline)
+            trusted = begun.settings.trust_remote_code and begun.snapshot.manifest.remote_code
+            tokenizer = AutoTokenizer.from_pretrained(begun.snapshot.path, trust_remote_code=trusted)
+        model = load_model(
+            begun.snapshot,
+            reading=begun.reading,
+            timeline=begun.timeline,
+            trust_remote_code=begun.settings.trust_remote_code,
+        )
         return cls(begun.snapshot.repo_id, model, tokenizer)
 
     def generate(self, request: TextRequest) -> Completion:
