@@ -180,7 +180,7 @@ def convert_file(
     finally:
         os.close(source_fd)
         if target_fd >= 0:
-            os.close(target_fd)
+            durable.close(target_fd, path=target)
 
 
 def _overflow(file: str, names: list[str]) -> Float16Overflow:

@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ from modelstore.errors import ModelStoreError, NoSpace, RootUnusable, UnsafeName
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP})
 _FILE_MODE = 0o644
+_STALE_ATTEMPTS = 3
+_STALE_S = 1.0
 
 
 @contextmanager
@@ -86,6 +89,12 @@ def sync(fd: int, *, path: Path) -> None:
         os.fsync(fd)
 
 
+def close(fd: int, *, path: Path) -> None:
+    """Close a file that was written: MooseFS may say only now that the volume is full."""
+    with mapped_errors(path):
+        os.close(fd)
+
+
 def sync_path(path: Path) -> None:
     """`sync` for a path: a file's bytes, or a folder's entries."""
     with mapped_errors(path):
@@ -106,7 +115,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         set_size(fd, len(data), path=temporary)
         sync(fd, path=temporary)
     finally:
-        os.close(fd)
+        close(fd, path=temporary)
     rename(temporary, path)
     sync_path(path.parent)
 
@@ -177,9 +186,19 @@ def remove_file(path: Path) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder with all it holds, following no links; fine where it is not there."""
-    with mapped_errors(folder):
-        shutil.rmtree(folder, onerror=_ignore_missing)
+    """Remove a folder with all it holds, following no links; fine where it is not there.
+
+    A mount that still has the name of a folder that another one replaced says ESTALE, for up to a second on MooseFS.
+    """
+    for attempt in range(_STALE_ATTEMPTS):
+        try:
+            with mapped_errors(folder):
+                shutil.rmtree(folder, onerror=_ignore_missing)
+            return
+        except OSError as error:
+            if error.errno != errno.ESTALE or attempt + 1 == _STALE_ATTEMPTS:
+                raise
+        time.sleep(_STALE_S)
 
 
 def entries(folder: Path) -> list[Path]:

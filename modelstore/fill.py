@@ -22,7 +22,7 @@ from typing import Any
 
 from modelstore import durable
 from modelstore.catalog import Snapshot
-from modelstore.checksums import Digests, RunningDigests, has_blocks
+from modelstore.checksums import Digests, RunningDigests
 from modelstore.claim import Claim
 from modelstore.convert import (
     StoragePolicy,
@@ -34,16 +34,13 @@ from modelstore.convert import (
 )
 from modelstore.download import Download, Progress
 from modelstore.errors import BadSafetensors, ClaimLost, CodeRefused, IntegrityError, NoSpace, Refused
+from modelstore.finished import FinishedFiles
 from modelstore.header import Header
 from modelstore.layout import MANIFEST, Layout, SnapshotKey, StagingLayout
 from modelstore.manifest import (
-    BLOCK_BYTES,
     FileRecord,
     Manifest,
     Origin,
-    digest_of,
-    file_as_json,
-    parse_file_record,
 )
 from modelstore.observer import Observer
 from modelstore.reference import is_commit
@@ -92,7 +89,6 @@ class Fill:
         durable.check_no_links(layout.root, layout.snapshot(key))
         durable.check_no_links(layout.root, layout.staging(key) / str(claim.generation))
         self._layout = layout
-        self._damaged = damaged
         self._settings = settings
         self._repo: frozenset[str] = frozenset()
         self._has_code = False
@@ -120,7 +116,7 @@ class Fill:
         self._began = time.monotonic()
         self._checked = 0.0
         self._stopping = False
-        self._records: dict[str, FileRecord] = {}
+        self._finished = FinishedFiles(self._staging, self._inherited, damaged)
         self._headers: dict[str, Header] = {}
         self._policies: dict[str, StoragePolicy] = {}
         self._configs: dict[str, Mapping[str, Any]] = {}
@@ -221,7 +217,7 @@ class Fill:
             file = next((file for file in selection.small if file.path == path), None)
             if file is None:
                 return self._configs.setdefault(path, {})
-            rewritten = self._records[path].origin is not None
+            rewritten = self._finished.records[path].origin is not None
             data = self._read_small(file) if rewritten else self._staging.snapshot_file(path).read_bytes()
             config = _json(data, path)
             self._configs[path] = config if isinstance(config, dict) else {}
@@ -287,68 +283,17 @@ class Fill:
         """The files that no earlier process has finished."""
         left = []
         for file in files:
-            record = self._finished(file) or self._finished_before(file) or self._intact_before(file)
+            record = self._finished.find(file, stored_unchanged=self._unchanged_because())
             if record is None:
                 left.append(file)
                 continue
-            self._records[record.path] = record
+            if record.path.endswith(".safetensors"):
+                self._headers[record.path] = read_header(self._staging.snapshot_file(record.path), where=file.path)
             self._progress.add(done=file.size_bytes, reused=file.size_bytes)
         return left
 
-    def _finished_before(self, file: SourceFile) -> FileRecord | None:
-        """The same for an inherited file, which is moved over: it was synced, so nobody writes to it any more."""
-        for staging in self._inherited:
-            try:
-                data = staging.done_file(file.path).read_bytes()
-                target = self._staging.snapshot_file(stored_path(file.path))
-                durable.make_folder(target.parent)
-                durable.rename(staging.snapshot_file(stored_path(file.path)), target)
-            except FileNotFoundError:
-                continue
-            durable.write_atomic(self._staging.done_file(file.path), data)
-            if (record := self._finished(file)) is not None:
-                return record
-        return None
-
-    def _intact_before(self, file: SourceFile) -> FileRecord | None:
-        """The same for a file of the damaged snapshot that this one replaces, if nothing is wrong with that file."""
-        if self._damaged is None:
-            return None
-        stored = stored_path(file.path)
-        record = self._damaged.manifest.file(stored)
-        weights = stored.endswith(".safetensors")
-        if record is None or (weights and self._damaged.manifest.stored_unchanged != self._unchanged_because()):
-            return None
-        path, target = self._damaged.path / stored, self._staging.snapshot_file(stored)
-        if _origin(record).size_bytes != file.size_bytes or not has_blocks(path, record):
-            return None
-        durable.make_folder(target.parent)
-        durable.link(path, target)
-        self._write_done(file, record)
-        return self._finished(file)
-
     def _unchanged_because(self) -> str:
         return "; ".join(sorted({policy.unchanged_because for policy in self._policies.values()} - {""}))
-
-    def _finished(self, file: SourceFile) -> FileRecord | None:
-        """An earlier process's record of `file`, if what lies there still has those bytes."""
-        try:
-            data = json.loads(self._staging.done_file(file.path).read_bytes())
-            record = parse_file_record(data["record"], BLOCK_BYTES)
-            intact = record.path == stored_path(file.path) and data["digest"] == digest_of(data["record"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
-            return None
-        if not intact:
-            return None
-        before = _origin(record)
-        if before.size_bytes != file.size_bytes or file.sha256 not in (None, before.sha256):
-            return None
-        path = self._staging.snapshot_file(record.path)
-        if not has_blocks(path, record):
-            return None
-        if record.path.endswith(".safetensors"):
-            self._headers[record.path] = read_header(path, where=file.path)
-        return record
 
     def _keep_small(self, file: SourceFile, path: Path, digests: Digests) -> None:
         """A small file as it came, but for a config, which names the storage dtype, and the index of pickles."""
@@ -369,10 +314,10 @@ class Fill:
         if after == before or _json(after, stored) == _json(before, file.path):
             durable.sync_path(path)
             durable.rename(path, target)
-            self._done(file, FileRecord(stored, file.size_bytes, digests.sha256, digests.blocks))
+            self._finished.add(file, FileRecord(stored, file.size_bytes, digests.sha256, digests.blocks))
             return
         durable.write_atomic(target, after)
-        self._done(file, _rewritten(stored, after, Origin(file.size_bytes, digests.sha256)))
+        self._finished.add(file, _rewritten(stored, after, Origin(file.size_bytes, digests.sha256)))
 
     def _store_weights(self, file: SourceFile, path: Path, digests: Digests) -> None:
         """A verified weights file in its stored form: converted, or moved where there is nothing to convert."""
@@ -397,7 +342,7 @@ class Fill:
             origin = origin or Origin(file.size_bytes, digests.sha256)
             record = FileRecord(stored, size, own.sha256, own.blocks, origin)
         self._headers[stored] = header
-        self._done(file, record)
+        self._finished.add(file, record)
         if path != self._staging.source_file(file.path):
             durable.remove_file(path)
 
@@ -409,16 +354,6 @@ class Fill:
         target = path.with_name(f"{path.name}.unpickled")
         convert(path, target, name=f"{file.path} of {self._key.repo_id}")
         return target
-
-    def _done(self, file: SourceFile, record: FileRecord) -> None:
-        self._write_done(file, record)
-        self._records[record.path] = record
-        durable.remove_file(self._staging.source_file(file.path))
-        durable.remove_tree(self._staging.journal(file.path))
-
-    def _write_done(self, file: SourceFile, record: FileRecord) -> None:
-        data = {"record": file_as_json(record), "digest": digest_of(file_as_json(record))}
-        durable.write_atomic(self._staging.done_file(file.path), json.dumps(data, separators=(",", ":")).encode())
 
     def _finish_indexes(self, selection: Selection) -> None:
         """Check each index against the shards' headers, and correct its total size where shards were converted."""
@@ -438,31 +373,31 @@ class Fill:
 
     def _correct_total_size(self, path: str) -> None:
         target = self._staging.snapshot_file(path)
-        record = self._records[path]
+        record = self._finished.records[path]
         index = _json(target.read_bytes(), path)
         metadata = index.get("metadata")
         if not isinstance(metadata, dict) or "total_size" not in metadata:
             return
         shards = {name for name in self._headers if _folder_of(name) == _folder_of(path)}
         total = sum(read_header(self._staging.snapshot_file(name), where=name).tensors[-1].end for name in shards)
-        if metadata["total_size"] == total or not any(self._records[name].origin for name in shards):
+        if metadata["total_size"] == total or not any(self._finished.records[name].origin for name in shards):
             return
         metadata["total_size"] = total
         data = json.dumps(index, indent=2).encode() + b"\n"
         durable.write_atomic(target, data)
-        self._records[path] = _rewritten(path, data, _origin(record))
+        self._finished.records[path] = _rewritten(path, data, record.original)
 
     def _publish(self) -> Manifest:
         manifest = Manifest(
             key=self._key,
             created_at=int(time.time()),
             source=self._resolved.record,
-            files=tuple(self._records[path] for path in sorted(self._records)),
+            files=tuple(self._finished.records[path] for path in sorted(self._finished.records)),
             stored_unchanged=self._unchanged_because(),
             remote_code=self._has_code,
         )
         folder = self._staging.snapshot
-        _keep_only(folder, {MANIFEST, *self._records})
+        _keep_only(folder, {MANIFEST, *self._finished.records})
         durable.write_atomic(folder / MANIFEST, manifest.encode())
         for parent, _folders, _names in os.walk(folder, topdown=False):
             durable.sync_path(Path(parent))
@@ -495,11 +430,6 @@ def _generations(folder: Path, *, below: int) -> list[Path]:
     except FileNotFoundError:
         return []
     return [folder / str(number) for number in numbers if number < below]
-
-
-def _origin(record: FileRecord) -> Origin:
-    """A file as its source had it, converted or not."""
-    return record.origin or Origin(record.size_bytes, record.sha256)
 
 
 def _rewritten(path: str, data: bytes, origin: Origin) -> FileRecord:

@@ -8,6 +8,7 @@ what `from_pretrained` makes them.
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from modelstore.reader import Reading, start_reading
 from modelstore.timeline import Span, Timeline
 
 logger = logging.getLogger(__name__)
+
+# transformers sets torch's default dtype while it builds a model, for the whole process.
+_BUILDING = threading.Lock()
 
 _TORCH = {
     "BOOL": torch.bool,
@@ -117,7 +121,7 @@ def load_model(
     config = AutoConfig.from_pretrained(snapshot.path, trust_remote_code=trusted)
     cls = _own_class(config, snapshot.path) if trusted else model_class(config)
     tensors = load_tensors(snapshot, target, reading=reading, timeline=timeline)
-    with timeline.span("build"):
+    with timeline.span("build"), _BUILDING:
         model, info = cls.from_pretrained(
             None,
             config=config,

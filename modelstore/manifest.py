@@ -51,6 +51,11 @@ class FileRecord:
     blocks: str
     origin: Origin | None = None
 
+    @property
+    def original(self) -> Origin:
+        """The file as its source had it, converted or not."""
+        return self.origin or Origin(self.size_bytes, self.sha256)
+
 
 @dataclass(frozen=True, slots=True)
 class SourceRecord:

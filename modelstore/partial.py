@@ -76,8 +76,8 @@ class _Journal:
                 self._fds[segment] = (path.with_suffix(""), fd)
 
     def close(self) -> None:
-        for _path, fd in self._fds.values():
-            os.close(fd)
+        for path, fd in self._fds.values():
+            durable.close(fd, path=path)
 
     def _opened(self, segment: int) -> tuple[Path, int]:
         with self._lock:
@@ -207,7 +207,7 @@ class PartialFile:
         durable.remove_tree(self._journal_folder)
 
     def close(self) -> None:
-        os.close(self._fd)
+        durable.close(self._fd, path=self.path)
         self._journal.close()
 
     def _length(self, index: int) -> int:

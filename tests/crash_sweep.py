@@ -27,6 +27,7 @@ from typing import Any
 
 from modelstore import partial
 from modelstore.catalog import Snapshot
+from modelstore.durable import remove_tree
 from modelstore.errors import ModelStoreError
 from modelstore.evict import evict
 from modelstore.settings import Settings
@@ -149,7 +150,7 @@ class Sweep:
             problem = problem or "it ended in an error that is none of ours"
         problem = problem or self.watch(name) or self.recover(name) or self.watch(name)
         if not problem:
-            shutil.rmtree(self.base / name)
+            remove_tree(self.base / name)
         return os.waitstatus_to_exitcode(status) == PAST_THE_END, f"step {at}: {problem}" if problem else ""
 
     def _child(self, name: str, at: int) -> int:

@@ -13,9 +13,18 @@ import pytest
 
 from tests.checkpoints import random_tensors, write_repo
 from tests.hub import Hub
+from tests.records import LOCAL
+from tests.records import record as note
+
+FAULTS = {
+    "kill": "SIGKILL before any step",
+    "torn": "half a write, then SIGKILL, at any step",
+    "EIO": "EIO at any step",
+    "ENOSPC": "ENOSPC from any step on",
+}
 
 
-def sweep(hub: Hub, scenario: str, fault: str, *options: str) -> dict[str, Any]:
+def sweep(hub: Hub, scenario: str, fault: str, *options: str, where: str = LOCAL) -> dict[str, Any]:
     """Run one sweep over a small model: two shards that are converted, of several segments each."""
     write_repo(hub.folder / "org" / "name", random_tensors(6, (256, 256)), shards=2)
     done = subprocess.run(
@@ -29,7 +38,13 @@ def sweep(hub: Hub, scenario: str, fault: str, *options: str) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     record: dict[str, Any] = json.loads(done.stdout)
-    print(f"{scenario}, {fault}: {record['survived']} of {record['tried']} survived, {record['steps']} steps")
+    note(
+        "Whatever dies, and whenever: nothing wrong is published, and a fresh start ends well",
+        f"{FAULTS[fault]} of a {scenario} of {record['steps']} steps",
+        tried=record["tried"],
+        survived=record["survived"],
+        where=where,
+    )
     assert not record["problems"], (record["problems"][:5], done.stderr[-2000:])
     return record
 

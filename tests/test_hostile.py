@@ -25,6 +25,7 @@ from modelstore.verify import verify_snapshot
 from tests.checkpoints import LLAMA_CONFIG, write_repo
 from tests.conftest import MakeStore
 from tests.hub import Hub
+from tests.records import record
 
 CONFIG = json.dumps({"auto_map": {"AutoModel": "modeling_own.Own"}, "model_type": "own"}).encode()
 
@@ -211,6 +212,13 @@ def test_a_pickle_that_is_more_than_tensors_does_nothing_and_is_refused(
     assert caught.value.exit_code == 8
     assert len(str(caught.value)) < 600
     assert not witness.exists()
+    record(
+        "Hostile input does nothing",
+        f"a pickle, allowed, that is {what!r}",
+        tried=1,
+        survived=1,
+        figure="refused; nothing ran",
+    )
     assert not list(store.settings.root.glob("models/*/*"))
     assert not list(store.settings.root.glob("staging/*/*/*"))
 

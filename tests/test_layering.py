@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "modelstore"
 ORDER = [
     "errors", "timeline", "reference", "layout", "settings", "manifest", "durable", "claim", "observer", "sources",
     "wire", "hub", "checksums", "partial", "download", "header", "convert", "selection", "catalog", "pins", "evict", "space", "unpickle",
-    "fill", "verify", "store", "gc", "reader", "loader", "warmstart", "console", "cli",
+    "finished", "fill", "verify", "store", "gc", "reader", "loader", "warmstart", "console", "cli",
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "runpod", "accelerate"}
 

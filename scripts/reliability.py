@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Run the tests that break things, and write what they have shown: `python scripts/reliability.py [--write FILE]`.
+
+Needs root, FUSE and MooseFS for all of it; without them the rows of MooseFS are missing, and it says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).parent.parent
+sys.path.insert(0, str(HERE))
+MARK = "<!-- scripts/reliability.py: everything below, to the next mark, is its output -->"
+TESTS = [
+    "tests/test_crash.py",
+    "tests/test_overlap.py",
+    "tests/test_moosefs.py",
+    "tests/test_processes.py",
+    "tests/test_verify.py",
+    "tests/test_warmstart.py",
+    "tests/test_volumes.py",
+    "tests/test_hostile.py",
+    "tests/test_header.py",
+]
+
+
+def environment() -> str:
+    from tests.moosefs import why_not
+
+    moosefs = "no MooseFS"
+    if not why_not():
+        package = subprocess.run(
+            ["dpkg-query", "-W", "-f", "${Version}", "moosefs-master"], capture_output=True, text=True, check=False
+        )
+        moosefs = f"MooseFS {package.stdout or 'of unknown version'} with one chunkserver on the same machine"
+    return (
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, Linux {platform.release()}, Python "
+        f"{platform.python_version()}, filelock {version('filelock')}, {moosefs}"
+    )
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    lines = []
+    for promise in dict.fromkeys(row["promise"] for row in rows):
+        lines += [f"**{promise}**", "", "| fault | where | tried | survived | | test |", "|---|---|---|---|---|---|"]
+        for row in rows:
+            if row["promise"] == promise:
+                name = str(row["test"]).replace("::", "`<br>`")
+                cells = (
+                    row["fault"],
+                    row["where"],
+                    f"{row['tried']:,}",
+                    f"{row['survived']:,}",
+                    row["figure"],
+                    f"`{name}`",
+                )
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="Put the table into this file, between its marks.")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        records = Path(folder) / "records"
+        records.touch()
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", *TESTS]
+        done = subprocess.run(command, cwd=HERE, env=os.environ | {"RELIABILITY_RECORDS": str(records)}, check=False)
+        rows = [json.loads(line) for line in records.read_text().splitlines()]
+    text = f"Measured by `python scripts/reliability.py`:\n{environment()}.\n\n{table(rows)}"
+    if not options.write:
+        print(text)
+    elif done.returncode == 0:
+        before, rest = options.write.read_text().split(MARK)
+        after = re.split(r"(?m)^(?=## )", rest, maxsplit=1)[1:]
+        options.write.write_text("".join([before, MARK, "\n\n", text, *(["\n", *after] if after else [])]))
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
