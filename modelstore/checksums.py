@@ -55,7 +55,7 @@ class RunningDigests:
 
 
 def has_blocks(path: Path, record: FileRecord) -> bool:
-    """Whether the file at `path` has the record's size and block checksums; links are not followed."""
+    """Whether the file at `path` has the record's size and block checksums and can be read; links are not followed."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -63,6 +63,8 @@ def has_blocks(path: Path, record: FileRecord) -> bool:
     try:
         whole = os.fstat(fd).st_size == record.size_bytes
         return whole and all(has_block(fd, record, index) for index in range(block_count(record)))
+    except OSError:
+        return False
     finally:
         os.close(fd)
 

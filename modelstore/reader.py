@@ -90,13 +90,14 @@ class Reading:
                 raise self._error
 
     def damage(self) -> DigestMismatch | None:
-        """What is wrong with the bytes, once all of them were read or the first wrong block was."""
+        """What is wrong with the bytes, once all of them were read or the first wrong block was; a file that cannot be
+        read is as good as wrong."""
         try:
             self.wait_all()
         except DigestMismatch as error:
             return error
-        except OSError:
-            pass
+        except OSError as error:
+            return DigestMismatch(f"{self._folder} cannot be read ({error.strerror}): check the volume")
         return None
 
     def join(self) -> None:

@@ -43,7 +43,7 @@ FIELDS = (
     Field("MODEL_DTYPE", "float16", "storage dtype: `float16`, `bfloat16`, `float32` or `keep`"),
     Field("MODELSTORE_ROOT", "<volume>/modelstore", "the store's folder on the network volume"),
     Field("MODELSTORE_QUOTA", "", "what the store may take on the volume, such as `200GB`; no limit without it"),
-    Field("MODELSTORE_EVICT", "0", "`1`: a download may remove the least recently used models to fit the quota"),
+    Field("MODELSTORE_EVICT", "0", "`1`: a download may remove the least recently used models to find room"),
     Field("MODELSTORE_LEASE_S", "30", "seconds without a heartbeat after which a claim is taken over"),
     Field("MODELSTORE_WAIT_S", "1800", "seconds to wait for another worker's download before giving up"),
     Field("MODELSTORE_OFFLINE", "0", "`1`: never ask the Hub, serve only what the volume holds"),

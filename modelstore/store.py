@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ from modelstore.errors import (
     BadManifest,
     ClaimLost,
     Float16Overflow,
+    NoSpace,
     SnapshotNotFound,
     WaitTimeout,
 )
@@ -197,7 +199,8 @@ class ModelStore:
                     logger.warning("%s reads back as it was published: the damage was on its way to this worker", key)
                     claim.finish("published")
                     return snapshot
-            filled = Fill(
+            fresh_fill = partial(
+                Fill,
                 self.layout,
                 key,
                 dtype,
@@ -209,7 +212,14 @@ class ModelStore:
                 observer=observer,
                 damaged=self._quarantine(key, claim),
                 sleep=self._sleep,
-            ).run()
+            )
+            fill = fresh_fill()
+            try:
+                filled = fill.run()
+            except NoSpace as error:
+                if not fill.make_room(error):
+                    raise
+                filled = fresh_fill().run()
             claim.finish("published")
         snapshot = self.catalog.published(key)
         if snapshot is None:

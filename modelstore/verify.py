@@ -110,8 +110,8 @@ def verify_folder(
         for file, index in blocks[position.done :]:
             if time.monotonic() >= until:
                 break
-            if file.path not in found and not has_block(files.open(file), file, index, manifest.block_bytes):
-                found[file.path] = f"not the bytes that were published, at byte {index * manifest.block_bytes}"
+            if file.path not in found and (problem := _in_block(files, file, index, manifest.block_bytes)):
+                found[file.path] = f"{problem}, at byte {index * manifest.block_bytes}"
             compared += _length(manifest, file, index)
             done += 1
             if on_position is not None and time.monotonic() - said > _SAVE_EVERY_S:
@@ -194,6 +194,13 @@ class _Files:
 
     def __exit__(self, *_error: object) -> None:
         self.close()
+
+
+def _in_block(files: _Files, file: FileRecord, index: int, block_bytes: int) -> str:
+    try:
+        return "" if has_block(files.open(file), file, index, block_bytes) else "not the bytes that were published"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def _at_a_glance(folder: Path, file: FileRecord) -> str:

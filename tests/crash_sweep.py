@@ -36,7 +36,7 @@ from modelstore.verify import verify_snapshot
 
 STEPS = ("pwrite", "fsync", "rename", "link", "unlink", "rmdir", "mkdir", "ftruncate", "utime", "open")
 TAKES_SPACE = {"pwrite", "mkdir", "ftruncate", "open", "fsync", "link"}
-WORKERS = 8
+WORKERS = 14  # most of them wait for a dead holder
 LIMIT_S = 60.0
 PAST_THE_END, TYPED_ERROR, BUG = 0, 10, 11
 

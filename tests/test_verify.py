@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -157,3 +159,18 @@ def test_the_manifest_of_another_snapshot_is_a_finding(tmp_path: Path) -> None:
     (finding,) = verify_folder(folder, other).findings
     assert "org/name" in finding.problem
     assert json.loads((folder / "manifest.json").read_text())["repo_id"] == "org/name"
+
+
+def test_a_block_that_the_volume_does_not_give_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = published(tmp_path / "s", FILES)
+    real = os.pread
+
+    def lost_chunk(fd: int, size: int, offset: int) -> bytes:
+        if size == BLOCK and offset == BLOCK:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, size, offset)
+
+    monkeypatch.setattr(os, "pread", lost_chunk)
+    found = verify_folder(folder, KEY)
+    assert [finding.path for finding in found.findings] == ["a.safetensors", "b.safetensors"]
+    assert "cannot be read" in found.findings[0].problem

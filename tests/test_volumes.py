@@ -139,3 +139,28 @@ def test_a_read_only_volume_serves_what_it_holds(hub: Hub, store: ModelStore, on
     record(
         "Read-only volumes serve hits", "the volume is mounted read-only", tried=1, survived=1, where="local, remounted"
     )
+
+
+@needs_mount
+@pytest.mark.parametrize("statfs_lies", [False, True])
+@pytest.mark.parametrize("allowed", [False, True])
+def test_on_a_full_volume_the_least_recently_used_goes_where_that_is_allowed(
+    hub: Hub, on_mount: OnMount, statfs_lies: bool, allowed: bool
+) -> None:
+    """7 MB: one model of 2.1 MB, and another that takes 6.3 MB while it is made."""
+    for number, name in enumerate(("first", "name")):
+        write_repo(hub.folder / "org" / name, random_tensors(4, (512, 512), seed=number))
+    second = [sys.executable, "-c", SEED_WHERE_STATFS_LIES] if statfs_lies else SEED
+    done = on_mount(
+        'mount -t tmpfs -o size=7m none "$VOLUME"',
+        "sh",
+        "-c",
+        'set -e; "$1" -m modelstore seed org/first --quiet; shift; export MODELSTORE_EVICT=$1; shift; exec "$@"',
+        "sh",
+        sys.executable,
+        str(int(allowed)),
+        *second,
+        then="find modelstore/models -name manifest.json | cut -d/ -f3",
+    )
+    assert done.returncode == (0 if allowed else 6), done.stderr
+    assert done.stdout.split() == ["org--name" if allowed else "org--first"]

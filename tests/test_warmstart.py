@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from dataclasses import replace
@@ -187,3 +188,27 @@ def test_of_an_evicted_snapshot_everything_is_read_that_was_opened(
     assert evict(store.layout, model.key, force=True)
     begun.reading.wait_all()
     assert begun.reading.damage() is None
+
+
+def test_a_chunk_that_the_volume_has_lost_is_mended_like_a_flipped_bit(
+    hub: Hub, store: ModelStore, model: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inode, real = (
+        (model.path / "model.safetensors").stat().st_ino,
+        {name: getattr(os, name) for name in ("pread", "preadv")},
+    )
+
+    def lost(name: str) -> Any:
+        def read(fd: int, *arguments: Any) -> Any:
+            if os.fstat(fd).st_ino == inode:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real[name](fd, *arguments)
+
+        return read
+
+    for name in real:
+        monkeypatch.setattr(os, name, lost(name))
+    begun = begin(settings_of(store))
+    assert begun.load(load)
+    assert begun.snapshot.inode != model.inode
+    assert hub.served.bytes["model.safetensors"]
