@@ -127,7 +127,7 @@ class Fill:
         """After a full volume, where evicting is allowed: evict what this fill still needs; whether anything went."""
         if not self._settings.evict or self._settings.quota_bytes is not None:  # the quota was seen to before
             return False
-        return self._space.make_room(self._key, self._claim, max(self._needed - error.free_bytes, 1))
+        return self._space.make_room(self._key, max(self._needed - error.free_bytes, 1))
 
     def run(self) -> Filled:
         """Download, convert and publish; returns the manifest that is published.

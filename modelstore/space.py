@@ -89,10 +89,12 @@ class Space:
             return needed_bytes <= self._settings.quota_bytes
         return needed_bytes <= durable.tree_bytes(self._layout.root) + error.free_bytes
 
-    def make_room(self, key: SnapshotKey, claim: Claim, size_bytes: int) -> bool:
-        """Evict for `key` after the volume itself said that it is full; whether anything went."""
-        with self._alone(claim):
-            return self._evict(key, size_bytes) > 0
+    def make_room(self, key: SnapshotKey, size_bytes: int) -> bool:
+        """Evict for `key` after the volume itself said that it is full; whether anything went.
+
+        Not alone: a claim could not be written now. Two at once may evict more than they need.
+        """
+        return self._evict(key, size_bytes) > 0
 
     def _of_the_living(self, promised: dict[SnapshotKey, tuple[int, int]]) -> int:
         """The promises of claims whose heart beats; a dead worker needs no room."""
