@@ -29,8 +29,8 @@ from modelstore.console import (
     without_status,
 )
 from modelstore.errors import ModelStoreError, NotFound, Refused, SnapshotNotFound, UsageError
-from modelstore.evict import evict, least_recently_used, survey
-from modelstore.gc import GRACE_S, collect, find_garbage
+from modelstore.evict import evict, survey
+from modelstore.gc import GRACE_S, plan
 from modelstore.layout import SnapshotKey
 from modelstore.reference import parse_reference
 from modelstore.settings import parse_dtype, parse_size
@@ -312,39 +312,33 @@ def collect_garbage(
         if not grace_s >= settings.lease_s:
             raise UsageError(f"--grace-s must be at least the lease, {settings.lease_s:g} s")
         store.catalog.check_format()
-        garbage = find_garbage(layout, grace_s=grace_s)
-        freed = sum(item.size_bytes for item in garbage)
-        excess = Space(layout, settings).taken() - freed - limit if limit is not None else 0
-        victims = least_recently_used(survey(layout), excess) if excess > 0 else ()
-        total = freed + sum(victim.size_bytes for victim in victims)
-        if not dry_run and (garbage or victims):
-            context.confirm(f"remove {len(garbage)} leftovers and {len(victims)} models, {total / 1e9:.2f} GB", yes=yes)
-            garbage = tuple(
-                item
-                for item in garbage
-                if collect(layout, item, worker=settings.worker_id, lease_s=settings.lease_s, grace_s=grace_s)
-            )
-            victims = tuple(victim for victim in victims if evict(layout, victim.key))
-            total = sum(item.size_bytes for item in garbage) + sum(victim.size_bytes for victim in victims)
-        evicted = [
-            _key_record(victim.key, layout.snapshot(victim.key))
-            | {"bytes": victim.size_bytes, "idle_s": round(victim.idle_s)}
-            for victim in victims
-        ]
-        collected = [
-            {
-                "kind": item.kind,
-                "path": str(item.path.relative_to(layout.root)),
-                "bytes": item.size_bytes,
-                "age_s": round(item.age_s),
-            }
-            for item in garbage
-        ]
-        record = {"bytes": total, "removed": not dry_run, "collected": collected, "evicted": evicted}
+        wanted = plan(layout, settings, grace_s=grace_s, limit_bytes=limit)
+        if not dry_run and (wanted.garbage or wanted.evicted):
+            what = f"{len(wanted.garbage)} leftovers and {len(wanted.evicted)} models"
+            context.confirm(f"remove {what}, {wanted.size_bytes / 1e9:.2f} GB", yes=yes)
+            wanted = wanted.run(layout, settings, grace_s=grace_s)
+        record = {
+            "bytes": wanted.size_bytes,
+            "removed": not dry_run,
+            "collected": [
+                {
+                    "kind": item.kind,
+                    "path": str(item.path.relative_to(layout.root)),
+                    "bytes": item.size_bytes,
+                    "age_s": round(item.age_s),
+                }
+                for item in wanted.garbage
+            ],
+            "evicted": [
+                _key_record(item.key, layout.snapshot(item.key))
+                | {"bytes": item.size_bytes, "idle_s": round(item.idle_s)}
+                for item in wanted.evicted
+            ],
+        }
         short = limit is not None and not dry_run and Space(layout, settings).taken() > limit
     context.print(record, lambda console: print_collected(console, record))
     if short:
-        report_error(ModelStoreError(f"{layout.root} takes more than {to}: the rest is in use"), context)
+        report_error(ModelStoreError(f"{layout.root} takes more than {to}: the rest is in use or pinned"), context)
         raise typer.Exit(6)
 
 

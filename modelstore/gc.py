@@ -20,7 +20,10 @@ from typing import Literal
 
 from modelstore import durable, pins
 from modelstore.claim import Claim, Contender, highest_generation
+from modelstore.evict import Candidate, evict, least_recently_used, survey
 from modelstore.layout import Layout, SnapshotKey, key_from_parts
+from modelstore.settings import Settings
+from modelstore.space import Space
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +43,39 @@ class Garbage:
     key: SnapshotKey | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a collection removes, or has removed; print it before running it."""
+
+    garbage: tuple[Garbage, ...]
+    evicted: tuple[Candidate, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(item.size_bytes for item in self.garbage) + sum(item.size_bytes for item in self.evicted)
+
+    def run(self, layout: Layout, settings: Settings, *, grace_s: float) -> Plan:
+        """Remove it all, but for what somebody needs after all; what went."""
+        worker, lease_s = settings.worker_id, settings.lease_s
+        return Plan(
+            tuple(
+                item for item in self.garbage if collect(layout, item, worker=worker, lease_s=lease_s, grace_s=grace_s)
+            ),
+            tuple(candidate for candidate in self.evicted if evict(layout, candidate.key)),
+        )
+
+
+def plan(layout: Layout, settings: Settings, *, grace_s: float = GRACE_S, limit_bytes: int | None = None) -> Plan:
+    """What is garbage now; with `limit_bytes` also the least recently used snapshots, until the store takes that."""
+    garbage = find_garbage(layout, grace_s=grace_s)
+    if limit_bytes is None:
+        return Plan(garbage)
+    excess = Space(layout, settings).taken() - Plan(garbage).size_bytes - limit_bytes
+    return Plan(garbage, least_recently_used(survey(layout), excess) if excess > 0 else ())
+
+
 def find_garbage(layout: Layout, *, grace_s: float = GRACE_S) -> tuple[Garbage, ...]:
-    """What may go now. Raises RootUnusable where the store cannot be read."""
+    """What nobody needs. Raises RootUnusable where the store cannot be read."""
     now = pins.volume_time(layout)
     return tuple(item for item in _candidates(layout, now) if item.age_s >= grace_s)
 

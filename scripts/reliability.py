@@ -71,22 +71,26 @@ def table(rows: list[dict[str, object]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=Path, help="What a test run with RELIABILITY_RECORDS=FILE left; runs none.")
     parser.add_argument("--write", type=Path, help="Put the table into this file, between its marks.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        records = Path(folder) / "records"
-        records.touch()
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", *TESTS]
-        done = subprocess.run(command, cwd=HERE, env=os.environ | {"RELIABILITY_RECORDS": str(records)}, check=False)
+        records, code = options.records or Path(folder) / "records", 0
+        if not options.records:
+            records.touch()
+            command = [sys.executable, "-m", "pytest", "-q", *TESTS]
+            env = os.environ | {"RELIABILITY_RECORDS": str(records)}
+            code = subprocess.run(command, cwd=HERE, env=env, check=False).returncode
         rows = [json.loads(line) for line in records.read_text().splitlines()]
+    rows.sort(key=lambda row: TESTS.index(str(row["test"]).partition("::")[0]))
     text = f"Measured by `python scripts/reliability.py`:\n{environment()}.\n\n{table(rows)}"
     if not options.write:
         print(text)
-    elif done.returncode == 0:
+    elif code == 0:
         before, rest = options.write.read_text().split(MARK)
         after = re.split(r"(?m)^(?=## )", rest, maxsplit=1)[1:]
         options.write.write_text("".join([before, MARK, "\n\n", text, *(["\n", *after] if after else [])]))
-    return done.returncode
+    return code
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from tests.hub import Hub
 from tests.records import LOCAL
 from tests.records import record as note
 
+SCENARIOS = {"seed": "a seed", "mend": "mending a damaged snapshot", "evict": "an eviction"}
 FAULTS = {
     "kill": "SIGKILL before any step",
     "torn": "half a write, then SIGKILL, at any step",
@@ -40,7 +41,7 @@ def sweep(hub: Hub, scenario: str, fault: str, *options: str, where: str = LOCAL
     record: dict[str, Any] = json.loads(done.stdout)
     note(
         "Whatever dies, and whenever: nothing wrong is published, and a fresh start ends well",
-        f"{FAULTS[fault]} of a {scenario} of {record['steps']} steps",
+        f"{FAULTS[fault]} of {SCENARIOS[scenario]}, which has {record['steps']}",
         tried=record["tried"],
         survived=record["survived"],
         where=where,
