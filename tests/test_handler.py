@@ -93,6 +93,25 @@ def test_a_test_input_is_answered_and_the_start_is_one_record(env: dict[str, str
     assert hub.served.requests == []
 
 
+def test_a_worker_whose_snapshot_went_bad_answers_as_before(env: dict[str, str], hub: Hub, tmp_path: Path) -> None:
+    job = json.dumps({"input": {"prompt": "hello world", "temperature": 0, "max_tokens": 5}})
+    right = run(env, "--test_input", job)
+    (weights,) = (tmp_path / "volume").rglob("models/*/*/model.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 64
+    weights.write_bytes(data)
+    hub.served.reset()
+    mended = run(env, "--test_input", job)
+    assert mended.returncode == 0, mended.stderr
+    record = timeline_of(mended.stderr)
+    assert "damaged" in record["reason"]
+    assert {"verify", "download", "publish", "ready"} <= {span["name"] for span in record["spans"]}
+    assert "is not what was published" in mended.stderr
+    answers = [[line for line in done.stdout.splitlines() if "generated_text" in line] for done in (right, mended)]
+    assert answers[0] == answers[1] != []
+    assert hub.served.bytes["model.safetensors"]
+
+
 def test_changing_model_id_swaps_the_model_and_both_stay(env: dict[str, str], hub: Hub, tmp_path: Path) -> None:
     job = json.dumps({"input": {"prompt": "hello", "temperature": 0, "max_tokens": 3}})
     for name in ("org/name", "org/other", "org/name"):
