@@ -151,13 +151,13 @@ class Catalog:
             if not _is_plain(self._layout.root, str(path.relative_to(self._layout.root))):
                 logger.warning("%s is passed over: a folder on its way is a link", path)
                 return None
-            manifest = parse_manifest(_read_file(path / MANIFEST), where=str(path / MANIFEST))
+            manifest = parse_manifest(durable.read_file(path / MANIFEST), where=str(path / MANIFEST))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            if error.errno != errno.ELOOP:
+            if error.errno not in (errno.ELOOP, errno.EINVAL):
                 raise RootUnusable(f"cannot read {path}: {error.strerror}; check the mount") from error
-            logger.warning("%s is passed over: its manifest is a link", path)
+            logger.warning("%s is passed over: its manifest is no regular file", path)
             return None
         except BadManifest as error:
             logger.warning("%s", error)
@@ -179,7 +179,7 @@ class Catalog:
         if not _is_plain(self._layout.root, str(path.relative_to(self._layout.root))):
             return ""
         try:
-            commit = json.loads(_read_file(path))["commit"]
+            commit = json.loads(durable.read_file(path))["commit"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return ""
         return commit if isinstance(commit, str) and is_commit(commit) else ""
@@ -187,7 +187,7 @@ class Catalog:
     def check_format(self) -> None:
         """Raise FormatTooNew where a newer version wrote the store, RootUnusable where it cannot be read."""
         try:
-            text = _read_file(self._layout.format_file).strip()
+            text = durable.read_file(self._layout.format_file).strip()
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
@@ -212,13 +212,6 @@ def _is_plain(path: Path, folder: str) -> bool:
     except UnsafeName:
         return False
     return True
-
-
-def _read_file(path: Path) -> bytes:
-    """The bytes of a small file; a link in its place is an error, not followed."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with os.fdopen(fd, "rb") as file:
-        return file.read()
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import xxhash
 
+from modelstore import durable
 from modelstore.manifest import BLOCK_BYTES, CHECKSUM_HEX, FileRecord
 
 
@@ -57,7 +58,7 @@ class RunningDigests:
 def has_blocks(path: Path, record: FileRecord) -> bool:
     """Whether the file at `path` has the record's size and block checksums and can be read; links are not followed."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = durable.open_for_read(path)
     except OSError:
         return False
     try:

@@ -72,9 +72,14 @@ class ClaimRecord:
 def parse_record(data: bytes) -> ClaimRecord | None:
     """The record in a generation's file, or None while it is empty or half-written."""
     try:
-        return ClaimRecord(**json.loads(data))
-    except (ValueError, TypeError):
+        record = ClaimRecord(**json.loads(data))
+    except (ValueError, TypeError, RecursionError):
         return None
+    numbers = (record.pid, record.beat, record.done, record.total, record.reserved)
+    texts = (record.worker, record.host, record.state, record.phase)
+    if not all(isinstance(each, str) for each in texts) or not all(type(each) is int for each in numbers):
+        return None
+    return record if record.eta_s is None or isinstance(record.eta_s, int | float) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +190,11 @@ class Claim:
         self._heartbeat_s = heartbeat_s
         self._write_lock = threading.Lock()
         self._stop = threading.Event()
-        self._write()
+        try:
+            self._write()
+        except BaseException:
+            self._let_go()
+            raise
         self._thread = threading.Thread(target=self._beat, name=f"heartbeat-{self.generation}", daemon=True)
         self._thread.start()
 
@@ -222,9 +231,12 @@ class Claim:
         except (ModelStoreError, OSError) as error:
             logger.warning("could not mark the claim as %s: %s", state, error)
         finally:
-            os.close(self._fd)
-            if self._lock is not None:
-                self._lock.release()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        os.close(self._fd)
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -252,7 +264,7 @@ def highest_generation(folder: Path) -> int:
     """The highest generation in a claim's folder; 0 where there is none."""
     try:
         return max((int(name) for name in os.listdir(folder) if name.isascii() and name.isdigit()), default=0)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0
 
 
@@ -264,7 +276,7 @@ def reserved_bytes(folder: Path) -> tuple[int, int]:
 
 def _read(path: Path) -> bytes:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = durable.open_for_read(path)
     except FileNotFoundError:
         return b""
     try:

@@ -248,15 +248,17 @@ def verify(
     context = Context(root, as_json, quiet, debug)
     with errors(context):
         store = context.store()
-        stride = parse_sample(sample) if sample else 1
+        stride = parse_sample(sample) if sample is not None else 1
         if max_seconds is not None and not max_seconds > 0:
             raise UsageError("--max-seconds must be a number above 0")
-        in_parts = bool(sample) or max_seconds is not None
+        in_parts = sample is not None or max_seconds is not None
         until = time.monotonic() + (max_seconds or float("inf"))
         keys = [_found_key(store, reference, revision, dtype)] if reference else list(store.catalog.keys())
         if in_parts:  # whatever was looked at longest ago comes first
             keys.sort(key=lambda key: _mtime(store.layout.verified(key)))
         records = [_verify(store, key, stride, until, in_parts=in_parts) for key in keys]
+        if not reference:  # what was evicted since the store was listed is not damaged
+            records = [record for record in records if record["ok"] or Path(record["path"]).exists()]
     context.print(records, lambda console: print_verified(console, records))
     raise typer.Exit(0 if all(record["ok"] for record in records) else 5)
 
@@ -308,7 +310,7 @@ def collect_garbage(
     with errors(context):
         store = context.store()
         layout, settings = store.layout, store.settings
-        limit = parse_size("--to", to) if to else None
+        limit = parse_size("--to", to) if to is not None else None
         if not grace_s >= settings.lease_s:
             raise UsageError(f"--grace-s must be at least the lease, {settings.lease_s:g} s")
         store.catalog.check_format()

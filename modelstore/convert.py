@@ -113,7 +113,7 @@ def _set_dtype(config: dict[str, Any], dtype: Dtype) -> None:
 
 def read_header(path: Path, *, where: str) -> Header:
     """The checked header of a safetensors file; `where` names it in errors."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = durable.open_for_read(path)
     try:
         file_bytes = os.fstat(fd).st_size
         length = header_length(os.pread(fd, LENGTH_BYTES, 0), file_bytes=file_bytes, where=where)
@@ -151,7 +151,7 @@ def convert_file(
     tensors = converted_tensors(header, policy)
     digests = RunningDigests()
     overflowing: list[str] = []
-    source_fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    source_fd = durable.open_for_read(source)
     target_fd = -1
     try:
         durable.make_folder(target.parent)

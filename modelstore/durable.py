@@ -66,6 +66,21 @@ def open_for_write(path: Path, *, exclusive: bool = False) -> int:
         return os.open(path, flags, _FILE_MODE)
 
 
+def open_for_read(path: Path) -> int:
+    """Open a regular file; a link, a folder, a pipe or a device in its place is an OSError, at once."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return fd
+
+
+def read_file(path: Path, limit_bytes: int = -1) -> bytes:
+    """The bytes of a small regular file, or its first `limit_bytes`."""
+    with os.fdopen(open_for_read(path), "rb") as file:
+        return file.read(limit_bytes)
+
+
 def write_at(fd: int, data: bytes | bytearray | memoryview, offset: int, *, path: Path) -> None:
     """Write all of `data` at `offset`."""
     view = memoryview(data).cast("B")
@@ -209,10 +224,11 @@ def entries(folder: Path) -> list[Path]:
         return []
 
 
-def tree_bytes(folder: Path, seen: set[tuple[int, int]] | None = None) -> int:
+def tree_bytes(folder: Path, seen: set[tuple[int, int]] | None = None, *, unshared: bool = False) -> int:
     """What the regular files of a folder take by their sizes, each inode once; `seen` carries inodes between calls.
 
-    Sizes, not blocks: MooseFS tells the whole size for a sparse file, too.
+    `unshared`: only what is freed when the folder goes, without files that have another name somewhere. Sizes, not
+    blocks: MooseFS tells the whole size for a sparse file, too.
     """
     seen = set() if seen is None else seen
     total = 0
@@ -220,10 +236,10 @@ def tree_bytes(folder: Path, seen: set[tuple[int, int]] | None = None) -> int:
         with os.scandir(folder) as found:
             for entry in found:
                 if entry.is_dir(follow_symlinks=False):
-                    total += tree_bytes(Path(entry.path), seen)
+                    total += tree_bytes(Path(entry.path), seen, unshared=unshared)
                 elif entry.is_file(follow_symlinks=False):
                     state = entry.stat(follow_symlinks=False)
-                    if state.st_nlink == 1 or (state.st_dev, state.st_ino) not in seen:
+                    if state.st_nlink == 1 or not (unshared or (state.st_dev, state.st_ino) in seen):
                         seen.add((state.st_dev, state.st_ino))
                         total += state.st_size
     except (FileNotFoundError, NotADirectoryError):

@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A snapshot, damaged or not, and what speaks against evicting it. `idle_s`: seconds since its last use."""
+    """A snapshot, damaged or not, and what speaks against evicting it. `size_bytes` is what is freed when it goes,
+    `idle_s` the seconds since its last use."""
 
     key: SnapshotKey
     size_bytes: int
@@ -49,7 +50,11 @@ def survey(layout: Layout, keys: Sequence[SnapshotKey] | None = None) -> tuple[C
         marks = pins.marks(layout, key)
         touched_at = marks[0].touched_at if marks else durable.newest_mtime(folder)
         users = pins.users(layout, key, now)
-        found.append(Candidate(key, durable.tree_bytes(folder), now - touched_at, pins.is_pinned(layout, key), users))
+        found.append(
+            Candidate(
+                key, durable.tree_bytes(folder, unshared=True), now - touched_at, pins.is_pinned(layout, key), users
+            )
+        )
     return tuple(sorted(found, key=lambda candidate: -candidate.idle_s))
 
 
@@ -75,7 +80,7 @@ def evict(
     durable.check_no_links(layout.root, path)
     durable.check_no_links(layout.root, aside)
     durable.make_folder(aside.parent)
-    with pins.evicting(layout, key) as in_time:
+    with pins.evicting(layout, key, sleep=sleep) as in_time:
         if not force:
             now = pins.volume_time(layout)
             if pins.is_pinned(layout, key) or pins.users(layout, key, now) or not in_time():

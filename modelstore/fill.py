@@ -22,7 +22,7 @@ from typing import Any
 
 from modelstore import durable
 from modelstore.catalog import Snapshot
-from modelstore.checksums import Digests, RunningDigests
+from modelstore.checksums import Digests, RunningDigests, has_blocks
 from modelstore.claim import Claim
 from modelstore.convert import (
     StoragePolicy,
@@ -116,6 +116,7 @@ class Fill:
         self._began = time.monotonic()
         self._checked = 0.0
         self._stopping = False
+        self._damaged = damaged
         self._finished = FinishedFiles(self._staging, self._inherited, damaged)
         self._headers: dict[str, Header] = {}
         self._policies: dict[str, StoragePolicy] = {}
@@ -243,10 +244,22 @@ class Fill:
         # Originals that are being fetched, wait for their conversion, or are in it.
         at_once = _CONVERSIONS + _WAITING_CONVERSIONS + 1
         self._needed += sum(sorted(converted, reverse=True)[:at_once])
+        if self._damaged is not None and self._settings.quota_bytes is not None:
+            self._drop_what_is_wrong(self._damaged)  # a quota has no room for bytes that are of no use
         folders = (self._staging.folder, *(staging.folder for staging in self._inherited))
         self._space.reserve(
-            self._key, self._claim, self._needed, present_bytes=sum(durable.tree_blocks(folder) for folder in folders)
+            self._key,
+            self._claim,
+            self._needed,
+            present_bytes=sum(durable.tree_blocks(folder) for folder in folders),
+            damaged=self._damaged.path if self._damaged is not None else None,
         )
+
+    def _drop_what_is_wrong(self, damaged: Snapshot) -> None:
+        """Remove the files of a quarantined snapshot that are not what its manifest says."""
+        for record in damaged.manifest.files:
+            if not has_blocks(damaged.path / record.path, record):
+                durable.remove_file(damaged.path / record.path)
 
     def _stored_ratio(self, folder: str, selection: Selection) -> float:
         """Stored bytes for each byte of the original's weights, by the dtype that the config names; 0 where they are
@@ -410,7 +423,10 @@ class Fill:
         self._claim.check()
         if not durable.publish_folder(folder, self._layout.snapshot(self._key)):
             logger.info("%s was published by another worker first", self._key)
-        durable.remove_tree(self._layout.staging(self._key))
+        try:
+            durable.remove_tree(self._layout.staging(self._key))
+        except OSError as error:  # a holder that was fenced may still write there; `gc` removes it later
+            logger.info("staging of %s is not empty yet: %s", self._key, error)
         return manifest
 
     def _guard(self) -> None:

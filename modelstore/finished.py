@@ -51,10 +51,10 @@ class FinishedFiles:
 
     def _here(self, file: SourceFile) -> FileRecord | None:
         try:
-            data = json.loads(self._staging.done_file(file.path).read_bytes())
+            data = json.loads(durable.read_file(self._staging.done_file(file.path)))
             record = parse_file_record(data["record"], BLOCK_BYTES)
             intact = record.path == stored_path(file.path) and data["digest"] == digest_of(data["record"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         before = record.original
         if not intact or before.size_bytes != file.size_bytes or file.sha256 not in (None, before.sha256):
@@ -66,7 +66,7 @@ class FinishedFiles:
         for staging in self._inherited:
             target = self._staging.snapshot_file(stored_path(file.path))
             try:
-                data = staging.done_file(file.path).read_bytes()
+                data = durable.read_file(staging.done_file(file.path))
                 durable.make_folder(target.parent)
                 durable.rename(staging.snapshot_file(stored_path(file.path)), target)
             except FileNotFoundError:

@@ -7,7 +7,9 @@ Ages are told by the volume's own clock. Collected are
 - `trash/` and `quarantine/`: what a removal that was cut short left, and damaged snapshots;
 - generations of claims below the highest, which stays, so that numbers only grow;
 - marks of use of workers that are gone, but for the newest, which says when the snapshot was last used;
-- pins and positions of verifications whose snapshot is gone, and temporary files of writers that died.
+- positions of verifications whose snapshot is gone, and temporary files of writers that died.
+
+A person's pin is the person's to take away.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Literal
 
 from modelstore import durable, pins
 from modelstore.claim import Claim, Contender, highest_generation
+from modelstore.errors import ModelStoreError
 from modelstore.evict import Candidate, evict, least_recently_used, survey
 from modelstore.layout import Layout, SnapshotKey, key_from_parts
 from modelstore.settings import Settings
@@ -56,13 +59,14 @@ class Plan:
 
     def run(self, layout: Layout, settings: Settings, *, grace_s: float) -> Plan:
         """Remove it all, but for what somebody needs after all; what went."""
-        worker, lease_s = settings.worker_id, settings.lease_s
-        return Plan(
-            tuple(
-                item for item in self.garbage if collect(layout, item, worker=worker, lease_s=lease_s, grace_s=grace_s)
-            ),
-            tuple(candidate for candidate in self.evicted if evict(layout, candidate.key)),
-        )
+        gone = []
+        for item in self.garbage:
+            try:
+                if collect(layout, item, worker=settings.worker_id, lease_s=settings.lease_s, grace_s=grace_s):
+                    gone.append(item)
+            except (ModelStoreError, OSError) as error:
+                logger.warning("%s stays: %s", item.path, error)
+        return Plan(tuple(gone), tuple(candidate for candidate in self.evicted if evict(layout, candidate.key)))
 
 
 def plan(layout: Layout, settings: Settings, *, grace_s: float = GRACE_S, limit_bytes: int | None = None) -> Plan:
@@ -115,11 +119,11 @@ def _candidates(layout: Layout, now: float) -> Iterator[Garbage]:
     for variant, key in _variants(layout.root / "staging"):
         # A live claim beats every half second, whatever its download does.
         touched_at = max(durable.newest_mtime(variant), _claimed_at(layout, key))
-        yield Garbage("staging", variant, durable.tree_bytes(variant), now - touched_at, key)
+        yield Garbage("staging", variant, durable.tree_bytes(variant, unshared=True), now - touched_at, key)
     for folder, kind in ((layout.trash, "trash"), (layout.quarantine, "quarantine")):
         for path in durable.entries(folder):
             item = _file("trash" if kind == "trash" else "quarantine", path, now)
-            yield replace(item, size_bytes=durable.tree_bytes(path))
+            yield replace(item, size_bytes=durable.tree_bytes(path, unshared=True))
     for folder in (layout.space_claim, *(variant for variant, _key in _variants(layout.root / "claims"))):
         highest = highest_generation(folder)
         for path in durable.entries(folder):
@@ -128,13 +132,13 @@ def _candidates(layout: Layout, now: float) -> Iterator[Garbage]:
     for variant, key in _variants(layout.root / "used"):
         kept = 1 if layout.snapshot(key).is_dir() else 0
         marks = sorted((_file("mark", path, now) for path in durable.entries(variant)), key=lambda mark: mark.age_s)
-        yield from marks[kept:]
-    for name in ("pins", "verified"):
-        for repo in durable.entries(layout.root / name):
-            for path in durable.entries(repo):
-                key_of = key_from_parts(repo.name, path.name.removesuffix(".json"))
-                if key_of is not None and not layout.snapshot(key_of).is_dir():
-                    yield _file("record", path, now)
+        marks = [mark for mark in marks if mark.path.name != pins.EVICTING]
+        yield from (mark for mark in marks[kept:] if mark.age_s >= pins.IN_USE_S)
+    for repo in _folders(layout, "verified"):
+        for path in durable.entries(repo):
+            key_of = key_from_parts(repo.name, path.name.removesuffix(".json"))
+            if key_of is not None and not layout.snapshot(key_of).is_dir():
+                yield _file("record", path, now)
     for folder in (layout.root, *(repo for name in ("pins", "verified", "refs") for repo in _folders(layout, name))):
         for path in durable.entries(folder):
             if path.name.startswith(".") and path.name.endswith(".tmp"):

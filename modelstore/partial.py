@@ -128,7 +128,7 @@ class PartialFile:
             kept += len(data) if self._arrived(index, data) else 0
         for staging in inherited:
             try:
-                fd = os.open(staging.source_file(self.file.path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                fd = durable.open_for_read(staging.source_file(self.file.path))
             except OSError:
                 continue
             try:
@@ -252,7 +252,7 @@ class PartialFile:
 
 def _read(path: Path, length: int) -> bytes:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = durable.open_for_read(path)
     except OSError:
         return b""
     try:

@@ -1,7 +1,7 @@
 """What keeps a snapshot from eviction: a person's pin, and the marks of the workers that use it. Standard library only.
 
     pins/<org>--<name>/<commit>.<dtype>.json        {"by": "alice"}; until a person takes it away
-    used/<org>--<name>/<commit>.<dtype>/<worker>    empty; the worker touches it at its start and every minute
+    used/<org>--<name>/<commit>.<dtype>/<worker>.<random>    empty; touched at a worker's start and every minute
     used/<org>--<name>/<commit>.<dtype>/.last       empty; touched by whoever asked for the snapshot without serving it
     used/<org>--<name>/<commit>.<dtype>/.evicting   somebody is about to move the snapshot away
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,8 @@ from modelstore.layout import Layout, SnapshotKey
 
 IN_USE_S = 300.0
 _TOUCH_EVERY_S = 60.0
-_EVICTING = ".evicting"
+_OLD_S = 24 * 3600.0
+EVICTING = ".evicting"
 _LAST = ".last"
 _EVICTING_S = 5.0  # an eviction that takes longer was cut short
 _POLL_S = 0.02
@@ -53,7 +55,7 @@ class InUse:
 
     def __init__(self, layout: Layout, key: SnapshotKey, worker: str) -> None:
         self._layout, self._key = layout, key
-        self._path = layout.used(key) / _file_name(worker)
+        self._path = layout.used(key) / f"{_file_name(worker)}.{secrets.token_hex(4)}"
         self._over = threading.Event()
         if _touched(layout, key, self._path):
             threading.Thread(target=self._keep_fresh, name="in-use", daemon=True).start()
@@ -68,8 +70,15 @@ class InUse:
         while not self._over.wait(_TOUCH_EVERY_S):
             try:
                 durable.touch(self._path)
+                self._remove_old_marks()
             except (ModelStoreError, OSError) as error:  # five minutes are long enough to get through once
                 logger.warning("the mark of use was not refreshed: %s", error)
+
+    def _remove_old_marks(self) -> None:
+        """What workers of the past have left here would only grow in number; this one's own mark is newer than all."""
+        for path in durable.entries(self._path.parent):
+            if path.name not in (EVICTING, _LAST) and self._path.lstat().st_mtime - path.lstat().st_mtime > _OLD_S:
+                durable.remove_file(path)
 
 
 def mark_used(layout: Layout, key: SnapshotKey) -> bool:
@@ -93,10 +102,10 @@ def marks(layout: Layout, key: SnapshotKey) -> tuple[Mark, ...]:
     """The marks on a snapshot, the latest first."""
     found = []
     for path in durable.entries(layout.used(key)):
-        if path.name == _EVICTING:
+        if path.name == EVICTING:
             continue
         try:
-            worker = "" if path.name == _LAST else unquote(path.name)
+            worker = "" if path.name == _LAST else unquote(path.name.rpartition(".")[0])
             found.append(Mark(worker, path.lstat().st_mtime))
         except FileNotFoundError:
             continue
@@ -136,27 +145,35 @@ def is_pinned(layout: Layout, key: SnapshotKey) -> bool:
 
 def wait_while_evicting(layout: Layout, key: SnapshotKey, *, sleep: Callable[[float], None] = time.sleep) -> bool:
     """Return when nobody is about to move the snapshot away; whether somebody was, and it must be looked up again."""
-    path = layout.used(key) / _EVICTING
+    path = layout.used(key) / EVICTING
     if not path.exists():
         return False
-    until = time.monotonic() + _EVICTING_S
-    while path.exists():
-        if time.monotonic() > until:
-            durable.remove_file(path)  # whoever left it gives up by itself after less than that
-            break
-        sleep(_POLL_S)
+    _wait_until_gone(path, sleep)
     return True
 
 
+def _wait_until_gone(path: Path, sleep: Callable[[float], None]) -> None:
+    """Return when an announced eviction is over; one that takes too long was cut short, and its announcement goes."""
+    until = time.monotonic() + _EVICTING_S
+    while path.exists() and time.monotonic() < until:
+        sleep(_POLL_S)
+    try:
+        durable.remove_file(path)
+    except (ModelStoreError, OSError) as error:
+        logger.warning("an announcement of an eviction cannot be removed: %s", error)
+
+
 @contextmanager
-def evicting(layout: Layout, key: SnapshotKey) -> Iterator[Callable[[], bool]]:
-    """Announce an eviction; yields a check to call right before the rename: False where it came too late, or where
-    somebody else evicts the same snapshot."""
-    path = layout.used(key) / _EVICTING
+def evicting(
+    layout: Layout, key: SnapshotKey, *, sleep: Callable[[float], None] = time.sleep
+) -> Iterator[Callable[[], bool]]:
+    """Announce an eviction, after one that somebody else has announced; yields a check to call right before the rename,
+    False where it came too late."""
+    path = layout.used(key) / EVICTING
     durable.check_no_links(layout.root, path)
     durable.make_folder(path.parent)
-    if path.exists() and volume_time(layout) - path.lstat().st_mtime > 2 * _EVICTING_S:
-        durable.remove_file(path)
+    if path.exists():
+        _wait_until_gone(path, sleep)
     began = time.monotonic()
     try:
         os.close(durable.open_for_write(path, exclusive=True))

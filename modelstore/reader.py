@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from modelstore import durable
 from modelstore.catalog import Snapshot
 from modelstore.errors import DigestMismatch, NoWeights, SnapshotNotFound
 from modelstore.manifest import CHECKSUM_HEX, FileRecord
@@ -170,7 +171,7 @@ def _open_all(folder: Path, files: Sequence[FileRecord]) -> list[int]:
     fds: list[int] = []
     try:
         for file in files:
-            fds.append(os.open(folder / file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
+            fds.append(durable.open_for_read(folder / file.path))
     except OSError as error:
         for fd in fds:
             os.close(fd)

@@ -132,7 +132,7 @@ def parse_dtype(variable: str, text: str) -> Dtype:
     return cast(Dtype, name)
 
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(I?)B?", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(variable: str, text: str) -> int:

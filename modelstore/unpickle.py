@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from modelstore.errors import NotFound, PickleRefused
+from modelstore.errors import ModelStoreError, NoSpace, NotFound, PickleRefused
 
 _SPARE_BYTES = 6 << 30  # what torch itself and the interpreter map
 _FORBIDDEN = (
@@ -35,7 +35,7 @@ _NO_TORCH = 3
 def convert(source: Path, target: Path, *, name: str) -> None:
     """Write the tensors of the pickle `source` to `target`; `name` is the file's in messages.
 
-    Raises PickleRefused where it holds anything but tensors by name, NotFound where torch is not installed.
+    Raises PickleRefused where it holds anything but tensors by name, NotFound where torch is not installed, NoSpace.
     """
     done = subprocess.run(
         [sys.executable, "-I", "-m", "modelstore.unpickle", str(source), str(target)],
@@ -49,6 +49,12 @@ def convert(source: Path, target: Path, *, name: str) -> None:
     )
     if done.returncode == _NO_TORCH:
         raise NotFound(f"{name} is a pickle, and torch is needed to read it: pip install 'runpod-modelstore[worker]'")
+    if "(os error 28)" in done.stderr or "(os error 122)" in done.stderr:
+        raise NoSpace(f"no space to convert {name}: free some, raise the quota, or remove a model")
+    if done.returncode < 0:
+        raise ModelStoreError(
+            f"the process that converts {name} was ended by signal {-done.returncode}: give it memory"
+        )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
         raise PickleRefused(f"{name} was not converted: {reason[:300]}; use a revision with safetensors")

@@ -9,6 +9,7 @@ are compared in every run. Bytes come from the volume: what this machine's page 
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import stat
@@ -70,7 +71,7 @@ def parse_sample(text: str) -> int:
         number = text.strip()
         share = float(number[:-1]) / 100 if number.endswith("%") else float(number) if not match else 1.0
         stride = int(match[1]) if match else round(1 / share) if 0 < share <= 1 else 0
-    except ValueError:
+    except (ValueError, OverflowError):
         stride = 0
     if not 1 <= stride <= 1_000_000:
         raise UsageError(f"{text!r} is no sample: write it like 1/20 or 5%")
@@ -97,7 +98,7 @@ def verify_folder(
     """
     position = position or Position()
     try:
-        manifest = parse_manifest(_manifest_bytes(folder), where=MANIFEST)
+        manifest = parse_manifest(durable.read_file(folder / MANIFEST), where=MANIFEST)
     except (OSError, BadManifest, FormatTooNew) as error:
         return Verified((Finding(MANIFEST, str(error)),))
     if manifest.key != key:
@@ -131,11 +132,9 @@ def verify_folder(
 def saved_position(layout: Layout, key: SnapshotKey, stride: int) -> Position:
     """Where the last run with this stride came to; the start where there was none."""
     try:
-        fd = os.open(layout.verified(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with os.fdopen(fd, "rb") as file:
-            record = json.loads(file.read(4096))
-        position = Position(int(record["stride"]), int(record["first"]), int(record["done"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        record = json.loads(durable.read_file(layout.verified(key), 4096))
+        position = Position(*(operator.index(record[name]) for name in ("stride", "first", "done")))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return Position(stride)
     usable = position.stride == stride and 0 <= position.first < stride and position.done >= 0
     return position if usable else Position(stride)
@@ -150,12 +149,6 @@ def save_position(layout: Layout, key: SnapshotKey, position: Position) -> bool:
     except (ModelStoreError, OSError):
         return False
     return True
-
-
-def _manifest_bytes(folder: Path) -> bytes:
-    fd = os.open(folder / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with os.fdopen(fd, "rb") as file:
-        return file.read()
 
 
 def _blocks(manifest: Manifest) -> Iterator[tuple[FileRecord, int]]:
@@ -179,7 +172,7 @@ class _Files:
     def open(self, file: FileRecord) -> int:
         if file.path != self._path:
             self.close()
-            self._fd = os.open(self._folder / file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            self._fd = durable.open_for_read(self._folder / file.path)
             self._path = file.path
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
         return self._fd

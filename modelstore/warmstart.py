@@ -80,6 +80,9 @@ class Begun:
             model, dtype=self.snapshot.dtype, damaged=self.snapshot, observer=self.observer, timeline=self.timeline
         )
         self.timeline.reason += "; it was damaged and made again"
+        self.in_use.end()
+        self.in_use = InUse(store.layout, fresh.key, self.settings.worker_id)
+        self.timeline.commit, self.timeline.dtype = fresh.commit, fresh.dtype
         self.snapshot, self.reading = fresh, start_reading(fresh)
 
 
@@ -127,13 +130,13 @@ def begin(settings: Settings, *, observer: Observer | None = None) -> Begun:
             snapshot = store.ensure(settings.model, timeline=timeline, observer=observer)
         in_use = InUse(layout, snapshot.key, settings.worker_id)
         try:
-            if wait_while_evicting(layout, snapshot.key):
-                continue
-            reading = start_reading(snapshot)
-            break
+            if not wait_while_evicting(layout, snapshot.key):
+                reading = start_reading(snapshot)
+                break
         except SnapshotNotFound:  # evicted between the look and the open
             if attempt + 1 == _LOOKS:
                 raise
+        in_use.end()
     else:
         raise SnapshotNotFound(f"{settings.model} is evicted again and again: pin it, or raise MODELSTORE_QUOTA")
     timeline.commit, timeline.dtype = snapshot.commit, snapshot.dtype

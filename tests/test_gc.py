@@ -131,11 +131,26 @@ def test_marks_of_the_dead_go_but_the_newest_says_when_it_was_used(hub: Hub, sto
     snapshot = store.ensure("org/name")
     folder = store.layout.used(snapshot.key)
     for number in range(5):
-        pins.InUse(store.layout, snapshot.key, f"w{number}")
-        age(folder / f"w{number}", (10 - number) * HOUR_S)
+        (folder / f"w{number}.0").touch()
+        age(folder / f"w{number}.0", (10 - number) * HOUR_S)
     age(folder / ".last", 20 * HOUR_S)
     assert len(collected(store)["mark"]) == 5
-    assert [path.name for path in folder.iterdir()] == ["w4"]
+    assert [path.name for path in folder.iterdir()] == ["w4.0"]
+
+
+def test_a_live_workers_mark_and_a_persons_pin_stay_whatever_the_grace(hub: Hub, store: ModelStore) -> None:
+    write_repo(hub.folder / "org" / "name")
+    key = store.ensure("org/name").key
+    (store.layout.used(key) / "w.0").touch()
+    age(store.layout.used(key) / "w.0", 40)
+    pins.pin(store.layout, key, "me")
+    age(store.layout.pins, 100 * HOUR_S)
+    assert "mark" not in collected(store, grace_s=30.0)
+    assert evict(store.layout, key, force=True)
+    pins.pin(store.layout, key, "me")
+    age(store.layout.pins, 100 * HOUR_S)
+    collected(store, grace_s=30.0)
+    assert pins.is_pinned(store.layout, key), "the snapshot may be coming back"
 
 
 def test_records_of_snapshots_that_are_gone_and_temporary_files_go(hub: Hub, store: ModelStore) -> None:

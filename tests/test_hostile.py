@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 from modelstore import load_model
 from modelstore.claim import Contender
-from modelstore.errors import CodeRefused, NoWeights, PickleRefused, UnsafeName
+from modelstore.errors import CodeRefused, HubUnavailable, ModelStoreError, NoWeights, PickleRefused, UnsafeName
 from modelstore.selection import code_in, stored_path
 from modelstore.store import ModelStore
-from modelstore.verify import verify_snapshot
+from modelstore.verify import Position, save_position, saved_position, verify_snapshot
 from tests.checkpoints import LLAMA_CONFIG, write_repo
 from tests.conftest import MakeStore
 from tests.hub import Hub
@@ -321,3 +321,58 @@ def test_nothing_but_weights_is_no_model(hub: Hub, make_store: MakeStore) -> Non
     (repo / "model.safetensors").unlink()
     with pytest.raises(NoWeights):
         make_store(allow_pickle=True).ensure("org/name")
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a folder", "nested", "wrong types", "huge numbers", "random", "empty"])
+@pytest.mark.parametrize("record", ["FORMAT", "manifest", "claim", "ref", "verified", "mark", "done", "journal"])
+def test_a_record_that_somebody_spoiled_hangs_nobody_and_ends_in_one_of_our_errors(
+    hub: Hub, make_store: MakeStore, record: str, what: str
+) -> None:
+    write_repo(hub.folder / "org" / "name", shards=2)
+    store = make_store(sleep=lambda _seconds: None, quota_bytes=10_000_000, wait_s=3.0)
+    if record in ("done", "journal"):
+        hub.faults.status["model-00002-of-00002.safetensors"] = [(404, {})] * 1000
+        with pytest.raises(HubUnavailable):
+            store.ensure("org/name")
+        hub.faults.status.clear()
+        pattern = {"done": "staging/*/*/*/done/config.json.json", "journal": "staging/*/*/*/journal/*/*"}[record]
+        paths = list(store.settings.root.glob(pattern))
+    else:
+        key = store.ensure("org/name").key
+        save_position(store.layout, key, Position(3, 1, 1))
+        paths = [
+            {
+                "FORMAT": store.layout.format_file,
+                "manifest": store.layout.snapshot(key) / "manifest.json",
+                "claim": store.layout.claims(key) / "1",
+                "ref": store.layout.ref("org/name", "main"),
+                "verified": store.layout.verified(key),
+                "mark": store.layout.used(key) / ".evicting",
+            }[record]
+        ]
+        if record == "claim":
+            (store.layout.snapshot(key) / "config.json").unlink()
+    nested = b"[" * 1000 + b"]" * 24
+    wrong = {"state": "held", "worker": 1, "host": [], "pid": "x", "reserved": "x", "total": "y", "eta_s": {}}
+    for path in paths:
+        path.unlink(missing_ok=True)
+        if what == "a pipe":
+            os.mkfifo(path)
+        elif what == "a folder":
+            path.mkdir()
+        else:
+            data = {
+                "nested": nested,
+                "wrong types": json.dumps(wrong | {"stride": "3", "commit": 7, "record": []}).encode(),
+                "huge numbers": b'{"stride": 1e999, "first": 9e999, "done": 1, "reserved": 1e999}',
+                "random": os.urandom(1024),
+                "empty": b"",
+            }
+            path.write_bytes(data[what])
+    try:
+        snapshot = store.ensure("org/name")
+        assert verify_snapshot(snapshot).ok
+        saved_position(store.layout, snapshot.key, 3)
+    except (ModelStoreError, OSError) as error:
+        told = str(error)
+        assert len(told.splitlines()) == 1
