@@ -155,7 +155,9 @@ def wait_while_evicting(layout: Layout, key: SnapshotKey, *, sleep: Callable[[fl
 def _wait_until_gone(path: Path, sleep: Callable[[float], None]) -> None:
     """Return when an announced eviction is over; one that takes too long was cut short, and its announcement goes."""
     until = time.monotonic() + _EVICTING_S
-    while path.exists() and time.monotonic() < until:
+    while time.monotonic() < until:
+        if not path.exists():
+            return
         sleep(_POLL_S)
     try:
         durable.remove_file(path)

@@ -115,7 +115,9 @@ class ModelStore:
             wanted, variant = replace(wanted, revision=found.commit), parse_dtype("dtype", found.dtype)
         elif found is not None and (not refresh or is_commit(wanted.revision) or self.settings.offline):
             mark_used(self.layout, found.key)
-            if not wait_while_evicting(self.layout, found.key, sleep=self._sleep):
+            if wait_while_evicting(self.layout, found.key, sleep=self._sleep):
+                found = self.lookup(wanted, dtype=found.dtype)
+            if found is not None:
                 return found
         with timeline.span("lookup"):
             source, resolved = self._resolve(wanted, refresh=refresh)

@@ -8,6 +8,7 @@ begun.load(load)                   load(begun) makes the model; where the bytes 
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -62,9 +63,12 @@ class Begun:
             found = error if isinstance(error, DigestMismatch) else self.reading.damage()
             if found is None:
                 raise
-            logger.warning("%s; comparing it again", found)
-            damage = found
+            damage = str(found)
+            del found  # its traceback holds the buffers
+        logger.warning("%s; comparing it again", damage)
         self.reading.join()
+        del self.reading
+        gc.collect()  # what was read is free before the second read takes as much
         try:
             self._begin_again()
         except ModelStoreError as error:

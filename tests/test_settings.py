@@ -110,9 +110,10 @@ def test_sizes_are_decimal_and_binary_with_an_i(text: str, size: int) -> None:
     assert parse_size("X", text) == size
 
 
-def test_a_size_that_is_none_names_its_variable() -> None:
+@pytest.mark.parametrize("text", ["much", "", "-1GB", "9" * 400, "1\u212a", "1e9", "1 XB"])
+def test_a_size_that_is_none_names_its_variable(text: str) -> None:
     with pytest.raises(InvalidSetting, match="MODELSTORE_QUOTA"):
-        parse_size("MODELSTORE_QUOTA", "much")
+        parse_size("MODELSTORE_QUOTA", text)
 
 
 def test_the_fields_that_are_documented_are_the_fields_that_are_read() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,13 @@ def test_a_flipped_bit_is_quarantined_and_fetched_again_and_the_start_goes_on(
     right = load(begin(settings_of(store)))
     flip(model.path / name, 40)
     begun = begin(settings_of(store))
-    old = begun.snapshot
-    loaded = begun.load(load)
+    old, old_reading = begun.snapshot, weakref.ref(begun.reading)
+
+    def load_again(begun: Begun) -> dict[str, torch.Tensor]:
+        assert begun.snapshot.inode == old.inode or old_reading() is None, "two models' worth of memory at once"
+        return load(begun)
+
+    loaded = begun.load(load_again)
     assert all(torch.equal(loaded[key], right[key]) for key in right)
     assert begun.snapshot.path == old.path
     assert begun.snapshot.inode != old.inode
