@@ -125,10 +125,10 @@ class Fill:
         self._lock = threading.Lock()
 
     def make_room(self, error: NoSpace) -> bool:
-        """After a full volume, where evicting is allowed: evict what this fill still needs; whether anything went."""
+        """After a full volume, where evicting is allowed: find what this fill still needs; whether anything went."""
         if not self._settings.evict or self._settings.quota_bytes is not None:  # the quota was seen to before
             return False
-        return self._space.make_room(self._key, max(self._needed - error.free_bytes, 1))
+        return self._space.make_room(self._key, max(self._needed - self._present_bytes() - error.free_bytes, 1))
 
     def run(self) -> Filled:
         """Download, convert and publish; returns the manifest that is published.
@@ -246,14 +246,16 @@ class Fill:
         self._needed += sum(sorted(converted, reverse=True)[:at_once])
         if self._damaged is not None and self._settings.quota_bytes is not None:
             self._drop_what_is_wrong(self._damaged)  # a quota has no room for bytes that are of no use
-        folders = (self._staging.folder, *(staging.folder for staging in self._inherited))
         self._space.reserve(
             self._key,
             self._claim,
             self._needed,
-            present_bytes=sum(durable.tree_blocks(folder) for folder in folders),
+            present_bytes=self._present_bytes(),
             damaged=self._damaged.path if self._damaged is not None else None,
         )
+
+    def _present_bytes(self) -> int:
+        return sum(durable.tree_blocks(staging.folder) for staging in (self._staging, *self._inherited))
 
     def _drop_what_is_wrong(self, damaged: Snapshot) -> None:
         """Remove the files of a quarantined snapshot that are not what its manifest says."""

@@ -215,13 +215,14 @@ class ModelStore:
                 damaged=self._quarantine(key, claim),
                 sleep=self._sleep,
             )
-            fill = fresh_fill()
-            try:
-                filled = fill.run()
-            except NoSpace as error:
-                if not fill.make_room(error):
-                    raise
-                filled = fresh_fill().run()
+            while True:
+                fill = fresh_fill()
+                try:
+                    filled = fill.run()
+                    break
+                except NoSpace as error:
+                    if not fill.make_room(error):
+                        raise
             claim.finish("published")
         snapshot = self.catalog.published(key)
         if snapshot is None:
