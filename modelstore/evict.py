@@ -2,8 +2,8 @@
 
 A snapshot is unpublished by one rename into `trash/`, then deleted: from that moment nobody finds it, and whoever has
 opened its files reads them to the end. Another mount may find the folder under its old name for a second more (MooseFS
-caches the names of folders for that long: up to 1.01 s in eight tries on 3.0.117), so the announcement of the eviction stands for two. What a crash
-leaves in `trash/` is collected later (`gc.py`).
+caches the names of folders for that long: up to 1.01 s in eight tries on 3.0.117), so the announcement of the eviction
+stands for two. What a crash leaves in `trash/` is collected later (`gc.py`).
 """
 
 from __future__ import annotations
