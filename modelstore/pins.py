@@ -54,7 +54,8 @@ class InUse:
     """This worker's mark on one snapshot, kept fresh in the background until `end` or the end of the process."""
 
     def __init__(self, layout: Layout, key: SnapshotKey, worker: str) -> None:
-        self._layout, self._key = layout, key
+        self.key = key
+        self._layout = layout
         self._path = layout.used(key) / f"{_file_name(worker)}.{secrets.token_hex(4)}"
         self._over = threading.Event()
         if _touched(layout, key, self._path):
@@ -63,7 +64,7 @@ class InUse:
     def end(self) -> None:
         """The snapshot is no longer in use by this worker. Without it that shows after five minutes."""
         self._over.set()
-        if mark_used(self._layout, self._key):
+        if mark_used(self._layout, self.key):
             durable.remove_file(self._path)
 
     def _keep_fresh(self) -> None:

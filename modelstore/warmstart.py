@@ -124,6 +124,7 @@ def begin(settings: Settings, *, observer: Observer | None = None) -> Begun:
     settings.check_allowed(settings.model)
     observer = observer or LogObserver()
     layout = Layout(settings.root)
+    in_use: InUse | None = None
     for attempt in range(_LOOKS):
         with timeline.span("lookup"):
             snapshot = Catalog(layout).find(settings.model, settings.dtype)
@@ -132,17 +133,19 @@ def begin(settings: Settings, *, observer: Observer | None = None) -> Begun:
 
             store = ModelStore(settings.root, settings=settings)
             snapshot = store.ensure(settings.model, timeline=timeline, observer=observer)
-        in_use = InUse(layout, snapshot.key, settings.worker_id)
+        # A mark that stood before an eviction was announced is seen by it: only a new one has to look.
+        new = in_use is None or in_use.key != snapshot.key
+        mark = InUse(layout, snapshot.key, settings.worker_id) if in_use is None or new else in_use
+        in_use = mark
         try:
-            if not wait_while_evicting(layout, snapshot.key):
+            if not (new and wait_while_evicting(layout, snapshot.key)):
                 reading = start_reading(snapshot)
                 break
         except SnapshotNotFound:  # evicted between the look and the open
             if attempt + 1 == _LOOKS:
                 raise
-        in_use.end()
     else:
         raise SnapshotNotFound(f"{settings.model} is evicted again and again: pin it, or raise MODELSTORE_QUOTA")
     timeline.commit, timeline.dtype = snapshot.commit, snapshot.dtype
     timeline.outcome, timeline.reason = _OUTCOMES[snapshot.status]
-    return Begun(settings, snapshot, reading, in_use, timeline, observer)
+    return Begun(settings, snapshot, reading, mark, timeline, observer)
