@@ -201,6 +201,14 @@ class Catalog:
             )
 
 
+def keyed_folders(folder: Path) -> Iterator[tuple[SnapshotKey, Path]]:
+    """What belongs to a snapshot below `staging/`, `claims/` or `used/`, with its key."""
+    for repo in durable.entries(folder):
+        for variant in durable.entries(repo):
+            if (key := key_from_parts(repo.name, variant.name)) is not None:
+                yield key, variant
+
+
 def repo_id_of(wanted: Reference) -> str:
     """The repo id that a reference's snapshots are kept under."""
     return local_repo_id(wanted) if wanted.kind == "file" else wanted.name

@@ -276,13 +276,9 @@ def reserved_bytes(folder: Path) -> tuple[int, int]:
 
 def _read(path: Path) -> bytes:
     try:
-        fd = durable.open_for_read(path)
+        return durable.read_file(path, _RECORD_BYTES)
     except FileNotFoundError:
         return b""
-    try:
-        return os.pread(fd, _RECORD_BYTES, 0)
-    finally:
-        os.close(fd)
 
 
 def _try_lock(path: Path, *, timeout_s: float = 0.0) -> FileLock | None:

@@ -49,7 +49,7 @@ def survey(layout: Layout, keys: Sequence[SnapshotKey] | None = None) -> tuple[C
         folder = layout.snapshot(key)
         marks = pins.marks(layout, key)
         touched_at = marks[0].touched_at if marks else durable.newest_mtime(folder)
-        users = pins.users(layout, key, now)
+        users = pins.users_of(marks, now)
         found.append(
             Candidate(
                 key, durable.tree_bytes(folder, unshared=True), now - touched_at, pins.is_pinned(layout, key), users

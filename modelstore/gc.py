@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from modelstore import durable, pins
+from modelstore.catalog import keyed_folders
 from modelstore.claim import Claim, Contender, highest_generation
 from modelstore.errors import ModelStoreError
 from modelstore.evict import Candidate, evict, least_recently_used, survey
@@ -116,45 +117,36 @@ def _collect_staging(
 
 
 def _candidates(layout: Layout, now: float) -> Iterator[Garbage]:
-    for variant, key in _variants(layout.root / "staging"):
+    for key, variant in keyed_folders(layout.root / "staging"):
         # A live claim beats every half second, whatever its download does.
         touched_at = max(durable.newest_mtime(variant), _claimed_at(layout, key))
         yield Garbage("staging", variant, durable.tree_bytes(variant, unshared=True), now - touched_at, key)
-    for folder, kind in ((layout.trash, "trash"), (layout.quarantine, "quarantine")):
+    moved_aside: dict[Kind, Path] = {"trash": layout.trash, "quarantine": layout.quarantine}
+    for kind, folder in moved_aside.items():
         for path in durable.entries(folder):
-            item = _file("trash" if kind == "trash" else "quarantine", path, now)
-            yield replace(item, size_bytes=durable.tree_bytes(path, unshared=True))
-    for folder in (layout.space_claim, *(variant for variant, _key in _variants(layout.root / "claims"))):
+            yield replace(_file(kind, path, now), size_bytes=durable.tree_bytes(path, unshared=True))
+    for folder in (layout.space_claim, *(variant for _key, variant in keyed_folders(layout.root / "claims"))):
         highest = highest_generation(folder)
         for path in durable.entries(folder):
             if path.name.isascii() and path.name.isdigit() and int(path.name) < highest:
                 yield _file("generation", path, now)
-    for variant, key in _variants(layout.root / "used"):
+    for key, variant in keyed_folders(layout.root / "used"):
         kept = 1 if layout.snapshot(key).is_dir() else 0
         marks = sorted((_file("mark", path, now) for path in durable.entries(variant)), key=lambda mark: mark.age_s)
         marks = [mark for mark in marks if mark.path.name != pins.EVICTING]
         yield from (mark for mark in marks[kept:] if mark.age_s >= pins.IN_USE_S)
-    for repo in _folders(layout, "verified"):
+    for repo in durable.entries(layout.root / "verified"):
         for path in durable.entries(repo):
             key_of = key_from_parts(repo.name, path.name.removesuffix(".json"))
             if key_of is not None and not layout.snapshot(key_of).is_dir():
                 yield _file("record", path, now)
-    for folder in (layout.root, *(repo for name in ("pins", "verified", "refs") for repo in _folders(layout, name))):
+    for folder in (
+        layout.root,
+        *(repo for name in ("pins", "verified", "refs") for repo in durable.entries(layout.root / name)),
+    ):
         for path in durable.entries(folder):
             if path.name.startswith(".") and path.name.endswith(".tmp"):
                 yield _file("temporary", path, now)
-
-
-def _variants(folder: Path) -> Iterator[tuple[Path, SnapshotKey]]:
-    """The folders of snapshots below `staging/`, `claims/` or `used/`."""
-    for repo in durable.entries(folder):
-        for variant in durable.entries(repo):
-            if (key := key_from_parts(repo.name, variant.name)) is not None:
-                yield variant, key
-
-
-def _folders(layout: Layout, name: str) -> list[Path]:
-    return durable.entries(layout.root / name)
 
 
 def _claimed_at(layout: Layout, key: SnapshotKey) -> float:

@@ -252,13 +252,9 @@ class PartialFile:
 
 def _read(path: Path, length: int) -> bytes:
     try:
-        fd = durable.open_for_read(path)
+        return durable.read_file(path, length)
     except OSError:
         return b""
-    try:
-        return os.pread(fd, length, 0)
-    finally:
-        os.close(fd)
 
 
 def _git_oid(fd: int, size_bytes: int) -> str:

@@ -21,7 +21,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +115,12 @@ def marks(layout: Layout, key: SnapshotKey) -> tuple[Mark, ...]:
 
 def users(layout: Layout, key: SnapshotKey, now: float) -> tuple[str, ...]:
     """The workers that use a snapshot at `now`, in seconds of the volume's clock."""
-    return tuple(mark.worker for mark in marks(layout, key) if mark.worker and now - mark.touched_at < IN_USE_S)
+    return users_of(marks(layout, key), now)
+
+
+def users_of(found: Sequence[Mark], now: float) -> tuple[str, ...]:
+    """The same, from marks that were read already."""
+    return tuple(mark.worker for mark in found if mark.worker and now - mark.touched_at < IN_USE_S)
 
 
 def volume_time(layout: Layout) -> float:

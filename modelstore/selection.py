@@ -121,8 +121,8 @@ def select_files(
     for folder in folders:
         here = [file for file in files if _folder_of(file.path) == folder]
         small += [file for file in here if _is_small(file) or (code and file.path.endswith(".py"))]
-        index = by_path.get(_join(folder, _index_name(here, pickles=pickles)))
-        single = by_path.get(_join(folder, _weights_name(here, pickles=pickles)))
+        name = _join(folder, _weights_name(here, pickles=pickles))
+        index, single = by_path.get(name + _ENDING), by_path.get(name)
         if single:
             weights.append(single)
             small = [file for file in small if file is not index]
@@ -130,7 +130,7 @@ def select_files(
             weight_map = _weight_map(index.path, read(index))
             indexes[index.path] = weight_map
             small += [index] if index not in small else []
-            weights += [_shard(by_path, folder, name, index.path) for name in sorted(set(weight_map.values()))]
+            weights += [_shard(by_path, folder, shard, index.path) for shard in sorted(set(weight_map.values()))]
         else:
             weights += [file for file in here if file.path.endswith(".safetensors")]
     for folder in _EXTRA_FOLDERS:
@@ -165,10 +165,6 @@ def _weights_name(here: list[SourceFile], *, pickles: bool) -> str:
         if name in names or f"{name}.index.json" in names:
             return name
     return "model.safetensors"
-
-
-def _index_name(here: list[SourceFile], *, pickles: bool) -> str:
-    return _weights_name(here, pickles=pickles) + ".index.json"
 
 
 def _weight_map(path: str, data: bytes) -> dict[str, str]:

@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from modelstore import durable
+from modelstore.catalog import keyed_folders
 from modelstore.claim import DEAD_AFTER_S, Claim, Contender, reserved_bytes
 from modelstore.errors import NoSpace
 from modelstore.evict import evict, least_recently_used, survey
-from modelstore.layout import Layout, SnapshotKey, key_from_parts
+from modelstore.layout import Layout, SnapshotKey
 from modelstore.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -116,13 +117,11 @@ class Space:
     def _remove_abandoned(self, key: SnapshotKey) -> None:
         """Remove the staging of downloads whose worker is gone; one look tells of a release, two of a death."""
         contenders = {}
-        for repo in durable.entries(self._layout.root / "staging"):
-            for variant in durable.entries(repo):
-                other = key_from_parts(repo.name, variant.name)
-                if other is not None and other != key and durable.entries(variant):
-                    contenders[other] = Contender(
-                        self._layout.claims(other), worker=self._settings.worker_id, lease_s=self._settings.lease_s
-                    )
+        for other, variant in keyed_folders(self._layout.root / "staging"):
+            if other != key and durable.entries(variant):
+                contenders[other] = Contender(
+                    self._layout.claims(other), worker=self._settings.worker_id, lease_s=self._settings.lease_s
+                )
         for _look in range(2):
             for other, contender in list(contenders.items()):
                 claim = contender.try_claim()
@@ -152,16 +151,14 @@ class Space:
         kept = (self._layout.models, self._layout.trash, *durable.entries(self._layout.quarantine))
         total = sum(durable.tree_bytes(folder, seen) for folder in kept if folder != damaged)
         promised: dict[SnapshotKey, tuple[int, int]] = {}
-        for repo in durable.entries(self._layout.root / "staging"):
-            for variant in durable.entries(repo):
-                key = key_from_parts(repo.name, variant.name)
-                if key is None or key == apart_from:
-                    continue
-                present = durable.tree_bytes(variant, seen)
-                reserved, beat = reserved_bytes(self._layout.claims(key))
-                total += present
-                if reserved > present:
-                    promised[key] = (reserved - present, beat)
+        for key, variant in keyed_folders(self._layout.root / "staging"):
+            if key == apart_from:
+                continue
+            present = durable.tree_bytes(variant, seen)
+            reserved, beat = reserved_bytes(self._layout.claims(key))
+            total += present
+            if reserved > present:
+                promised[key] = (reserved - present, beat)
         return total + self._of_the_living(promised)
 
     def could_fit(self, needed_bytes: int, error: NoSpace) -> bool:

@@ -124,7 +124,7 @@ def begin(settings: Settings, *, observer: Observer | None = None) -> Begun:
     settings.check_allowed(settings.model)
     observer = observer or LogObserver()
     layout = Layout(settings.root)
-    in_use: InUse | None = None
+    mark: InUse | None = None
     for attempt in range(_LOOKS):
         with timeline.span("lookup"):
             snapshot = Catalog(layout).find(settings.model, settings.dtype)
@@ -133,14 +133,16 @@ def begin(settings: Settings, *, observer: Observer | None = None) -> Begun:
 
             store = ModelStore(settings.root, settings=settings)
             snapshot = store.ensure(settings.model, timeline=timeline, observer=observer)
-        # A mark that stood before an eviction was announced is seen by it: only a new one has to look.
-        new = in_use is None or in_use.key != snapshot.key
-        mark = InUse(layout, snapshot.key, settings.worker_id) if in_use is None or new else in_use
-        in_use = mark
+        if mark is None or mark.key != snapshot.key:
+            if mark is not None:
+                mark.end()
+            mark = InUse(layout, snapshot.key, settings.worker_id)
+            # A mark that stood before an eviction was announced is seen by it: only a new one has to look.
+            if wait_while_evicting(layout, snapshot.key):
+                continue
         try:
-            if not (new and wait_while_evicting(layout, snapshot.key)):
-                reading = start_reading(snapshot)
-                break
+            reading = start_reading(snapshot)
+            break
         except SnapshotNotFound:  # evicted between the look and the open
             if attempt + 1 == _LOOKS:
                 raise
