@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 
 from modelstore.errors import ModelStoreError
 from modelstore.settings import Settings
@@ -24,9 +25,12 @@ def main() -> int:
         with begun.timeline.span("import"):
             from handler.engines.text import TextEngine
             from handler.worker import serve
-        engine = begun.load(TextEngine.load)
-        with begun.timeline.span("import"):
-            import runpod  # noqa: F401  last, because nothing before needs it
+
+        def import_sdk() -> None:
+            with begun.timeline.span("import"):
+                import runpod  # noqa: F401  last, because nothing before needs it
+
+        engine = begun.load(partial(TextEngine.load, meanwhile=import_sdk))
     except ModelStoreError as error:
         return _failed(f"{type(error).__name__}: {error}", error.exit_code)
     except Exception as error:

@@ -15,6 +15,7 @@
     │   ├── BadSafetensors
     │   └── BadManifest
     ├── NoSpace                         6  no space or quota
+    ├── DoesNotFit                      6  no room on the GPU
     ├── WaitTimeout (TimeoutError)      7  waited too long
     ├── Refused                         8  refused (policy)
     │   ├── UnsafeName
@@ -41,6 +42,7 @@ __all__ = [
     "ClaimLost",
     "CodeRefused",
     "DigestMismatch",
+    "DoesNotFit",
     "Float16Overflow",
     "FormatTooNew",
     "HubUnavailable",
@@ -140,6 +142,12 @@ class NoSpace(ModelStoreError):
     def __init__(self, message: str, *, free_bytes: int = 0) -> None:
         super().__init__(message)
         self.free_bytes = free_bytes
+
+
+class DoesNotFit(ModelStoreError):
+    """The model is larger than what is free on the GPU."""
+
+    exit_code = 6
 
 
 class WaitTimeout(ModelStoreError, TimeoutError):

@@ -159,4 +159,4 @@ def _no_constant(name: str) -> float:
 
 
 def _bad(where: str, what: str) -> BadSafetensors:
-    return BadSafetensors(f"{where} is not a valid safetensors file: {what}; nothing was published")
+    return BadSafetensors(f"{where} is not a valid safetensors file: {what}")

@@ -1,143 +1,234 @@
-"""Buffers to tensors on the device, tensors to a model: the only importer of torch and transformers in the package.
+"""Tensors to a model: with tensors.py the only importer of torch, and the only one of transformers, in the package.
 
-On the CPU a tensor is a view into the read buffer, without a copy or a cast. The model is made by transformers itself
-from those tensors, on the meta device, so renames, fused experts, tied weights, buffers and modules kept in fp32 are
-what `from_pretrained` makes them.
+The model is made by transformers itself from our tensors, so renames, fused experts, tied weights, buffers and modules
+kept in fp32 are what `from_pretrained` makes them. It is made while the bytes are still on their way, from tensors that
+are only named so far, and is whole when the last byte lands; a class whose weights are computed from others (fused
+experts) is made once they are there.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 import transformers
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, modeling_utils
 
 from modelstore.catalog import Snapshot
-from modelstore.errors import BadSafetensors, CodeRefused, IntegrityError, NoWeights, UsageError
-from modelstore.header import LENGTH_BYTES, header_length, parse_header
+from modelstore.errors import CodeRefused, DoesNotFit, IntegrityError, NoWeights, UsageError
 from modelstore.reader import Reading, start_reading
-from modelstore.timeline import Span, Timeline
+from modelstore.tensors import Weights, check_fits, load_tensors, ring_bytes_for, usable_device
+from modelstore.timeline import Timeline
+
+__all__ = ["load_model", "load_tensors", "model_class"]
 
 logger = logging.getLogger(__name__)
 
+DeviceMap = str | Mapping[str, str | int | torch.device]
+
 # transformers sets torch's default dtype while it builds a model, for the whole process.
 _BUILDING = threading.Lock()
-
-_TORCH = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}
-if hasattr(torch, "float8_e8m0fnu"):
-    _TORCH["F8_E8M0"] = torch.float8_e8m0fnu
-
-
-def usable_device(device: str | torch.device | None) -> torch.device:
-    """`device`, or where none is named CUDA if there is one, else the CPU. Raises UsageError where it is not here."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"{str(device)!r} is not a device: use cuda, cuda:0 or cpu") from error
-    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"this machine has no {target}: torch sees {torch.cuda.device_count()} GPUs; use cpu")
-    return target
-
-
-def load_tensors(
-    snapshot: Snapshot,
-    device: str | torch.device | None = None,
-    *,
-    reading: Reading | None = None,
-    timeline: Timeline | None = None,
-) -> dict[str, torch.Tensor]:
-    """The snapshot's tensors by their names in the checkpoint, in the storage dtype.
-
-    `device` is CUDA where there is one by default; on the CPU the tensors share the read buffer. `reading`: a read of
-    this snapshot that is in flight already. Raises DigestMismatch where bytes are not what was published.
-    """
-    target = usable_device(device)
-    timeline = timeline or Timeline()
-    if reading is None:
-        reading = start_reading(snapshot)
-    tensors: dict[str, torch.Tensor] = {}
-    for file in snapshot.weights:
-        tensors |= _tensors_of(reading.wait(file.path), str(snapshot.path / file.path))
-    reading.wait_all()
-    ended = reading.ended or reading.began
-    timeline.add(Span("read", reading.began - timeline.began, ended - timeline.began, reading.size_bytes))
-    if target.type != "cpu":
-        with timeline.span("transfer") as span:
-            span.size_bytes = reading.size_bytes
-            tensors = {name: tensor.to(target) for name, tensor in tensors.items()}
-    return tensors
 
 
 def load_model(
     snapshot: Snapshot,
     device: str | torch.device | None = None,
     *,
+    device_map: DeviceMap | None = None,
     reading: Reading | None = None,
     timeline: Timeline | None = None,
     trust_remote_code: bool = False,
+    meanwhile: Callable[[], None] | None = None,
 ) -> PreTrainedModel:
     """The model that the snapshot's `config.architectures` names, in eval mode, bit for bit what
     `from_pretrained(original, dtype=<storage dtype>)` gives.
 
     `device`, `reading` and errors as in `load_tensors`; IntegrityError also where weights of the class are missing.
+    `device_map`: parts of the model on several devices, as accelerate understands it ("auto", or devices by module).
     `trust_remote_code`: run the code that the snapshot was stored with; without it such a snapshot is CodeRefused.
+    `meanwhile` is called once, while the last bytes are on their way.
     """
-    target = usable_device(device)
     timeline = timeline or Timeline()
     trusted = snapshot.manifest.remote_code and trust_remote_code
     if snapshot.manifest.remote_code and not trusted:
         raise CodeRefused(
             f"{snapshot.key} was stored with code of its own: set MODELSTORE_TRUST_REMOTE_CODE=1 to run it here"
         )
-    reading = reading or start_reading(snapshot)
-    for file in reading.files[: -len(snapshot.weights)]:
-        reading.wait(file.path)  # the config is parsed only once its bytes are known to be right
-    transformers.utils.logging.disable_progress_bar()  # it would draw one bar a start into the worker's log
-    config = AutoConfig.from_pretrained(snapshot.path, trust_remote_code=trusted)
-    cls = _own_class(config, snapshot.path) if trusted else model_class(config)
-    tensors = load_tensors(snapshot, target, reading=reading, timeline=timeline)
-    with timeline.span("build"), _BUILDING:
+    target = usable_device(device)
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    check_fits(snapshot, [target] if device_map is None else gpus or [target])
+    ours = reading is None
+    if reading is None:
+        reading = start_reading(snapshot, ring_bytes=ring_bytes_for(target))
+    try:
+        for file in snapshot.manifest.files:
+            if not file.path.endswith(".safetensors"):
+                reading.wait(file.path)  # the config is parsed only once its bytes are known to be right
+        transformers.utils.logging.disable_progress_bar()  # it would draw one bar a start into the worker's log
+        config = AutoConfig.from_pretrained(snapshot.path, trust_remote_code=trusted)
+        cls = _own_class(config, snapshot.path) if trusted else model_class(config)
+        spread = None if device_map is None else _spread(device_map, cls, config, snapshot)
+        place = _placing(spread or {"": target})
+        weights = Weights(snapshot, reading, place)
+        weights.start()
+        with timeline.span("build"):
+            model = _built_early(cls, config, snapshot, weights)
+        if meanwhile is not None:
+            meanwhile()
+        tensors = weights.wait(timeline)
+        if model is None:
+            with timeline.span("build"):
+                model = _built(cls, config, snapshot, tensors, spread or {"": target})
+        else:
+            _settle(model, weights, target)
+            if spread is not None:
+                model = accelerate.dispatch_model(model, spread)
+    except BaseException:
+        if ours:
+            reading.close()
+        raise
+    reading.close()
+    return model
+
+
+def _built(
+    cls: type[PreTrainedModel],
+    config: Any,
+    snapshot: Snapshot,
+    tensors: dict[str, torch.Tensor],
+    device_map: Mapping[str, Any],
+) -> PreTrainedModel:
+    """The model from these tensors. Raises IntegrityError where some are missing."""
+    on_cpu = all(torch.device(device).type == "cpu" for device in device_map.values())
+    with _BUILDING, _without_allocating_ahead():
         model, info = cls.from_pretrained(
             None,
             config=config,
             state_dict=tensors,
             dtype="auto" if snapshot.dtype == "keep" else getattr(torch, snapshot.dtype),
-            device_map=None if target.type == "cpu" else {"": target},
+            device_map=None if on_cpu else dict(device_map),
             output_loading_info=True,
         )
-        if info["missing_keys"]:
-            names = ", ".join(sorted(info["missing_keys"])[:5])
-            raise IntegrityError(f"{snapshot.key} lacks weights that {cls.__name__} needs ({names}): use another model")
-        model.name_or_path = model.config.name_or_path = str(snapshot.path)
-        if model.can_generate():
-            model.generation_config = _generation_config(snapshot.path)
-        model.eval()
+    if info["missing_keys"]:
+        names = ", ".join(sorted(info["missing_keys"])[:5])
+        raise IntegrityError(f"{snapshot.key} lacks weights that {cls.__name__} needs ({names}): use another model")
+    model.name_or_path = model.config.name_or_path = str(snapshot.path)
+    if model.can_generate():
+        model.generation_config = _generation_config(snapshot.path)
+    return model.eval()
+
+
+def _built_early(
+    cls: type[PreTrainedModel], config: Any, snapshot: Snapshot, weights: Weights
+) -> PreTrainedModel | None:
+    """The model from tensors whose bytes have not arrived; None where one of its weights is not simply one of those.
+
+    Nothing may be computed from them: every operation on one is watched, and only making a view of it is let through.
+    """
+    if not weights.early:
+        return None
+    try:
+        with _OnlyViews(weights):
+            model = _built(cls, copy.deepcopy(config), snapshot, weights.stand_ins, {"": "cpu"})
+    except _ValueNeeded as needed:
+        logger.debug("%s is built when its bytes are there: %s needs them", snapshot.key, needed)
+        return None
+    loaded = model.state_dict(keep_vars=True).items()
+    computed = [name for name, tensor in loaded if tensor.numel() and weights.settled(tensor) is None]
+    if computed:
+        logger.debug("%s is built when its bytes are there: %s is computed from them", snapshot.key, computed[0])
+        return None
     return model
+
+
+class _ValueNeeded(BaseException):
+    """Not an Exception, because transformers collects those, tensor by tensor, and goes on."""
+
+
+class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Stops at the first operation of this thread that would look at bytes which have not arrived."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._weights = weights
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        makes_a_view = any(
+            value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns
+        )
+        if not makes_a_view and any(self._is_ours(value) for value in (*args, *(kwargs or {}).values())):
+            raise _ValueNeeded(str(func))
+        return func(*args, **(kwargs or {}))
+
+    def _is_ours(self, value: Any) -> bool:
+        if isinstance(value, list | tuple):
+            return any(self._is_ours(item) for item in value)
+        return isinstance(value, torch.Tensor) and value.device.type == "cpu" and self._weights.holds(value)
+
+
+def _settle(model: PreTrainedModel, weights: Weights, device: torch.device) -> None:
+    """Exchange the stand-ins for the tensors on the device, and move what the model computed by itself there."""
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and tensor.device.type == "cpu":
+                settled = weights.settled(tensor)
+                tensor.data = tensor.data.to(device) if settled is None else settled
+
+
+@contextmanager
+def _without_allocating_ahead() -> Iterator[None]:
+    """transformers allocates a model's size on the GPU before it loads: ours is there, and would not fit twice."""
+    real = modeling_utils.caching_allocator_warmup
+    modeling_utils.caching_allocator_warmup = lambda *_args, **_kwargs: None
+    try:
+        yield
+    finally:
+        modeling_utils.caching_allocator_warmup = real
+
+
+def _spread(
+    device_map: DeviceMap, cls: type[PreTrainedModel], config: Any, snapshot: Snapshot
+) -> dict[str, str | int | torch.device]:
+    """Devices by module; where the caller leaves it to us, as accelerate balances the class's modules."""
+    if not isinstance(device_map, str):
+        return dict(device_map)
+    if device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
+        raise UsageError(f"{device_map!r} is no device map: use auto, balanced, sequential, or devices by module")
+    dtype = torch.float16 if snapshot.dtype == "keep" else getattr(torch, snapshot.dtype)
+    with _BUILDING, torch.device("meta"):
+        skeleton = cls(copy.deepcopy(config)).to(dtype)
+    skeleton.tie_weights()
+    whole = list(skeleton._no_split_modules or ())
+    limits = None
+    if device_map != "sequential":
+        limits = accelerate.utils.get_balanced_memory(
+            skeleton, dtype=dtype, no_split_module_classes=whole, low_zero=device_map == "balanced_low_0"
+        )
+    found = accelerate.infer_auto_device_map(skeleton, max_memory=limits, no_split_module_classes=whole, dtype=dtype)
+    if "disk" in found.values():
+        raise DoesNotFit(f"{snapshot.key} fits on no GPUs and memory that are here: use more, or a smaller model")
+    return dict(found)
+
+
+def _placing(device_map: Mapping[str, str | int | torch.device]) -> Callable[[str], torch.device]:
+    """The device for a tensor's name: that of the longest module name that leads to it, else the first."""
+    devices = {name: torch.device(device) for name, device in device_map.items()}
+    first = next(iter(devices.values()))
+
+    def place(name: str) -> torch.device:
+        while name and name not in devices:
+            name = name.rpartition(".")[0]
+        return devices.get(name, first)
+
+    return place
 
 
 def _own_class(config: Any, folder: Path) -> type[PreTrainedModel]:
@@ -172,24 +263,3 @@ def model_class(config: Any) -> type[PreTrainedModel]:
             f"transformers {transformers.__version__} has no class for {config.architectures}: upgrade transformers"
         ) from error
     return found if isinstance(found, type) else found[0]
-
-
-def _tensors_of(data: memoryview, where: str) -> dict[str, torch.Tensor]:
-    """Views of a safetensors file in memory."""
-    length = header_length(bytes(data[:LENGTH_BYTES]), file_bytes=len(data), where=where)
-    header = parse_header(data[LENGTH_BYTES : LENGTH_BYTES + length], file_bytes=len(data), where=where)
-    tensors = {}
-    for tensor in header.tensors:
-        dtype = _TORCH.get(tensor.dtype)
-        if dtype is None:
-            raise BadSafetensors(f"{where} holds {tensor.dtype} tensors, which this version of torch does not know")
-        begin = header.data_start + tensor.begin
-        if tensor.size_bytes == 0:
-            tensors[tensor.name] = torch.empty(tensor.shape, dtype=dtype)
-            continue
-        buffer: Any = data
-        if begin % dtype.itemsize:
-            buffer, begin = bytearray(data[begin : begin + tensor.size_bytes]), 0
-        flat = torch.frombuffer(buffer, dtype=dtype, count=tensor.size_bytes // dtype.itemsize, offset=begin)
-        tensors[tensor.name] = flat.view(tensor.shape)
-    return tensors

@@ -1,170 +1,398 @@
 """The bytes of a snapshot's files into host memory, at the volume's rate, verified in the same pass.
 
 Standard library only but for the checksum, so that a read can be in flight before any heavy import. Never mmap of the
-volume: over a network file system each page fault would be a round trip. Blocks are read with `preadv` by several
-threads into anonymous memory with huge pages, and each is compared with its checksum from the manifest while it is in
-the processor's cache. All files are opened before the first byte is read: a snapshot that is evicted meanwhile stays
-readable to the end.
+volume: over a network file system each page fault would be a round trip. `blocks.py` reads, in threads of this process
+where loading is all that it does, or in a process of its own beside whatever else this one does (imports, answering
+jobs), into memory that both map. All files are opened before the first byte is read: a snapshot that is evicted
+meanwhile stays readable to the end.
+
+A file's bytes arrive in memory of its own, or, for a device that takes them away as they come, block by block in a ring
+of slots, so that a model of any size passes through the same few hundred MB of host memory.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import mmap
 import os
+import signal
+import socket
+import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
-from modelstore import durable
+from modelstore import blocks, durable
 from modelstore.catalog import Snapshot
-from modelstore.errors import DigestMismatch, NoWeights, SnapshotNotFound
-from modelstore.manifest import CHECKSUM_HEX, FileRecord
+from modelstore.errors import BadSafetensors, DigestMismatch, NoWeights, SnapshotNotFound
+from modelstore.header import LENGTH_BYTES, Header, header_length, parse_header
+from modelstore.manifest import FileRecord
+from modelstore.settings import bare_environment
 
-THREADS = 4
+logger = logging.getLogger(__name__)
+
+RING_BYTES = 1 << 30
+_FD = 3  # of the socket, in the reader process
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
-    file: int
+class Arrival:
+    """A block whose bytes are there, and right: `length` bytes of the file at `offset`; `slot` -1 outside the ring."""
+
+    path: str
     offset: int
     length: int
-    checksum: str
+    slot: int
+
+
+@dataclass(slots=True)
+class _Opened:
+    record: FileRecord
+    folder: Path
+    fd: int
+    block_bytes: int
+    memory: memoryview | None
+    left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = -(-self.record.size_bytes // self.block_bytes)
+
+    def length(self, block: int) -> int:
+        return min(self.block_bytes, self.record.size_bytes - block * self.block_bytes)
 
 
 class Reading:
-    """A read in flight: starts at once, in threads of its own. `wait` for one file or for all.
+    """A read in flight. `wait` for one file, `wait_all` for what was added, or take blocks as they come.
 
     The memory belongs to whoever holds the views: it is freed with the last of them.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        files: Sequence[FileRecord],
-        *,
-        block_bytes: int,
-        verify: bool = True,
-        threads: int = THREADS,
-    ) -> None:
-        """Open all `files` below `folder` and start to read. Raises SnapshotNotFound where one cannot be opened."""
-        self.files = tuple(files)
-        self.size_bytes = sum(file.size_bytes for file in files)
+    def __init__(self, *, verify: bool = True, beside: bool = False, ring_bytes: int = 0) -> None:
+        """`beside`: in a process of its own. `ring_bytes`: host memory for all the weights together, whose blocks are
+        then to be taken away with `next_arrival` and `release`; without it each file has memory of its own."""
         self.began = time.monotonic()
         self.ended: float | None = None
-        self._folder = folder
         self._verify = verify
-        self._fds = _open_all(folder, self.files)
-        self._buffers = [_anonymous(file.size_bytes) for file in self.files]
-        blocks = [block for index, file in enumerate(self.files) for block in _blocks(index, file, block_bytes)]
-        self._left = [0] * len(self.files)
-        for block in blocks:
-            self._left[block.file] += 1
-        self._next = iter(blocks)
-        self._error: Exception | None = None
+        self._ring_bytes = ring_bytes
+        self._ring: memoryview | None = None
+        self._slot_bytes = 0
+        self._files: list[_Opened] = []
         self._changed = threading.Condition()
-        self._running = min(threads, len(blocks)) or 1
-        self._threads = [
-            threading.Thread(target=self._work, name=f"read-{number}", daemon=True) for number in range(self._running)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._error: Exception | None = None
+        self._complete = False
+        self._arrivals: deque[Arrival] = deque()
+        self._process = _Process.start(self) if beside else None
+        self._threads = blocks.BlockReader(self._report) if self._process is None else None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files that were added."""
+        return sum(opened.record.size_bytes for opened in self._files)
+
+    def memories(self, paths: Container[str]) -> list[memoryview]:
+        """The host memory that the bytes of these files arrive in, for a device that wants it pinned."""
+        own = [opened.memory for opened in self._files if opened.record.path in paths]
+        return [memory for memory in (self._ring, *own) if memory]
+
+    def in_ring(self, path: str) -> bool:
+        """Whether the file has no memory of its own."""
+        return self._opened(path).memory is None
+
+    def add(self, folder: Path, files: Sequence[FileRecord], *, block_bytes: int) -> None:
+        """Open files, all of them before one is read, and read them. Raises SnapshotNotFound where one is not there."""
+        for record, fd in zip(files, _open_all(folder, files), strict=True):
+            in_ring = self._ring_bytes > 0 and record.path.endswith(".safetensors")
+            if in_ring and self._ring is None:
+                self._make_ring(block_bytes)
+            memory, memory_fd = (None, None) if in_ring else self._memory(record.size_bytes)
+            opened = _Opened(record, folder, fd, block_bytes, memory)
+            with self._changed:
+                index = len(self._files)
+                self._files.append(opened)
+            if opened.left:
+                checksums = record.blocks if self._verify else ""
+                if self._threads is not None:
+                    file = blocks.File(index, os.dup(fd), record.size_bytes, block_bytes, checksums, memory)
+                    self._threads.add(file)
+                elif self._process is not None:
+                    self._process.add(index, opened, checksums, memory_fd)
+            if memory_fd is not None:
+                os.close(memory_fd)
+
+    def no_more(self) -> None:
+        """All files were added."""
+        with self._changed:
+            self._complete = True
+            self._end_if_done()
+            self._changed.notify_all()
+        if self._threads is not None:
+            self._threads.no_more()
+        elif self._process is not None and self.ended is not None:
+            self._process.let_go()
+
+    def header(self, path: str) -> tuple[Header, bytes]:
+        """The header of a safetensors file, and its bytes, read ahead of the blocks that hold them: compare the two
+        when those have arrived. Raises DigestMismatch where it is none, because one was published."""
+        opened = self._opened(path)
+        size, where = opened.record.size_bytes, str(opened.folder / path)
+
+        def read(length: int, offset: int) -> bytes:
+            if opened.memory is not None and not opened.left:
+                return bytes(opened.memory[offset : offset + length])
+            return os.pread(opened.fd, length, offset)
+
+        try:
+            prefix = read(LENGTH_BYTES, 0)
+            raw = read(header_length(prefix, file_bytes=size, where=where), LENGTH_BYTES)
+            return parse_header(raw, file_bytes=size, where=where), prefix + raw
+        except BadSafetensors as error:
+            raise DigestMismatch(str(error)) from error
+
+    def memory(self, path: str) -> memoryview:
+        """The memory of a file, whether its bytes have arrived or not."""
+        opened = self._opened(path)
+        if opened.memory is None:
+            raise ValueError(f"{path} goes through the ring")
+        return opened.memory[: opened.record.size_bytes]
 
     def wait(self, path: str) -> memoryview:
         """The bytes of one file, once all of it has arrived.
 
         Raises DigestMismatch where a block is not what the manifest says, OSError where the volume fails.
         """
-        index = next(i for i, file in enumerate(self.files) if file.path == path)
-        with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or not self._left[index])
-            if self._error is not None:
-                raise self._error
-        return memoryview(self._buffers[index])[: self.files[index].size_bytes]
+        opened = self._opened(path)
+        self._until(lambda: not opened.left)
+        return self.memory(path)
 
     def wait_all(self) -> None:
         """Return when everything has arrived; raises as `wait` does."""
+        self._until(lambda: self.ended is not None)
+
+    def next_arrival(self, *, wait: bool) -> Arrival | None:
+        """The next block that has arrived; None where there is none yet, or with `wait`, where none will come.
+
+        Raises as `wait` does.
+        """
+        if wait:
+            self._until(lambda: bool(self._arrivals) or self.ended is not None)
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or not any(self._left))
             if self._error is not None:
                 raise self._error
+            return self._arrivals.popleft() if self._arrivals else None
+
+    def view(self, arrival: Arrival) -> memoryview:
+        """The bytes of a block that has arrived; of one in the ring, until it is released."""
+        if arrival.slot < 0:
+            return self.memory(arrival.path)[arrival.offset : arrival.offset + arrival.length]
+        assert self._ring is not None
+        start = arrival.slot * self._slot_bytes
+        return self._ring[start : start + arrival.length]
+
+    def release(self, arrival: Arrival) -> None:
+        """The block was taken away: its slot may be filled again."""
+        if arrival.slot < 0:
+            return
+        if self._threads is not None:
+            self._threads.release(arrival.slot)
+        elif self._process is not None:
+            self._process.release(arrival.slot)
 
     def damage(self) -> DigestMismatch | None:
         """What is wrong with the bytes, once all of them were read or the first wrong block was; a file that cannot be
         read is as good as wrong."""
         try:
-            self.wait_all()
+            for opened in self._files:
+                if opened.memory is not None:  # nobody takes away what would come through the ring
+                    self.wait(opened.record.path)
         except DigestMismatch as error:
             return error
         except OSError as error:
-            return DigestMismatch(f"{self._folder} cannot be read ({error.strerror}): check the volume")
+            return DigestMismatch(f"{self._files[0].folder} cannot be read ({error.strerror}): check the volume")
         return None
 
+    def close(self) -> None:
+        """Stop reading, if it still goes on, and close the files. The memory stays with its views."""
+        with self._changed:
+            if self.ended is None and self._error is None:
+                self._error = OSError(0, "the reading was closed")
+            self._changed.notify_all()
+        if self._threads is not None:
+            self._threads.stop()
+        self.join()
+
     def join(self) -> None:
-        """Return when the threads have ended and the files are closed."""
-        for thread in self._threads:
-            thread.join()
+        """Return when the readers have ended and the files are closed."""
+        threads, process = self._threads, self._process
+        self._threads = self._process = None  # they know this object, and would keep its memory
+        if threads is not None:
+            threads.join()
+        if process is not None:
+            process.end()
+        with self._changed:
+            for opened in self._files:
+                if opened.fd >= 0:
+                    os.close(opened.fd)
+                    opened.fd = -1
 
-    def _work(self) -> None:
+    def _opened(self, path: str) -> _Opened:
+        return next(opened for opened in self._files if opened.record.path == path)
+
+    def _until(self, ready: Callable[[], bool]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None or ready())
+            if self._error is not None:
+                raise self._error
+
+    def _report(self, kind: int, index: int, block: int, detail: int, now: float) -> None:
+        """What became of a block; called by the threads that read, or that listens to the process."""
+        with self._changed:
+            opened = self._files[index]
+            if kind == blocks.ARRIVED:
+                opened.left -= 1
+                offset = block * opened.block_bytes
+                self._arrivals.append(Arrival(opened.record.path, offset, opened.length(block), detail))
+                self._end_if_done(now)
+            elif self._error is None:
+                self._error = _error(kind, opened, block, detail)
+            self._changed.notify_all()
+
+    def _end_if_done(self, now: float | None = None) -> None:
+        if self._complete and self.ended is None and not any(opened.left for opened in self._files):
+            self.ended = now or time.monotonic()
+
+    def _failed(self, error: Exception) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will arrive."""
+        return self.ended is not None or self._error is not None
+
+    def _memory(self, size_bytes: int) -> tuple[memoryview, int | None]:
+        """Zeroed memory on huge pages, as long as the file and a little more; with a descriptor where it is shared."""
+        length = max(blocks.rounded(size_bytes, blocks.HUGE if size_bytes >= blocks.HUGE else blocks.ALIGNMENT), 1)
+        if self._process is None:
+            return memoryview(blocks.huge_pages(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE))), None
+        fd = os.memfd_create("modelstore", os.MFD_CLOEXEC)
+        os.ftruncate(fd, length)
+        return memoryview(blocks.huge_pages(mmap.mmap(fd, length))), fd
+
+    def _make_ring(self, slot_bytes: int) -> None:
+        self._slot_bytes = slot_bytes
+        self._ring, fd = self._memory(max(4, self._ring_bytes // slot_bytes) * slot_bytes)
+        if self._threads is not None:
+            self._threads.use_ring(self._ring, slot_bytes)
+        elif self._process is not None and fd is not None:
+            self._process.use_ring(fd, slot_bytes)
+            os.close(fd)
+
+
+class _Process:
+    """The reader process, and the thread that listens to it. It ends with its socket."""
+
+    def __init__(self, reading: Reading, pid: int, sock: socket.socket) -> None:
+        self._pid = pid
+        self._socket = sock
+        self._sending = threading.Lock()
+        self._thread = threading.Thread(target=self._listen, args=(reading,), name="read", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def start(cls, reading: Reading) -> _Process | None:
+        """Start one; None, with a warning, where this machine does not let us."""
+        checksums = find_spec("xxhash")
+        if checksums is None or checksums.origin is None:
+            return None
+        ours, its = socket.socketpair()
+        program = [sys.executable, "-I", "-S", blocks.__file__, str(_FD), str(Path(checksums.origin).parents[1])]
         try:
-            while True:
-                with self._changed:
-                    block = next(self._next, None) if self._error is None else None
-                if block is None:
-                    return
-                self._read(block)
-                with self._changed:
-                    self._left[block.file] -= 1
-                    if not any(self._left):
-                        self.ended = time.monotonic()
-                    self._changed.notify_all()
-        except Exception as error:  # handed to whoever waits
-            with self._changed:
-                self._error = self._error or error
-                self._changed.notify_all()
+            actions = [(os.POSIX_SPAWN_DUP2, its.fileno(), _FD)]
+            pid = os.posix_spawn(sys.executable, program, bare_environment(), file_actions=actions, setsigmask=[])
+        except (OSError, ValueError) as error:
+            logger.warning("no reader process can be started (%s): threads read instead", error)
+            ours.close()
+            return None
         finally:
-            with self._changed:
-                self._running -= 1
-                last = not self._running
-            if last:
-                for fd in self._fds:
-                    os.close(fd)
+            its.close()
+        return cls(reading, pid, ours)
 
-    def _read(self, block: _Block) -> None:
-        view = memoryview(self._buffers[block.file])[block.offset : block.offset + block.length]
-        done = 0
-        while done < block.length:
-            count = os.preadv(self._fds[block.file], [view[done:]], block.offset + done)
-            if count == 0:
-                raise self._mismatch(block, "ends early")
-            done += count
-        if self._verify:
-            from xxhash import xxh3_64_hexdigest
+    def add(self, index: int, opened: _Opened, checksums: str, memory_fd: int | None) -> None:
+        record = {"size_bytes": opened.record.size_bytes, "block_bytes": opened.block_bytes, "checksums": checksums}
+        self._send(lambda: blocks.send_file(self._socket, index, opened.fd, memory_fd, **record))
 
-            if xxh3_64_hexdigest(view) != block.checksum:
-                raise self._mismatch(block, "is not what was published")
+    def use_ring(self, fd: int, slot_bytes: int) -> None:
+        self._send(lambda: blocks.send_ring(self._socket, fd, slot_bytes))
 
-    def _mismatch(self, block: _Block, what: str) -> DigestMismatch:
-        name = self.files[block.file].path
-        return DigestMismatch(
-            f"{self._folder / name} {what} at byte {block.offset}: "
-            "remove the snapshot (`modelstore rm`) and seed the model again"
-        )
+    def release(self, slot: int) -> None:
+        self._send(lambda: self._socket.sendall(blocks.MESSAGE.pack(blocks.RELEASE, slot)))
+
+    def let_go(self) -> None:
+        """Let the process end, at once, whatever it still reads."""
+        with contextlib.suppress(OSError):  # it has ended
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def end(self) -> None:
+        """Return when the process has ended."""
+        self.let_go()
+        self._thread.join()
+
+    def _send(self, send: Callable[[], None]) -> None:
+        try:
+            with self._sending:
+                send()
+        except OSError as error:  # a process that has ended is found by who listens, with the reason
+            logger.debug("the reader process takes no more: %s", error)
+
+    def _listen(self, reading: Reading) -> None:
+        try:
+            while not reading.over:
+                data = self._socket.recv(blocks.REPORT.size, socket.MSG_WAITALL)
+                if len(data) < blocks.REPORT.size:
+                    break
+                reading._report(*blocks.REPORT.unpack(data))
+        except OSError as error:
+            reading._failed(error)
+        self._socket.close()
+        _, status = os.waitpid(self._pid, 0)
+        if not reading.over:
+            how = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "an error"
+            reading._failed(OSError(0, f"the reader process was ended by {how}"))
 
 
-def start_reading(snapshot: Snapshot, *, verify: bool = True) -> Reading:
-    """Start to read a snapshot into host memory: the small files, so that they are verified too, then the weights."""
+def start_reading(snapshot: Snapshot, *, verify: bool = True, beside: bool = False, ring_bytes: int = 0) -> Reading:
+    """Start to read a snapshot into host memory: the small files, so that they are verified too, then the weights.
+
+    The arguments are those of `Reading`. Raises NoWeights, and SnapshotNotFound where it was evicted meanwhile.
+    """
     if not snapshot.weights:
         raise NoWeights(f"{snapshot.key} has no weights at its top: it is a pipeline, load it by its path")
     small = [file for file in snapshot.manifest.files if not file.path.endswith(".safetensors")]
-    return Reading(snapshot.path, (*small, *snapshot.weights), block_bytes=snapshot.manifest.block_bytes, verify=verify)
+    reading = Reading(verify=verify, beside=beside, ring_bytes=ring_bytes)
+    try:
+        reading.add(snapshot.path, (*small, *snapshot.weights), block_bytes=snapshot.manifest.block_bytes)
+    except BaseException:
+        reading.close()
+        raise
+    reading.no_more()
+    return reading
 
 
-def _blocks(index: int, file: FileRecord, block_bytes: int) -> Iterable[_Block]:
-    for number, offset in enumerate(range(0, file.size_bytes, block_bytes)):
-        checksum = file.blocks[number * CHECKSUM_HEX : (number + 1) * CHECKSUM_HEX]
-        yield _Block(index, offset, min(block_bytes, file.size_bytes - offset), checksum)
+def _error(kind: int, opened: _Opened, block: int, number: int) -> Exception:
+    path = opened.folder / opened.record.path
+    if kind == blocks.FAILED:
+        return OSError(number, os.strerror(number), str(path))
+    what = "ends early" if kind == blocks.SHORT else "is not what was published"
+    return DigestMismatch(
+        f"{path} {what} at byte {block * opened.block_bytes}: "
+        "remove the snapshot (`modelstore rm`) and seed the model again"
+    )
 
 
 def _open_all(folder: Path, files: Sequence[FileRecord]) -> list[int]:
@@ -177,11 +405,3 @@ def _open_all(folder: Path, files: Sequence[FileRecord]) -> list[int]:
             os.close(fd)
         raise SnapshotNotFound(f"{folder} cannot be opened ({error.strerror}): look it up again, or seed it") from error
     return fds
-
-
-def _anonymous(size_bytes: int) -> mmap.mmap:
-    """Zeroed private memory, on huge pages where the kernel gives them: a third faster to fill (measured)."""
-    buffer = mmap.mmap(-1, max(size_bytes, 1))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        buffer.madvise(mmap.MADV_HUGEPAGE)
-    return buffer

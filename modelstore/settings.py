@@ -55,6 +55,11 @@ FIELDS = (
 )
 
 
+def bare_environment() -> dict[str, str]:
+    """For a process of our own: what the dynamic loader needs, and no token."""
+    return {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """All settings of one process; build it with `from_env`, or by hand in tests and programs."""
@@ -72,6 +77,7 @@ class Settings:
     trust_remote_code: bool = False
     hf_token: str | None = field(default=None, repr=False)
     hf_endpoint: str = HUB
+    visible_gpus: str | None = None
     worker_id: str = field(default_factory=socket.gethostname)
 
     @classmethod
@@ -104,6 +110,7 @@ class Settings:
             trust_remote_code=_switch(env, "MODELSTORE_TRUST_REMOTE_CODE"),
             hf_token=_token(env.get("HF_TOKEN", "")),
             hf_endpoint=_endpoint(env.get("HF_ENDPOINT") or HUB),
+            visible_gpus=env.get("CUDA_VISIBLE_DEVICES"),
             worker_id=env.get("RUNPOD_POD_ID") or socket.gethostname(),
         )
 

@@ -15,12 +15,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from modelstore import gpu
 from modelstore.catalog import Catalog, Snapshot, Status
-from modelstore.errors import DigestMismatch, InvalidSetting, ModelStoreError, SnapshotNotFound
+from modelstore.errors import DigestMismatch, DoesNotFit, InvalidSetting, ModelStoreError, SnapshotNotFound
 from modelstore.layout import Layout, SnapshotKey
 from modelstore.observer import Observer
 from modelstore.pins import InUse, wait_while_evicting
-from modelstore.reader import Reading, start_reading
+from modelstore.reader import RING_BYTES, Reading, start_reading
 from modelstore.settings import Settings
 from modelstore.timeline import Outcome, Timeline
 
@@ -51,6 +52,7 @@ class Begun:
     in_use: InUse
     timeline: Timeline
     observer: Observer
+    ring_bytes: int
 
     def load(self, load: Callable[[Begun], T]) -> T:
         """What `load` makes of this start; called again, once, where the first bytes were not those published.
@@ -62,11 +64,12 @@ class Begun:
         except Exception as error:  # a damaged tokenizer is whatever its parser makes of it
             found = error if isinstance(error, DigestMismatch) else self.reading.damage()
             if found is None:
+                self.reading.close()
                 raise
             damage = str(found)
             del found  # its traceback holds the buffers
         logger.warning("%s; comparing it again", damage)
-        self.reading.join()
+        self.reading.close()
         del self.reading
         gc.collect()  # what was read is free before the second read takes as much
         try:
@@ -87,7 +90,7 @@ class Begun:
         self.in_use.end()
         self.in_use = InUse(store.layout, fresh.key, self.settings.worker_id)
         self.timeline.commit, self.timeline.dtype = fresh.commit, fresh.dtype
-        self.snapshot, self.reading = fresh, start_reading(fresh)
+        self.snapshot, self.reading = fresh, start_reading(fresh, ring_bytes=self.ring_bytes)
 
 
 class LogObserver(Observer):
@@ -141,7 +144,8 @@ def begin(settings: Settings, *, observer: Observer | None = None) -> Begun:
             if wait_while_evicting(layout, snapshot.key):
                 continue
         try:
-            reading = start_reading(snapshot)
+            ring_bytes = _ring_bytes(settings, snapshot)
+            reading = start_reading(snapshot, beside=True, ring_bytes=ring_bytes)
             break
         except SnapshotNotFound:  # evicted between the look and the open
             if attempt + 1 == _LOOKS:
@@ -150,4 +154,21 @@ def begin(settings: Settings, *, observer: Observer | None = None) -> Begun:
         raise SnapshotNotFound(f"{settings.model} is evicted again and again: pin it, or raise MODELSTORE_QUOTA")
     timeline.commit, timeline.dtype = snapshot.commit, snapshot.dtype
     timeline.outcome, timeline.reason = _OUTCOMES[snapshot.status]
-    return Begun(settings, snapshot, reading, mark, timeline, observer)
+    return Begun(settings, snapshot, reading, mark, timeline, observer, ring_bytes)
+
+
+def _ring_bytes(settings: Settings, snapshot: Snapshot) -> int:
+    """How much host memory the weights pass through on their way to a GPU; 0 where there is none, and they stay.
+
+    Raises DoesNotFit where the GPUs have no room for them: before anything is read.
+    """
+    free = gpu.free_bytes(settings.visible_gpus)
+    if free is None:
+        return 0
+    needed = sum(file.size_bytes for file in snapshot.weights)
+    if needed > sum(free):
+        raise DoesNotFit(
+            f"{snapshot.key} takes {needed / 1e9:.1f} GB and {len(free)} GPU(s) have {sum(free) / 1e9:.1f} GB free: "
+            "use larger GPUs, or a smaller or quantized model"
+        )
+    return RING_BYTES

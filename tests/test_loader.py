@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers as tf
 from transformers import PreTrainedModel
 
-from modelstore import ModelStore, load_model, load_tensors
-from modelstore.errors import DigestMismatch, IntegrityError, NoWeights
+from modelstore import ModelStore, blocks, load_model, load_tensors
+from modelstore.errors import DigestMismatch, DoesNotFit, IntegrityError, NoWeights, UsageError
+from modelstore.header import TensorInfo, encode_header
 from modelstore.reader import start_reading
+from modelstore.tensors import check_fits
 from modelstore.timeline import Timeline
 
 SMALL = {
@@ -124,6 +129,117 @@ def test_a_plain_from_pretrained_of_the_snapshot_gives_the_same(store: ModelStor
     snapshot = store.ensure(f"file://{tmp_path}/original")
     plain = tf.T5ForConditionalGeneration.from_pretrained(snapshot.path)
     assert_equal(load_model(snapshot, device="cpu"), plain)
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["single", "sharded"])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_comes_through_a_ring_is_bit_for_bit_too(
+    name: str, shards: bool, store: ModelStore, tmp_path: Path
+) -> None:
+    """The way of a GPU, with the CPU as the device: stand-ins, allocations of its own, block by block."""
+    torch.manual_seed(0)
+    save(MODELS[name](), tmp_path / "original", shards=shards)
+    snapshot = store.ensure(f"file://{tmp_path}/original")
+    ours = load_model(snapshot, device="cpu", reading=start_reading(snapshot, beside=True, ring_bytes=1))
+    assert_equal(ours, type(ours).from_pretrained(tmp_path / "original", dtype=torch.float16))
+
+
+@pytest.fixture
+def held_back(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Lets the weights arrive only when it is set."""
+    let_go = threading.Event()
+    real = blocks.BlockReader._read
+
+    def read(self: blocks.BlockReader, file: blocks.File, *where: Any) -> Any:
+        if file.size_bytes > 40_000:
+            assert let_go.wait(20), "the model waits for bytes that it should not need"
+        return real(self, file, *where)
+
+    monkeypatch.setattr(blocks.BlockReader, "_read", read)
+    return let_go
+
+
+@pytest.mark.parametrize("ring_bytes", [0, 1], ids=["whole", "ring"])
+@pytest.mark.parametrize("name", [name for name in MODELS if "experts" not in name and name != "bert"])
+def test_a_model_is_built_before_its_bytes_arrive(
+    name: str, ring_bytes: int, store: ModelStore, tmp_path: Path, held_back: threading.Event
+) -> None:
+    save(MODELS[name](), tmp_path / "original", shards=False)
+    snapshot = store.ensure(f"file://{tmp_path}/original")
+    timeline = Timeline()
+    load_model(
+        snapshot,
+        "cpu",
+        reading=start_reading(snapshot, ring_bytes=ring_bytes),
+        timeline=timeline,
+        meanwhile=held_back.set,
+    )
+    (built,) = [span for span in timeline.spans if span.name == "build"]
+    (read,) = [span for span in timeline.spans if span.name == "read"]
+    assert built.end < read.end
+
+
+@pytest.mark.parametrize("name", ["mixture of experts", "bert"])
+def test_weights_that_transformers_computes_with_are_waited_for(
+    name: str, store: ModelStore, tmp_path: Path, held_back: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "modelstore")
+    save(MODELS[name](), tmp_path / "original", shards=False)
+    snapshot = store.ensure(f"file://{tmp_path}/original")
+    ours = load_model(snapshot, "cpu", meanwhile=held_back.set)
+    assert "is built when its bytes are there" in caplog.text
+    assert_equal(ours, type(ours).from_pretrained(tmp_path / "original", dtype=torch.float16))
+
+
+def test_a_cast_that_another_thread_makes_is_seen_too(store: ModelStore, tmp_path: Path) -> None:
+    """A checkpoint of several dtypes, loaded in one of them: transformers casts in threads, unseen by our watch."""
+    model = MODELS["llama"]().to(torch.float16)
+    state = {name: tensor.float() if "norm" in name else tensor for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "original", state_dict=state)
+    ours = load_model(store.ensure(f"file://{tmp_path}/original", dtype="keep"), "cpu")
+    assert_equal(ours, type(ours).from_pretrained(tmp_path / "original", dtype="auto"))
+    assert all(torch.isfinite(parameter).all() for parameter in ours.parameters())
+
+
+def test_unaligned_tensors_are_copied_and_right(store: ModelStore, tmp_path: Path) -> None:
+    folder = tmp_path / "original"
+    folder.mkdir()
+    tensors = {"a": torch.arange(3, dtype=torch.uint8), "b": torch.arange(5, dtype=torch.int16)}
+    infos = (TensorInfo("a", "U8", (3,), 0, 3), TensorInfo("b", "I16", (5,), 3, 13))
+    data = b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
+    (folder / "model.safetensors").write_bytes(encode_header(infos, {}) + data)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    snapshot = store.ensure(f"file://{folder}", dtype="keep")
+    for ring_bytes in (0, 1):
+        got = load_tensors(snapshot, "cpu", reading=start_reading(snapshot, ring_bytes=ring_bytes))
+        assert all(torch.equal(got[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_device_map_places_the_modules(store: ModelStore, tmp_path: Path) -> None:
+    save(MODELS["llama"](), tmp_path / "original", shards=False)
+    snapshot = store.ensure(f"file://{tmp_path}/original")
+    plain = load_model(snapshot, "cpu")
+    inputs = torch.arange(6).view(1, 6)
+    for device_map in ({"model": "cpu", "lm_head": "cpu"}, {"": "cpu"}, "auto"):
+        ours = load_model(snapshot, "cpu", device_map=device_map)
+        assert_equal(ours, plain)
+        assert torch.equal(ours(inputs).logits, plain(inputs).logits)
+    with pytest.raises(UsageError, match="is no device map"):
+        load_model(snapshot, "cpu", device_map="sideways")
+
+
+def test_a_model_that_does_not_fit_is_refused_with_both_figures_before_anything_is_read(
+    store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(MODELS["llama"](), tmp_path / "original", shards=False)
+    snapshot = store.ensure(f"file://{tmp_path}/original")
+    monkeypatch.setattr("modelstore.tensors._free_bytes", lambda device: 100)
+    monkeypatch.setattr("modelstore.reader.start_reading", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(DoesNotFit, match=r"takes 0\.0 GB and cuda:0 has 0\.0 GB free"):
+        check_fits(snapshot, [torch.device("cuda", 0)])
+    check_fits(snapshot, [torch.device("cpu")])
+    monkeypatch.setattr("modelstore.tensors._free_bytes", lambda device: snapshot.size_bytes)
+    check_fits(snapshot, [torch.device("cuda", 0), torch.device("cuda", 1)])
 
 
 def test_tensors_on_the_cpu_are_views_of_the_read_buffer(store: ModelStore, tmp_path: Path) -> None:

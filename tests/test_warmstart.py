@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import threading
 import weakref
@@ -160,11 +161,11 @@ def evict_once(monkeypatch: pytest.MonkeyPatch, store: ModelStore) -> list[str]:
     done: list[str] = []
     real = warmstart.start_reading
 
-    def read(snapshot: Snapshot) -> Any:
+    def read(snapshot: Snapshot, **how: Any) -> Any:
         if not done:
             done.append(str(snapshot.path))
             assert evict(store.layout, snapshot.key, force=True)
-        return real(snapshot)
+        return real(snapshot, **how)
 
     monkeypatch.setattr(warmstart, "start_reading", read)
     return done
@@ -214,6 +215,8 @@ def test_a_chunk_that_the_volume_has_lost_is_mended_like_a_flipped_bit(
 
     for name in real:
         monkeypatch.setattr(os, name, lost(name))
+    threads = functools.partial(warmstart.start_reading, beside=False)  # a process of its own would read well
+    monkeypatch.setattr(warmstart, "start_reading", lambda snapshot, **_how: threads(snapshot))
     begun = begin(settings_of(store))
     assert begun.load(load)
     assert begun.snapshot.inode != model.inode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ class TextEngine:
         self._context: int | None = context if isinstance(context, int) and context > 0 else None
 
     @classmethod
-    def load(cls, begun: Begun) -> TextEngine:
-        """The tokenizer while the bytes are in flight, then the model from them."""
+    def load(cls, begun: Begun, *, meanwhile: Callable[[], None] | None = None) -> TextEngine:
+        """The tokenizer and the model while the bytes are in flight; then `meanwhile`, once; then the last bytes."""
         with begun.timeline.span("import"):
             trusted = begun.settings.trust_remote_code and begun.snapshot.manifest.remote_code
             tokenizer = AutoTokenizer.from_pretrained(begun.snapshot.path, trust_remote_code=trusted)
@@ -34,6 +35,7 @@ class TextEngine:
             reading=begun.reading,
             timeline=begun.timeline,
             trust_remote_code=begun.settings.trust_remote_code,
+            meanwhile=meanwhile,
         )
         return cls(begun.snapshot.repo_id, model, tokenizer)
 

@@ -1,0 +1,370 @@
+"""Blocks of files into memory, by several threads, each compared with its checksum while the processor still has it.
+
+`BlockReader` does the work, in threads of the process that makes one. As a program this file is the reader process:
+
+    python -I -S blocks.py SOCKET FOLDER_OF_XXHASH
+
+It is started before a worker's heavy imports and reads beside them, because threads inside the importing process and
+the imports slow each other down. It takes files over the socket (the descriptors of the file and of the memory to fill
+come with the message), reports each block, and ends with the socket. So that it starts in no time it imports the
+standard library's light modules and nothing of this package.
+
+How a block is read: through the page cache where all of it lies there already (a memory copy), else with O_DIRECT,
+which spares a network mount one copy of all that passes, else, where a mount refuses that, with a plain read. What is
+in the page cache `mincore` tells; RWF_NOWAIT does not on MooseFS, and on ext4 it starts to read what it did not find.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import mmap
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+CHECKSUM_HEX = 16
+ALIGNMENT = 4096
+HUGE = 2 << 20
+MOST_AT_ONCE = 16
+
+# What becomes of a block; a report is its kind, file, number, slot (-1: in place) or errno, and time (monotonic).
+ARRIVED, WRONG, SHORT, FAILED = range(4)
+REPORT = struct.Struct("<iiiid")
+# What the reader process is told: kind and a number. FILE, RING: so many bytes of JSON follow.
+MESSAGE = struct.Struct("<II")
+FILE, RING, RELEASE, NO_MORE = range(4)
+
+Report = Callable[[int, int, int, int, float], None]
+
+
+def rounded(size_bytes: int, unit: int = ALIGNMENT) -> int:
+    """`size_bytes` up to the next whole unit."""
+    return -(-size_bytes // unit) * unit
+
+
+def huge_pages(memory: mmap.mmap) -> mmap.mmap:
+    """Ask for huge pages, which are a third faster to fill; a kernel that has none goes on with small ones."""
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+class File:
+    """One file to read. `memory` takes all of it, rounded up to ALIGNMENT; without, its blocks go to the ring."""
+
+    def __init__(
+        self, index: int, fd: int, size_bytes: int, block_bytes: int, checksums: str, memory: memoryview | None
+    ) -> None:
+        """`checksums`: the XXH3-64 of each block in hex, joined; empty to take what comes. Closes `fd` at the end."""
+        self.index = index
+        self.fd = fd
+        self.size_bytes = size_bytes
+        self.block_bytes = block_bytes
+        self.checksums = checksums
+        self.memory = memory
+        self.blocks = -(-size_bytes // block_bytes)
+        self.direct = _reopened_direct(fd) if size_bytes >= HUGE else None
+
+    def close(self) -> None:
+        for fd in (self.fd, self.direct):
+            if fd is not None:
+                os.close(fd)
+
+
+class Pace:
+    """How many reads at once: twice as many as long as that is faster by a tenth, tried again now and then."""
+
+    WINDOW_S = 0.2
+    SETTLED_WINDOWS = 15
+
+    def __init__(self, at_once: int = 4, most: int = MOST_AT_ONCE) -> None:
+        self.at_once = at_once
+        self._most = most
+        self._rate_before = 0.0
+        self._rest = 0
+        self._began: float | None = None
+        self._bytes = 0
+        self._blocks = 0
+
+    def read(self, size_bytes: int, now: float) -> bool:
+        """Count a block; whether `at_once` has changed."""
+        if self._began is None:
+            self._began = now
+            return False
+        self._bytes += size_bytes
+        self._blocks += 1
+        if now - self._began < self.WINDOW_S or self._blocks < 2 * self.at_once:
+            return False
+        rate = self._bytes / (now - self._began)
+        self._began, self._bytes, self._blocks = now, 0, 0
+        if self._rest:
+            self._rest -= 1
+            if self._rest:
+                return False
+        elif self._rate_before and rate <= 1.1 * self._rate_before:
+            self.at_once //= 2
+            self._rate_before, self._rest = 0.0, self.SETTLED_WINDOWS
+            return True
+        if self.at_once == self._most:
+            self._rate_before, self._rest = 0.0, self.SETTLED_WINDOWS
+            return False
+        self._rate_before = rate
+        self.at_once *= 2
+        return True
+
+
+class BlockReader:
+    """Reads what it is given, block by block, in order.
+
+    `report` is called from its threads, for each block, with ARRIVED and so on. After anything but ARRIVED no further
+    block is begun. The files are closed when the threads end.
+    """
+
+    def __init__(self, report: Report, *, pace: Pace | None = None) -> None:
+        self._report = report
+        self._pace = pace or Pace()
+        self._changed = threading.Condition()
+        self._files: list[File] = []
+        self._blocks: deque[tuple[File, int]] = deque()
+        self._ring: memoryview | None = None
+        self._slot_bytes = 0
+        self._free: deque[int] = deque()
+        self._complete = False
+        self._stopped = False
+        self._threads: list[threading.Thread] = []
+        self._running = 0
+        self._cache = _PageCache()
+
+    def use_ring(self, memory: memoryview, slot_bytes: int) -> None:
+        """Where the blocks of files without memory of their own go; a slot is used again after its `release`."""
+        with self._changed:
+            self._ring, self._slot_bytes = memory, slot_bytes
+            self._free.extend(range(len(memory) // slot_bytes))
+
+    def release(self, slot: int) -> None:
+        with self._changed:
+            self._free.append(slot)
+            self._changed.notify_all()
+
+    def add(self, file: File) -> None:
+        """Begin to read a file, beside those that were added before."""
+        with self._changed:
+            self._files.append(file)
+            self._blocks.extend((file, number) for number in range(file.blocks))
+            self._start_threads()
+            self._changed.notify_all()
+
+    def no_more(self) -> None:
+        """Nothing will be added: the threads end when all was read."""
+        with self._changed:
+            self._complete = True
+            self._start_threads()
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """End after the blocks that are being read."""
+        with self._changed:
+            self._stopped = True
+            self._start_threads()
+            self._changed.notify_all()
+
+    def join(self) -> None:
+        """Return when the threads have ended."""
+        for thread in self._threads:
+            thread.join()
+
+    def _start_threads(self) -> None:
+        while len(self._threads) < self._pace.at_once:
+            number = len(self._threads)
+            thread = threading.Thread(target=self._work, args=(number,), name=f"read-{number}", daemon=True)
+            self._threads.append(thread)
+            self._running += 1
+            thread.start()
+
+    def _work(self, number: int) -> None:
+        while (taken := self._take(number)) is not None:
+            file, block, slot, view = taken
+            kind, detail = self._read(file, block, slot, view)
+            now = time.monotonic()
+            with self._changed:
+                if kind != ARRIVED:
+                    self._stopped = True
+                if self._pace.read(len(view), now):
+                    self._start_threads()
+                    self._changed.notify_all()
+            self._report(kind, file.index, block, detail, now)
+        with self._changed:
+            self._running -= 1
+            if not self._running:
+                for file in self._files:
+                    file.close()
+                self._files.clear()
+
+    def _take(self, number: int) -> tuple[File, int, int, memoryview] | None:
+        """The next block and where it goes; None when there will be none."""
+        with self._changed:
+            while True:
+                if self._stopped or (self._complete and not self._blocks):
+                    self._changed.notify_all()
+                    return None
+                has_room = bool(self._blocks) and (self._blocks[0][0].memory is not None or bool(self._free))
+                if has_room and number < self._pace.at_once:
+                    break
+                self._changed.wait()
+            file, block = self._blocks.popleft()
+            offset = block * file.block_bytes
+            length = rounded(min(file.block_bytes, file.size_bytes - offset))
+            if file.memory is not None:
+                return file, block, -1, file.memory[offset : offset + length]
+            assert self._ring is not None
+            slot = self._free.popleft()
+            return file, block, slot, self._ring[slot * self._slot_bytes : slot * self._slot_bytes + length]
+
+    def _read(self, file: File, block: int, slot: int, view: memoryview) -> tuple[int, int]:
+        """Fill `view`, which is as long as the block, rounded up; what became of it, and the slot or the errno."""
+        offset = block * file.block_bytes
+        length = min(file.block_bytes, file.size_bytes - offset)
+        try:
+            direct = None if file.direct is None or self._cache.holds(file.fd, offset, length) else file.direct
+            done = 0
+            while done < length:
+                count = -1
+                if direct is not None and done % ALIGNMENT == 0:
+                    count = _direct_read(direct, view[done:], offset + done)
+                if count < 0:
+                    direct = None
+                    count = os.preadv(file.fd, [view[done:length]], offset + done)
+                if count == 0:
+                    return SHORT, slot
+                done += count
+        except OSError as error:
+            return FAILED, error.errno or errno.EIO
+        if file.checksums:
+            from xxhash import xxh3_64_hexdigest
+
+            expected = file.checksums[block * CHECKSUM_HEX : (block + 1) * CHECKSUM_HEX]
+            if xxh3_64_hexdigest(view[:length]) != expected:
+                return WRONG, slot
+        return ARRIVED, slot
+
+
+class _PageCache:
+    """What the kernel holds of a file; says no where it cannot tell."""
+
+    def __init__(self) -> None:
+        try:
+            import ctypes
+
+            self._ctypes: Any = ctypes
+            self._mincore = ctypes.CDLL(None, use_errno=True).mincore
+        except (ImportError, OSError, AttributeError):
+            self._ctypes = None
+
+    def holds(self, fd: int, offset: int, length: int) -> bool:
+        """Whether all pages of a range are in the page cache; nothing is read to find out."""
+        if self._ctypes is None:
+            return False
+        ctypes = self._ctypes
+        try:
+            window = mmap.mmap(fd, length, flags=mmap.MAP_PRIVATE, offset=offset)
+        except (OSError, ValueError):
+            return False
+        with window:
+            pages = ctypes.create_string_buffer(-(-length // mmap.PAGESIZE))
+            address = ctypes.c_char.from_buffer(window)
+            failed = self._mincore(ctypes.byref(address), ctypes.c_size_t(length), pages)
+            del address
+        return not failed and b"\0" not in pages.raw[: -(-length // mmap.PAGESIZE)]
+
+
+def _reopened_direct(fd: int) -> int | None:
+    """A second descriptor of the file that passes the page cache by; None where the mount refuses."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except (OSError, AttributeError):
+        return None
+
+
+def _direct_read(fd: int, view: memoryview, offset: int) -> int:
+    """The bytes read, or -1 where the mount refuses a direct read after all."""
+    try:
+        return os.preadv(fd, [view], offset)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return -1
+
+
+def send_file(sock: socket.socket, index: int, fd: int, memory_fd: int | None, **record: Any) -> None:
+    """Give the reader process a file: `record` holds size_bytes, block_bytes and checksums."""
+    data = json.dumps({"index": index, **record}).encode()
+    fds = [fd] if memory_fd is None else [fd, memory_fd]
+    socket.send_fds(sock, [MESSAGE.pack(FILE, len(data))], fds)
+    sock.sendall(data)
+
+
+def send_ring(sock: socket.socket, memory_fd: int, slot_bytes: int) -> None:
+    """Give the reader process the ring."""
+    data = json.dumps({"slot_bytes": slot_bytes}).encode()
+    socket.send_fds(sock, [MESSAGE.pack(RING, len(data))], [memory_fd])
+    sock.sendall(data)
+
+
+def _mapped(fd: int) -> memoryview:
+    memory = huge_pages(mmap.mmap(fd, 0))
+    os.close(fd)
+    return memoryview(memory)
+
+
+def _serve(sock: socket.socket) -> None:
+    sending = threading.Lock()
+
+    def report(kind: int, file: int, block: int, detail: int, now: float) -> None:
+        with sending:
+            sock.sendall(REPORT.pack(kind, file, block, detail, now))
+
+    reader = BlockReader(report)
+    while True:
+        head, fds, _flags, _address = socket.recv_fds(sock, MESSAGE.size, 2)
+        while head and len(head) < MESSAGE.size:
+            more = sock.recv(MESSAGE.size - len(head))
+            head = head + more if more else b""
+        if not head:
+            return
+        kind, number = MESSAGE.unpack(head)
+        if kind == RELEASE:
+            reader.release(number)
+        elif kind == NO_MORE:
+            reader.no_more()
+        else:
+            record = json.loads(sock.recv(number, socket.MSG_WAITALL))
+            if kind == RING:
+                reader.use_ring(_mapped(fds[0]), record["slot_bytes"])
+            else:
+                memory = _mapped(fds[1]) if len(fds) > 1 else None
+                reader.add(File(fd=fds[0], memory=memory, **record))
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the worker, whose end closes the socket
+    sys.path.append(sys.argv[2])
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    try:
+        _serve(sock)
+    except OSError:  # whoever started this has ended
+        os._exit(0)
+    os._exit(0)  # without waiting for reads that are under way: nobody wants them any more
+
+
+if __name__ == "__main__":
+    main()

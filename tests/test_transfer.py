@@ -1,0 +1,128 @@
+"""The other end of the ring, against a device that takes its time: order, and how long each slot is left alone."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from modelstore.errors import DigestMismatch
+from modelstore.manifest import FileRecord
+from modelstore.reader import Arrival, Reading
+from modelstore.transfer import transfer
+from tests.test_reader import MB, start, write
+
+
+@dataclass
+class SlowStream:
+    """A device with one stream: it copies in its own thread, in order, some time after it was asked to."""
+
+    delay_s: float
+    received: dict[str, bytearray]
+    pinned: set[int] = field(default_factory=set)
+    most_under_way: int = 0
+    asked: int = 0
+    copied: int = 0
+    _queue: queue.Queue[tuple[Arrival, memoryview, threading.Event] | None] = field(default_factory=queue.Queue)
+
+    def run(self) -> None:
+        while (work := self._queue.get()) is not None:
+            arrival, view, done = work
+            time.sleep(self.delay_s)
+            self.received[arrival.path][arrival.offset : arrival.offset + arrival.length] = view
+            self.copied += 1
+            done.set()
+
+    def end(self) -> None:
+        self._queue.put(None)
+
+    def pin(self, memory: memoryview) -> None:
+        self.pinned.add(id(memory))
+
+    def unpin(self, memory: memoryview) -> None:
+        assert self.copied == self.asked, "unpinned under a copy"
+        self.pinned.remove(id(memory))
+
+    def copy(self, arrival: Arrival, view: memoryview) -> threading.Event:
+        assert self.pinned
+        done = threading.Event()
+        self.asked += 1
+        self.most_under_way = max(self.most_under_way, self.asked - self.copied)
+        self._queue.put((arrival, view, done))
+        return done
+
+    def wait(self, event: threading.Event) -> None:
+        assert event.wait(10)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[FileRecord]:
+    return [write(tmp_path, f"{i}.safetensors", 9 * MB + 17 * i, MB) for i in range(3)]
+
+
+@pytest.fixture
+def stream(files: list[FileRecord], request: pytest.FixtureRequest) -> Iterator[SlowStream]:
+    stream = SlowStream(request.param, {file.path: bytearray(file.size_bytes) for file in files})
+    thread = threading.Thread(target=stream.run)
+    thread.start()
+    yield stream
+    stream.end()
+    thread.join()
+
+
+@pytest.mark.parametrize("stream", [0.0, 0.01], indirect=True, ids=["fast device", "slow device"])
+@pytest.mark.parametrize("how", [{"ring_bytes": 4 * MB}, {"ring_bytes": 4 * MB, "beside": True}, {}], ids=str)
+def test_every_byte_gets_there(
+    tmp_path: Path, files: list[FileRecord], stream: SlowStream, how: dict[str, int]
+) -> None:
+    """A slot that went back too early would be overwritten by the next block before the stream came to copy it."""
+    reading = start(tmp_path, files, MB, **how)
+    transfer(reading, stream, frozenset(stream.received))
+    for path, data in stream.received.items():
+        assert data == (tmp_path / path).read_bytes()
+    assert not stream.pinned
+    if how.get("ring_bytes"):
+        assert stream.most_under_way <= 4
+    reading.close()
+
+
+@pytest.mark.parametrize("stream", [0.0], indirect=True)
+def test_other_files_are_left_to_whoever_waits_for_them(
+    tmp_path: Path, files: list[FileRecord], stream: SlowStream
+) -> None:
+    small = write(tmp_path, "config.json", 100, MB)
+    reading = start(tmp_path, [small, *files], MB, ring_bytes=4 * MB)
+    transfer(reading, stream, frozenset(stream.received))
+    assert reading.wait("config.json") == (tmp_path / "config.json").read_bytes()
+    assert "config.json" not in stream.received
+    reading.close()
+
+
+@pytest.mark.parametrize("stream", [0.01], indirect=True)
+def test_a_wrong_block_stops_it_after_the_copies_under_way(
+    tmp_path: Path, files: list[FileRecord], stream: SlowStream
+) -> None:
+    with (tmp_path / files[1].path).open("r+b") as file:
+        file.seek(5 * MB)
+        file.write(os.urandom(10))
+    reading = start(tmp_path, files, MB, ring_bytes=4 * MB)
+    with pytest.raises(DigestMismatch, match=files[1].path):
+        transfer(reading, stream, frozenset(stream.received))
+    assert stream.copied == stream.asked
+    assert not stream.pinned
+    reading.close()
+
+
+@pytest.mark.parametrize("stream", [0.0], indirect=True)
+def test_a_reading_that_is_closed_ends_it(tmp_path: Path, files: list[FileRecord], stream: SlowStream) -> None:
+    reading = Reading(ring_bytes=4 * MB)
+    reading.add(tmp_path, files, block_bytes=MB)  # and never `no_more`
+    threading.Timer(0.2, reading.close).start()
+    with pytest.raises(OSError, match="closed"):
+        transfer(reading, stream, frozenset(stream.received))
