@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from modelstore.errors import ModelStoreError
 from modelstore.settings import Settings
-from modelstore.warmstart import begin
+from modelstore.warmstart import begin, without_collecting
+
+if TYPE_CHECKING:
+    from handler.engines import Engine
 
 logger = logging.getLogger("handler")
 
@@ -21,25 +26,32 @@ logger = logging.getLogger("handler")
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
-        begun = begin(Settings.from_env())
-        with begun.timeline.span("import"):
-            from handler.engines.text import TextEngine
-            from handler.worker import serve
-
-        def import_sdk() -> None:
-            with begun.timeline.span("import"):
-                import runpod  # noqa: F401  last, because nothing before needs it
-
-        engine = begun.load(partial(TextEngine.load, meanwhile=import_sdk))
+        with without_collecting():
+            engine, serve = start()
     except ModelStoreError as error:
         return _failed(f"{type(error).__name__}: {error}", error.exit_code)
     except Exception as error:
         logger.exception("the start failed")
         return _failed(f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}", 1)
-    begun.timeline.mark("ready")
-    print(begun.timeline.log_line(), file=sys.stderr, flush=True)
     serve(engine)
     return 0
+
+
+def start() -> tuple[Engine, Callable[[Engine], None]]:
+    """The loaded engine, and what serves it; logs the timeline."""
+    begun = begin(Settings.from_env())
+    with begun.timeline.span("import"):
+        from handler.engines.text import TextEngine
+        from handler.worker import serve
+
+    def import_sdk() -> None:
+        with begun.timeline.span("import"):
+            import runpod  # noqa: F401  last, because nothing before needs it
+
+    engine = begun.load(partial(TextEngine.load, meanwhile=import_sdk))
+    begun.timeline.mark("ready")
+    print(begun.timeline.log_line(), file=sys.stderr, flush=True)
+    return engine, serve
 
 
 def _failed(reason: str, code: int) -> int:

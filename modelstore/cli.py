@@ -22,6 +22,7 @@ from modelstore.console import (
     observer_of,
     print_collected,
     print_list,
+    print_measured,
     print_seeded,
     print_snapshot,
     print_verified,
@@ -147,31 +148,65 @@ def warm(
     """Start as a worker would, up to the model in memory, and print the timeline."""
     context = Context(root, as_json, quiet, debug)
     with errors(context):
-        from modelstore.warmstart import begin
+        from modelstore.warmstart import begin, without_collecting
 
         changes: dict[str, Any] = {"model": parse_reference(reference, revision=revision)}
         if dtype is not None:
             changes["dtype"] = parse_dtype("--dtype", dtype)
         store = context.store(**changes)
-        with observer_of(context) as observer:
-            begun = begin(store.settings, observer=observer)
-        with begun.timeline.span("import"):
-            try:
-                from modelstore.loader import load_model
-            except ModuleNotFoundError as error:
-                raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[worker]'") from error
-        begun.load(
-            lambda b: load_model(
-                b.snapshot,
-                device,
-                reading=b.reading,
-                timeline=b.timeline,
-                trust_remote_code=b.settings.trust_remote_code,
+        with without_collecting():
+            with observer_of(context) as observer:
+                begun = begin(store.settings, observer=observer)
+            with begun.timeline.span("import"):
+                try:
+                    from modelstore.loader import load_model
+                except ModuleNotFoundError as error:
+                    raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[worker]'") from error
+            begun.load(
+                lambda b: load_model(
+                    b.snapshot,
+                    device,
+                    reading=b.reading,
+                    timeline=b.timeline,
+                    trust_remote_code=b.settings.trust_remote_code,
+                )
             )
-        )
         begun.timeline.mark("ready")
         begun.in_use.end()
     context.print(begun.timeline.as_json(), lambda console: console.print(begun.timeline.waterfall()))
+
+
+@app.command("bench")
+def bench_volume(
+    size: Annotated[str, typer.Option("--size", help="Of the model, in 16 bits; seven times that is needed.")] = "1GB",
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Of each contender, in turn.")] = 5,
+    device: Annotated[str | None, typer.Option("--device", help="cuda or cpu; cuda where there is one.")] = None,
+    folder: Annotated[Path | None, typer.Option("--folder", help="On the volume to measure; beside the store.")] = None,
+    root: _ROOT = None,
+    as_json: _JSON = False,
+    quiet: _QUIET = False,
+    debug: _DEBUG = False,
+) -> None:
+    """Measure loading and starting from a volume: ours, the others', and the physical floor."""
+    context = Context(root, as_json, quiet, debug)
+    with errors(context):
+        size_bytes = parse_size("--size", size)
+        place = folder or context.store().settings.root.parent
+        try:
+            from modelstore.bench import bench_volume, environment
+            from modelstore.tensors import usable_device
+        except ModuleNotFoundError as error:
+            raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[worker,bench]'") from error
+        target = str(usable_device(device))
+        results = bench_volume(place, size_bytes=size_bytes, runs=runs, device=target, report=context.report)
+        record = {
+            "environment": environment(place),
+            "bytes": size_bytes,
+            "runs": runs,
+            "device": target,
+            "results": {name: [row.as_json() for row in rows] for name, rows in results.items()},
+        }
+    context.print(record, lambda console: print_measured(console, record))
 
 
 @app.command("ls")

@@ -46,6 +46,11 @@ class Context:
         elif not self.quiet:
             text(Console(highlight=False, markup=False, soft_wrap=True))
 
+    def report(self, line: str) -> None:
+        """How far a long command is, on stderr."""
+        if not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
     def confirm(self, question: str, *, yes: bool) -> None:
         """Raise Refused unless the person said yes, by the option or on a terminal."""
         if not yes and not (sys.stdin.isatty() and typer.confirm(f"{question}?", err=True)):
@@ -166,6 +171,20 @@ def print_collected(console: Console, record: Mapping[str, Any]) -> None:
             f"last used {item['idle_s'] / 3600:.1f} h ago"
         )
     console.print(f"{verb} {record['bytes'] / 1e9:.2f} GB")
+
+
+def print_measured(console: Console, record: Mapping[str, Any]) -> None:
+    console.print(f"{record['environment']}; {record['bytes'] / 1e9:g} GB, {record['device']}, {record['runs']} runs")
+    for name, rows in record["results"].items():
+        table = Table("", "median s", "min", "max", "GB/s", "peak GB", title=name, title_justify="left")
+        for row in rows:
+            if row["missing"]:
+                table.add_row(row["label"], f"not measured: {row['missing']}")
+                continue
+            seconds = [f"{row[key]:.2f}" for key in ("median_s", "min_s", "max_s")]
+            rate = f"{record['bytes'] / row['median_s'] / 1e9:.2f}"
+            table.add_row(row["label"], *seconds, rate, f"{row['peak_bytes'] / 1e9:.2f}" if row["peak_bytes"] else "")
+        console.print(table)
 
 
 def print_verified(console: Console, records: list[dict[str, Any]]) -> None:

@@ -95,7 +95,7 @@ def load_model(
         if ours:
             reading.close()
         raise
-    reading.close()
+    reading.close(wait=False)
     return model
 
 

@@ -215,29 +215,32 @@ class Reading:
             return DigestMismatch(f"{self._files[0].folder} cannot be read ({error.strerror}): check the volume")
         return None
 
-    def close(self) -> None:
-        """Stop reading, if it still goes on, and close the files. The memory stays with its views."""
+    def close(self, *, wait: bool = True) -> None:
+        """Stop reading, if it still goes on, and close the files. The memory stays with its views.
+
+        `wait`: return when the readers have ended; without it those that have done their work do so by themselves.
+        """
         with self._changed:
-            if self.ended is None and self._error is None:
+            if not self.over:
                 self._error = OSError(0, "the reading was closed")
             self._changed.notify_all()
-        if self._threads is not None:
-            self._threads.stop()
-        self.join()
-
-    def join(self) -> None:
-        """Return when the readers have ended and the files are closed."""
         threads, process = self._threads, self._process
         self._threads = self._process = None  # they know this object, and would keep its memory
         if threads is not None:
-            threads.join()
-        if process is not None:
-            process.end()
+            threads.stop()
+        if wait:
+            self._join(threads, process)
         with self._changed:
             for opened in self._files:
                 if opened.fd >= 0:
                     os.close(opened.fd)
                     opened.fd = -1
+
+    def _join(self, threads: blocks.BlockReader | None, process: _Process | None) -> None:
+        if threads is not None:
+            threads.join()
+        if process is not None:
+            process.end()
 
     def _opened(self, path: str) -> _Opened:
         return next(opened for opened in self._files if opened.record.path == path)

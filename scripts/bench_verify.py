@@ -68,7 +68,7 @@ def load_s(snapshot: Snapshot, *, verify: bool, cold: bool) -> float:
     reading = start_reading(snapshot, verify=verify)
     load_tensors(snapshot, "cpu", reading=reading)
     took_s = time.monotonic() - began
-    reading.join()
+    reading.close()
     return took_s
 
 

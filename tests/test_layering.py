@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "modelstore"
 ORDER = [
     "errors", "timeline", "reference", "layout", "settings", "manifest", "durable", "claim", "observer", "sources",
     "wire", "hub", "checksums", "partial", "download", "header", "convert", "selection", "catalog", "pins", "evict", "space", "unpickle",
-    "finished", "fill", "verify", "store", "gc", "blocks", "reader", "transfer", "tensors", "loader", "gpu", "warmstart", "console", "cli",
+    "finished", "fill", "verify", "store", "gc", "blocks", "reader", "transfer", "tensors", "loader", "gpu", "warmstart", "contenders", "bench", "console", "cli",
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "runpod", "accelerate"}
 
@@ -40,8 +40,11 @@ def test_a_file_imports_only_from_lines_above_its_own(name: str) -> None:
 
 
 def test_only_tensors_and_the_loader_import_torch_and_transformers() -> None:
-    # unpickle.py is a process of its own: nothing that imports it imports torch.
-    allowed = {"tensors": {"torch"}, "loader": {"torch", "transformers", "accelerate"}, "unpickle": {"torch"}}
+    # unpickle.py and contenders.py are processes of their own: nothing that imports them imports torch.
+    allowed = {
+        "tensors": {"torch"}, "loader": {"torch", "transformers", "accelerate"},
+        "unpickle": {"torch"}, "contenders": {"torch", "transformers", "runpod"},
+    }  # fmt: skip
     for path in PACKAGE.glob("*.py"):
         heavy = {module.split(".")[0] for module in imports_of(path)} & HEAVY
         assert heavy <= allowed.get(path.stem, set()), f"{path.stem} imports {sorted(heavy)}"

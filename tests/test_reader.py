@@ -82,7 +82,7 @@ def test_files_may_be_added_while_others_are_read(tmp_path: Path, beside: bool) 
         assert reading.ended is None
     reading.no_more()
     reading.wait_all()
-    reading.join()
+    reading.close()
 
 
 @pytest.mark.parametrize("size", [8 * MB, 8 * MB + 4097, 5 * MB - 1])
