@@ -2,9 +2,9 @@
 
     python -m modelstore.contenders NAME DEVICE FOLDER
 
-`load_*` load the weights in FOLDER to the point where every byte has been looked at, once all imports are done; `start_*`
-do what a worker does from its first line to its first answer. What is printed is one line of JSON: `seconds`, of the
-load alone or since the process began, `peak_bytes` of host memory, and what the way adds.
+`load_*` load the weights in FOLDER to the point where every page has been looked at, once all imports are done;
+`start_*` do what a worker does from its first line to its first answer. What is printed is one line of JSON: `seconds`,
+of the load alone or since the process began, `peak_bytes` of host memory, and what the way adds.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -283,7 +284,7 @@ def _weights(folder: Path) -> list[Path]:
 
 def _local_copy(folder: Path) -> Path:
     """Where the container's own copy lies: the system's disk."""
-    return Path("/var/tmp/modelstore-bench", folder.name)
+    return Path(tempfile.gettempdir(), "modelstore-bench", folder.name)
 
 
 def _peak_bytes() -> int:

@@ -279,13 +279,13 @@ class Reading:
         return self.ended is not None or self._error is not None
 
     def _memory(self, size_bytes: int) -> tuple[memoryview, int | None]:
-        """Zeroed memory on huge pages, as long as the file and a little more; with a descriptor where it is shared."""
-        length = max(blocks.rounded(size_bytes, blocks.HUGE if size_bytes >= blocks.HUGE else blocks.ALIGNMENT), 1)
+        """Memory as long as the file and a little more; with a descriptor where it is shared."""
+        length = max(blocks.rounded(size_bytes), 1)
         if self._process is None:
-            return memoryview(blocks.huge_pages(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE))), None
+            return memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE)), None
         fd = os.memfd_create("modelstore", os.MFD_CLOEXEC)
         os.ftruncate(fd, length)
-        return memoryview(blocks.huge_pages(mmap.mmap(fd, length))), fd
+        return memoryview(mmap.mmap(fd, length)), fd
 
     def _make_ring(self, slot_bytes: int) -> None:
         self._slot_bytes = slot_bytes

@@ -165,7 +165,9 @@ def main() -> None:
     parser.add_argument("--start", default="1.7GB,4GB", help="sizes for whole starts; empty for none")
     parser.add_argument("--load", default="0.1GB,1GB,4GB", help="sizes for loading alone; empty for none")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path("/var/tmp"), help="where images and checkpoints are made")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where images and checkpoints are made"
+    )
     parser.add_argument("--write", type=Path, help="the document whose section by this script is replaced")
     options = parser.parse_args()
     start_sizes, load_sizes = (

@@ -318,7 +318,7 @@ def rates(pace: Pace, rate_of: dict[int, float], *, seconds: float) -> list[int]
 
 def test_more_reads_at_once_as_long_as_that_is_faster() -> None:
     latency_bound = {1: 25.0, 2: 50.0, 4: 100.0, 8: 200.0, 16: 400.0}
-    assert rates(Pace(), latency_bound, seconds=5) == [4, 8, MOST_AT_ONCE]
+    assert rates(Pace(4), latency_bound, seconds=5) == [4, 8, MOST_AT_ONCE]
     one_disk = dict.fromkeys((1, 2, 4, 8, 16), 300.0)
-    assert rates(Pace(), one_disk, seconds=2) == [4, 8, 4], "it was tried, and taken back"
-    assert rates(Pace(), one_disk, seconds=30).count(8) > 1, "and tried again later"
+    assert rates(Pace(4), one_disk, seconds=2) == [4, 8, 4], "it was tried, and taken back"
+    assert rates(Pace(4), one_disk, seconds=30).count(8) > 1, "and tried again later"
