@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from modelstore.errors import ModelStoreError
 from modelstore.settings import Settings
+from modelstore.timeline import Timeline
 from modelstore.warmstart import begin, without_collecting
 
 if TYPE_CHECKING:
@@ -39,18 +40,30 @@ def main() -> int:
 
 def start() -> tuple[Engine, Callable[[Engine], None]]:
     """The loaded engine, and what serves it; logs the timeline."""
-    begun = begin(Settings.from_env())
-    with begun.timeline.span("import"):
-        from handler.engines.text import TextEngine
-        from handler.worker import serve
+    settings = Settings.from_env()
+    timeline = Timeline(worker=settings.worker_id, model=str(settings.model), dtype=settings.dtype)
+
+    def import_engine() -> None:
+        with timeline.span("import"):
+            import handler.engines.text
+            import handler.worker  # noqa: F401
 
     def import_sdk() -> None:
-        with begun.timeline.span("import"):
+        with timeline.span("import"):
             import runpod  # noqa: F401  last, because nothing before needs it
 
+    def import_all() -> None:
+        import_engine()
+        import_sdk()
+
+    begun = begin(settings, timeline=timeline, meanwhile=import_all)
+    import_engine()
+    from handler.engines.text import TextEngine
+    from handler.worker import serve
+
     engine = begun.load(partial(TextEngine.load, meanwhile=import_sdk))
-    begun.timeline.mark("ready")
-    print(begun.timeline.log_line(), file=sys.stderr, flush=True)
+    timeline.mark("ready")
+    print(timeline.log_line(), file=sys.stderr, flush=True)
     return engine, serve
 
 

@@ -73,8 +73,7 @@ def load_from_pretrained(folder: Path, device: str, **how: Any) -> Loaded:
 
     def load() -> Iterable[Any]:
         placed = {} if device == "cpu" else {"device_map": device}
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, **placed, **how)
-        return model.parameters()
+        return list(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, **placed, **how).parameters())
 
     return _timed(load)
 
@@ -151,8 +150,7 @@ def load_volume_cache(folder: Path, device: str) -> Loaded:
         if not cache.hydrate():
             raise SystemExit("VolumeCache found no mirror")
         placed = {} if device == "cpu" else {"device_map": device}
-        model = AutoModelForCausalLM.from_pretrained(local, dtype=torch.float16, **placed)
-        return model.parameters()
+        return list(AutoModelForCausalLM.from_pretrained(local, dtype=torch.float16, **placed).parameters())
 
     try:
         return _timed(load)

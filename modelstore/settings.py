@@ -50,6 +50,7 @@ FIELDS = (
     Field("MODELSTORE_ALLOWED_MODELS", "", "comma-separated references; any other model is refused"),
     Field("MODELSTORE_ALLOW_PICKLE", "0", "`1`: convert repos that have their weights only as pickles"),
     Field("MODELSTORE_TRUST_REMOTE_CODE", "0", "`1`: store and run a repo's own code, if its commit is named in full"),
+    Field("MODELSTORE_KEEP_PREVIOUS", "0", "`1`: a worker that swaps models keeps the one before in host memory"),
     Field("HF_TOKEN", "", "access token for gated and private repos; never written to the volume or a log"),
     Field("HF_ENDPOINT", HUB, "the Hub's address"),
 )
@@ -75,6 +76,7 @@ class Settings:
     allowed_models: tuple[Reference, ...] = ()
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    keep_previous: bool = False
     hf_token: str | None = field(default=None, repr=False)
     hf_endpoint: str = HUB
     visible_gpus: str | None = None
@@ -108,6 +110,7 @@ class Settings:
             allowed_models=tuple(_reference("MODELSTORE_ALLOWED_MODELS", text, None) for text in allowed if text),
             allow_pickle=_switch(env, "MODELSTORE_ALLOW_PICKLE"),
             trust_remote_code=_switch(env, "MODELSTORE_TRUST_REMOTE_CODE"),
+            keep_previous=_switch(env, "MODELSTORE_KEEP_PREVIOUS"),
             hf_token=_token(env.get("HF_TOKEN", "")),
             hf_endpoint=_endpoint(env.get("HF_ENDPOINT") or HUB),
             visible_gpus=env.get("CUDA_VISIBLE_DEVICES"),

@@ -85,6 +85,17 @@ def check_fits(snapshot: Snapshot, devices: Sequence[torch.device]) -> None:
         )
 
 
+def check_room(model: torch.nn.Module, device: torch.device, *, besides: torch.nn.Module) -> None:
+    """Raise DoesNotFit where a GPU has no room for a model once another one has left it."""
+    needed, leaving = (sum(p.numel() * p.itemsize for p in each.parameters()) for each in (model, besides))
+    free = _free_bytes(device) + leaving
+    if needed > free:
+        raise DoesNotFit(
+            f"the model takes {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB, the one before left out: "
+            "use a larger GPU, or a smaller or quantized model"
+        )
+
+
 def load_tensors(
     snapshot: Snapshot,
     device: str | torch.device | None = None,

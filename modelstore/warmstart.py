@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -35,6 +37,7 @@ T = TypeVar("T")
 
 _LOG_EVERY_S = 5.0
 _LOOKS = 5
+_SWITCH_S = 0.0005  # imports hold the interpreter's lock; a download asks for it a few times for each 256 KiB
 _OUTCOMES: Mapping[Status, tuple[Outcome, str]] = {
     "present": ("hit", "the snapshot was on the volume"),
     "waited": ("waited", "another worker was making the snapshot"),
@@ -129,14 +132,44 @@ def without_collecting() -> Iterator[None]:
         gc.enable()
 
 
-def begin(settings: Settings, *, observer: Observer | None = None) -> Begun:
+@contextmanager
+def _beside(work: Callable[[], None]) -> Iterator[None]:
+    """Run the block with `work` in a thread beside it, to its end; what `work` raises is for whoever does it again."""
+
+    def run() -> None:
+        with suppress(Exception):
+            work()
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_S)
+    thread = threading.Thread(target=run, name="beside", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+        sys.setswitchinterval(before)
+
+
+def begin(
+    settings: Settings,
+    *,
+    observer: Observer | None = None,
+    timeline: Timeline | None = None,
+    to_host: bool = False,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Begun:
     """Make sure that the model is on the volume, and start to read its weights.
 
-    Raises InvalidSetting where no model is set, and whatever `ModelStore.ensure` raises.
+    `timeline`: that of the process by default. `to_host`: into host memory, where there is a GPU, too. `meanwhile`: what
+    will be needed next, such as imports; called in a thread beside a download or a wait, and not at all on a hit.
+
+    Raises InvalidSetting where no model is set, DoesNotFit where the GPUs have no room for it, and whatever
+    `ModelStore.ensure` raises.
     """
     if settings.model is None:
         raise InvalidSetting("MODEL_ID is not set: name the model to serve, as in MODEL_ID=org/name")
-    timeline = Timeline(worker=settings.worker_id, model=str(settings.model), dtype=settings.dtype)
+    timeline = timeline or Timeline(worker=settings.worker_id, model=str(settings.model), dtype=settings.dtype)
     settings.check_allowed(settings.model)
     observer = observer or LogObserver()
     layout = Layout(settings.root)
@@ -148,7 +181,8 @@ def begin(settings: Settings, *, observer: Observer | None = None) -> Begun:
             from modelstore.store import ModelStore  # its imports (numpy, HTTP) are for a miss alone
 
             store = ModelStore(settings.root, settings=settings)
-            snapshot = store.ensure(settings.model, timeline=timeline, observer=observer)
+            with _beside(meanwhile):
+                snapshot = store.ensure(settings.model, timeline=timeline, observer=observer)
         if mark is None or mark.key != snapshot.key:
             if mark is not None:
                 mark.end()
@@ -157,7 +191,7 @@ def begin(settings: Settings, *, observer: Observer | None = None) -> Begun:
             if wait_while_evicting(layout, snapshot.key):
                 continue
         try:
-            ring_bytes = _ring_bytes(settings, snapshot)
+            ring_bytes = 0 if to_host else _ring_bytes(settings, snapshot)
             reading = start_reading(snapshot, beside=True, ring_bytes=ring_bytes)
             break
         except SnapshotNotFound:  # evicted between the look and the open

@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import threading
+import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -221,3 +222,23 @@ def test_a_chunk_that_the_volume_has_lost_is_mended_like_a_flipped_bit(
     assert begun.load(load)
     assert begun.snapshot.inode != model.inode
     assert hub.served.bytes["model.safetensors"]
+
+
+def test_what_is_needed_next_is_done_beside_a_download_and_not_at_a_hit(hub: Hub, store: ModelStore) -> None:
+    write_model(hub.folder / "org" / "name", seed=1)
+    seen: list[int] = []
+
+    def work() -> None:
+        until = time.monotonic() + 20
+        while not hub.served.total_bytes and time.monotonic() < until:
+            time.sleep(0.01)
+        seen.append(hub.served.total_bytes)
+        raise ImportError("no module named so")
+
+    begun = begin(settings_of(store), meanwhile=work)
+    assert begun.timeline.outcome == "downloaded"
+    assert len(seen) == 1
+    assert seen[0] > 0, "it ran while the bytes came"
+    assert load(begun)
+    begin(settings_of(store), meanwhile=work).reading.close()
+    assert len(seen) == 1

@@ -10,6 +10,7 @@ import pytest
 
 from handler.jobs import Code, Completion, JobError, TextRequest
 from handler.worker import answer, make_handler
+from modelstore.timeline import Timeline
 
 JOB = {"id": "1", "input": {"prompt": "hi"}}
 
@@ -34,6 +35,9 @@ class Engine:
         if self.error is not None:
             raise self.error
         return Completion(f"{request.prompt} there", 2)
+
+    def swap(self, reference: str) -> Timeline:
+        raise NotImplementedError
 
     def free_memory(self) -> None:
         self.freed += 1

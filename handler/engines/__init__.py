@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from handler.jobs import Completion, TextRequest
+from modelstore.timeline import Timeline
 
 
 class Engine(Protocol):
@@ -16,6 +17,9 @@ class Engine(Protocol):
 
     def generate(self, request: TextRequest) -> Completion:
         """Answer one request. Raises JobError for what the sender can mend; called from one thread at a time."""
+
+    def swap(self, reference: str) -> Timeline:
+        """Serve another model from now on; returns the record of its start. The current one answers meanwhile."""
 
     def free_memory(self) -> None:
         """Give back what a failed request held; called after an out-of-memory error."""
