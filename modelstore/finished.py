@@ -50,14 +50,11 @@ class FinishedFiles:
         durable.remove_tree(self._staging.journal(file.path))
 
     def _here(self, file: SourceFile) -> FileRecord | None:
-        try:
-            data = json.loads(durable.read_file(self._staging.done_file(file.path)))
-            record = parse_file_record(data["record"], BLOCK_BYTES)
-            intact = record.path == stored_path(file.path) and data["digest"] == digest_of(data["record"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        record = finished_record(self._staging.done_file(file.path))
+        if record is None or record.path != stored_path(file.path):
             return None
         before = record.original
-        if not intact or before.size_bytes != file.size_bytes or file.sha256 not in (None, before.sha256):
+        if before.size_bytes != file.size_bytes or file.sha256 not in (None, before.sha256):
             return None
         return record if has_blocks(self._staging.snapshot_file(record.path), record) else None
 
@@ -95,6 +92,16 @@ class FinishedFiles:
     def _write(self, file: SourceFile, record: FileRecord) -> None:
         data = {"record": file_as_json(record), "digest": digest_of(file_as_json(record))}
         durable.write_atomic(self._staging.done_file(file.path), json.dumps(data, separators=(",", ":")).encode())
+
+
+def finished_record(path: Path) -> FileRecord | None:
+    """The record of a finished file, from its file under `done/`; None where that is not whole."""
+    try:
+        data = json.loads(durable.read_file(path))
+        record = parse_file_record(data["record"], BLOCK_BYTES)
+        return record if data["digest"] == digest_of(data["record"]) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _linked(path: Path, target: Path) -> bool:

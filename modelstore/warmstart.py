@@ -161,8 +161,8 @@ def begin(
 ) -> Begun:
     """Make sure that the model is on the volume, and start to read its weights.
 
-    `timeline`: that of the process by default. `to_host`: into host memory, where there is a GPU, too. `meanwhile`: what
-    will be needed next, such as imports; called in a thread beside a download or a wait, and not at all on a hit.
+    `timeline`: that of the process by default. `to_host`: into host memory, where there is a GPU, too. `meanwhile`:
+    what will be needed next, such as imports; called in a thread beside a download or a wait, not at all on a hit.
 
     Raises InvalidSetting where no model is set, DoesNotFit where the GPUs have no room for it, and whatever
     `ModelStore.ensure` raises.
@@ -174,25 +174,26 @@ def begin(
     observer = observer or LogObserver()
     layout = Layout(settings.root)
     mark: InUse | None = None
+    reading: Reading | None = None
     for attempt in range(_LOOKS):
         with timeline.span("lookup"):
             snapshot = Catalog(layout).find(settings.model, settings.dtype)
         if snapshot is None:
-            from modelstore.store import ModelStore  # its imports (numpy, HTTP) are for a miss alone
-
-            store = ModelStore(settings.root, settings=settings)
             with _beside(meanwhile):
-                snapshot = store.ensure(settings.model, timeline=timeline, observer=observer)
+                snapshot, reading = _made(settings, observer, timeline, to_host=to_host)
         if mark is None or mark.key != snapshot.key:
             if mark is not None:
                 mark.end()
             mark = InUse(layout, snapshot.key, settings.worker_id)
             # A mark that stood before an eviction was announced is seen by it: only a new one has to look.
             if wait_while_evicting(layout, snapshot.key):
+                if reading is not None:
+                    reading.close()
+                    reading = None
                 continue
         try:
             ring_bytes = 0 if to_host else _ring_bytes(settings, snapshot)
-            reading = start_reading(snapshot, beside=True, ring_bytes=ring_bytes)
+            reading = reading or start_reading(snapshot, beside=True, ring_bytes=ring_bytes)
             break
         except SnapshotNotFound:  # evicted between the look and the open
             if attempt + 1 == _LOOKS:
@@ -204,14 +205,37 @@ def begin(
     return Begun(settings, snapshot, reading, mark, timeline, observer, ring_bytes)
 
 
-def _ring_bytes(settings: Settings, snapshot: Snapshot) -> int:
+def _made(
+    settings: Settings, observer: Observer, timeline: Timeline, *, to_host: bool
+) -> tuple[Snapshot, Reading | None]:
+    """The snapshot, made here or waited for; what of it could be read meanwhile is on its way."""
+    from modelstore.follow import Following
+    from modelstore.store import ModelStore  # its imports (numpy, HTTP) are for a miss alone
+
+    def start() -> Reading:
+        return Reading(beside=True, ring_bytes=0 if to_host else _ring_bytes(settings))
+
+    assert settings.model is not None
+    store = ModelStore(settings.root, settings=settings)
+    following = Following(store.layout, observer, start)
+    try:
+        snapshot = store.ensure(settings.model, timeline=timeline, observer=following)
+        if not to_host:
+            _ring_bytes(settings, snapshot)  # whether it fits is known only now
+        return snapshot, following.finish(snapshot)
+    except BaseException:
+        following.give_up()
+        raise
+
+
+def _ring_bytes(settings: Settings, snapshot: Snapshot | None = None) -> int:
     """How much host memory the weights pass through on their way to a GPU; 0 where there is none, and they stay.
 
     Raises DoesNotFit where the GPUs have no room for them: before anything is read.
     """
     free = gpu.free_bytes(settings.visible_gpus)
-    if free is None:
-        return 0
+    if free is None or snapshot is None:
+        return 0 if free is None else RING_BYTES
     needed = sum(file.size_bytes for file in snapshot.weights)
     if needed > sum(free):
         raise DoesNotFit(

@@ -41,6 +41,7 @@ class Faults:
     tree_page: int = 1000
     metadata_delay_s: float = 0.0
     silent: set[str] = field(default_factory=set)  # parts of addresses that are never answered
+    held: dict[str, threading.Event] = field(default_factory=dict)
     bytes_per_s: float = 0.0  # over all connections together
     extra_names: list[str] = field(default_factory=list)  # listed in the tree as they are
 
@@ -301,6 +302,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, path: Path, start: int, end: int) -> None:
         hub = self.server.hub
         self.wfile.flush()
+        if path.name in hub.faults.held:
+            hub.faults.held[path.name].wait(60)
         with path.open("rb") as file:
             while start < end:
                 rate = hub.faults.bytes_per_s

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "modelstore"
 ORDER = [
     "errors", "timeline", "reference", "layout", "settings", "manifest", "durable", "claim", "observer", "sources",
     "wire", "hub", "checksums", "partial", "download", "header", "convert", "selection", "catalog", "pins", "evict", "space", "unpickle",
-    "finished", "fill", "verify", "store", "gc", "blocks", "reader", "transfer", "tensors", "loader", "gpu", "warmstart", "contenders", "bench", "console", "cli",
+    "finished", "fill", "verify", "store", "gc", "blocks", "reader", "follow", "transfer", "tensors", "loader", "gpu", "warmstart", "contenders", "bench", "console", "cli",
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "runpod", "accelerate"}
 
