@@ -27,6 +27,7 @@ CONNECTIONS = 8
 _MIN_SPAN_BYTES = 1 << 20
 _MAX_SPAN_BYTES = 64 << 20
 _ATTEMPTS = 6
+_LOOK_AGAIN_S = 0.05
 _FIRST_CONNECTIONS = 2
 _RAMP_S = 0.2
 _FAST_BYTES_PER_S = 150e6
@@ -82,13 +83,15 @@ class Download:
         self._connections = connections
         self._sleep = sleep
 
-    def fetch(self, files: Iterable[SourceFile], on_file: OnFile) -> None:
-        """Fetch `files`, in this order as far as parallel ranges allow.
+    def fetch(
+        self, files: Iterable[SourceFile], on_file: OnFile, *, may_begin: Callable[[SourceFile], bool] = lambda _: True
+    ) -> None:
+        """Fetch `files`, in this order as far as parallel ranges allow; `may_begin` is asked before each, until it may.
 
         `on_file` gets each file once its digests were checked, from the thread that finished it. The first error, its
         or ours, stops the download; what has arrived stays for a resume.
         """
-        queue = _SpanQueue(list(files), self._connections)
+        queue = _SpanQueue(list(files), self._connections, may_begin)
         with ThreadPoolExecutor(self._connections, thread_name_prefix="fetch") as pool:
             workers = [pool.submit(self._work, queue, on_file, number) for number in range(self._connections)]
             try:
@@ -221,8 +224,11 @@ class _Span:
 class _SpanQueue:
     """Hands out spans in file order to many threads, and knows when a file's last one is done."""
 
-    def __init__(self, files: list[SourceFile], connections: int) -> None:
+    def __init__(
+        self, files: list[SourceFile], connections: int, may_begin: Callable[[SourceFile], bool] = lambda _: True
+    ) -> None:
         self._files = deque(files)
+        self._may_begin = may_begin
         share = sum(file.size_bytes for file in files) // (connections * 4)
         self._span_granules = max(_MIN_SPAN_BYTES, min(_MAX_SPAN_BYTES, share)) // GRANULE_BYTES
         self._spans: deque[_Span] = deque()
@@ -241,9 +247,11 @@ class _SpanQueue:
                     return None
                 # A fresh file opens in no time: waiting for its spans keeps the download in file order. One with much
                 # to compare takes long, and another thread goes on with the next file.
-                if self._files and (not self._opening or not self._changed.wait(0.05)):
-                    break
-                if not self._files:
+                if self._files and not (self._opening and self._changed.wait(_LOOK_AGAIN_S)):
+                    if not self._spans and self._files and self._may_begin(self._files[0]):
+                        break
+                    self._changed.wait(_LOOK_AGAIN_S)
+                elif not self._files:
                     self._changed.wait(0.5)
             if self._spans:
                 span = self._spans.popleft()

@@ -67,6 +67,38 @@ class Filled:
     network: int
 
 
+class Peak:
+    """Keeps what a fill takes on the volume at `limit`: all that will be stored, and once the largest original.
+
+    `sizes`: by file, in bytes, what is stored of it and what it takes beside that while it is in work.
+    """
+
+    def __init__(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        self.limit = sum(stored for stored, _ in sizes.values()) + max(
+            (beside for _, beside in sizes.values()), default=0
+        )
+        self._sizes = sizes
+        self._taken = 0
+        self._in_work: set[str] = set()
+        self._lock = threading.Lock()
+
+    def begin(self, path: str) -> bool:
+        """Count a file as in work; False where it has to wait for another one's end."""
+        taken = sum(self._sizes[path])
+        with self._lock:
+            if self._in_work and self._taken + taken > self.limit:
+                return False
+            self._in_work.add(path)
+            self._taken += taken
+            return True
+
+    def end(self, path: str) -> None:
+        """The file is stored, and nothing else of it is left."""
+        with self._lock:
+            self._in_work.discard(path)
+            self._taken -= self._sizes[path][1]
+
+
 class Fill:
     """Fills one snapshot under one claim. Use once."""
 
@@ -118,6 +150,7 @@ class Fill:
         self._stopping = False
         self._damaged = damaged
         self._finished = FinishedFiles(self._staging, self._inherited, damaged)
+        self._peak = Peak({})
         self._headers: dict[str, Header] = {}
         self._policies: dict[str, StoragePolicy] = {}
         self._configs: dict[str, Mapping[str, Any]] = {}
@@ -232,18 +265,8 @@ class Fill:
 
     def _reserve(self, selection: Selection) -> None:
         """Find out what the snapshot and its staging take at their peak, and make sure that the volume has it."""
-        self._needed = sum(file.size_bytes for file in selection.small)
-        converted = []
-        for file in selection.weights:
-            ratio = self._stored_ratio(_folder_of(file.path), selection)
-            if is_pickle(file.path):  # it lies there once more, as safetensors, before it is converted
-                converted.append(file.size_bytes)
-                ratio = ratio or 1.0
-            self._needed += int(file.size_bytes * (ratio or 1))
-            converted += [file.size_bytes] if ratio else []
-        # Originals that are being fetched, wait for their conversion, or are in it.
-        at_once = _CONVERSIONS + _WAITING_CONVERSIONS + 1
-        self._needed += sum(sorted(converted, reverse=True)[:at_once])
+        self._peak = Peak({file.path: self._sizes(file, selection) for file in selection.weights})
+        self._needed = sum(file.size_bytes for file in selection.small) + self._peak.limit
         if self._damaged is not None and self._settings.quota_bytes is not None:
             self._drop_what_is_wrong(self._damaged)  # a quota has no room for bytes that are of no use
         self._space.reserve(
@@ -253,6 +276,14 @@ class Fill:
             present_bytes=self._present_bytes(),
             damaged=self._damaged.path if self._damaged is not None else None,
         )
+
+    def _sizes(self, file: SourceFile, selection: Selection) -> tuple[int, int]:
+        """What a weights file takes once it is stored, and what it takes beside that while it is in work."""
+        ratio = self._stored_ratio(_folder_of(file.path), selection)
+        beside = file.size_bytes if ratio else 0
+        if is_pickle(file.path):  # it lies there once more, as safetensors, before it is converted
+            beside, ratio = 2 * file.size_bytes, ratio or 1.0
+        return int(file.size_bytes * (ratio or 1)), beside
 
     def _present_bytes(self) -> int:
         return sum(durable.tree_blocks(staging.folder) for staging in (self._staging, *self._inherited))
@@ -275,22 +306,33 @@ class Fill:
 
     def _fetch_weights(self, selection: Selection) -> None:
         left = self._left(selection.weights)
+        for file in {*selection.weights} - {*left}:
+            self._peak.begin(file.path)
+            self._peak.end(file.path)
         workers = _CONVERSIONS
         room = threading.BoundedSemaphore(workers + _WAITING_CONVERSIONS)
         jobs: list[Future[None]] = []
         with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
 
-            def on_file(file: SourceFile, path: Path, digests: Digests) -> None:
-                room.acquire()
+            def check() -> None:
                 for job in jobs:
                     if job.done():
                         job.result()  # a conversion that failed stops the download
+
+            def may_begin(file: SourceFile) -> bool:
+                self._guard()
+                check()
+                return self._peak.begin(file.path)
+
+            def on_file(file: SourceFile, path: Path, digests: Digests) -> None:
+                room.acquire()
+                check()
                 job = pool.submit(self._store_weights, file, path, digests)
                 job.add_done_callback(lambda _job: room.release())
                 jobs.append(job)
 
             try:
-                self._download.fetch(left, on_file)
+                self._download.fetch(left, on_file, may_begin=may_begin)
             except BaseException:
                 self._stopping = True  # conversions end at their next chunk, or Ctrl-C would wait for them
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -366,6 +408,7 @@ class Fill:
         self._finished.add(file, record)
         if path != self._staging.source_file(file.path):
             durable.remove_file(path)
+        self._peak.end(file.path)
 
     def _unpickled(self, file: SourceFile, path: Path) -> Path:
         """The tensors of a verified pickle as safetensors beside it."""

@@ -163,7 +163,7 @@ def test_a_model_that_would_fit_keeps_what_it_has_for_a_resume(hub: Hub, make_st
         store.ensure("org/name")
     hub.faults.status.clear()
     (other,) = seeded(hub, make_store(), "other")
-    full = make_store(quota_bytes=2_000_000)
+    full = make_store(quota_bytes=1_500_000)
     hub.served.reset()
     with pytest.raises(NoSpace):
         full.ensure("org/name")

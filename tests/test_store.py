@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import statistics
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from modelstore.durable import tree_blocks
 from modelstore.errors import (
     AccessDenied,
     BadSafetensors,
@@ -35,6 +38,7 @@ from modelstore.errors import (
     UnsafeName,
     WaitTimeout,
 )
+from modelstore.fill import Peak
 from modelstore.layout import SnapshotKey
 from modelstore.manifest import parse_manifest
 from modelstore.observer import Observer
@@ -174,6 +178,55 @@ def test_a_shard_is_converted_while_the_next_one_is_downloaded(hub: Hub, store: 
     spans = {span.name: span for span in timeline.spans}
     assert spans["convert"].start < spans["download"].end - 0.1
     assert spans["convert"].end < spans["download"].end + 0.1
+
+
+def test_a_download_takes_at_most_one_original_more_than_what_is_stored(hub: Hub, store: ModelStore) -> None:
+    tensors = random_tensors(24, (512, 512))
+    folder = write_repo(hub.folder / "org" / "name", tensors, shards=8)
+    shard = max(path.stat().st_size for path in folder.glob("*.safetensors"))
+    stored = sum(tensor.nbytes // 2 for tensor in tensors.values())
+    taken: list[int] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            with suppress(FileNotFoundError):  # it changes while we look
+                taken.append(tree_blocks(store.layout.root))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    store.ensure("org/name")
+    over.set()
+    watching.join()
+    assert max(taken) > shard, "it was seen at work"
+    assert max(taken) <= stored + shard + 500_000, "and the small files, records and journals"
+
+
+def test_many_shards_may_be_in_work_at_first_and_one_at_the_end() -> None:
+    peak = Peak(dict.fromkeys("abcde", (2, 4)))
+    assert peak.limit == 14
+    assert [peak.begin(name) for name in "abc"] == [True, True, False]
+    peak.end("a")
+    assert peak.begin("c")
+    assert not peak.begin("d")
+    peak.end("b")
+    assert not peak.begin("d")
+    peak.end("c")
+    assert peak.begin("d")
+    assert not peak.begin("e")
+    peak.end("d")
+    assert peak.begin("e")
+    unchanged = Peak(dict.fromkeys("abc", (5, 0)))
+    assert all(unchanged.begin(name) for name in "abc"), "what is stored as it comes waits for nothing"
+
+
+def test_a_conversion_that_fails_ends_the_download_of_those_that_wait_for_it(hub: Hub, store: ModelStore) -> None:
+    tensors = random_tensors(8) | {"layers.0.weight": np.full((256, 256), 1e6, np.float32)}
+    write_repo(hub.folder / "org" / "name", tensors, shards=8)
+    began = time.monotonic()
+    with pytest.raises(Float16Overflow):
+        store.ensure("org/name")
+    assert time.monotonic() - began < 10
 
 
 def test_a_16_bit_checkpoint_is_stored_byte_for_byte(hub: Hub, store: ModelStore) -> None:

@@ -62,7 +62,10 @@ CHANGES = {"os.mkdir", "os.rename", "os.utime", "os.remove", "os.rmdir", "os.lin
 def watch(event, arguments):
     if event == "open" and str(arguments[0]).startswith(root) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
         attempts.append((event, arguments))
-    if event in CHANGES and (str(arguments[0]).startswith(root) or isinstance(arguments[0], int)):
+    what = arguments[0]
+    if event in CHANGES and (str(what).startswith(root) or isinstance(what, int)):
+        if isinstance(what, int) and os.readlink(f"/proc/self/fd/{what}").startswith("/memfd:"):
+            return  # memory, on no volume
         attempts.append((event, arguments))
 from dataclasses import replace
 from modelstore import ModelStore
