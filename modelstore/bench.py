@@ -92,12 +92,14 @@ class Contender:
     missing: str = ""
 
 
-def race(contenders: Iterable[Contender], runs: int, report: Callable[[str], None]) -> list[Measured]:
-    """Run them in turn, `runs` times each, after one round that does not count. One that fails is left out from then
+def race(
+    contenders: Iterable[Contender], runs: int, report: Callable[[str], None], *, warm_up: bool = True
+) -> list[Measured]:
+    """Run them in turn, `runs` times each, with `warm_up` after one round that does not count. One that fails is left out from then
     on, with the reason; Raises ModelStoreError where a floor fails."""
     running = list(contenders)
     results = [Measured(contender.label, missing=contender.missing) for contender in running]
-    for number in range(runs + 1):
+    for number in range(0 if warm_up else 1, runs + 1):
         for contender, result in zip(running, results, strict=True):
             if result.missing:
                 continue

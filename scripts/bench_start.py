@@ -63,7 +63,9 @@ def starts(folder: Path, size: int, runs: int) -> tuple[list[str], dict[str, lis
             contenders = start_contenders(
                 volume.mount / "modelstore", checkpoints, device="cpu", prefix=volume.prefix(rate)
             )
-            results = race(contenders, runs, report)
+            if not drawn:  # the libraries are in the page cache from then on
+                contenders[1].run()
+            results = race(contenders, runs, report, warm_up=False)
             drawn[f"{stored / 1e9:.1f} GB in 16 bits, {name}"] = results
             lines += [f"**Start, {stored / 1e9:.2f} GB stored in float16, a volume of {name}**", ""]
             lines += table(results, stored, floors=2)
