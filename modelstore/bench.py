@@ -40,7 +40,6 @@ NEEDS = {
 }
 _CUDA_ONLY = ("instanttensor",)
 _PACKAGES = ("torch", "transformers", "safetensors", "runpod", "runai-model-streamer", "fastsafetensors", "numpy")
-_SHARD_BYTES = 5 * 10**9
 _VOCABULARY = 32_000
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -95,8 +94,10 @@ class Contender:
 def race(
     contenders: Iterable[Contender], runs: int, report: Callable[[str], None], *, warm_up: bool = True
 ) -> list[Measured]:
-    """Run them in turn, `runs` times each, with `warm_up` after one round that does not count. One that fails is left out from then
-    on, with the reason; Raises ModelStoreError where a floor fails."""
+    """Run them in turn, `runs` times each, with `warm_up` after one round that does not count.
+
+    One that fails is left out from then on, with the reason. Raises ModelStoreError where a floor fails.
+    """
     running = list(contenders)
     results = [Measured(contender.label, missing=contender.missing) for contender in running]
     for number in range(0 if warm_up else 1, runs + 1):
@@ -196,8 +197,8 @@ def warm(folder: Path) -> None:
                     pass
 
 
-def make_checkpoint(folder: Path, stored_bytes: int, dtype: str) -> Path:
-    """A Llama with random weights that takes about `stored_bytes` in 16 bits, in `dtype` and shards of at most 5 GB."""
+def make_checkpoint(folder: Path, stored_bytes: int, dtype: str, *, shard_bytes: int = 5 * 10**9) -> Path:
+    """A Llama with random weights that takes about `stored_bytes` in 16 bits, in `dtype` and in shards."""
     if stored_bytes < 10**6:
         raise InvalidSetting("a model to measure with needs at least 1MB: name a larger --size")
     hidden, width = (2048, 5632) if stored_bytes > 6 * 10**8 else (256, 704)
@@ -236,16 +237,16 @@ def make_checkpoint(folder: Path, stored_bytes: int, dtype: str) -> Path:
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    _write_weights(folder, shapes, dtype)
+    _write_weights(folder, shapes, dtype, shard_bytes)
     return folder
 
 
-def _write_weights(folder: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], dtype: str) -> None:
+def _write_weights(folder: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], dtype: str, shard_bytes: int) -> None:
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     taken = 0
     for name, shape in shapes:
         size = int(np.prod(shape)) * _WIDTH[dtype]
-        if taken + size > _SHARD_BYTES:
+        if taken and taken + size > shard_bytes:
             shards.append([])
             taken = 0
         shards[-1].append((name, shape))

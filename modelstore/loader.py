@@ -78,7 +78,7 @@ def load_model(
         spread = None if device_map is None else _spread(device_map, cls, config, snapshot)
         place = _placing(spread or {"": target})
         weights = Weights(snapshot, reading, place)
-        weights.start()
+        weights.start(timeline)
         with timeline.span("build"):
             model = _built_early(cls, config, snapshot, weights)
         if meanwhile is not None:

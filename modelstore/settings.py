@@ -53,6 +53,7 @@ FIELDS = (
     Field("MODELSTORE_KEEP_PREVIOUS", "0", "`1`: a worker that swaps models keeps the one before in host memory"),
     Field("HF_TOKEN", "", "access token for gated and private repos; never written to the volume or a log"),
     Field("HF_ENDPOINT", HUB, "the Hub's address"),
+    Field("CUDA_VISIBLE_DEVICES", "", "CUDA's own: the numbers of the GPUs that this worker may use"),
 )
 
 

@@ -75,7 +75,7 @@ def check_fits(snapshot: Snapshot, devices: Sequence[torch.device]) -> None:
     """Raise DoesNotFit where the weights are larger than what is free on these GPUs together."""
     if any(device.type != "cuda" for device in devices):
         return
-    needed = sum(file.size_bytes for file in snapshot.weights)
+    needed = _weights_bytes(snapshot)
     free = sum(_free_bytes(device) for device in devices)
     if needed > free:
         names = ", ".join(str(device) for device in devices)
@@ -83,6 +83,11 @@ def check_fits(snapshot: Snapshot, devices: Sequence[torch.device]) -> None:
             f"{snapshot.key} takes {needed / 1e9:.1f} GB and {names} has {free / 1e9:.1f} GB free: "
             "use a larger GPU, or a smaller or quantized model"
         )
+
+
+def needs_several_gpus(snapshot: Snapshot) -> bool:
+    """Whether the weights are larger than what is free on the first GPU, and there are more."""
+    return torch.cuda.device_count() > 1 and _weights_bytes(snapshot) > _free_bytes(torch.device("cuda", 0))
 
 
 def check_room(model: torch.nn.Module, device: torch.device, *, besides: torch.nn.Module) -> None:
@@ -113,10 +118,11 @@ def load_tensors(
     if reading is None:
         check_fits(snapshot, [target])
         reading = start_reading(snapshot, ring_bytes=ring_bytes_for(target))
+    timeline = timeline or Timeline()
     weights = Weights(snapshot, reading, lambda _name: target)
     try:
-        weights.start()
-        tensors = weights.wait(timeline or Timeline())
+        weights.start(timeline)
+        tensors = weights.wait(timeline)
     finally:
         reading.close()
     return tensors
@@ -151,6 +157,7 @@ class Weights:
         self._headers: dict[str, Header] = {}
         self._raw: dict[str, bytes] = {}
         self._thread: threading.Thread | None = None
+        self._began = 0.0
         self._error: BaseException | None = None
         self._slabs: dict[str, list[_Slab]] = {}
         self._bases: list[tuple[int, int, str]] = []
@@ -162,8 +169,9 @@ class Weights:
             self._headers[file.path] = header
             self._prepare(file, header, place)
 
-    def start(self) -> None:
+    def start(self, timeline: Timeline) -> None:
         """Begin to move what arrives to the devices, in a thread of its own; on the CPU there is nothing to move."""
+        self._began = timeline.now()
         if self._slabs:
             self._thread = threading.Thread(target=self._move, name="transfer", daemon=True)
             self._thread.start()
@@ -172,13 +180,10 @@ class Weights:
         """The tensors, once all bytes are in place. Raises DigestMismatch where they are not what was published."""
         reading = self._reading
         if self._thread is not None:
-            began = timeline.now()
             self._thread.join()
             if self._error is not None:
                 raise self._error
-            timeline.add(
-                Span("transfer", began, timeline.now(), sum(file.size_bytes for file in self._snapshot.weights))
-            )
+            timeline.add(Span("transfer", self._began, timeline.now(), _weights_bytes(self._snapshot)))
         reading.wait_all()
         ended = reading.ended or reading.began
         timeline.add(Span("read", reading.began - timeline.began, ended - timeline.began, reading.size_bytes))
@@ -245,7 +250,8 @@ class Weights:
 
     def _move(self) -> None:
         devices = {slab.data.device for slabs in self._slabs.values() for slab in slabs}
-        taker = _Cuda(self, devices) if any(device.type == "cuda" for device in devices) else _Host(self)
+        gpus = {device for device in devices if device.type == "cuda"}
+        taker = _Cuda(self, gpus) if gpus else _Host(self)
         try:
             transfer(self._reading, taker, frozenset(self._slabs))
         except BaseException as error:  # handed to whoever waits
@@ -295,7 +301,7 @@ class _Cuda:
     def __init__(self, weights: Weights, devices: set[torch.device]) -> None:
         self._weights = weights
         make: Any = torch.cuda.Stream
-        self._streams = {device: make(device) for device in devices if device.type == "cuda"}
+        self._streams = {device: make(device) for device in devices}
         for device, stream in self._streams.items():
             stream.wait_stream(torch.cuda.current_stream(device))  # whoever had this memory before has done with it
         self._pinned: set[int] = set()
@@ -317,10 +323,10 @@ class _Cuda:
     def copy(self, arrival: Arrival, view: memoryview) -> list[torch.cuda.Event]:
         events = []
         for target, source in self._weights.parts(arrival, view):
-            if target.device.type != "cuda":
+            stream = self._streams.get(target.device)
+            if stream is None:
                 target.copy_(source)
                 continue
-            stream = self._streams[target.device]
             with torch.cuda.stream(stream):
                 target.copy_(source, non_blocking=True)
                 events.append(stream.record_event())
@@ -376,6 +382,10 @@ def _view(memory: memoryview, header: Header, tensor: TensorInfo, file: FileReco
 
 def _address(memory: memoryview) -> int:
     return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+
+
+def _weights_bytes(snapshot: Snapshot) -> int:
+    return sum(file.size_bytes for file in snapshot.weights)
 
 
 def _free_bytes(device: torch.device) -> int:

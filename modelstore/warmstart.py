@@ -133,7 +133,7 @@ def without_collecting() -> Iterator[None]:
 
 
 @contextmanager
-def _beside(work: Callable[[], None]) -> Iterator[None]:
+def _beside(work: Callable[[], object]) -> Iterator[None]:
     """Run the block with `work` in a thread beside it, to its end; what `work` raises is for whoever does it again."""
 
     def run() -> None:
@@ -157,7 +157,7 @@ def begin(
     observer: Observer | None = None,
     timeline: Timeline | None = None,
     to_host: bool = False,
-    meanwhile: Callable[[], None] = lambda: None,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Begun:
     """Make sure that the model is on the volume, and start to read its weights.
 

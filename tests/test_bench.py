@@ -45,7 +45,7 @@ def test_a_checkpoint_is_a_model_of_the_size_that_was_asked_for(
 ) -> None:
     monkeypatch.setattr(bench, "_SHARD_BYTES", 4_000_000)
     for dtype in ("float32", "bfloat16", "float16"):
-        folder = make_checkpoint(tmp_path / dtype, 5_000_000, dtype)
+        folder = make_checkpoint(tmp_path / dtype, 5_000_000, dtype, shard_bytes=4_000_000)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         assert str(model.dtype) == f"torch.{dtype}"
         assert 4_000_000 < sum(p.numel() for p in model.parameters()) * 2 < 6_000_000

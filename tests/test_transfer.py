@@ -11,11 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
+from modelstore import ModelStore
 from modelstore.errors import DigestMismatch
 from modelstore.manifest import FileRecord
-from modelstore.reader import Arrival, Reading
+from modelstore.reader import Arrival, Reading, start_reading
+from modelstore.tensors import Weights, _Cuda
+from modelstore.timeline import Timeline
 from modelstore.transfer import transfer
+from tests.test_loader import MODELS, save
 from tests.test_reader import MB, start, write
 
 
@@ -126,3 +131,81 @@ def test_a_reading_that_is_closed_ends_it(tmp_path: Path, files: list[FileRecord
     threading.Timer(0.2, reading.close).start()
     with pytest.raises(OSError, match="closed"):
         transfer(reading, stream, frozenset(stream.received))
+
+
+class FakeCuda:
+    """torch.cuda's streams, events and runtime, as far as they are used, noting what was asked of them in what order."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.register = 0
+
+    class Stream:
+        cuda: FakeCuda
+
+        def __init__(self, device: torch.device) -> None:
+            self.cuda.calls.append("stream")
+
+        def wait_stream(self, other: object) -> None:
+            assert other == "current"
+            self.cuda.calls.append("wait for the current stream")
+
+        def __enter__(self) -> None:
+            self.cuda.calls.append("copy")
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def record_event(self) -> FakeCuda.Event:
+            self.cuda.calls.append("record")
+            return FakeCuda.Event(self.cuda)
+
+    class Event:
+        def __init__(self, cuda: FakeCuda) -> None:
+            self.cuda = cuda
+
+        def synchronize(self) -> None:
+            self.cuda.calls.append("synchronize")
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        assert address % 4096 == 0
+        assert size >= 4 * (8 << 20)
+        self.calls.append("register")
+        return self.register
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.calls.append("unregister")
+        return 0
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    monkeypatch.setattr(FakeCuda.Stream, "cuda", fake, raising=False)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeCuda.Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: "current")
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
+    return fake
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_copies_go_on_a_stream_of_their_own_out_of_memory_that_is_pinned_meanwhile(
+    cuda: FakeCuda, store: ModelStore, tmp_path: Path, refused: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda.register = int(refused)
+    save(MODELS["llama"](), tmp_path / "original", shards=True)
+    snapshot = store.ensure(f"file://{tmp_path}/original")
+    reading = start_reading(snapshot, ring_bytes=1)
+    weights = Weights(snapshot, reading, lambda _name: torch.device("cpu"))
+    transfer(reading, _Cuda(weights, {torch.device("cpu")}), frozenset(file.path for file in snapshot.weights))
+    tensors = weights.wait(Timeline())
+    reading.close()
+    expected = Weights(snapshot, whole := start_reading(snapshot), lambda _name: torch.device("cpu"))
+    for name, tensor in expected.wait(Timeline()).items():
+        assert torch.equal(tensors[name], tensor)
+    whole.close()
+    shards = len(snapshot.weights)
+    assert cuda.calls[:3] == ["stream", "wait for the current stream", "register"]
+    assert cuda.calls.count("copy") == cuda.calls.count("record") == cuda.calls.count("synchronize") == shards
+    assert cuda.calls[-1] == ("synchronize" if refused else "unregister")
+    assert ("cannot be pinned" in caplog.text) == refused

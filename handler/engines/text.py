@@ -15,12 +15,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from handler.jobs import Code, Completion, JobError, TextRequest
 from modelstore.catalog import Catalog
+from modelstore.errors import Refused
 from modelstore.layout import Layout, SnapshotKey
 from modelstore.loader import load_model
 from modelstore.pins import InUse
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
-from modelstore.tensors import check_room
+from modelstore.tensors import check_room, needs_several_gpus
 from modelstore.timeline import Timeline
 from modelstore.warmstart import Begun, begin
 
@@ -46,6 +47,7 @@ class Loaded:
         model = load_model(
             begun.snapshot,
             device,
+            device_map="auto" if device is None and needs_several_gpus(begun.snapshot) else None,
             reading=begun.reading,
             timeline=begun.timeline,
             trust_remote_code=begun.settings.trust_remote_code,
@@ -116,8 +118,10 @@ class TextEngine:
 
     def _exchange(self, loaded: Loaded, timeline: Timeline) -> None:
         """Let the answer that is being made end, and go on with another model on the same device."""
+        before = self._loaded
+        if hasattr(before.model, "hf_device_map"):
+            raise Refused(f"{self.model} lies on several GPUs and cannot be exchanged: restart the worker instead")
         with self._answering, timeline.span("transfer"):
-            before = self._loaded
             if self._device.type != "cpu":
                 check_room(loaded.model, self._device, besides=before.model)
                 try:
