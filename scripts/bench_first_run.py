@@ -11,7 +11,6 @@ theirs to the end of `save_pretrained`.
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 import statistics
 import subprocess
@@ -28,8 +27,8 @@ sys.path.insert(0, str(HERE))
 
 from modelstore.bench import Contender, Sample, environment, make_checkpoint, race, run_worker  # noqa: E402
 from modelstore.settings import parse_size  # noqa: E402
+from scripts.sections import write_section  # noqa: E402
 
-MARK = "<!-- scripts/bench_first_run.py: everything below, to the next mark, is its output -->"
 REPO = "bench/fp32"
 WORKERS = 8
 
@@ -130,9 +129,7 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if options.write:
-        before, rest = options.write.read_text().split(MARK)
-        after = re.split(r"(?m)^(?=## |<!-- scripts/)", rest, maxsplit=1)[1:]
-        options.write.write_text("".join([before, MARK, "\n\n", text, *(["\n", *after] if after else [])]))
+        write_section(options.write, "bench_first_run.py", text)
 
 
 if __name__ == "__main__":

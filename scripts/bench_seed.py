@@ -27,11 +27,12 @@ from pathlib import Path
 
 import numpy as np
 
-from modelstore.header import TensorInfo, encode_header
-from modelstore.settings import parse_size
-
 HERE = Path(__file__).parent.parent
-MARK = "<!-- scripts/bench_seed.py: everything below, to the next mark, is its output -->"
+sys.path.insert(0, str(HERE))
+
+from modelstore.header import TensorInfo, encode_header  # noqa: E402
+from modelstore.settings import parse_size  # noqa: E402
+from scripts.sections import write_section  # noqa: E402
 
 FLOOR = """
 import http.client, json, sys, urllib.parse, urllib.request
@@ -257,10 +258,7 @@ def main() -> int:
         shutil.rmtree(folder)
     print(text)
     if arguments.write:
-        before, _, after = arguments.write.read_text().partition(MARK)
-        following = re.search(r"^<!-- scripts/(?!bench_seed)|^## ", after, re.MULTILINE)
-        rest = after[following.start() :] if following else ""
-        arguments.write.write_text(f"{before}{MARK}\n\n{text}\n{rest}")
+        write_section(arguments.write, "bench_seed.py", text)
     return 0
 
 

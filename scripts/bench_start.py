@@ -11,7 +11,6 @@ how is in modelstore/bench.py; `modelstore bench` does the same on a volume of y
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import sys
 import tempfile
@@ -37,9 +36,9 @@ from modelstore.bench import (  # noqa: E402
 )
 from modelstore.settings import parse_size  # noqa: E402
 from scripts import throttled as volumes  # noqa: E402
+from scripts.sections import write_section  # noqa: E402
 from tests.moosefs import MooseFS, why_not  # noqa: E402
 
-MARK = "<!-- scripts/bench_start.py: everything below, to the next mark, is its output -->"
 RATES = {300 << 20: "300 MiB/s", 1000 << 20: "1000 MiB/s"}
 DTYPES = ("float16", "bfloat16", "float32")
 CHART = "start.svg"
@@ -121,7 +120,7 @@ def draw(results: dict[str, list[Measured]], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "modelstore"
+    mpl.rcParams |= {"svg.hashsalt": "modelstore", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
     colours = {"import": "#4c78a8", "read": "#f58518", "build": "#54a24b", "lookup": "#b279a2"}
@@ -135,8 +134,8 @@ def draw(results: dict[str, list[Measured]], path: Path) -> None:
         labels = [result.label.replace("`", "").replace("the seed documents' handler", "seeds") for result in shown]
         axis.set_yticks(range(len(shown)), reversed(labels), fontsize=8)
         axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlim(left=0)
-        axis.legend(fontsize=7, loc="lower right")
+        axis.set_xlim(0, 1.08 * max(result.median for result in measured))
+        axis.legend(fontsize=7, loc="upper right")  # where ours ends long before the others
     axes[-1, 0].set_xlabel("seconds since the process began (last of the runs)")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
     figure.legend(handles, colours, ncols=len(colours), fontsize=8, loc="upper right")
@@ -198,9 +197,7 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if options.write:
-        before, rest = options.write.read_text().split(MARK)
-        after = re.split(r"(?m)^(?=## |<!-- scripts/)", rest, maxsplit=1)[1:]
-        options.write.write_text("".join([before, MARK, "\n\n", text, *(["\n", *after] if after else [])]))
+        write_section(options.write, "bench_start.py", text)
 
 
 if __name__ == "__main__":

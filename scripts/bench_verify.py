@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -32,9 +31,8 @@ from modelstore.catalog import Snapshot  # noqa: E402
 from modelstore.header import TensorInfo, encode_header  # noqa: E402
 from modelstore.reader import start_reading  # noqa: E402
 from modelstore.settings import Settings, parse_size  # noqa: E402
+from scripts.sections import write_section  # noqa: E402
 from tests.moosefs import MooseFS, why_not  # noqa: E402
-
-MARK = "<!-- scripts/bench_verify.py: everything below, to the next mark, is its output -->"
 
 
 @dataclass(frozen=True)
@@ -128,9 +126,7 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if options.write:
-        before, rest = options.write.read_text().split(MARK)
-        after = re.split(r"(?m)^(?=## )", rest, maxsplit=1)[1:]
-        options.write.write_text("".join([before, MARK, "\n\n", text, *(["\n", *after] if after else [])]))
+        write_section(options.write, "bench_verify.py", text)
 
 
 if __name__ == "__main__":

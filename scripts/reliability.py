@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
-MARK = "<!-- scripts/reliability.py: everything below, to the next mark, is its output -->"
+
+from scripts.sections import write_section  # noqa: E402
+
 TESTS = [
     "tests/test_crash.py",
     "tests/test_overlap.py",
@@ -87,9 +88,7 @@ def main() -> int:
     if not options.write:
         print(text)
     elif code == 0:
-        before, rest = options.write.read_text().split(MARK)
-        after = re.split(r"(?m)^(?=## )", rest, maxsplit=1)[1:]
-        options.write.write_text("".join([before, MARK, "\n\n", text, *(["\n", *after] if after else [])]))
+        write_section(options.write, "reliability.py", text)
     return code
 
 

@@ -40,10 +40,7 @@ def snapshot(checkpoint: Path) -> Path:
     return seeded(checkpoint.parent / "modelstore", checkpoint)
 
 
-def test_a_checkpoint_is_a_model_of_the_size_that_was_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bench, "_SHARD_BYTES", 4_000_000)
+def test_a_checkpoint_is_a_model_of_the_size_that_was_asked_for(tmp_path: Path) -> None:
     for dtype in ("float32", "bfloat16", "float16"):
         folder = make_checkpoint(tmp_path / dtype, 5_000_000, dtype, shard_bytes=4_000_000)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
