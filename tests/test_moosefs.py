@@ -436,5 +436,5 @@ def hit_s(settings: Settings) -> float:
         begun = begin(settings)
         took.append(time.monotonic() - began)
         begun.reading.wait_all()
-        begun.reading.join()
+        begun.reading.close()
     return sorted(took)[len(took) // 2]
