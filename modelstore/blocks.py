@@ -47,9 +47,9 @@ FILE, RING, RELEASE, NO_MORE = range(4)
 Report = Callable[[int, int, int, int, float], None]
 
 
-def rounded(size_bytes: int, unit: int = ALIGNMENT) -> int:
-    """`size_bytes` up to the next whole unit."""
-    return -(-size_bytes // unit) * unit
+def rounded(size_bytes: int) -> int:
+    """`size_bytes` up to the next multiple of ALIGNMENT."""
+    return -(-size_bytes // ALIGNMENT) * ALIGNMENT
 
 
 class File:

@@ -228,19 +228,15 @@ class Reading:
         self._threads = self._process = None  # they know this object, and would keep its memory
         if threads is not None:
             threads.stop()
-        if wait:
-            self._join(threads, process)
+        if wait and threads is not None:
+            threads.join()
+        if wait and process is not None:
+            process.end()
         with self._changed:
             for opened in self._files:
                 if opened.fd >= 0:
                     os.close(opened.fd)
                     opened.fd = -1
-
-    def _join(self, threads: blocks.BlockReader | None, process: _Process | None) -> None:
-        if threads is not None:
-            threads.join()
-        if process is not None:
-            process.end()
 
     def _opened(self, path: str) -> _Opened:
         return next(opened for opened in self._files if opened.record.path == path)

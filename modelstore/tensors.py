@@ -311,9 +311,8 @@ class _Cuda:
             self._pinned.add(_address(memory))
             return
         logger.warning("host memory cannot be pinned: the model goes to the GPU more slowly")
-        with contextlib.suppress(
-            RuntimeError
-        ):  # torch would find the driver's last error later, and take it for its own
+        # torch would find the driver's last error later, and take it for its own.
+        with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=next(iter(self._streams)))
 
     def unpin(self, memory: memoryview) -> None:
