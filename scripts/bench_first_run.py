@@ -28,6 +28,7 @@ sys.path.insert(0, str(HERE))
 from modelstore.bench import Contender, Sample, environment, make_checkpoint, race, run_worker  # noqa: E402
 from modelstore.settings import parse_size  # noqa: E402
 from scripts.sections import write_section  # noqa: E402
+from tests.hub import hub_process  # noqa: E402
 
 REPO = "bench/fp32"
 WORKERS = 8
@@ -44,19 +45,6 @@ AutoModelForCausalLM.from_pretrained(path, dtype=torch.float16).save_pretrained(
 
 def report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def hub(folder: Path, rate: int) -> Iterator[str]:
-    """A hub in a process of its own; yields its address."""
-    command = [sys.executable, "-m", "tests.hub", str(folder), "--bytes-per-s", str(rate)]
-    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip()
-    finally:
-        process.terminate()
-        process.wait()
 
 
 @contextmanager
@@ -96,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-first-run-", dir=options.folder) as name:
         folder = Path(name)
         make_checkpoint(folder / "hub" / REPO, size // 2, "float32", shard_bytes=size // WORKERS)
-        with hub(folder / "hub", 0) as endpoint:
+        with hub_process(folder / "hub") as endpoint:
             alone = race(
                 [
                     Contender("snapshot_download, from_pretrained, save_pretrained", lambda: theirs(folder, endpoint)),
@@ -105,7 +93,7 @@ def main() -> None:
                 options.runs,
                 report,
             )
-        with hub(folder / "hub", rate) as endpoint:
+        with hub_process(folder / "hub", bytes_per_s=rate) as endpoint:
             fleet = race(
                 [
                     Contender("one worker", lambda: ours(folder, endpoint)),

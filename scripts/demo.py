@@ -36,6 +36,10 @@ from modelstore.claim import highest_generation, parse_record
 from modelstore.timeline import Span, Timeline
 
 HERE = Path(__file__).parent.parent
+sys.path.insert(0, str(HERE))
+
+from tests.hub import hub_process  # noqa: E402
+
 CACHE = HERE / ".cache" / "hub"
 QUESTION = "What is the capital of France?"
 START_LIMIT_S = 1800.0
@@ -79,15 +83,8 @@ def local_hub(console: Console) -> Iterator[str]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, "scripts/smollm2.py", folder], cwd=HERE, check=True, capture_output=True)
     export(folder)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.hub", str(CACHE)], cwd=HERE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip()
-    finally:
-        process.terminate()
-        process.wait()
+    with hub_process(CACHE) as address:
+        yield address
 
 
 @contextmanager

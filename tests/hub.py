@@ -12,6 +12,8 @@ import argparse
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -351,6 +353,19 @@ def running_hub(folder: Path, *, port: int = 0) -> Iterator[Hub]:
         yield hub
     finally:
         hub.stop()
+
+
+@contextmanager
+def hub_process(folder: Path, *, bytes_per_s: float = 0.0) -> Iterator[str]:
+    """A hub in a process of its own for the length of the block; yields its address."""
+    command = [sys.executable, "-m", "tests.hub", str(folder), "--bytes-per-s", str(bytes_per_s)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def main() -> None:
