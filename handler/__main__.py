@@ -20,6 +20,7 @@ from modelstore.warmstart import begin, without_collecting
 
 if TYPE_CHECKING:
     from handler.engines import Engine
+    from modelstore.reader import Reading
 
 logger = logging.getLogger("handler")
 
@@ -52,11 +53,15 @@ def start() -> tuple[Engine, Callable[[Engine], None]]:
         with timeline.span("import"):
             import runpod  # noqa: F401  last, because nothing before needs it
 
-    def import_all() -> None:
+    def beside_a_download(reading: Reading) -> object:
         import_engine()
-        import_sdk()
+        from modelstore.tensors import place_early
 
-    begun = begin(settings, timeline=timeline, meanwhile=import_all)
+        weights = place_early(reading, timeline)
+        import_sdk()
+        return weights
+
+    begun = begin(settings, timeline=timeline, meanwhile=beside_a_download)
     import_engine()
     from handler.engines.text import TextEngine
     from handler.worker import serve

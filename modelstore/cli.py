@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -158,8 +157,9 @@ def warm(
         store = context.store(**changes)
         with without_collecting():
             with observer_of(context) as observer:
-                beside = partial(import_module, "modelstore.loader")
-                begun = begin(store.settings, observer=observer, meanwhile=beside)
+                begun = begin(
+                    store.settings, observer=observer, meanwhile=lambda _reading: import_module("modelstore.loader")
+                )
             with begun.timeline.span("import"):
                 try:
                     from modelstore.loader import load_model

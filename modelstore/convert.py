@@ -142,11 +142,18 @@ def converted_tensors(header: Header, policy: StoragePolicy) -> tuple[TensorInfo
 
 
 def convert_file(
-    source: Path, target: Path, header: Header, policy: StoragePolicy, *, guard: Callable[[], None]
+    source: Path,
+    target: Path,
+    header: Header,
+    policy: StoragePolicy,
+    *,
+    guard: Callable[[], None],
+    memory: Callable[[int], memoryview | None] = lambda _size_bytes: None,
 ) -> tuple[int, Digests]:
     """Write `source`, whose header is `header`, to `target` as `policy` stores it; returns size in bytes and digests.
 
-    `guard` is called for each chunk. Raises Float16Overflow with every tensor of the file that does not fit.
+    `guard` is called for each chunk. `memory` is asked for as many bytes as will be written, which then go there, too.
+    Raises Float16Overflow with every tensor of the file that does not fit.
     """
     tensors = converted_tensors(header, policy)
     digests = RunningDigests()
@@ -157,9 +164,18 @@ def convert_file(
         durable.make_folder(target.parent)
         target_fd = durable.open_for_write(target)
         encoded = encode_header(tensors, header.metadata)
-        durable.write_at(target_fd, encoded, 0, path=target)
-        digests.update(encoded)
-        position = len(encoded)
+        kept = memory(len(encoded) + max((tensor.end for tensor in tensors), default=0))
+        position = 0
+
+        def write(data: bytes | memoryview) -> None:
+            nonlocal position
+            durable.write_at(target_fd, data, position, path=target)
+            digests.update(data)
+            if kept is not None:
+                kept[position : position + len(data)] = data
+            position += len(data)
+
+        write(encoded)
         originals = {tensor.name: tensor for tensor in header.tensors}
         for after in tensors:
             before = originals[after.name]
@@ -168,10 +184,7 @@ def convert_file(
                 cast, fits = _cast(chunk, before.dtype, after.dtype)
                 if not fits and before.name not in overflowing:
                     overflowing.append(before.name)
-                data = cast.data.cast("B")
-                durable.write_at(target_fd, data, position, path=target)
-                digests.update(data)
-                position += len(data)
+                write(cast.data.cast("B"))
         if overflowing:
             raise _overflow(target.name, overflowing)
         durable.set_size(target_fd, position, path=target)

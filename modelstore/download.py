@@ -53,13 +53,14 @@ class Progress:
 
 
 OnFile = Callable[[SourceFile, Path, Digests], None]
+Memory = Callable[[SourceFile], memoryview | None]
 
 
 class Download:
     """Fetches files of one commit into staging.
 
     `guard` is called before each request and each granule and raises where the claim was lost. `inherited` is staging
-    of earlier generations, to copy from.
+    of earlier generations, to copy from. `memory` gives memory that a file's bytes shall go to as well.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Download:
         inherited: Sequence[StagingLayout] = (),
         guard: Callable[[], None],
         progress: Progress,
+        memory: Memory = lambda _file: None,
         connections: int = CONNECTIONS,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -80,6 +82,7 @@ class Download:
         self._inherited = inherited
         self._guard = guard
         self._progress = progress
+        self._memory = memory
         self._connections = connections
         self._sleep = sleep
 
@@ -127,7 +130,7 @@ class Download:
         queue.working += 1
 
     def _open(self, file: SourceFile) -> PartialFile:
-        partial = PartialFile(file, self._staging)
+        partial = PartialFile(file, self._staging, self._memory(file))
         kept = partial.resume(self._inherited)
         self._progress.add(done=kept, reused=kept)
         return partial
@@ -141,7 +144,7 @@ class Download:
             partial.forget()
             partial.close()
             self._progress.add(done=-partial.file.size_bytes)
-            partial = PartialFile(partial.file, self._staging)
+            partial = PartialFile(partial.file, self._staging, self._memory(partial.file))
             self._fetch_span(_Span(partial, 0, partial.granules), queue)
             if queue.stopped:
                 return

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -82,6 +83,10 @@ class Peak:
         self._in_work: set[str] = set()
         self._lock = threading.Lock()
 
+    def needs_nothing_beside(self, path: str) -> bool:
+        """Whether a weights file is to be stored as it comes; False for other files."""
+        return path in self._sizes and self._sizes[path][1] == 0
+
     def begin(self, path: str) -> bool:
         """Count a file as in work; False where it has to wait for another one's end."""
         taken = sum(self._sizes[path])
@@ -143,6 +148,7 @@ class Fill:
             inherited=self._inherited,
             guard=self._guard,
             progress=self._progress,
+            memory=self._memory_if_unchanged,
             sleep=sleep,
         )
         self._began = time.monotonic()
@@ -267,6 +273,9 @@ class Fill:
         """Find out what the snapshot and its staging take at their peak, and make sure that the volume has it."""
         self._peak = Peak({file.path: self._sizes(file, selection) for file in selection.weights})
         self._needed = sum(file.size_bytes for file in selection.small) + self._peak.limit
+        if all(_named_dtype(self._config(_folder_of(file.path), selection)) for file in selection.weights):
+            stored = sum(self._sizes(file, selection)[0] for file in selection.weights)
+            self._observer.planned(self._key, weights_bytes=stored)
         if self._damaged is not None and self._settings.quota_bytes is not None:
             self._drop_what_is_wrong(self._damaged)  # a quota has no room for bytes that are of no use
         self._space.reserve(
@@ -285,6 +294,12 @@ class Fill:
             beside, ratio = 2 * file.size_bytes, ratio or 1.0
         return int(file.size_bytes * (ratio or 1)), beside
 
+    def _memory_if_unchanged(self, file: SourceFile) -> memoryview | None:
+        """Memory for weights that are stored as they come; what is converted asks for some when that begins."""
+        if not self._peak.needs_nothing_beside(file.path):
+            return None
+        return self._observer.memory(self._key, file.path, file.size_bytes)
+
     def _present_bytes(self) -> int:
         return sum(durable.tree_blocks(staging.folder) for staging in (self._staging, *self._inherited))
 
@@ -298,7 +313,7 @@ class Fill:
         """Stored bytes for each byte of the original's weights, by the dtype that the config names; 0 where they are
         stored as they come."""
         config = self._config(folder, selection)
-        before = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+        before = _named_dtype(config)
         if self._policies[folder].unchanged_because or before == self._dtype:
             return 0.0
         width = _WIDTH.get(before)
@@ -352,6 +367,7 @@ class Fill:
                 continue
             if record.path.endswith(".safetensors"):
                 self._headers[record.path] = read_header(self._staging.snapshot_file(record.path), where=file.path)
+                self._observer.finished(self._key, self._staging.snapshot, record)
             self._progress.add(done=file.size_bytes, reused=file.size_bytes)
         return left
 
@@ -401,11 +417,13 @@ class Fill:
             with self._lock:
                 if self._convert_began is None:
                     self._convert_began = self._timeline.now()
-            size, own = convert_file(path, target, header, policy, guard=self._guard)
+            memory = partial(self._observer.memory, self._key, stored)
+            size, own = convert_file(path, target, header, policy, guard=self._guard, memory=memory)
             origin = origin or Origin(file.size_bytes, digests.sha256)
             record = FileRecord(stored, size, own.sha256, own.blocks, origin)
         self._headers[stored] = header
         self._finished.add(file, record)
+        self._observer.finished(self._key, self._staging.snapshot, record)
         if path != self._staging.source_file(file.path):
             durable.remove_file(path)
         self._peak.end(file.path)
@@ -520,6 +538,11 @@ def _index_of_converted(index: Mapping[str, Any]) -> bytes:
     """The index of a pickled checkpoint, for the files that its shards become."""
     weight_map = {tensor: stored_path(shard) for tensor, shard in index["weight_map"].items()}
     return json.dumps({**index, "weight_map": weight_map}, indent=2).encode() + b"\n"
+
+
+def _named_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype of the weights, as a `config.json` names it; empty where it does not."""
+    return str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
 
 
 def _folder_of(path: str) -> str:

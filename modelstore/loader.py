@@ -46,6 +46,7 @@ def load_model(
     reading: Reading | None = None,
     timeline: Timeline | None = None,
     trust_remote_code: bool = False,
+    weights: Weights | None = None,
     meanwhile: Callable[[], None] | None = None,
 ) -> PreTrainedModel:
     """The model that the snapshot's `config.architectures` names, in eval mode, bit for bit what
@@ -54,6 +55,7 @@ def load_model(
     `device`, `reading` and errors as in `load_tensors`; IntegrityError also where weights of the class are missing.
     `device_map`: parts of the model on several devices, as accelerate understands it ("auto", or devices by module).
     `trust_remote_code`: run the code that the snapshot was stored with; without it such a snapshot is CodeRefused.
+    `weights`: those that `place_early` has begun to move, with their `reading`; `device` is then the GPU's.
     `meanwhile` is called once, while the last bytes are on their way.
     """
     timeline = timeline or Timeline()
@@ -64,7 +66,8 @@ def load_model(
         )
     target = usable_device(device)
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    check_fits(snapshot, [target] if device_map is None else gpus or [target])
+    if weights is None:
+        check_fits(snapshot, [target] if device_map is None else gpus or [target])
     ours = reading is None
     if reading is None:
         reading = start_reading(snapshot, ring_bytes=ring_bytes_for(target))
@@ -76,9 +79,12 @@ def load_model(
         config = AutoConfig.from_pretrained(snapshot.path, trust_remote_code=trusted)
         cls = _own_class(config, snapshot.path) if trusted else model_class(config)
         spread = None if device_map is None else _spread(device_map, cls, config, snapshot)
-        place = _placing(spread or {"": target})
-        weights = Weights(snapshot, reading, place)
-        weights.start(timeline)
+        if weights is None:
+            weights = Weights(reading, {name: torch.device(to) for name, to in (spread or {"": target}).items()})
+            weights.complete(snapshot)
+            weights.start(timeline)
+        else:
+            weights.complete(snapshot)
         with timeline.span("build"):
             model = _built_early(cls, config, snapshot, weights)
         if meanwhile is not None:
@@ -216,19 +222,6 @@ def _spread(
     if "disk" in found.values():
         raise DoesNotFit(f"{snapshot.key} fits on no GPUs and memory that are here: use more, or a smaller model")
     return dict(found)
-
-
-def _placing(device_map: Mapping[str, str | int | torch.device]) -> Callable[[str], torch.device]:
-    """The device for a tensor's name: that of the longest module name that leads to it, else the first."""
-    devices = {name: torch.device(device) for name, device in device_map.items()}
-    first = next(iter(devices.values()))
-
-    def place(name: str) -> torch.device:
-        while name and name not in devices:
-            name = name.rpartition(".")[0]
-        return devices.get(name, first)
-
-    return place
 
 
 def _own_class(config: Any, folder: Path) -> type[PreTrainedModel]:

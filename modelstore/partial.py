@@ -11,7 +11,8 @@ even while the host that wrote it is lost; the chunks that it was writing can be
 minutes (measured: 124 s on 3.0.117).
 
 SHA-256 runs over the file in order while granules arrive out of order: those ahead of the front wait in memory up to a
-limit, and are read back from the volume beyond it. The same pass gives the block checksums of the manifest.
+limit, and are read back from the volume beyond it; where the whole file is kept in memory, all of them do. The same
+pass gives the block checksums of the manifest.
 """
 
 from __future__ import annotations
@@ -95,8 +96,10 @@ class PartialFile:
     takes the whole file and the others wait.
     """
 
-    def __init__(self, file: SourceFile, staging: StagingLayout) -> None:
+    def __init__(self, file: SourceFile, staging: StagingLayout, memory: memoryview | None = None) -> None:
+        """`memory`: as long as the file, at least; takes its bytes, too."""
         self.file = file
+        self._memory = memory
         self.path = staging.source_file(file.path)
         self._journal_folder = staging.journal(file.path)
         self.granules = -(-file.size_bytes // GRANULE_BYTES)
@@ -213,7 +216,9 @@ class PartialFile:
     def _length(self, index: int) -> int:
         return min(GRANULE_BYTES, self.file.size_bytes - index * GRANULE_BYTES)
 
-    def _read(self, index: int) -> bytes:
+    def _read(self, index: int) -> bytes | memoryview:
+        if self._memory is not None:
+            return self._memory[index * GRANULE_BYTES : index * GRANULE_BYTES + self._length(index)]
         return os.pread(self._fd, self._length(index), index * GRANULE_BYTES)
 
     def _slot(self, index: int, data: bytes | bytearray) -> bytes:
@@ -225,10 +230,12 @@ class PartialFile:
         with self._lock:
             if self._have[index]:
                 return False
+            if self._memory is not None:
+                self._memory[index * GRANULE_BYTES : index * GRANULE_BYTES + len(data)] = data
             self._have[index] = True
             self._missing -= 1
             self._unsealed[index // _SEGMENT_GRANULES] -= 1
-            if (index - self._front) * GRANULE_BYTES < _AHEAD_BYTES:
+            if self._memory is None and (index - self._front) * GRANULE_BYTES < _AHEAD_BYTES:
                 self._ahead[index] = data
         self._advance()
         return True

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,7 +75,7 @@ class Reading:
     def __init__(self, *, verify: bool = True, beside: bool = False, ring_bytes: int = 0) -> None:
         """`beside`: in a process of its own. `ring_bytes`: host memory for all the weights together, whose blocks are
         then to be taken away with `next_arrival` and `release`; without it each file has memory of its own."""
-        self.began = time.monotonic()
+        self.began = 0.0
         self.ended: float | None = None
         self._verify = verify
         self._ring_bytes = ring_bytes
@@ -94,10 +94,10 @@ class Reading:
         """Bytes of all files that were added."""
         return sum(opened.record.size_bytes for opened in self._files)
 
-    def memories(self, paths: Container[str]) -> list[memoryview]:
-        """The host memory that the bytes of these files arrive in, for a device that wants it pinned."""
-        own = [opened.memory for opened in self._files if opened.record.path in paths]
-        return [memory for memory in (self._ring, *own) if memory]
+    @property
+    def uses_ring(self) -> bool:
+        """Whether weights that are added pass through a ring."""
+        return self._ring_bytes > 0
 
     def in_ring(self, path: str) -> bool:
         """Whether the file has no memory of its own."""
@@ -105,11 +105,12 @@ class Reading:
 
     def add(self, folder: Path, files: Sequence[FileRecord], *, block_bytes: int) -> None:
         """Open files, all of them before one is read, and read them. Raises SnapshotNotFound where one is not there."""
+        self.began = self.began or time.monotonic()
         for record, fd in zip(files, _open_all(folder, files), strict=True):
             in_ring = self._ring_bytes > 0 and record.path.endswith(".safetensors")
             if in_ring and self._ring is None:
                 self._make_ring(block_bytes)
-            memory, memory_fd = (None, None) if in_ring else self._memory(record.size_bytes)
+            memory, memory_fd = (None, None) if in_ring else self._shared_memory(record.size_bytes)
             opened = _Opened(record, folder, fd, block_bytes, memory)
             with self._changed:
                 index = len(self._files)
@@ -123,6 +124,17 @@ class Reading:
                     self._process.add(index, opened, checksums, memory_fd)
             if memory_fd is not None:
                 os.close(memory_fd)
+
+    def adopt(self, folder: Path, record: FileRecord, memory: memoryview, *, block_bytes: int) -> None:
+        """Take a file of `folder` whose bytes are in `memory` already, and right: all its blocks have arrived."""
+        self.began = self.began or time.monotonic()
+        opened = _Opened(record, folder, -1, block_bytes, memory)
+        with self._changed:
+            self._files.append(opened)
+            for block in range(opened.left):
+                self._arrivals.append(Arrival(record.path, block * block_bytes, opened.length(block), -1))
+            opened.left = 0
+            self._changed.notify_all()
 
     def no_more(self) -> None:
         """All files were added."""
@@ -184,6 +196,16 @@ class Reading:
             if self._error is not None:
                 raise self._error
             return self._arrivals.popleft() if self._arrivals else None
+
+    def memory_behind(self, arrival: Arrival) -> memoryview:
+        """All of the host memory that a block's bytes are in, for a device that wants it pinned."""
+        ring = self._ring if arrival.slot >= 0 else self._opened(arrival.path).memory
+        assert ring is not None
+        return ring
+
+    def record(self, path: str) -> FileRecord:
+        """The record of a file that was added."""
+        return self._opened(path).record
 
     def view(self, arrival: Arrival) -> memoryview:
         """The bytes of a block that has arrived; of one in the ring, until it is released."""
@@ -274,23 +296,32 @@ class Reading:
         """Whether nothing more will arrive."""
         return self.ended is not None or self._error is not None
 
-    def _memory(self, size_bytes: int) -> tuple[memoryview, int | None]:
-        """Memory as long as the file and a little more; with a descriptor where it is shared."""
-        length = max(blocks.rounded(size_bytes), 1)
+    def _shared_memory(self, size_bytes: int) -> tuple[memoryview, int | None]:
+        """Memory for a file, with a descriptor where a process shares it."""
         if self._process is None:
-            return memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE)), None
+            return host_memory(size_bytes), None
+        length = _memory_length(size_bytes)
         fd = os.memfd_create("modelstore", os.MFD_CLOEXEC)
         os.ftruncate(fd, length)
         return memoryview(mmap.mmap(fd, length)), fd
 
     def _make_ring(self, slot_bytes: int) -> None:
         self._slot_bytes = slot_bytes
-        self._ring, fd = self._memory(max(4, self._ring_bytes // slot_bytes) * slot_bytes)
+        self._ring, fd = self._shared_memory(max(4, self._ring_bytes // slot_bytes) * slot_bytes)
         if self._threads is not None:
             self._threads.use_ring(self._ring, slot_bytes)
         elif self._process is not None and fd is not None:
             self._process.use_ring(fd, slot_bytes)
             os.close(fd)
+
+
+def host_memory(size_bytes: int) -> memoryview:
+    """Memory for a file, of this process alone: as long as that and a little more."""
+    return memoryview(mmap.mmap(-1, _memory_length(size_bytes), flags=mmap.MAP_PRIVATE))
+
+
+def _memory_length(size_bytes: int) -> int:
+    return max(blocks.rounded(size_bytes), 1)
 
 
 class _Process:

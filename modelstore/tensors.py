@@ -11,7 +11,7 @@ import contextlib
 import logging
 import mmap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ import torch
 from modelstore.catalog import Snapshot
 from modelstore.errors import BadSafetensors, DigestMismatch, DoesNotFit, UsageError
 from modelstore.header import Header, TensorInfo
-from modelstore.manifest import FileRecord
 from modelstore.reader import RING_BYTES, Arrival, Reading, start_reading
 from modelstore.timeline import Span, Timeline
 from modelstore.transfer import transfer
@@ -119,8 +118,9 @@ def load_tensors(
         check_fits(snapshot, [target])
         reading = start_reading(snapshot, ring_bytes=ring_bytes_for(target))
     timeline = timeline or Timeline()
-    weights = Weights(snapshot, reading, lambda _name: target)
     try:
+        weights = Weights(reading, {"": target})
+        weights.complete(snapshot)
         weights.start(timeline)
         tensors = weights.wait(timeline)
     finally:
@@ -131,6 +131,18 @@ def load_tensors(
 def ring_bytes_for(device: torch.device) -> int:
     """How much host memory the bytes for a device pass through; 0 where they stay."""
     return 0 if device.type == "cpu" else RING_BYTES
+
+
+def place_early(reading: Reading, timeline: Timeline) -> Weights | None:
+    """Begin to move to the GPU what arrives of a snapshot that is still being made; hand the result to `load_model`.
+
+    None where the weights stay in host memory, or where several GPUs will have to share them.
+    """
+    if not reading.uses_ring or torch.cuda.device_count() != 1:
+        return None
+    weights = Weights(reading, {"": torch.device("cuda", 0)})
+    weights.start(timeline)
+    return weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,15 +157,17 @@ class _Slab:
 class Weights:
     """The tensors of a snapshot's weights, whose bytes arrive while they are there already.
 
-    `tensors`: by their names in the checkpoint. `stand_ins`: the same as CPU tensors that a model can be built from at
-    once; on the CPU they are the tensors, else views of memory that nobody ever touches. `early`: whether there are
-    any.
+    Files are prepared with `complete`, when the snapshot is known, or before that, where their bytes are to be moved,
+    as the first of them arrives. `tensors`: by their names in the checkpoint. `stand_ins`: the same as CPU tensors that
+    a model can be built from at once; on the CPU they are the tensors, else views of memory that nobody ever touches.
+    `early`: whether there are any.
     """
 
-    def __init__(self, snapshot: Snapshot, reading: Reading, place: Place) -> None:
-        """`place`: the device for a tensor's name."""
-        self._snapshot = snapshot
+    def __init__(self, reading: Reading, device_map: Mapping[str, torch.device]) -> None:
+        """`device_map`: devices by the names of modules, "" for all that no other one leads to."""
         self._reading = reading
+        self._devices = device_map
+        self._preparing = threading.Lock()
         self._headers: dict[str, Header] = {}
         self._raw: dict[str, bytes] = {}
         self._thread: threading.Thread | None = None
@@ -164,15 +178,17 @@ class Weights:
         self.tensors: dict[str, torch.Tensor] = {}
         self.stand_ins: dict[str, torch.Tensor] = {}
         self.early = True
+
+    def complete(self, snapshot: Snapshot) -> None:
+        """Prepare what is left of a snapshot, all of whose files were added to the reading. Raises BadSafetensors and
+        DigestMismatch as `Reading.header` does."""
         for file in snapshot.weights:
-            header, self._raw[file.path] = reading.header(file.path)
-            self._headers[file.path] = header
-            self._prepare(file, header, place)
+            self._prepare(file.path)
 
     def start(self, timeline: Timeline) -> None:
         """Begin to move what arrives to the devices, in a thread of its own; on the CPU there is nothing to move."""
         self._began = timeline.now()
-        if self._slabs:
+        if self._slabs or self._reading.uses_ring:
             self._thread = threading.Thread(target=self._move, name="transfer", daemon=True)
             self._thread.start()
 
@@ -183,15 +199,16 @@ class Weights:
             self._thread.join()
             if self._error is not None:
                 raise self._error
-            timeline.add(Span("transfer", self._began, timeline.now(), _weights_bytes(self._snapshot)))
+            size = sum(reading.record(path).size_bytes for path in self._slabs)
+            timeline.add(Span("transfer", self._began, timeline.now(), size))
         reading.wait_all()
         ended = reading.ended or reading.began
         timeline.add(Span("read", reading.began - timeline.began, ended - timeline.began, reading.size_bytes))
-        for file in self._snapshot.weights:
-            if file.path not in self._slabs:
-                self._check_header(file.path, reading.memory(file.path))
+        for path, header in self._headers.items():
+            if path not in self._slabs:
+                self._check_header(path, reading.memory(path))
                 if not self.early:
-                    self._view_in_memory(file, self._headers[file.path])
+                    self._view_in_memory(path, header)
         return self.tensors
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -218,51 +235,64 @@ class Weights:
                 return path, address - base
         return None
 
-    def _prepare(self, file: FileRecord, header: Header, place: Place) -> None:
-        aligned = not any(_begin(header, tensor) % _dtype(tensor, file).itemsize for tensor in header.tensors)
+    def _prepare(self, path: str) -> None:
+        """Make room for a file's tensors, unless that was done."""
+        with self._preparing:
+            if path not in self._headers:
+                self._headers[path], self._raw[path] = self._reading.header(path)
+                self._make_room(path, self._headers[path])
+
+    def _make_room(self, path: str, header: Header) -> None:
+        aligned = not any(_begin(header, tensor) % _dtype(tensor, path).itemsize for tensor in header.tensors)
         self.early = self.early and aligned
-        devices = {place(tensor.name) for tensor in header.tensors}
-        if devices <= {torch.device("cpu")} and not self._reading.in_ring(file.path):
-            memory = self._reading.memory(file.path)
-            self._bases.append((_address(memory), len(memory), file.path))
+        devices = {self._place(tensor.name) for tensor in header.tensors}
+        if devices <= {torch.device("cpu")} and not self._reading.in_ring(path):
+            memory = self._reading.memory(path)
+            self._bases.append((_address(memory), len(memory), path))
             if aligned:
-                self._view_in_memory(file, header)
+                self._view_in_memory(path, header)
             return
-        self._slabs[file.path] = slabs = []
-        for run in _runs(header, place):
+        self._slabs[path] = slabs = []
+        for run in _runs(header, self._place):
             begin, end = _begin(header, run[0]), _begin(header, run[-1]) + run[-1].size_bytes
-            data = torch.empty(end - begin, dtype=torch.uint8, device=place(run[0].name))
+            data = torch.empty(end - begin, dtype=torch.uint8, device=self._place(run[0].name))
             slabs.append(_Slab(begin, end, data))
             for tensor in run:
                 start = _begin(header, tensor) - begin
-                flat = data[start : start + tensor.size_bytes].view(_dtype(tensor, file))
+                flat = data[start : start + tensor.size_bytes].view(_dtype(tensor, path))
                 self.tensors[tensor.name] = flat.view(tensor.shape)
-        untouched = memoryview(mmap.mmap(-1, file.size_bytes, flags=mmap.MAP_PRIVATE | _NO_RESERVE))
-        self._bases.append((_address(untouched), len(untouched), file.path))
+        size_bytes = self._reading.record(path).size_bytes
+        untouched = memoryview(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | _NO_RESERVE))
+        self._bases.append((_address(untouched), len(untouched), path))
         if aligned:
-            self.stand_ins |= {tensor.name: _view(untouched, header, tensor, file) for tensor in header.tensors}
+            self.stand_ins |= {tensor.name: _view(untouched, header, tensor, path) for tensor in header.tensors}
 
-    def _view_in_memory(self, file: FileRecord, header: Header) -> None:
-        memory = self._reading.memory(file.path)
+    def _place(self, name: str) -> torch.device:
+        """The device for a tensor's name: that of the longest module name that leads to it, else the first."""
+        while name and name not in self._devices:
+            name = name.rpartition(".")[0]
+        return self._devices.get(name) or next(iter(self._devices.values()))
+
+    def _view_in_memory(self, path: str, header: Header) -> None:
+        memory = self._reading.memory(path)
         for tensor in header.tensors:
-            view = _view(memory, header, tensor, file)
+            view = _view(memory, header, tensor, path)
             self.tensors[tensor.name] = self.stand_ins[tensor.name] = view
 
     def _move(self) -> None:
-        devices = {slab.data.device for slabs in self._slabs.values() for slab in slabs}
-        gpus = {device for device in devices if device.type == "cuda"}
-        taker = _Cuda(self, gpus) if gpus else _Host(self)
+        gpus = {device for device in self._devices.values() if device.type == "cuda"}
         try:
-            transfer(self._reading, taker, frozenset(self._slabs))
+            transfer(self._reading, _Cuda(self, gpus) if gpus else _Host(self))
         except BaseException as error:  # handed to whoever waits
             self._error = error
 
     def parts(self, arrival: Arrival, view: memoryview) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Where a block's bytes go: pairs of a device's bytes and the host's. Compares the header on its way."""
+        self._prepare(arrival.path)
         self._check_header(arrival.path, view, arrival.offset)
         host = torch.frombuffer(view, dtype=torch.uint8)
         pairs = []
-        for slab in self._slabs[arrival.path]:
+        for slab in self._slabs.get(arrival.path, ()):
             first, last = max(slab.begin, arrival.offset), min(slab.end, arrival.offset + arrival.length)
             if first < last:
                 source = host[first - arrival.offset : last - arrival.offset]
@@ -274,7 +304,7 @@ class Weights:
         raw = self._raw[path][offset : offset + len(view)]
         if raw and view[: len(raw)] != raw:
             raise DigestMismatch(
-                f"{self._snapshot.path / path} changed while it was read: remove the snapshot and seed the model again"
+                f"{path} of the snapshot changed while it was read: remove the snapshot and seed the model again"
             )
 
 
@@ -302,9 +332,8 @@ class _Cuda:
         self._weights = weights
         make: Any = torch.cuda.Stream
         self._streams = {device: make(device) for device in devices}
-        for device, stream in self._streams.items():
-            stream.wait_stream(torch.cuda.current_stream(device))  # whoever had this memory before has done with it
         self._pinned: set[int] = set()
+        self._begun: set[str] = set()
 
     def pin(self, memory: memoryview) -> None:
         if _cudart("cudaHostRegister", _address(memory), len(memory), _FOR_EVERY_DEVICE):
@@ -321,7 +350,12 @@ class _Cuda:
 
     def copy(self, arrival: Arrival, view: memoryview) -> list[torch.cuda.Event]:
         events = []
-        for target, source in self._weights.parts(arrival, view):
+        parts = self._weights.parts(arrival, view)
+        if arrival.path not in self._begun:
+            self._begun.add(arrival.path)
+            for device, stream in self._streams.items():
+                stream.wait_stream(torch.cuda.current_stream(device))  # whoever had this memory before has done with it
+        for target, source in parts:
             stream = self._streams.get(target.device)
             if stream is None:
                 target.copy_(source)
@@ -360,16 +394,16 @@ def _begin(header: Header, tensor: TensorInfo) -> int:
     return header.data_start + tensor.begin
 
 
-def _dtype(tensor: TensorInfo, file: FileRecord) -> torch.dtype:
+def _dtype(tensor: TensorInfo, path: str) -> torch.dtype:
     dtype = _TORCH.get(tensor.dtype)
     if dtype is None:
-        raise BadSafetensors(f"{file.path} holds {tensor.dtype} tensors, which this version of torch does not know")
+        raise BadSafetensors(f"{path} holds {tensor.dtype} tensors, which this version of torch does not know")
     return dtype
 
 
-def _view(memory: memoryview, header: Header, tensor: TensorInfo, file: FileRecord) -> torch.Tensor:
+def _view(memory: memoryview, header: Header, tensor: TensorInfo, path: str) -> torch.Tensor:
     """A tensor in the memory of its file; a copy where it does not lie as its dtype wants it."""
-    dtype, begin = _dtype(tensor, file), _begin(header, tensor)
+    dtype, begin = _dtype(tensor, path), _begin(header, tensor)
     if tensor.size_bytes == 0:
         return torch.empty(tensor.shape, dtype=dtype)
     buffer: Any = memory

@@ -27,17 +27,18 @@ class Device(Protocol):
         """No copy will come out of this memory any more."""
 
 
-def transfer(reading: Reading, device: Device, paths: frozenset[str]) -> None:
-    """Copy all blocks of these files as they arrive; returns when the last copy has ended. Raises as `Reading.wait`."""
-    pinned = reading.memories(paths)
-    for memory in pinned:
-        device.pin(memory)
+def transfer(reading: Reading, device: Device) -> None:
+    """Copy all blocks of weights as they arrive; returns when the last copy has ended. Raises as `Reading.wait`."""
+    pinned: dict[int, memoryview] = {}
     under_way: deque[tuple[Any, Arrival]] = deque()
     try:
         while True:
             arrival = reading.next_arrival(wait=not under_way)
             if arrival is not None:
-                if arrival.path in paths:
+                if arrival.path.endswith(".safetensors"):
+                    memory = reading.memory_behind(arrival)
+                    if id(memory) not in pinned:
+                        device.pin(pinned.setdefault(id(memory), memory))
                     under_way.append((device.copy(arrival, reading.view(arrival)), arrival))
             elif under_way:  # nothing else to do: the reader may be waiting for the oldest slot
                 event, done = under_way.popleft()
@@ -48,5 +49,5 @@ def transfer(reading: Reading, device: Device, paths: frozenset[str]) -> None:
     finally:
         for event, _arrival in under_way:
             device.wait(event)
-        for memory in pinned:
+        for memory in pinned.values():
             device.unpin(memory)

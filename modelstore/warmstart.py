@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelstore import gpu
 from modelstore.catalog import Catalog, Snapshot, Status
@@ -37,6 +38,7 @@ T = TypeVar("T")
 
 _LOG_EVERY_S = 5.0
 _LOOKS = 5
+_KEPT_BYTES = RING_BYTES // 2  # of what is written here, beside the ring: a start takes 2 GB of host memory
 _SWITCH_S = 0.0005  # imports hold the interpreter's lock; a download asks for it a few times for each 256 KiB
 _OUTCOMES: Mapping[Status, tuple[Outcome, str]] = {
     "present": ("hit", "the snapshot was on the volume"),
@@ -48,7 +50,10 @@ _OUTCOMES: Mapping[Status, tuple[Outcome, str]] = {
 
 @dataclass(slots=True)
 class Begun:
-    """A start whose bytes are in flight. `snapshot` and `reading` are exchanged where the first were damaged."""
+    """A start whose bytes are in flight. `snapshot` and `reading` are exchanged where the first were damaged.
+
+    `early`: what `meanwhile` made of the reading before the snapshot was published; None where that is of no use.
+    """
 
     settings: Settings
     snapshot: Snapshot
@@ -57,6 +62,7 @@ class Begun:
     timeline: Timeline
     observer: Observer
     ring_bytes: int
+    early: Any = None
 
     def load(self, load: Callable[[Begun], T]) -> T:
         """What `load` makes of this start; called again, once, where the first bytes were not those published.
@@ -75,6 +81,7 @@ class Begun:
         logger.warning("%s; comparing it again", damage)
         self.reading.close()
         del self.reading
+        self.early = None
         gc.collect()  # what was read is free before the second read takes as much
         try:
             self._begin_again()
@@ -133,19 +140,21 @@ def without_collecting() -> Iterator[None]:
 
 
 @contextmanager
-def _beside(work: Callable[[], object]) -> Iterator[None]:
-    """Run the block with `work` in a thread beside it, to its end; what `work` raises is for whoever does it again."""
+def _beside(work: Callable[[], object]) -> Iterator[list[object]]:
+    """Run the block with `work` in a thread beside it, to its end. Yields a list that then holds what `work` returned;
+    what it raises is for whoever does it again."""
+    result: list[object] = []
 
     def run() -> None:
         with suppress(Exception):
-            work()
+            result.append(work())
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_S)
     thread = threading.Thread(target=run, name="beside", daemon=True)
     thread.start()
     try:
-        yield
+        yield result
     finally:
         thread.join()
         sys.setswitchinterval(before)
@@ -157,12 +166,13 @@ def begin(
     observer: Observer | None = None,
     timeline: Timeline | None = None,
     to_host: bool = False,
-    meanwhile: Callable[[], object] = lambda: None,
+    meanwhile: Callable[[Reading], object] = lambda _reading: None,
 ) -> Begun:
     """Make sure that the model is on the volume, and start to read its weights.
 
     `timeline`: that of the process by default. `to_host`: into host memory, where there is a GPU, too. `meanwhile`:
-    what will be needed next, such as imports; called in a thread beside a download or a wait, not at all on a hit.
+    what will be needed next, such as imports, and a taker of what of the weights is there already; called in a thread
+    beside a download or a wait, not at all on a hit.
 
     Raises InvalidSetting where no model is set, DoesNotFit where the GPUs have no room for it, and whatever
     `ModelStore.ensure` raises.
@@ -173,14 +183,16 @@ def begin(
     settings.check_allowed(settings.model)
     observer = observer or LogObserver()
     layout = Layout(settings.root)
+    free = None if to_host else gpu.free_bytes(settings.visible_gpus)
+    ring_bytes = 0 if free is None else RING_BYTES
     mark: InUse | None = None
     reading: Reading | None = None
+    early: object = None
     for attempt in range(_LOOKS):
         with timeline.span("lookup"):
             snapshot = Catalog(layout).find(settings.model, settings.dtype)
         if snapshot is None:
-            with _beside(meanwhile):
-                snapshot, reading = _made(settings, observer, timeline, to_host=to_host)
+            snapshot, reading, early = _made(settings, observer, timeline, free, ring_bytes, meanwhile)
         if mark is None or mark.key != snapshot.key:
             if mark is not None:
                 mark.end()
@@ -189,10 +201,11 @@ def begin(
             if wait_while_evicting(layout, snapshot.key):
                 if reading is not None:
                     reading.close()
-                    reading = None
+                    reading = early = None
                 continue
         try:
-            ring_bytes = 0 if to_host else _ring_bytes(settings, snapshot)
+            if reading is None:
+                _check_fits(free, snapshot.key, sum(file.size_bytes for file in snapshot.weights))
             reading = reading or start_reading(snapshot, beside=True, ring_bytes=ring_bytes)
             break
         except SnapshotNotFound:  # evicted between the look and the open
@@ -202,44 +215,43 @@ def begin(
         raise SnapshotNotFound(f"{settings.model} is evicted again and again: pin it, or raise MODELSTORE_QUOTA")
     timeline.commit, timeline.dtype = snapshot.commit, snapshot.dtype
     timeline.outcome, timeline.reason = _OUTCOMES[snapshot.status]
-    return Begun(settings, snapshot, reading, mark, timeline, observer, ring_bytes)
+    return Begun(settings, snapshot, reading, mark, timeline, observer, ring_bytes, early)
 
 
 def _made(
-    settings: Settings, observer: Observer, timeline: Timeline, *, to_host: bool
-) -> tuple[Snapshot, Reading | None]:
-    """The snapshot, made here or waited for; what of it could be read meanwhile is on its way."""
+    settings: Settings,
+    observer: Observer,
+    timeline: Timeline,
+    free: list[int] | None,
+    ring_bytes: int,
+    meanwhile: Callable[[Reading], object],
+) -> tuple[Snapshot, Reading | None, object]:
+    """The snapshot, made here or waited for; the reading of it, if what of it came meanwhile is of use; and what
+    `meanwhile` made of that."""
     from modelstore.follow import Following
     from modelstore.store import ModelStore  # its imports (numpy, HTTP) are for a miss alone
 
-    def start() -> Reading:
-        return Reading(beside=True, ring_bytes=0 if to_host else _ring_bytes(settings))
-
     assert settings.model is not None
     store = ModelStore(settings.root, settings=settings)
-    following = Following(store.layout, observer, start)
+    reading = Reading(beside=True, ring_bytes=ring_bytes)
+    keep_bytes = _KEPT_BYTES if ring_bytes else float("inf")
+    following = Following(store.layout, observer, reading, keep_bytes=keep_bytes, check=partial(_check_fits, free))
     try:
-        snapshot = store.ensure(settings.model, timeline=timeline, observer=following)
-        if not to_host:
-            _ring_bytes(settings, snapshot)  # whether it fits is known only now
-        return snapshot, following.finish(snapshot)
+        with _beside(lambda: meanwhile(reading)) as early:
+            snapshot = store.ensure(settings.model, timeline=timeline, observer=following)
+            _check_fits(free, snapshot.key, sum(file.size_bytes for file in snapshot.weights))
+            followed = following.finish(snapshot)
     except BaseException:
         following.give_up()
         raise
+    return snapshot, followed, early[0] if early and followed is not None else None
 
 
-def _ring_bytes(settings: Settings, snapshot: Snapshot | None = None) -> int:
-    """How much host memory the weights pass through on their way to a GPU; 0 where there is none, and they stay.
-
-    Raises DoesNotFit where the GPUs have no room for them: before anything is read.
-    """
-    free = gpu.free_bytes(settings.visible_gpus)
-    if free is None or snapshot is None:
-        return 0 if free is None else RING_BYTES
-    needed = sum(file.size_bytes for file in snapshot.weights)
-    if needed > sum(free):
+def _check_fits(free: list[int] | None, key: SnapshotKey, weights_bytes: int) -> None:
+    """Raise DoesNotFit where the GPUs had no room for the weights when the start began: before anything is read, or
+    downloaded."""
+    if free is not None and weights_bytes > sum(free):
         raise DoesNotFit(
-            f"{snapshot.key} takes {needed / 1e9:.1f} GB and {len(free)} GPU(s) have {sum(free) / 1e9:.1f} GB free: "
+            f"{key} takes {weights_bytes / 1e9:.1f} GB and {len(free)} GPU(s) have {sum(free) / 1e9:.1f} GB free: "
             "use larger GPUs, or a smaller or quantized model"
         )
-    return RING_BYTES

@@ -17,7 +17,7 @@ from modelstore import ModelStore
 from modelstore.errors import DigestMismatch
 from modelstore.manifest import FileRecord
 from modelstore.reader import Arrival, Reading, start_reading
-from modelstore.tensors import Weights, _Cuda
+from modelstore.tensors import Weights, _Cuda, load_tensors
 from modelstore.timeline import Timeline
 from modelstore.transfer import transfer
 from tests.test_loader import MODELS, save
@@ -88,7 +88,7 @@ def test_every_byte_gets_there(
 ) -> None:
     """A slot that went back too early would be overwritten by the next block before the stream came to copy it."""
     reading = start(tmp_path, files, MB, **how)
-    transfer(reading, stream, frozenset(stream.received))
+    transfer(reading, stream)
     for path, data in stream.received.items():
         assert data == (tmp_path / path).read_bytes()
     assert not stream.pinned
@@ -103,7 +103,7 @@ def test_other_files_are_left_to_whoever_waits_for_them(
 ) -> None:
     small = write(tmp_path, "config.json", 100, MB)
     reading = start(tmp_path, [small, *files], MB, ring_bytes=4 * MB)
-    transfer(reading, stream, frozenset(stream.received))
+    transfer(reading, stream)
     assert reading.wait("config.json") == (tmp_path / "config.json").read_bytes()
     assert "config.json" not in stream.received
     reading.close()
@@ -118,7 +118,7 @@ def test_a_wrong_block_stops_it_after_the_copies_under_way(
         file.write(os.urandom(10))
     reading = start(tmp_path, files, MB, ring_bytes=4 * MB)
     with pytest.raises(DigestMismatch, match=files[1].path):
-        transfer(reading, stream, frozenset(stream.received))
+        transfer(reading, stream)
     assert stream.copied == stream.asked
     assert not stream.pinned
     reading.close()
@@ -130,7 +130,7 @@ def test_a_reading_that_is_closed_ends_it(tmp_path: Path, files: list[FileRecord
     reading.add(tmp_path, files, block_bytes=MB)  # and never `no_more`
     threading.Timer(0.2, reading.close).start()
     with pytest.raises(OSError, match="closed"):
-        transfer(reading, stream, frozenset(stream.received))
+        transfer(reading, stream)
 
 
 class FakeCuda:
@@ -196,16 +196,16 @@ def test_copies_go_on_a_stream_of_their_own_out_of_memory_that_is_pinned_meanwhi
     save(MODELS["llama"](), tmp_path / "original", shards=True)
     snapshot = store.ensure(f"file://{tmp_path}/original")
     reading = start_reading(snapshot, ring_bytes=1)
-    weights = Weights(snapshot, reading, lambda _name: torch.device("cpu"))
-    transfer(reading, _Cuda(weights, {torch.device("cpu")}), frozenset(file.path for file in snapshot.weights))
+    weights = Weights(reading, {"": torch.device("cpu")})
+    transfer(reading, _Cuda(weights, {torch.device("cpu")}))
+    weights.complete(snapshot)
     tensors = weights.wait(Timeline())
     reading.close()
-    expected = Weights(snapshot, whole := start_reading(snapshot), lambda _name: torch.device("cpu"))
-    for name, tensor in expected.wait(Timeline()).items():
+    for name, tensor in load_tensors(snapshot, "cpu").items():
         assert torch.equal(tensors[name], tensor)
-    whole.close()
     shards = len(snapshot.weights)
-    assert cuda.calls[:3] == ["stream", "wait for the current stream", "register"]
+    assert cuda.calls[:4] == ["stream", "register", "wait for the current stream", "copy"]
+    assert cuda.calls.count("wait for the current stream") == shards, "memory of each came from others"
     assert cuda.calls.count("copy") == cuda.calls.count("record") == cuda.calls.count("synchronize") == shards
     assert cuda.calls[-1] == ("synchronize" if refused else "unregister")
     assert ("cannot be pinned" in caplog.text) == refused

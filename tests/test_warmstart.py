@@ -20,6 +20,7 @@ from modelstore.catalog import Snapshot
 from modelstore.errors import DigestMismatch
 from modelstore.evict import evict
 from modelstore.loader import load_model
+from modelstore.reader import Reading
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
@@ -228,7 +229,7 @@ def test_what_is_needed_next_is_done_beside_a_download_and_not_at_a_hit(hub: Hub
     write_model(hub.folder / "org" / "name", seed=1)
     seen: list[int] = []
 
-    def work() -> None:
+    def work(_reading: Reading) -> None:
         until = time.monotonic() + 20
         while not hub.served.total_bytes and time.monotonic() < until:
             time.sleep(0.01)

@@ -51,6 +51,7 @@ class Loaded:
             reading=begun.reading,
             timeline=begun.timeline,
             trust_remote_code=begun.settings.trust_remote_code,
+            weights=begun.early,
             meanwhile=meanwhile,
         )
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
