@@ -356,12 +356,18 @@ def start_contenders(
     The first checkpoint is the one that was seeded."""
     seeded_from = next(iter(checkpoints.values()))
     model = f"file://{seeded_from}"
-    answered: list[Sample] = []
+    answers: list[Sample] = []
 
     def ready() -> Sample:
+        answers.clear()
         sample, answer = run_worker(root, model, prefix)
-        answered.append(answer)
+        answers.append(answer)
         return sample
+
+    def answered() -> Sample:
+        if not answers:
+            raise ModelStoreError("the worker was not ready")
+        return answers[0]
 
     return [
         Contender(
@@ -371,7 +377,7 @@ def start_contenders(
         ),
         Contender("floor: what must be imported", lambda: run_contender("start_floor", seeded_from, device, prefix)),
         Contender("`python -m handler`, ready", ready, (root,)),
-        Contender("`python -m handler`, first job answered and process ended", lambda: answered.pop()),
+        Contender("`python -m handler`, first job answered and process ended", answered),
         *(
             Contender(
                 f"the seed documents' handler, first forward, {dtype} checkpoint",

@@ -170,6 +170,7 @@ def main() -> None:
         "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where images and checkpoints are made"
     )
     parser.add_argument("--write", type=Path, help="the document whose section by this script is replaced")
+    parser.add_argument("--section", default="bench_start.py", help="which one, if the document has several")
     options = parser.parse_args()
     start_sizes, load_sizes = (
         [parse_size("size", text) for text in sizes.split(",") if text] for sizes in (options.start, options.load)
@@ -190,14 +191,14 @@ def main() -> None:
         with MooseFS.running(hosts=1) as moosefs:
             for size in load_sizes:
                 lines += loads(moosefs.hosts[0].mount, size, options.runs, cold=True, where="MooseFS, cold")
-    lines += ["**On a GPU**", "", "Not measured: none was at hand.", ""]
     if drawn and options.write:
         draw(drawn, options.write.parent / CHART)
+        lines += ["**On a GPU**", "", "Not measured: none was at hand.", ""]
         lines += [f"![Starts as spans, ours against the seed documents' handler]({CHART})", ""]
     text = "\n".join(lines)
     print(text)
     if options.write:
-        write_section(options.write, "bench_start.py", text)
+        write_section(options.write, options.section, text)
 
 
 if __name__ == "__main__":
