@@ -19,7 +19,6 @@ from modelstore.timeline import Timeline
 from modelstore.warmstart import begin, without_collecting
 
 if TYPE_CHECKING:
-    from handler.engines import Engine
     from modelstore.reader import Reading
 
 logger = logging.getLogger("handler")
@@ -29,18 +28,18 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         with without_collecting():
-            engine, serve = start()
+            serve = start()
     except ModelStoreError as error:
         return _failed(f"{type(error).__name__}: {error}", error.exit_code)
     except Exception as error:
         logger.exception("the start failed")
         return _failed(f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}", 1)
-    serve(engine)
+    serve()
     return 0
 
 
-def start() -> tuple[Engine, Callable[[Engine], None]]:
-    """The loaded engine, and what serves it; logs the timeline."""
+def start() -> Callable[[], None]:
+    """Load the engine, log the timeline; returns what serves jobs."""
     settings = Settings.from_env()
     timeline = Timeline(worker=settings.worker_id, model=str(settings.model), dtype=settings.dtype)
 
@@ -63,17 +62,22 @@ def start() -> tuple[Engine, Callable[[Engine], None]]:
 
     begun = begin(settings, timeline=timeline, meanwhile=beside_a_download)
     import_engine()
+    from handler.engines.several import Several
     from handler.engines.text import TextEngine
     from handler.worker import serve
 
-    engine = begun.load(partial(TextEngine.load, meanwhile=import_sdk))
+    def load_another(wanted: Settings) -> TextEngine:
+        return begin(wanted, timeline=Timeline()).load(TextEngine.load)
+
+    own = begun.load(partial(TextEngine.load, meanwhile=import_sdk))
+    engine = Several(own, settings, load_another)
     timeline.mark("ready")
     print(timeline.log_line(), file=sys.stderr, flush=True)
-    return engine, serve
+    return partial(serve, engine, settings, timeline.as_json())
 
 
 def _failed(reason: str, code: int) -> int:
-    print(f"start failed: {reason}", file=sys.stderr, flush=True)
+    print(f"start failed: {reason[:3000]}", file=sys.stderr, flush=True)  # RunPod cuts lines at 4096 characters
     return code
 
 

@@ -1,24 +1,33 @@
 """Jobs as RunPod hands them over: what may be asked, and what is answered. Pure functions, no torch, no network.
 
-    in   {"prompt": str | "messages": [{"role", "content"}], "max_tokens": 100, "temperature": 0.7, "top_p": 0.9,
-          "model": "org/name"}
-    out  {"generated_text": str, "tokens_generated": int, "model": str, "parameters": {…}}
-    or   {"error": str, "code": Code}
+    in      {"prompt": str | "prompts": [str] | "messages": [{"role", "content"}], "max_tokens": 100,
+             "temperature": 0.7, "top_p": 0.9, "top_k", "repetition_penalty", "seed", "stop": str | [str],
+             "stream": false, "model": "org/name"}
+    out     {"generated_text": str, "tokens_generated": int, "finish_reason": "stop" | "length", "model": str,
+             "parameters": {…}}; for `prompts` the first three are lists, in their order
+    stream  {"token": str, "finished": false} as it comes, for `prompts` with "index"; then for each prompt its
+            output, with "token": "" and "finished": true
+    or      {"error": str, "code": Code}
 
 `temperature: 0` means greedy. A field that is not listed is ignored, as RunPod's own workers do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-MAX_TOKENS = 2048
 MIN_TEMPERATURE = 0.01
 MAX_TEMPERATURE = 2.0
-MAX_PROMPT_CHARACTERS = 1_000_000
+MAX_TOP_K = 1_000_000
+MIN_REPETITION_PENALTY = 0.1
+MAX_REPETITION_PENALTY = 10.0
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 200
+MAX_SEED = 2**63 - 1
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class Code(StrEnum):
@@ -26,6 +35,7 @@ class Code(StrEnum):
 
     INVALID_INPUT = "INVALID_INPUT"
     OOM = "OOM"
+    TIMEOUT = "TIMEOUT"
     MODEL_NOT_ALLOWED = "MODEL_NOT_ALLOWED"
     MODEL_UNAVAILABLE = "MODEL_UNAVAILABLE"
     INTERNAL_ERROR = "INTERNAL_ERROR"
@@ -44,106 +54,280 @@ class JobError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class TextRequest:
-    """One text generation; exactly one of `prompt` and `messages` is set."""
+class Limits:
+    """What one job may ask for."""
 
-    prompt: str | None
-    messages: tuple[Mapping[str, str], ...]
-    max_tokens: int
-    temperature: float
-    top_p: float
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        return {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p}
+    max_tokens: int = 2048
+    prompt_characters: int = 1_000_000
+    prompts: int = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
-    """What an engine made of a request; `text` is the new text alone."""
+class Sampling:
+    """How the next token is chosen, and when to end. What is None is the model's own default."""
 
+    max_tokens: int = 100
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What an answer says of it: what was asked for, and the defaults that everybody asks about."""
+        asked = {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p}
+        more = {"top_k": self.top_k, "repetition_penalty": self.repetition_penalty, "seed": self.seed}
+        asked |= {name: value for name, value in more.items() if value is not None}
+        return asked | ({"stop": list(self.stop)} if self.stop else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is to be continued: a text, or a conversation for the chat template."""
+
+    text: str | None = None
+    messages: tuple[Mapping[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TextRequest:
+    """One job for a text engine.
+
+    `model`: the one that it names. `listed`: its prompts came as a list, and so do its answers. `fit`: max_tokens was
+    not named, and is shortened to what the model's context leaves.
+    """
+
+    prompts: tuple[Prompt, ...]
+    sampling: Sampling
+    model: str | None = None
+    stream: bool = False
+    listed: bool = False
+    fit: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some more text of prompt number `index`, made of so many tokens by `model`; the last one says why it ended, and
+    how many tokens the prompt had."""
+
+    index: int
     text: str
     tokens: int
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    model: str = ""
 
 
-def parse_job(job: Mapping[str, Any], *, model: str) -> TextRequest:
-    """A job's request, checked; `model` is the one that is served.
-
-    Raises JobError whose text names the field, the limit and what was given.
-    """
+def input_of(job: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A job's input object. Raises JobError where there is none."""
     data = job.get("input")
     if not isinstance(data, dict):
-        raise _invalid(f"input must be an object with a prompt or messages, not {_kind(data)}")
-    asked = data.get("model")
-    if asked is not None and asked not in (model, model.partition("@")[0]):
-        raise JobError(Code.MODEL_NOT_ALLOWED, f"this worker serves {model}, not {str(asked)[:200]!r}")
-    for name in ("stream", "prompts"):
-        if data.get(name):
-            raise _invalid(f"{name} is not served by this version: send one prompt, or messages, a job")
-    prompt, messages = data.get("prompt"), data.get("messages")
-    if (prompt is None) == (messages is None):
-        raise _invalid("exactly one of prompt and messages must be given")
+        raise invalid(f"input must be an object with a prompt or messages, not {_shown(data)}")
+    return data
+
+
+def named_model(data: Mapping[str, Any]) -> str | None:
+    """The model that a job names. Raises JobError where that is no name."""
+    name = data.get("model")
+    if name is not None and not isinstance(name, str):
+        raise invalid(f"model must be a string, not {_shown(name)}")
+    return name
+
+
+def not_served(asked: str, model: str) -> JobError:
+    """The error for a job that names another model than the one that is served."""
+    return JobError(Code.MODEL_NOT_ALLOWED, f"this worker serves {model}, not {asked[:200]!r}")
+
+
+def parse_text(data: Mapping[str, Any], limits: Limits) -> TextRequest:
+    """A text job's request, checked. Raises JobError whose text names the field, the limit and what was given."""
+    given = [name for name in ("prompt", "prompts", "messages") if data.get(name) is not None]
+    if len(given) != 1:
+        raise invalid("exactly one of prompt, prompts and messages must be given")
+    if given == ["prompts"]:
+        prompts = _prompts(data["prompts"], limits)
+    elif given == ["prompt"]:
+        prompts = (Prompt(_text(data["prompt"], "prompt", limits)),)
+    else:
+        prompts = (Prompt(messages=parse_messages(data["messages"], limits)),)
     return TextRequest(
-        prompt=None if prompt is None else _prompt(prompt),
-        messages=() if messages is None else _messages(messages),
-        max_tokens=_integer(data, "max_tokens", 100, at_least=1, at_most=MAX_TOKENS),
-        temperature=_temperature(data),
-        top_p=_number(data, "top_p", 0.9, above=0.0, at_most=1.0),
+        prompts,
+        parse_sampling(data, limits),
+        model=named_model(data),
+        stream=flag(data, "stream"),
+        listed=given == ["prompts"],
+        fit=data.get("max_tokens") is None,
     )
 
 
-def completed(completion: Completion, request: TextRequest, *, model: str) -> dict[str, Any]:
-    """The output of a finished job."""
-    return {
-        "generated_text": completion.text,
-        "tokens_generated": completion.tokens,
-        "model": model,
-        "parameters": request.parameters,
-    }
+def parse_sampling(
+    data: Mapping[str, Any], limits: Limits, *, temperature: float = 0.7, top_p: float = 0.9
+) -> Sampling:
+    """The fields that say how to choose tokens; `temperature` and `top_p` are defaults. Raises JobError."""
+    top_k = repetition_penalty = seed = None
+    if data.get("top_k") is not None:
+        top_k = integer(data, "top_k", 0, at_least=0, at_most=MAX_TOP_K)
+    if data.get("repetition_penalty") is not None:
+        repetition_penalty = number(
+            data, "repetition_penalty", 1.0, at_least=MIN_REPETITION_PENALTY, at_most=MAX_REPETITION_PENALTY
+        )
+    if data.get("seed") is not None:
+        seed = integer(data, "seed", 0, at_least=0, at_most=MAX_SEED)
+    return Sampling(
+        max_tokens=integer(data, "max_tokens", min(100, limits.max_tokens), at_least=1, at_most=limits.max_tokens),
+        temperature=_temperature(data, temperature),
+        top_p=number(data, "top_p", top_p, above=0.0, at_most=1.0),
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=_stop(data.get("stop")),
+    )
 
 
-def _prompt(value: object) -> str:
-    if not isinstance(value, str):
-        raise _invalid(f"prompt must be a string, not {_kind(value)}")
-    if not value:
-        raise _invalid("prompt must not be empty")
-    if len(value) > MAX_PROMPT_CHARACTERS:
-        raise _invalid(f"prompt must have at most {MAX_PROMPT_CHARACTERS} characters, not {len(value)}")
-    return value
+class Answer:
+    """Collects the pieces of one request, and says them in RunPod's form."""
+
+    def __init__(self, request: TextRequest) -> None:
+        self._request = request
+        self.model = ""
+        self.texts = ["" for _prompt in request.prompts]
+        self.tokens = [0 for _prompt in request.prompts]
+        self.reasons = ["" for _prompt in request.prompts]
+        self.prompt_tokens = 0
+
+    def add(self, piece: Piece) -> None:
+        """Take the next piece."""
+        self.model = piece.model
+        self.prompt_tokens += piece.prompt_tokens
+        self.texts[piece.index] += piece.text
+        self.tokens[piece.index] += piece.tokens
+        self.reasons[piece.index] = piece.finish_reason or ""
+
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        """What a stream says of a piece that was added."""
+        which = {"index": piece.index} if self._request.listed else {}
+        said: list[dict[str, Any]] = []
+        if piece.text:
+            said.append({"token": piece.text, "finished": False} | which)
+        if piece.finish_reason:
+            said.append({"token": "", "finished": True} | which | self._output(*self._of(piece.index)))
+        return said
+
+    def output(self) -> dict[str, Any]:
+        """The output of a finished job."""
+        if self._request.listed:
+            return self._output(self.texts, self.tokens, self.reasons)
+        return self._output(*self._of(0))
+
+    def _of(self, index: int) -> tuple[str, int, str]:
+        return self.texts[index], self.tokens[index], self.reasons[index]
+
+    def _output(self, text: object, tokens: object, reason: object) -> dict[str, Any]:
+        return {
+            "generated_text": text,
+            "tokens_generated": tokens,
+            "finish_reason": reason,
+            "model": self.model,
+            "parameters": self._request.sampling.parameters,
+        }
 
 
-def _messages(value: object) -> tuple[Mapping[str, str], ...]:
+def merged(chunks: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Chunks of a stream with those of one prompt that follow each other made one, as long as it goes on."""
+    said: list[dict[str, Any]] = []
+    for chunk in chunks:
+        last = said[-1] if said else None
+        if last and not last["finished"] and not chunk["finished"] and last.get("index") == chunk.get("index"):
+            said[-1] = last | {"token": last["token"] + chunk["token"]}
+        else:
+            said.append(chunk)
+    return said
+
+
+def parse_messages(value: object, limits: Limits) -> tuple[Mapping[str, str], ...]:
+    """A conversation; contents may be OpenAI's lists of text parts. Raises JobError."""
     if not isinstance(value, list) or not value:
-        raise _invalid(f"messages must be a list with at least one message, not {_kind(value)}")
+        raise invalid(f"messages must be a list with at least one message, not {_shown(value)}")
+    messages = []
     for index, message in enumerate(value):
         if not isinstance(message, dict):
-            raise _invalid(f"messages[{index}] must be an object, not {_kind(message)}")
-        for name in ("role", "content"):
-            if not isinstance(message.get(name), str) or not message[name]:
-                raise _invalid(f"messages[{index}].{name} must be a string that is not empty")
-    if sum(len(message["content"]) for message in value) > MAX_PROMPT_CHARACTERS:
-        raise _invalid(f"messages must have at most {MAX_PROMPT_CHARACTERS} characters together")
-    return tuple({"role": message["role"], "content": message["content"]} for message in value)
+            raise invalid(f"messages[{index}] must be an object, not {_shown(message)}")
+        content = _joined_parts(message.get("content"), index)
+        for name, text in (("role", message.get("role")), ("content", content)):
+            if not isinstance(text, str) or not text:
+                raise invalid(f"messages[{index}].{name} must be a string that is not empty")
+        messages.append({"role": message["role"], "content": content})
+    if (size := sum(len(message["content"]) for message in messages)) > limits.prompt_characters:
+        raise invalid(f"messages must have at most {limits.prompt_characters} characters together, not {size}")
+    return tuple(messages)
 
 
-def _temperature(data: Mapping[str, Any]) -> float:
-    """0 for greedy, else large enough that dividing by it stays finite: on a GPU it would not be an exception."""
-    value = _number(data, "temperature", 0.7, at_least=0.0, at_most=MAX_TEMPERATURE)
-    if 0 < value < MIN_TEMPERATURE:
-        raise _invalid(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE:g}, not {value:g}")
+def _joined_parts(content: object, index: int) -> Any:
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise invalid(f"messages[{index}].content may hold parts of type text alone, not {_shown(part)}")
+    return "".join(part["text"] for part in content)
+
+
+def _prompts(value: object, limits: Limits) -> tuple[Prompt, ...]:
+    if not isinstance(value, list) or not 1 <= len(value) <= limits.prompts:
+        given = f"{len(value)}" if isinstance(value, list) else _shown(value)
+        raise invalid(f"prompts must be a list of 1 to {limits.prompts} strings, not {given}")
+    return tuple(Prompt(_text(text, f"prompts[{index}]", limits)) for index, text in enumerate(value))
+
+
+def _text(value: object, name: str, limits: Limits) -> str:
+    if not isinstance(value, str):
+        raise invalid(f"{name} must be a string, not {_shown(value)}")
+    if not value:
+        raise invalid(f"{name} must not be empty")
+    if len(value) > limits.prompt_characters:
+        raise invalid(f"{name} must have at most {limits.prompt_characters} characters, not {len(value)}")
     return value
 
 
-def _integer(data: Mapping[str, Any], name: str, default: int, *, at_least: int, at_most: int) -> int:
+def _stop(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else [] if value is None else value
+    usable = isinstance(stops, list) and len(stops) <= MAX_STOPS
+    if not usable or any(not isinstance(s, str) or not 1 <= len(s) <= MAX_STOP_CHARACTERS for s in stops):
+        raise invalid(
+            f"stop must be a string or at most {MAX_STOPS} of them, each of 1 to {MAX_STOP_CHARACTERS} characters, "
+            f"not {_shown(value)}"
+        )
+    return tuple(stops)
+
+
+def _temperature(data: Mapping[str, Any], default: float) -> float:
+    """0 for greedy, else large enough that dividing by it stays finite: on a GPU it would not be an exception."""
+    value = number(data, "temperature", default, at_least=0.0, at_most=MAX_TEMPERATURE)
+    if 0 < value < MIN_TEMPERATURE:
+        raise invalid(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE:g}, not {value:g}")
+    return value
+
+
+def flag(data: Mapping[str, Any], name: str) -> bool:
+    """A switch that is off by default. Raises JobError."""
+    value = False if data.get(name) is None else data[name]
+    if not isinstance(value, bool):
+        raise invalid(f"{name} must be true or false, not {_shown(value)}")
+    return value
+
+
+def integer(data: Mapping[str, Any], name: str, default: int, *, at_least: int, at_most: int) -> int:
+    """A whole number within limits. Raises JobError."""
     value = default if data.get(name) is None else data[name]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not at_least <= value <= at_most:
-        raise _invalid(f"{name} must be an integer between {at_least} and {at_most}, not {_shown(value)}")
+        raise invalid(f"{name} must be an integer between {at_least} and {at_most}, not {_shown(value)}")
     return value
 
 
-def _number(
+def number(
     data: Mapping[str, Any],
     name: str,
     default: float,
@@ -152,22 +336,27 @@ def _number(
     above: float | None = None,
     at_most: float,
 ) -> float:
+    """A number within limits. Raises JobError."""
     value = default if data.get(name) is None else data[name]
     usable = isinstance(value, int | float) and not isinstance(value, bool) and value <= at_most
     if not usable or (at_least is not None and value < at_least) or (above is not None and value <= above):
         low = f"at least {at_least:g}" if at_least is not None else f"above {above:g}"
-        raise _invalid(f"{name} must be a number {low} and at most {at_most:g}, not {_shown(value)}")
+        raise invalid(f"{name} must be a number {low} and at most {at_most:g}, not {_shown(value)}")
     return float(value)
 
 
-def _invalid(message: str) -> JobError:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the host or of a GPU, has run out."""
+    return isinstance(error, MemoryError) or any(phrase in str(error).lower() for phrase in _OUT_OF_MEMORY)
+
+
+def invalid(message: str) -> JobError:
+    """The error for input that its sender can mend."""
     return JobError(Code.INVALID_INPUT, message)
 
 
-def _kind(value: object) -> str:
-    return "nothing" if value is None else f"{_shown(value)}"
-
-
 def _shown(value: object) -> str:
+    if value is None:
+        return "nothing"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

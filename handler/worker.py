@@ -1,64 +1,261 @@
-"""The RunPod loop: one loaded engine, the handler that the SDK calls, and what becomes of errors."""
+"""The RunPod loop: one loaded engine, the handler that the SDK calls, and what becomes of errors.
+
+The handler is a coroutine and no generator, though it streams: the SDK turns a generator's typed error into a bare
+text, drops what had been aggregated, ignores its refresh_worker, and wraps every plain answer in a list. Chunks of a
+stream go out by the SDK's own `stream_result` as they come, and all of them once more as the job's output, as the SDK
+does it with `return_aggregate_stream`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing
 from typing import Any
 
+from handler import openai
 from handler.engines import Engine
-from handler.jobs import Code, JobError, completed, parse_job
+from handler.jobs import (
+    Answer,
+    Code,
+    JobError,
+    Limits,
+    Piece,
+    input_of,
+    is_out_of_memory,
+    merged,
+    parse_text,
+)
+from handler.refresh import AliasFollower
+from modelstore.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
+Job = Mapping[str, Any]
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-
-
-def make_handler(engine: Engine) -> Handler:
-    """The handler for `runpod.serverless.start`: never raises but for cancellation, one generation at a time.
-
-    It is a coroutine and generates in a thread, because the SDK runs handlers on its event loop: a plain function would
-    hold up pings and stop signals for as long as it runs.
-    """
-    thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
-
-    async def handler(job: Mapping[str, Any]) -> dict[str, Any]:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(thread, answer, engine, job)
-
-    return handler
+_PROGRESS_EVERY_S = 5.0
 
 
-def answer(engine: Engine, job: Mapping[str, Any]) -> dict[str, Any]:
-    """The output of one job, or its error."""
-    try:
-        request = parse_job(job, model=engine.model)
-        return completed(engine.generate(request), request, model=engine.model)
-    except JobError as error:
-        logger.info("job %s: %s: %s", job.get("id"), error.code, error)
-        return error.payload()
-    except Exception as error:  # whatever a job does, the worker lives on
-        failed = _job_error(error)
-        logger.exception("job %s: %s", job.get("id"), failed.code)
-    # Out of the except block: the traceback, and with it the tensors in its frames, is gone when memory is freed.
-    if failed.code is Code.OOM:
-        engine.free_memory()
-    return failed.payload()
+class Wire:
+    """What goes to RunPod while a job runs. This one says nothing: there is nobody to tell in a local run."""
+
+    async def stream(self, job: Job, chunks: list[Any]) -> None:
+        """Send chunks of a stream; returns when they are there."""
+
+    async def progress(self, job: Job, progress: Mapping[str, Any]) -> None:
+        """Send a progress update; returns when it is there, so that it cannot come after the result."""
+
+
+class RunPodWire(Wire):
+    """By the SDK's own functions, over one HTTP session."""
+
+    def __init__(self) -> None:
+        self._session: Any = None
+
+    def _opened(self) -> Any:
+        if self._session is None:
+            from runpod.http_client import AsyncClientSession
+
+            self._session = AsyncClientSession()
+        return self._session
+
+    async def stream(self, job: Job, chunks: list[Any]) -> None:
+        from runpod.serverless.modules.rp_http import stream_result
+
+        for chunk in chunks:
+            await stream_result(self._opened(), {"output": chunk}, job)
+
+    async def progress(self, job: Job, progress: Mapping[str, Any]) -> None:
+        from runpod.serverless.modules.rp_http import send_result
+
+        await send_result(self._opened(), {"status": "IN_PROGRESS", "output": dict(progress)}, job)
+
+
+class Worker:
+    """Answers jobs with one engine. Nothing that a job does ends it."""
+
+    def __init__(
+        self, engine: Engine, settings: Settings, *, wire: Wire | None = None, timeline: Mapping[str, Any] | None = None
+    ) -> None:
+        """`timeline`: the record of this worker's start, for its status."""
+        self._engine = engine
+        self._settings = settings
+        self._limits = Limits(settings.max_tokens, settings.max_prompt_characters, settings.max_prompts)
+        self._wire = wire or Wire()
+        self._timeline = timeline
+        self._replace_because = ""
+        self._began = time.monotonic()
+        self._counts = {"running": 0, "completed": 0, "failed": 0, "cancelled": 0}
+
+    async def handle(self, job: Job) -> Any:
+        """The output of one job, or its error; raises nothing but cancellation."""
+        self._counts["running"] += 1
+        how = "cancelled"
+        try:
+            output, error = await self._answered(job)
+            how = "completed" if error is None else "failed"
+        finally:
+            self._counts["running"] -= 1
+            self._counts[how] += 1
+        if error is not None:
+            output = openai.failed(error) if _is_openai(job) else dict[str, Any](error.payload())
+        if (self._engine.broken or self._replace_because) and isinstance(output, dict):
+            output["refresh_worker"] = True
+        return output
+
+    def replace(self, reason: str) -> None:
+        """Have RunPod replace this worker when its next job is answered."""
+        logger.warning("this worker asks to be replaced: %s", reason)
+        self._replace_because = reason
+
+    async def _answered(self, job: Job) -> tuple[Any, JobError | None]:
+        limit_s = self._settings.max_job_s or None
+        clock = asyncio.timeout(limit_s)
+        try:
+            async with clock:
+                return await self._answer(job), None
+        except JobError as error:
+            logger.info("job %s: %s: %s", job.get("id"), error.code, error)
+            return None, error
+        except Exception as error:  # whatever a job does, the worker lives on
+            if clock.expired():
+                text = f"the job took longer than {limit_s:g} s: ask for fewer tokens, or raise MODELSTORE_MAX_JOB_S"
+                failed = JobError(Code.TIMEOUT, text)
+            else:
+                failed = _job_error(error)
+            logger.exception("job %s: %s", job.get("id"), failed.code)
+            return None, failed
+
+    async def _answer(self, job: Job) -> Any:
+        data = input_of(job)
+        if data.get("op") is not None:
+            if data["op"] != "status":
+                raise JobError(Code.INVALID_INPUT, f"op must be status, not {str(data['op'])[:80]!r}")
+            return self.status()
+        if _is_openai(job):
+            return await self._answer_openai(job, data)
+        request = parse_text(data, self._limits)
+        answer = Answer(request)
+
+        def chunks(piece: Piece) -> list[Any]:
+            answer.add(piece)
+            return answer.chunks(piece) if request.stream else []
+
+        pieces = self._engine.generate(request)
+        said = await self._consumed(
+            job, pieces, chunks, merged, progress=lambda: {"tokens_generated": sum(answer.tokens)}
+        )
+        return said if request.stream else answer.output()
+
+    async def _answer_openai(self, job: Job, data: Mapping[str, Any]) -> Any:
+        route = openai.parse_route(data["openai_route"])
+        if route == "models":
+            return openai.models(self._models(), created=int(time.time()))
+        body = data.get("openai_input")
+        request = openai.parse_body(route, body, self._limits)
+        assert isinstance(body, dict)
+        answer = openai.OpenAIAnswer(route, request, job_id=str(job.get("id")), created=int(time.time()))
+
+        def events(piece: Piece) -> list[Any]:
+            answer.add(piece)
+            return answer.events(piece) if request.stream else []
+
+        said = await self._consumed(job, self._engine.generate(request), events, lambda events: ["".join(events)])
+        if not request.stream:
+            return answer.output()
+        end = answer.last_events(usage=openai.wants_usage(body))
+        await self._wire.stream(job, end)
+        return said + end
+
+    async def _consumed(
+        self,
+        job: Job,
+        pieces: AsyncIterator[Piece],
+        chunks: Callable[[Piece], list[Any]],
+        together: Callable[[list[Any]], list[Any]],
+        *,
+        progress: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> list[Any]:
+        """Take all pieces; send what `chunks` makes of each, with those that came while others were sent in one go.
+
+        Returns what was sent, which is nothing for a request that is not streamed.
+        """
+        said: list[Any] = []
+        waiting: list[Any] = []
+        sending: asyncio.Task[None] | None = None
+        told = time.monotonic()
+        try:
+            async with aclosing(pieces) as source:  # type: ignore[type-var]
+                async for piece in source:
+                    waiting += chunks(piece)
+                    if waiting and (sending is None or sending.done()):
+                        now, waiting = together(waiting), []
+                        said += now
+                        sending = asyncio.create_task(self._wire.stream(job, now))
+                    elif progress and not said and not waiting and time.monotonic() - told >= _PROGRESS_EVERY_S:
+                        told = time.monotonic()
+                        await self._wire.progress(job, progress())
+            if sending is not None:
+                await sending
+            if waiting:
+                now = together(waiting)
+                await self._wire.stream(job, now)
+                said += now
+        finally:
+            if sending is not None:
+                sending.cancel()
+        return said
+
+    def _models(self) -> list[str]:
+        """What a job may name: the worker's own model, and those that it may load beside it."""
+        allowed = [str(reference) for reference in self._settings.allowed_models]
+        return [self._engine.model, *(name for name in allowed if not self._engine.serves(name))]
+
+    def status(self) -> dict[str, Any]:
+        """What a {"op": "status"} job is told."""
+        return {
+            **self._engine.status(),
+            "worker": self._settings.worker_id,
+            "uptime_s": round(time.monotonic() - self._began, 1),
+            "jobs": dict(self._counts),
+            "timeline": self._timeline,
+        }
+
+
+def _is_openai(job: Job) -> bool:
+    data = job.get("input")
+    return isinstance(data, dict) and data.get("openai_route") is not None
 
 
 def _job_error(error: Exception) -> JobError:
-    text = str(error)
-    if isinstance(error, MemoryError) or any(phrase in text.lower() for phrase in _OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         return JobError(Code.OOM, "out of memory: send a shorter prompt or a smaller max_tokens")
-    return JobError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {text[:500]}")
+    return JobError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {str(error)[:500]}")
 
 
-def serve(engine: Engine) -> None:
+def serve(engine: Engine, settings: Settings, timeline: Mapping[str, Any]) -> None:
     """Take jobs until the SDK ends the process."""
     import runpod
+    from runpod.serverless.modules.worker_state import IS_LOCAL_TEST
 
-    runpod.serverless.start({"handler": make_handler(engine)})
+    def model_is_as_published() -> None:
+        engine.check()
+
+    runpod.serverless.register_fitness_check(model_is_as_published)
+    worker = Worker(engine, settings, wire=Wire() if IS_LOCAL_TEST else RunPodWire(), timeline=timeline)
+
+    if settings.model is not None and settings.model.kind == "alias":
+        AliasFollower(engine, settings, worker.replace).start()
+
+    async def handler(job: Job) -> Any:
+        return await worker.handle(job)
+
+    runpod.serverless.start(
+        {
+            "handler": handler,
+            "concurrency_modifier": lambda _current: settings.max_concurrency,
+            "return_aggregate_stream": True,
+        }
+    )

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from modelstore import durable
-from modelstore.errors import BadManifest, FormatTooNew, RootUnusable, SnapshotNotFound, UnsafeName
+from modelstore import aliases, durable
+from modelstore.errors import BadManifest, FormatTooNew, RootUnusable, UnsafeName
 from modelstore.layout import FORMAT_VERSION, MANIFEST, Layout, SnapshotKey, key_from_parts
 from modelstore.manifest import FileRecord, Manifest, parse_manifest
 from modelstore.reference import Reference, is_commit, local_repo_id
@@ -88,13 +88,13 @@ class Catalog:
         self._layout = layout
 
     def find(self, wanted: Reference, dtype: str) -> Snapshot | None:
-        """The snapshot that the volume's records lead to, or None.
+        """The snapshot that the volume's records lead to, or None; an alias has its own dtype.
 
         Raises FormatTooNew, RootUnusable, and SnapshotNotFound for an alias that does not exist.
         """
         self.check_format()
         if wanted.kind == "alias":
-            raise SnapshotNotFound(f"the store has no alias {wanted}: name the model as org/name")
+            return self.published(aliases.target(self._layout, wanted.name))
         commit = self.recorded_commit(wanted)
         return self.published(SnapshotKey(repo_id_of(wanted), commit, dtype)) if commit else None
 
@@ -115,6 +115,8 @@ class Catalog:
     def find_key(self, wanted: Reference, dtype: str) -> SnapshotKey | None:
         """What `find` would look at, if anything stands there, damaged or not."""
         self.check_format()
+        if wanted.kind == "alias":
+            return aliases.target(self._layout, wanted.name)
         commit = self.recorded_commit(wanted)
         key = SnapshotKey(repo_id_of(wanted), commit, dtype)
         return key if commit and self._layout.snapshot(key).is_dir() else None

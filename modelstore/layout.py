@@ -171,6 +171,13 @@ class Layout:
         return self.root / "verified" / repo / f"{variant}.json"
 
     @property
+    def aliases(self) -> Path:
+        return self.root / "aliases"
+
+    def alias(self, name: str) -> Path:
+        return self.aliases / f"{name}.json"
+
+    @property
     def trash(self) -> Path:
         return self.root / "trash"
 

@@ -53,6 +53,11 @@ def is_commit(text: str) -> bool:
     return _COMMIT.fullmatch(text) is not None
 
 
+def is_alias(text: str) -> bool:
+    """Whether `text` is the name of an alias, without its @."""
+    return _ALIAS.fullmatch(text) is not None
+
+
 def is_repo_id(text: str) -> bool:
     """Whether `text` is `org/name` by the Hub's rules."""
     parts = text.split("/")
@@ -74,7 +79,7 @@ def parse_reference(text: str, *, revision: str | None = None) -> Reference:
     if not text or text != text.strip() or any(ord(c) < 32 or ord(c) == 127 for c in text):
         raise InvalidReference(f"{text!r} is not a model reference: {_FORMS}")
     if text.startswith("@"):
-        if not _ALIAS.fullmatch(text[1:]):
+        if not is_alias(text[1:]):
             raise InvalidReference(f"{text!r} is not an alias: use lower-case letters, digits, '.', '_' and '-'")
         _no_revision(text, revision)
         return Reference("alias", text[1:])

@@ -51,6 +51,11 @@ FIELDS = (
     Field("MODELSTORE_ALLOW_PICKLE", "0", "`1`: convert repos that have their weights only as pickles"),
     Field("MODELSTORE_TRUST_REMOTE_CODE", "0", "`1`: store and run a repo's own code, if its commit is named in full"),
     Field("MODELSTORE_KEEP_PREVIOUS", "0", "`1`: a worker that swaps models keeps the one before in host memory"),
+    Field("MAX_CONCURRENCY", "16", "jobs that a worker takes at once; they share the GPU in one batch"),
+    Field("MODELSTORE_MAX_TOKENS", "2048", "the most tokens that a job may ask for"),
+    Field("MODELSTORE_MAX_PROMPT_CHARACTERS", "1000000", "the longest prompt"),
+    Field("MODELSTORE_MAX_PROMPTS", "32", "the most prompts in one job"),
+    Field("MODELSTORE_MAX_JOB_S", "600", "seconds after which a job ends with an error; `0`: never"),
     Field("HF_TOKEN", "", "access token for gated and private repos; never written to the volume or a log"),
     Field("HF_ENDPOINT", HUB, "the Hub's address"),
     Field("CUDA_VISIBLE_DEVICES", "", "CUDA's own: the numbers of the GPUs that this worker may use"),
@@ -78,6 +83,11 @@ class Settings:
     allow_pickle: bool = False
     trust_remote_code: bool = False
     keep_previous: bool = False
+    max_concurrency: int = 16
+    max_tokens: int = 2048
+    max_prompt_characters: int = 1_000_000
+    max_prompts: int = 32
+    max_job_s: float = 600.0
     hf_token: str | None = field(default=None, repr=False)
     hf_endpoint: str = HUB
     visible_gpus: str | None = None
@@ -112,6 +122,11 @@ class Settings:
             allow_pickle=_switch(env, "MODELSTORE_ALLOW_PICKLE"),
             trust_remote_code=_switch(env, "MODELSTORE_TRUST_REMOTE_CODE"),
             keep_previous=_switch(env, "MODELSTORE_KEEP_PREVIOUS"),
+            max_concurrency=_count(env, "MAX_CONCURRENCY", 16),
+            max_tokens=_count(env, "MODELSTORE_MAX_TOKENS", 2048),
+            max_prompt_characters=_count(env, "MODELSTORE_MAX_PROMPT_CHARACTERS", 1_000_000),
+            max_prompts=_count(env, "MODELSTORE_MAX_PROMPTS", 32),
+            max_job_s=_number(env, "MODELSTORE_MAX_JOB_S", 600.0, at_least=0.0),
             hf_token=_token(env.get("HF_TOKEN", "")),
             hf_endpoint=_endpoint(env.get("HF_ENDPOINT") or HUB),
             visible_gpus=env.get("CUDA_VISIBLE_DEVICES"),
@@ -173,6 +188,15 @@ def _number(env: Mapping[str, str], variable: str, default: float, *, at_least: 
     if not at_least <= number < float("inf"):
         raise InvalidSetting(f"{variable}={text!r} is not usable: give a number of seconds, at least {at_least:g}")
     return number
+
+
+def _count(env: Mapping[str, str], variable: str, default: int) -> int:
+    text = env.get(variable, "").strip()
+    if not text:
+        return default
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:12]) <= 10**9):
+        raise InvalidSetting(f"{variable}={text[:40]!r} is not usable: give a whole number, at least 1")
+    return int(text)
 
 
 def _switch(env: Mapping[str, str], variable: str) -> bool:

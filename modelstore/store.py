@@ -15,13 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from modelstore import durable
+from modelstore import aliases, durable
 from modelstore.catalog import Catalog, Snapshot
 from modelstore.claim import Claim, Contender, Holder
 from modelstore.errors import (
     BadManifest,
     ClaimLost,
     Float16Overflow,
+    InvalidReference,
     NoSpace,
     SnapshotNotFound,
     WaitTimeout,
@@ -31,7 +32,7 @@ from modelstore.hub import HubSource
 from modelstore.layout import FORMAT_VERSION, Layout, SnapshotKey
 from modelstore.observer import SILENT, Observer
 from modelstore.pins import mark_used, wait_while_evicting
-from modelstore.reference import Reference, is_commit, parse_reference
+from modelstore.reference import Reference, is_alias, is_commit, parse_reference
 from modelstore.settings import Dtype, Settings, parse_dtype
 from modelstore.sources import FolderSource, HfCacheSource, Resolved, Source
 from modelstore.timeline import Span, Timeline
@@ -76,6 +77,17 @@ class ModelStore:
         """
         return self.catalog.find(_parsed(reference, revision), self._dtype(dtype))
 
+    def set_alias(self, name: str, reference: str | Reference, *, dtype: str | None = None) -> Snapshot:
+        """Let the alias `name` (without its @) point to a snapshot, which is downloaded first if need be, and verified.
+
+        Raises InvalidReference for a name that is none, and what `ensure` raises.
+        """
+        if not is_alias(name):
+            raise InvalidReference(f"{name!r} is not an alias: use lower-case letters, digits, '.', '_' and '-'")
+        snapshot = self.ensure(reference, dtype=dtype)
+        aliases.point(self.layout, name, snapshot.key, self.settings.worker_id)
+        return snapshot
+
     def snapshots(self) -> Iterator[Snapshot]:
         """Every published snapshot, by repo and commit; damaged ones are left out, with a warning."""
         return self.catalog.snapshots()
@@ -106,6 +118,9 @@ class ModelStore:
         wanted = _parsed(reference, revision)
         variant = self._dtype(dtype)
         self.settings.check_allowed(wanted)
+        if wanted.kind == "alias":
+            key = aliases.target(self.layout, wanted.name)
+            wanted, variant = Reference("hub", key.repo_id, key.commit), parse_dtype("alias", key.dtype)
         timeline = timeline or Timeline()
         with timeline.span("lookup"):
             found = self.lookup(wanted, dtype=variant)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from modelstore import gpu
+from modelstore import gpu, host
 from modelstore.catalog import Catalog, Snapshot, Status
 from modelstore.errors import DigestMismatch, DoesNotFit, InvalidSetting, ModelStoreError, SnapshotNotFound
 from modelstore.layout import Layout, SnapshotKey
@@ -174,7 +174,7 @@ def begin(
     what will be needed next, such as imports, and a taker of what of the weights is there already; called in a thread
     beside a download or a wait, not at all on a hit.
 
-    Raises InvalidSetting where no model is set, DoesNotFit where the GPUs have no room for it, and whatever
+    Raises InvalidSetting where no model is set, DoesNotFit where the GPUs or the host have no room for it, and whatever
     `ModelStore.ensure` raises.
     """
     if settings.model is None:
@@ -183,8 +183,9 @@ def begin(
     settings.check_allowed(settings.model)
     observer = observer or LogObserver()
     layout = Layout(settings.root)
-    free = None if to_host else gpu.free_bytes(settings.visible_gpus)
-    ring_bytes = 0 if free is None else RING_BYTES
+    gpus = None if to_host else gpu.free_bytes(settings.visible_gpus)
+    ring_bytes = 0 if gpus is None else RING_BYTES
+    check_fits = partial(_check_fits, gpus, host.free_bytes())
     mark: InUse | None = None
     reading: Reading | None = None
     early: object = None
@@ -192,7 +193,7 @@ def begin(
         with timeline.span("lookup"):
             snapshot = Catalog(layout).find(settings.model, settings.dtype)
         if snapshot is None:
-            snapshot, reading, early = _made(settings, observer, timeline, free, ring_bytes, meanwhile)
+            snapshot, reading, early = _made(settings, observer, timeline, check_fits, ring_bytes, meanwhile)
         if mark is None or mark.key != snapshot.key:
             if mark is not None:
                 mark.end()
@@ -205,7 +206,7 @@ def begin(
                 continue
         try:
             if reading is None:
-                _check_fits(free, snapshot.key, sum(file.size_bytes for file in snapshot.weights))
+                check_fits(snapshot.key, sum(file.size_bytes for file in snapshot.weights))
             reading = reading or start_reading(snapshot, beside=True, ring_bytes=ring_bytes)
             break
         except SnapshotNotFound:  # evicted between the look and the open
@@ -222,7 +223,7 @@ def _made(
     settings: Settings,
     observer: Observer,
     timeline: Timeline,
-    free: list[int] | None,
+    check_fits: Callable[[SnapshotKey, int], None],
     ring_bytes: int,
     meanwhile: Callable[[Reading], object],
 ) -> tuple[Snapshot, Reading | None, object]:
@@ -235,11 +236,11 @@ def _made(
     store = ModelStore(settings.root, settings=settings)
     reading = Reading(beside=True, ring_bytes=ring_bytes)
     keep_bytes = _KEPT_BYTES if ring_bytes else float("inf")
-    following = Following(store.layout, observer, reading, keep_bytes=keep_bytes, check=partial(_check_fits, free))
+    following = Following(store.layout, observer, reading, keep_bytes=keep_bytes, check=check_fits)
     try:
         with _beside(lambda: meanwhile(reading)) as early:
             snapshot = store.ensure(settings.model, timeline=timeline, observer=following)
-            _check_fits(free, snapshot.key, sum(file.size_bytes for file in snapshot.weights))
+            check_fits(snapshot.key, sum(file.size_bytes for file in snapshot.weights))
             followed = following.finish(snapshot)
     except BaseException:
         following.give_up()
@@ -247,11 +248,15 @@ def _made(
     return snapshot, followed, early[0] if early and followed is not None else None
 
 
-def _check_fits(free: list[int] | None, key: SnapshotKey, weights_bytes: int) -> None:
-    """Raise DoesNotFit where the GPUs had no room for the weights when the start began: before anything is read, or
-    downloaded."""
-    if free is not None and weights_bytes > sum(free):
-        raise DoesNotFit(
-            f"{key} takes {weights_bytes / 1e9:.1f} GB and {len(free)} GPU(s) have {sum(free) / 1e9:.1f} GB free: "
-            "use larger GPUs, or a smaller or quantized model"
-        )
+def _check_fits(gpus: list[int] | None, host_bytes: int | None, key: SnapshotKey, weights_bytes: int) -> None:
+    """Raise DoesNotFit where what was free when the start began, on the GPUs or else on the host, is less than the
+    weights: before anything is read, or downloaded."""
+    free = host_bytes if gpus is None else sum(gpus)
+    if free is None or weights_bytes <= free:
+        return
+    where = "this machine has" if gpus is None else f"{len(gpus)} GPU(s) have"
+    what = "use a larger machine" if gpus is None else "use larger GPUs"
+    raise DoesNotFit(
+        f"{key} takes {weights_bytes / 1e9:.1f} GB and {where} {free / 1e9:.1f} GB free: "
+        f"{what}, or a smaller or quantized model"
+    )

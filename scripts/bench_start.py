@@ -11,6 +11,7 @@ how is in modelstore/bench.py; `modelstore bench` does the same on a volume of y
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
 import sys
 import tempfile
@@ -175,7 +176,7 @@ def main() -> None:
     start_sizes, load_sizes = (
         [parse_size("size", text) for text in sizes.split(",") if text] for sizes in (options.start, options.load)
     )
-    given = " ".join(f"--{name} {getattr(options, name)}" for name in ("start", "load", "runs"))
+    given = " ".join(f"--{name} {shlex.quote(str(getattr(options, name)))}" for name in ("start", "load", "runs"))
     lines = [f"Measured by `python scripts/bench_start.py {given}`:", environment(options.folder) + ".", ""]
     drawn: dict[str, list[Measured]] = {}
     for size in start_sizes:

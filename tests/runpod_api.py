@@ -1,53 +1,120 @@
-"""A stand-in for RunPod's side of the worker protocol: jobs are put in, results come out. Real HTTP, unmodified SDK."""
+"""A stand-in for RunPod: the worker's side of its protocol and the public API over it. Real HTTP, unmodified SDK.
+
+worker   job-take, job-take-batch, job-stop (long polls), job-done, job-stream, ping
+client   run, runsync, status, stream, cancel, health, purge-queue, openai/v1/…
+"""
 
 from __future__ import annotations
 
 import json
 import queue
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
-_TAKE_S = 0.5
+ENDPOINT = "endpoint-1"
+KEY = "rpa_key"
+FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
+_POLL_S = 0.5
+
+
+@dataclass
+class Job:
+    """One job, as the platform sees it."""
+
+    id: str
+    input: object
+    status: str = "IN_QUEUE"
+    worker: str = ""
+    taken: int = 0
+    output: Any = None
+    error: Any = None
+    stream: list[Any] = field(default_factory=list)
+    streamed: int = 0
+    progress: list[Any] = field(default_factory=list)
+    after_the_end: list[Any] = field(default_factory=list)
+    stops_pod: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        said: dict[str, Any] = {"id": self.id, "status": self.status, "delayTime": 1, "executionTime": 1}
+        if self.worker:
+            said["workerId"] = self.worker
+        said |= {name: value for name in ("output", "error") if (value := getattr(self, name)) is not None}
+        return said
 
 
 class RunPod:
     """Hands out jobs to whichever worker takes them, and keeps what they post."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, lost_after_s: float | None = None) -> None:
+        """`lost_after_s`: a worker that has not pinged for so long loses its jobs to the others."""
+        self.jobs: dict[str, Job] = {}
         self.results: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
-        self.pings = 0
-        self._jobs: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.pings: dict[str, float] = {}
+        self.changed = threading.Condition()
+        self._lost_after_s = lost_after_s
+        self._queue: list[Job] = []
+        self._stops: dict[str, list[str]] = {}
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.runpod = self
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v2"
 
-    def submit(self, job_id: str, job_input: object) -> None:
-        self._jobs.put({"id": job_id, "input": job_input})
+    def submit(self, job_id: str, job_input: object) -> Job:
+        with self.changed:
+            job = self.jobs[job_id] = Job(job_id, job_input)
+            self._queue.append(job)
+            self.changed.notify_all()
+            return job
 
     def result(self, timeout_s: float = 60.0) -> tuple[str, dict[str, Any]]:
         """The next posted result: job id and body."""
         return self.results.get(timeout=timeout_s)
 
-    @property
-    def env(self) -> dict[str, str]:
+    def wait(self, ready: Callable[[], object], timeout_s: float = 60.0) -> bool:
+        """Wait for something that a request changes."""
+        with self.changed:
+            return bool(self.changed.wait_for(ready, timeout_s))
+
+    def cancel(self, job: Job) -> None:
+        with self.changed:
+            if job.status not in FINAL:
+                if job.status == "IN_PROGRESS":
+                    self._stops.setdefault(job.worker, []).append(job.id)
+                job.status = "CANCELLED"
+                self._queue = [other for other in self._queue if other is not job]
+                self.changed.notify_all()
+
+    def worker_env(self, worker: str) -> dict[str, str]:
         """What RunPod sets in a worker's container."""
-        url = f"http://127.0.0.1:{self._server.server_port}"
+        base = f"{self.url}/{ENDPOINT}"
         return {
-            "RUNPOD_POD_ID": "pod-1",
-            "RUNPOD_ENDPOINT_ID": "endpoint-1",
-            "RUNPOD_AI_API_KEY": "rpa_key",
-            "RUNPOD_WEBHOOK_GET_JOB": f"{url}/v2/endpoint-1/job-take/$ID?gpu=none",
-            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{url}/v2/endpoint-1/job-done/$RUNPOD_POD_ID/$ID?gpu=none",
-            "RUNPOD_WEBHOOK_POST_STREAM": f"{url}/v2/endpoint-1/job-stream/$RUNPOD_POD_ID/$ID?gpu=none",
-            "RUNPOD_WEBHOOK_PING": f"{url}/v2/endpoint-1/ping/$RUNPOD_POD_ID?gpu=none",
+            "RUNPOD_POD_ID": worker,
+            "RUNPOD_ENDPOINT_ID": ENDPOINT,
+            "RUNPOD_AI_API_KEY": KEY,
+            "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=none",
+            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID?gpu=none",
+            "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$RUNPOD_POD_ID/$ID?gpu=none",
+            "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID?gpu=none",
             "RUNPOD_PING_INTERVAL": "1000",
             # The SDK's own checks ask for a network and 4 GB of free memory; they are RunPod's, not ours.
             "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
             "RUNPOD_SKIP_GPU_CHECK": "true",
         }
+
+    @property
+    def env(self) -> dict[str, str]:
+        return self.worker_env("pod-1")
+
+    @property
+    def client_env(self) -> dict[str, str]:
+        """For the SDK's client."""
+        return {"RUNPOD_ENDPOINT_BASE_URL": self.url, "RUNPOD_API_KEY": KEY}
 
     @contextmanager
     def running(self) -> Iterator[RunPod]:
@@ -58,9 +125,72 @@ class RunPod:
             self._server.shutdown()
             self._server.server_close()
 
+    def take(self, worker: str, most: int) -> list[Job]:
+        """Up to `most` jobs for a worker, after a while none."""
+
+        def free() -> bool:
+            self._take_from_the_lost()
+            return bool(self._queue)
+
+        with self.changed:
+            self.changed.wait_for(free, _POLL_S)
+            taken, self._queue = self._queue[:most], self._queue[most:]
+            for job in taken:
+                job.status, job.worker, job.taken = "IN_PROGRESS", worker, job.taken + 1
+            self.changed.notify_all()
+            return taken
+
+    def _take_from_the_lost(self) -> None:
+        if self._lost_after_s is None:
+            return
+        before = time.monotonic() - self._lost_after_s
+        for job in self.jobs.values():
+            if job.status == "IN_PROGRESS" and self.pings.get(job.worker, 0.0) < before:
+                job.status, job.worker = "IN_QUEUE", ""
+                self._queue.append(job)
+
+    def stops(self, worker: str) -> list[str]:
+        with self.changed:
+            self.changed.wait_for(lambda: self._stops.get(worker), _POLL_S)
+            return self._stops.pop(worker, [])
+
+    def done(self, worker: str, job_id: str, body: dict[str, Any]) -> None:
+        with self.changed:
+            job = self.jobs[job_id]
+            if body.get("status") == "IN_PROGRESS":
+                (job.after_the_end if job.status in FINAL else job.progress).append(body["output"])
+            elif job.status in FINAL or job.worker != worker:
+                job.after_the_end.append(body)
+            else:
+                job.output, job.error = body.get("output"), body.get("error")
+                job.status = "FAILED" if job.error else "COMPLETED"
+                job.stops_pod = bool(body.get("stopPod"))
+            self.changed.notify_all()
+        if body.get("status") != "IN_PROGRESS":
+            self.results.put((job_id, body))
+
+    def stream(self, job_id: str, body: dict[str, Any]) -> None:
+        with self.changed:
+            job = self.jobs[job_id]
+            (job.after_the_end if job.status in FINAL else job.stream).append(body["output"])
+            self.changed.notify_all()
+
+    def health(self) -> dict[str, Any]:
+        count = dict.fromkeys(("IN_QUEUE", "IN_PROGRESS", "COMPLETED", "FAILED"), 0)
+        for job in self.jobs.values():
+            count[job.status] = count.get(job.status, 0) + 1
+        jobs = {
+            "inQueue": count["IN_QUEUE"],
+            "inProgress": count["IN_PROGRESS"],
+            "completed": count["COMPLETED"],
+            "failed": count["FAILED"],
+        }
+        return {"jobs": jobs, "workers": {"running": len(self.pings), "idle": 0}}
+
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128
     runpod: RunPod
 
 
@@ -69,27 +199,97 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
-        action = urlsplit(self.path).path.split("/")[3]
-        runpod = self.server.runpod
-        if action == "ping":
-            runpod.pings += 1
-            return self._answer(200, b"{}")
-        try:
-            job = runpod._jobs.get(timeout=_TAKE_S) if action == "job-take" else None
-        except queue.Empty:
-            job = None
-        if job is None:
-            return self._answer(204, b"")
-        return self._answer(200, json.dumps(job).encode())
+        self._route(None)
 
     def do_POST(self) -> None:
-        data = self.rfile.read(int(self.headers["Content-Length"]))
-        pieces = urlsplit(self.path).path.split("/")
-        if pieces[3] == "job-done":
-            self.server.runpod.results.put((pieces[5], json.loads(data)))
-        self._answer(200, b"{}")
+        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self._route(json.loads(data) if data.strip() else {})
 
-    def _answer(self, status: int, data: bytes) -> None:
+    def _route(self, body: Any) -> None:
+        url = urlsplit(self.path)
+        _, _v2, endpoint, action, *rest = [unquote(part) for part in url.path.split("/")]
+        runpod = self.server.runpod
+        if endpoint != ENDPOINT:
+            return self._answer(404, {"error": "no such endpoint"})
+        if self.headers.get("Authorization", "").removeprefix("Bearer ") != KEY:
+            return self._answer(401, {"error": "unauthorized"})
+        with suppress(BrokenPipeError, ConnectionResetError):
+            if action in ("job-take", "job-take-batch"):
+                most = int(parse_qs(url.query).get("batch_size", ["1"])[0])
+                jobs = [{"id": job.id, "input": job.input} for job in runpod.take(rest[0], most)]
+                return self._answer(200, jobs if action == "job-take-batch" else jobs[0]) if jobs else self._answer(204)
+            if action == "job-stop":
+                stops = runpod.stops(rest[0])
+                return self._answer(200, {"jobsToStop": stops}) if stops else self._answer(204)
+            if action == "ping":
+                runpod.pings[rest[0]] = time.monotonic()
+                return self._answer(200, {})
+            if action == "job-done":
+                runpod.done(rest[0], rest[1], body)
+                return self._answer(200, {})
+            if action == "job-stream":
+                runpod.stream(rest[1], body)
+                return self._answer(200, {})
+            return self._client(action, rest, body)
+
+    def _client(self, action: str, rest: list[str], body: Any) -> None:
+        runpod = self.server.runpod
+        if action == "health":
+            return self._answer(200, runpod.health())
+        if action == "purge-queue":
+            waiting = [job for job in runpod.jobs.values() if job.status == "IN_QUEUE"]
+            for job in waiting:
+                runpod.cancel(job)
+            return self._answer(200, {"removed": len(waiting), "status": "completed"})
+        if action == "openai":
+            return self._openai("/" + "/".join(rest), body)
+        if action in ("run", "runsync"):
+            if "input" not in body:
+                return self._answer(400, {"error": "input is missing"})
+            job = runpod.submit(f"{uuid.uuid4()}-e1", body["input"])
+            if action == "runsync":
+                runpod.wait(lambda: job.status in FINAL)
+            return self._answer(200, job.as_json())
+        found = runpod.jobs.get(rest[0]) if rest else None
+        if found is None:
+            return self._answer(404, {"error": "no such job"})
+        if action == "cancel":
+            runpod.cancel(found)
+        if action == "stream":
+            runpod.wait(lambda: len(found.stream) > found.streamed or found.status in FINAL, _POLL_S)
+            with runpod.changed:
+                chunks, found.streamed = found.stream[found.streamed :], len(found.stream)
+                said = {"status": found.status, "stream": [{"output": chunk} for chunk in chunks]}
+            return self._answer(200, said)
+        return self._answer(200, found.as_json())
+
+    def _openai(self, route: str, body: Any) -> None:
+        runpod = self.server.runpod
+        job_input: dict[str, Any] = {"openai_route": route}
+        if body is not None:
+            job_input["openai_input"] = body
+        job = runpod.submit(f"{uuid.uuid4()}-e1", job_input)
+        if not (body or {}).get("stream"):
+            runpod.wait(lambda: job.status in FINAL)
+            return self._answer(400 if job.error else 200, {"error": job.error} if job.error else job.output)
+        runpod.wait(lambda: job.stream or job.status in FINAL)
+        if job.error:
+            return self._answer(400, {"error": job.error})
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        while job.streamed < len(job.stream) or job.status not in FINAL:
+            runpod.wait(lambda: len(job.stream) > job.streamed or job.status in FINAL, _POLL_S)
+            while job.streamed < len(job.stream):
+                data = job.stream[job.streamed].encode()
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+                job.streamed += 1
+        self.wfile.write(b"0\r\n\r\n")
+        return None
+
+    def _answer(self, status: int, body: Any = None) -> None:
+        data = b"" if body is None else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))

@@ -29,7 +29,7 @@ TEMPLATE = "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception(
 WORDS = ["<unk>", "<end>", "<user>", "hello", "world", "what", "is", "the", "capital", "of", "france", "paris"]
 
 
-def write_model(folder: Path, *, seed: int, template: bool = True) -> None:
+def write_model(folder: Path, *, seed: int, template: bool = True, context: int = 64) -> None:
     """A tiny causal model whose tokenizer knows a few words."""
     torch.manual_seed(seed)
     config = tf.LlamaConfig(
@@ -39,7 +39,7 @@ def write_model(folder: Path, *, seed: int, template: bool = True) -> None:
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=2,
-        max_position_embeddings=64,
+        max_position_embeddings=context,
         eos_token_id=1,
         bos_token_id=None,
     )

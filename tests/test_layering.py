@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "modelstore"
 ORDER = [
     "errors", "timeline", "reference", "layout", "settings", "manifest", "durable", "claim", "observer", "sources",
-    "wire", "hub", "checksums", "partial", "download", "header", "convert", "selection", "catalog", "pins", "evict", "space", "unpickle",
-    "finished", "fill", "verify", "store", "gc", "blocks", "reader", "follow", "transfer", "tensors", "loader", "gpu", "warmstart", "contenders", "bench", "console", "cli",
+    "wire", "hub", "checksums", "partial", "download", "header", "convert", "selection", "aliases", "catalog", "pins", "evict", "space", "unpickle",
+    "finished", "fill", "verify", "store", "gc", "blocks", "reader", "follow", "transfer", "tensors", "loader", "gpu", "host", "warmstart", "contenders", "bench", "console", "cli",
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "runpod", "accelerate"}
 

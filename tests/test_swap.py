@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import threading
 import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 import transformers as tf
 
 from handler.engines.text import TextEngine
-from handler.jobs import TextRequest, parse_job
+from handler.jobs import Limits, Piece, parse_text
 from modelstore import ModelStore, blocks
 from modelstore.errors import DoesNotFit, ModelStoreError, Refused, RepoNotFound
 from modelstore.layout import SnapshotKey
@@ -25,9 +27,10 @@ from modelstore.warmstart import begin
 from tests.hub import Hub
 from tests.test_handler import write_model
 
-REQUEST: TextRequest = parse_job(
-    {"id": "1", "input": {"prompt": "hello world", "max_tokens": 5, "temperature": 0}}, model="org/name"
-)
+REQUEST = parse_text({"prompt": "hello world", "max_tokens": 5, "temperature": 0}, Limits())
+
+
+Engines = Callable[[Settings], TextEngine]
 
 
 @pytest.fixture
@@ -37,8 +40,30 @@ def settings(hub: Hub, store: ModelStore) -> Settings:
     return replace(store.settings, model=parse_reference("org/name"))
 
 
-def engine_for(settings: Settings) -> TextEngine:
-    return begin(settings).load(TextEngine.load)
+@pytest.fixture
+def engines() -> Iterator[list[TextEngine]]:
+    made: list[TextEngine] = []
+    yield made
+    for engine in made:
+        engine.close()
+
+
+@pytest.fixture
+def engine_for(engines: list[TextEngine]) -> Callable[[Settings], TextEngine]:
+    def make(settings: Settings) -> TextEngine:
+        engines.append(begin(settings).load(TextEngine.load))
+        return engines[-1]
+
+    return make
+
+
+def generated(engine: TextEngine) -> str:
+    """The whole answer to the request."""
+
+    async def collect() -> list[Piece]:
+        return [piece async for piece in engine.generate(REQUEST)]
+
+    return "".join(piece.text for piece in asyncio.run(collect()))
 
 
 def users(store: ModelStore, key: SnapshotKey) -> tuple[str, ...]:
@@ -55,12 +80,14 @@ def answer_of(hub: Hub, name: str) -> str:
     return str(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def test_the_next_model_answers_after_a_swap_and_its_start_is_a_record(settings: Settings, hub: Hub) -> None:
+def test_the_next_model_answers_after_a_swap_and_its_start_is_a_record(
+    engine_for: Engines, settings: Settings, hub: Hub
+) -> None:
     engine = engine_for(settings)
-    assert engine.generate(REQUEST).text == answer_of(hub, "name")
+    assert generated(engine) == answer_of(hub, "name")
     timeline = engine.swap("org/other")
     assert engine.model == "org/other"
-    assert engine.generate(REQUEST).text == answer_of(hub, "other")
+    assert generated(engine) == answer_of(hub, "other")
     names = [span.name for span in timeline.spans]
     assert {"lookup", "read", "build", "transfer", "ready"} <= set(names)
     assert timeline.spans[0].start < 1, "in seconds since the swap, not since the process began"
@@ -69,7 +96,7 @@ def test_the_next_model_answers_after_a_swap_and_its_start_is_a_record(settings:
 
 
 def test_the_current_model_answers_while_the_next_is_read(
-    settings: Settings, hub: Hub, monkeypatch: pytest.MonkeyPatch
+    engine_for: Engines, settings: Settings, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_for(settings)
     reading, go_on = threading.Event(), threading.Event()
@@ -86,15 +113,15 @@ def test_the_current_model_answers_while_the_next_is_read(
     swap.start()
     assert reading.wait(20)
     for _ in range(3):
-        assert engine.generate(REQUEST).text == answer_of(hub, "name")
+        assert generated(engine) == answer_of(hub, "name")
     assert engine.model == "org/name"
     go_on.set()
     swap.join(20)
-    assert engine.generate(REQUEST).text == answer_of(hub, "other")
+    assert generated(engine) == answer_of(hub, "other")
 
 
 def test_an_answer_that_is_being_made_ends_with_its_own_model(
-    settings: Settings, hub: Hub, monkeypatch: pytest.MonkeyPatch
+    engine_for: Engines, settings: Settings, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_for(settings)
     begun, go_on = threading.Event(), threading.Event()
@@ -107,7 +134,7 @@ def test_an_answer_that_is_being_made_ends_with_its_own_model(
 
     monkeypatch.setattr(tf.LlamaForCausalLM, "generate", slow)
     answers: list[str] = []
-    job = threading.Thread(target=lambda: answers.append(engine.generate(REQUEST).text))
+    job = threading.Thread(target=lambda: answers.append(generated(engine)))
     job.start()
     assert begun.wait(20)
     swap = threading.Thread(target=engine.swap, args=("org/other",))
@@ -122,7 +149,9 @@ def test_an_answer_that_is_being_made_ends_with_its_own_model(
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_the_model_before_is_kept_where_that_was_asked_for(settings: Settings, store: ModelStore, keep: bool) -> None:
+def test_the_model_before_is_kept_where_that_was_asked_for(
+    engine_for: Engines, settings: Settings, store: ModelStore, keep: bool
+) -> None:
     engine = engine_for(replace(settings, keep_previous=keep))
     before = weakref.ref(engine._loaded.model)
     key = engine._loaded.key
@@ -133,14 +162,16 @@ def test_the_model_before_is_kept_where_that_was_asked_for(settings: Settings, s
     reads = engine.swap("org/name")
     assert ("read" in {span.name for span in reads.spans}) != keep
     assert (engine._loaded.model is before()) == keep
-    assert engine.generate(REQUEST).tokens
+    assert generated(engine) is not None
     engine.swap("org/third")
-    assert engine.generate(REQUEST).tokens
+    assert generated(engine) is not None
     del reads
     assert [engine._kept is not None, keep] in ([True, True], [False, False])
 
 
-def test_a_swap_that_fails_leaves_the_current_model(settings: Settings, hub: Hub, store: ModelStore) -> None:
+def test_a_swap_that_fails_leaves_the_current_model(
+    engine_for: Engines, settings: Settings, hub: Hub, store: ModelStore
+) -> None:
     engine = engine_for(replace(settings, allowed_models=(parse_reference("org/name"), parse_reference("org/gone"))))
     with pytest.raises(RepoNotFound):
         engine.swap("org/gone")
@@ -148,11 +179,11 @@ def test_a_swap_that_fails_leaves_the_current_model(settings: Settings, hub: Hub
         engine.swap("org/other")
     with pytest.raises(ModelStoreError):
         engine.swap("nonsense reference")
-    assert engine.generate(REQUEST).text == answer_of(hub, "name")
+    assert generated(engine) == answer_of(hub, "name")
 
 
 def test_a_swap_that_does_not_fit_puts_the_current_model_back(
-    settings: Settings, hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+    engine_for: Engines, settings: Settings, hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The way of a GPU, with a device that is the CPU's but is not called so."""
     engine = engine_for(settings)
@@ -176,13 +207,15 @@ def test_a_swap_that_does_not_fit_puts_the_current_model_back(
         engine.swap("org/other")
     assert len(moved) == 4, "the old one left, the new one failed, left, and the old one came back"
     assert engine.model == "org/name"
-    assert engine.generate(REQUEST).text == answer_of(hub, "name")
+    assert generated(engine) == answer_of(hub, "name")
     other = store.lookup("org/other")
     assert other is not None
     assert not users(store, other.key)
 
 
-def test_ten_swaps_leave_no_memory_and_no_thread_behind(settings: Settings, tmp_path: Path) -> None:
+def test_ten_swaps_leave_no_memory_and_no_thread_behind(
+    engine_for: Engines, settings: Settings, tmp_path: Path
+) -> None:
     engine = engine_for(settings)
     engine.swap("org/other")
     threads = threading.active_count()

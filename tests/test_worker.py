@@ -4,52 +4,168 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from handler.jobs import Code, Completion, JobError, TextRequest
-from handler.worker import answer, make_handler
+from handler.jobs import Code, JobError, Piece, TextRequest, not_served
+from handler.worker import Wire, Worker
+from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 
 JOB = {"id": "1", "input": {"prompt": "hi"}}
 
 
 class Engine:
-    """Answers, or raises what it was given."""
+    """Answers with these pieces, or raises what it was given."""
 
     model = "org/name"
 
-    def __init__(self, error: BaseException | None = None, *, takes_s: float = 0.0) -> None:
+    def __init__(self, *pieces: Piece, error: BaseException | None = None, takes_s: float = 0.0) -> None:
+        self.pieces = pieces or (Piece(0, "hi", 1), Piece(0, " there", 1, "stop", 3))
         self.error = error
         self.takes_s = takes_s
-        self.freed = 0
-        self.running = 0
-        self.most_running = 0
+        self.broken = ""
+        self.left: list[str] = []
 
-    def generate(self, request: TextRequest) -> Completion:
-        self.running += 1
-        self.most_running = max(self.most_running, self.running)
-        time.sleep(self.takes_s)
-        self.running -= 1
-        if self.error is not None:
-            raise self.error
-        return Completion(f"{request.prompt} there", 2)
+    async def generate(self, request: TextRequest) -> AsyncIterator[Piece]:
+        left = "early"
+        try:
+            if request.model is not None and not self.serves(request.model):
+                raise not_served(request.model, self.model)
+            for piece in self.pieces:
+                await asyncio.sleep(self.takes_s)
+                yield replace(piece, model=self.model)
+            if self.error is not None:
+                raise self.error
+            left = "at the end"
+        finally:
+            self.left.append(left)
 
     def swap(self, reference: str) -> Timeline:
         raise NotImplementedError
 
-    def free_memory(self) -> None:
-        self.freed += 1
+    def status(self) -> dict[str, Any]:
+        return {"engine": "text", "model": self.model, "commit": "c" * 40, "dtype": "float16"}
+
+    def serves(self, name: str) -> bool:
+        return name == self.model
+
+    def check(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Told(Wire):
+    """Keeps what is sent, and takes its time."""
+
+    def __init__(self, takes_s: float = 0.0) -> None:
+        self.chunks: list[Any] = []
+        self.updates: list[Mapping[str, Any]] = []
+        self.takes_s = takes_s
+
+    async def stream(self, job: Mapping[str, Any], chunks: list[Any]) -> None:
+        await asyncio.sleep(self.takes_s)
+        self.chunks += chunks
+
+    async def progress(self, job: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
+        self.updates.append(progress)
+
+
+def worker(engine: Engine, wire: Wire | None = None, **settings: Any) -> Worker:
+    return Worker(engine, Settings(root=Path("/nowhere"), **settings), wire=wire, timeline={"outcome": "hit"})
+
+
+def answer(engine: Engine, job: Mapping[str, Any] = JOB, wire: Wire | None = None, **settings: Any) -> Any:
+    return asyncio.run(worker(engine, wire, **settings).handle(job))
 
 
 def test_a_good_job_is_answered() -> None:
-    assert answer(Engine(), JOB) == {
+    assert answer(Engine()) == {
         "generated_text": "hi there",
         "tokens_generated": 2,
+        "finish_reason": "stop",
         "model": "org/name",
         "parameters": {"max_tokens": 100, "temperature": 0.7, "top_p": 0.9},
     }
+
+
+def test_prompts_are_answered_as_lists_in_their_order() -> None:
+    engine = Engine(Piece(1, "b", 1, "length", 1), Piece(0, "a", 2, "stop", 1))
+    output = answer(engine, {"id": "1", "input": {"prompts": ["x", "y"]}})
+    assert output["generated_text"] == ["a", "b"]
+    assert output["tokens_generated"] == [2, 1]
+    assert output["finish_reason"] == ["stop", "length"]
+
+
+def test_a_stream_is_sent_as_it_comes_and_is_the_output_too() -> None:
+    told = Told()
+    output = answer(Engine(takes_s=0.02), {"id": "1", "input": {"prompt": "hi", "stream": True}}, told)
+    assert told.chunks == output
+    assert [chunk["token"] for chunk in output] == ["hi", " there", ""]
+    assert [chunk["finished"] for chunk in output] == [False, False, True]
+    assert output[-1]["generated_text"] == "hi there"
+    assert output[-1]["tokens_generated"] == 2
+
+
+def test_what_comes_while_a_chunk_is_sent_goes_out_together() -> None:
+    told = Told(takes_s=0.1)
+    pieces = [*(Piece(0, f"{number} ", 1) for number in range(50)), Piece(0, "end", 1, "stop")]
+    output = answer(Engine(*pieces, takes_s=0.005), {"id": "1", "input": {"prompt": "hi", "stream": True}}, told)
+    assert told.chunks == output
+    assert len(output) < 15
+    assert "".join(chunk["token"] for chunk in output) == output[-1]["generated_text"]
+
+
+def test_streams_of_several_prompts_say_whose_each_chunk_is() -> None:
+    engine = Engine(Piece(0, "a", 1), Piece(1, "b", 1), Piece(1, "c", 1, "stop"), Piece(0, "d", 1, "stop"))
+    told = Told(takes_s=0.05)
+    output = answer(engine, {"id": "1", "input": {"prompts": ["x", "y"], "stream": True}}, told)
+    texts = ["".join(chunk["token"] for chunk in output if chunk["index"] == index) for index in (0, 1)]
+    assert texts == ["ad", "bc"]
+    assert [chunk["generated_text"] for chunk in output if chunk["finished"]] == ["bc", "ad"]
+
+
+def test_a_long_job_says_how_far_it_is_and_never_after_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("handler.worker._PROGRESS_EVERY_S", 0.05)
+    told = Told()
+    pieces = [*(Piece(0, "", 32) for _ in range(10)), Piece(0, "x", 1, "stop")]
+    output = answer(Engine(*pieces, takes_s=0.02), JOB, told)
+    assert output["tokens_generated"] == 321
+    assert 2 <= len(told.updates) <= 5
+    assert all(0 < update["tokens_generated"] < 321 for update in told.updates)
+    told = Told()
+    assert answer(Engine(takes_s=0.01), JOB, told)
+    assert told.updates == [], "a short job has nothing to say"
+
+
+def test_a_job_that_takes_too_long_ends_with_an_error() -> None:
+    engine = Engine(takes_s=5)
+    began = time.monotonic()
+    output = answer(engine, max_job_s=0.1)
+    assert output["code"] == "TIMEOUT"
+    assert "MODELSTORE_MAX_JOB_S" in output["error"]
+    assert time.monotonic() - began < 2
+    assert engine.left == ["early"]
+
+
+def test_a_cancelled_job_ends_the_generation() -> None:
+    engine = Engine(takes_s=5)
+    one = worker(engine)
+
+    async def run() -> None:
+        task = asyncio.create_task(one.handle(JOB))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    assert engine.left == ["early"]
+    assert one.status()["jobs"] == {"running": 0, "completed": 0, "failed": 0, "cancelled": 1}
 
 
 @pytest.mark.parametrize(
@@ -60,11 +176,8 @@ def test_a_good_job_is_answered() -> None:
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
     ],
 )
-def test_out_of_memory_is_answered_and_memory_is_freed(error: Exception) -> None:
-    engine = Engine(error)
-    output = answer(engine, JOB)
-    assert output["code"] == "OOM"
-    assert engine.freed == 1
+def test_out_of_memory_is_answered(error: Exception) -> None:
+    assert answer(Engine(error=error))["code"] == "OOM"
 
 
 def test_the_real_out_of_memory_error_of_torch_is_known() -> None:
@@ -72,46 +185,93 @@ def test_the_real_out_of_memory_error_of_torch_is_known() -> None:
 
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50, dtype=torch.uint8)
-    assert answer(Engine(caught.value), JOB)["code"] == "OOM"
-    assert answer(Engine(torch.OutOfMemoryError("CUDA out of memory.")), JOB)["code"] == "OOM"
+    assert answer(Engine(error=caught.value))["code"] == "OOM"
+    assert answer(Engine(error=torch.OutOfMemoryError("CUDA out of memory.")))["code"] == "OOM"
 
 
 def test_any_other_failure_is_one_line_with_a_code() -> None:
-    output = answer(Engine(ValueError("boom")), JOB)
-    assert output == {"error": "ValueError: boom", "code": "INTERNAL_ERROR"}
+    assert answer(Engine(error=ValueError("boom"))) == {"error": "ValueError: boom", "code": "INTERNAL_ERROR"}
 
 
-def test_an_error_for_the_sender_goes_through_as_it_is() -> None:
-    assert answer(Engine(JobError(Code.INVALID_INPUT, "too long")), JOB) == {
-        "error": "too long",
-        "code": "INVALID_INPUT",
+def test_a_stream_that_fails_has_its_code_and_what_was_said_stays_said() -> None:
+    told = Told()
+    engine = Engine(Piece(0, "hi", 1), error=JobError(Code.OOM, "too much"))
+    assert answer(engine, {"id": "1", "input": {"prompt": "hi", "stream": True}}, told) == {
+        "error": "too much",
+        "code": "OOM",
     }
 
 
-@pytest.mark.parametrize("job", [{}, {"id": 3}, {"input": 7}, {"input": {"prompt": ["x"]}}])
+def test_an_error_for_the_sender_goes_through_as_it_is() -> None:
+    output = answer(Engine(error=JobError(Code.INVALID_INPUT, "too long")))
+    assert output == {"error": "too long", "code": "INVALID_INPUT"}
+
+
+def test_a_worker_whose_gpu_is_lost_asks_to_be_replaced() -> None:
+    engine = Engine(error=RuntimeError("CUDA error: device-side assert triggered"))
+    assert "refresh_worker" not in answer(engine)
+    engine.broken = "the GPU does not answer any more"
+    assert answer(engine)["refresh_worker"] is True
+
+
+def test_a_worker_that_is_to_be_replaced_says_so_with_its_next_answer() -> None:
+    one = worker(Engine())
+    one.replace("several GPUs")
+    output = asyncio.run(one.handle(JOB))
+    assert output["generated_text"] == "hi there"
+    assert output["refresh_worker"] is True
+
+
+@pytest.mark.parametrize("job", [{}, {"id": 3}, {"input": 7}, {"input": {"prompt": ["x"]}}, {"input": {"op": "dance"}}])
 def test_nonsense_gets_an_error_and_no_exception(job: dict[str, Any]) -> None:
     assert answer(Engine(), job)["code"] == "INVALID_INPUT"
 
 
-def test_the_event_loop_stays_free_and_generations_do_not_overlap() -> None:
-    engine = Engine(takes_s=0.2)
-    handler = make_handler(engine)
+def test_status_tells_what_runs_here() -> None:
+    one = worker(Engine(), worker_id="pod-7")
 
-    async def run() -> tuple[list[dict[str, Any]], int]:
-        ticks = 0
+    async def run() -> Any:
+        await one.handle(JOB)
+        await one.handle({"id": "2", "input": {}})
+        return await one.handle({"id": "3", "input": {"op": "status"}})
 
-        async def tick() -> None:
-            nonlocal ticks
-            while True:
-                await asyncio.sleep(0.01)
-                ticks += 1
+    status = asyncio.run(run())
+    assert status["model"] == "org/name"
+    assert status["worker"] == "pod-7"
+    assert status["jobs"] == {"running": 1, "completed": 1, "failed": 1, "cancelled": 0}
+    assert status["timeline"] == {"outcome": "hit"}
+    assert status["uptime_s"] >= 0
 
-        ticking = asyncio.create_task(tick())
-        outputs = await asyncio.gather(*(handler(JOB) for _ in range(3)))
-        ticking.cancel()
-        return outputs, ticks
 
-    outputs, ticks = asyncio.run(run())
-    assert [output["tokens_generated"] for output in outputs] == [2, 2, 2]
-    assert ticks > 20
-    assert engine.most_running == 1
+def openai_job(route: str, **body: Any) -> dict[str, Any]:
+    return {"id": "7", "input": {"openai_route": route, "openai_input": body or None}}
+
+
+def test_an_openai_route_is_answered_in_its_form() -> None:
+    output = answer(Engine(), openai_job("/v1/chat/completions", messages=[{"role": "user", "content": "hi"}]))
+    assert output["object"] == "chat.completion"
+    assert output["choices"][0]["message"] == {"role": "assistant", "content": "hi there"}
+    assert output["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert answer(Engine(), openai_job("/v1/models"))["data"][0]["id"] == "org/name"
+
+
+def test_an_openai_stream_is_server_sent_events() -> None:
+    told = Told()
+    job = openai_job("/v1/completions", prompt="hi", stream=True, stream_options={"include_usage": True})
+    output = answer(Engine(), job, told)
+    assert "".join(told.chunks) == "".join(output)
+    assert "".join(output).endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize(
+    ("job", "code"),
+    [
+        (openai_job("/v1/embeddings"), "INVALID_INPUT"),
+        (openai_job("/v1/completions"), "INVALID_INPUT"),
+        (openai_job("/v1/completions", prompt="x", model="org/other"), "MODEL_NOT_ALLOWED"),
+    ],
+)
+def test_an_openai_error_has_openais_form(job: dict[str, Any], code: str) -> None:
+    error = answer(Engine(), job)["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["code"] == code

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
 
-from handler.jobs import Completion, TextRequest
+from handler.jobs import Piece, TextRequest
 from modelstore.timeline import Timeline
 
 
@@ -13,13 +14,29 @@ class Engine(Protocol):
 
     @property
     def model(self) -> str:
-        """The model's name in answers."""
+        """The name of the model that answers where a job names none."""
 
-    def generate(self, request: TextRequest) -> Completion:
-        """Answer one request. Raises JobError for what the sender can mend; called from one thread at a time."""
+    def serves(self, name: str) -> bool:
+        """Whether a job may call the model so without loading another."""
+
+    def generate(self, request: TextRequest) -> AsyncIterator[Piece]:
+        """The pieces of all the request's prompts, as they come; whoever stops to ask for them ends the generation.
+
+        Raises JobError for what the sender can mend. Requests may overlap.
+        """
 
     def swap(self, reference: str) -> Timeline:
         """Serve another model from now on; returns the record of its start. The current one answers meanwhile."""
 
-    def free_memory(self) -> None:
-        """Give back what a failed request held; called after an out-of-memory error."""
+    def close(self) -> None:
+        """End, and give the memory back; what still runs comes to its end first."""
+
+    def status(self) -> dict[str, Any]:
+        """Model, commit, dtype, memory in bytes."""
+
+    def check(self) -> None:
+        """Raise ModelStoreError where the model is not what the volume's records say, or cannot answer."""
+
+    @property
+    def broken(self) -> str:
+        """Why nothing can be generated any more in this process; empty where all is well."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import gc
+import asyncio
+import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,9 +15,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from handler.jobs import Code, Completion, JobError, TextRequest
-from modelstore.catalog import Catalog
-from modelstore.errors import Refused
+from handler.engines.batcher import Batcher, Row, free_memory
+from handler.engines.detokenizer import Detokenizer
+from handler.jobs import Piece, Prompt, Sampling, TextRequest, invalid, not_served
+from modelstore.catalog import Catalog, Snapshot
+from modelstore.errors import IntegrityError, Refused
 from modelstore.layout import Layout, SnapshotKey
 from modelstore.loader import load_model
 from modelstore.pins import InUse
@@ -25,12 +29,16 @@ from modelstore.tensors import check_room, needs_several_gpus
 from modelstore.timeline import Timeline
 from modelstore.warmstart import Begun, begin
 
+logger = logging.getLogger(__name__)
+
+_LOOK_AGAIN_S = 0.02
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A causal language model with its tokenizer; `context` is the most tokens that it takes, where it says so."""
 
-    key: SnapshotKey
+    snapshot: Snapshot
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     context: int | None
@@ -56,19 +64,27 @@ class Loaded:
         )
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         known = context if isinstance(context, int) and context > 0 else None
-        return cls(begun.snapshot.key, model, tokenizer, known, begun.in_use)
+        return cls(begun.snapshot, model, tokenizer, known, begun.in_use)
+
+    @property
+    def key(self) -> SnapshotKey:
+        return self.snapshot.key
 
 
 class TextEngine:
-    """Answers with one loaded model, which can be exchanged for another while it answers."""
+    """Answers with one loaded model, many requests at once; the model can be exchanged for another meanwhile."""
 
     def __init__(self, loaded: Loaded, settings: Settings) -> None:
         self._loaded = loaded
         self._settings = settings
+        self._asked_for = str(settings.model)
         self._kept: Loaded | None = None
         self._device = loaded.model.device
-        self._answering = threading.Lock()
+        self._batcher = self._batcher_for(loaded)
         self._swapping = threading.Lock()
+        self._turns = threading.Condition()
+        self._answering = 0
+        self._exchanging = False
 
     @classmethod
     def load(cls, begun: Begun, *, meanwhile: Callable[[], None] | None = None) -> TextEngine:
@@ -77,15 +93,74 @@ class TextEngine:
 
     @property
     def model(self) -> str:
-        """The model's name in answers."""
+        """See Engine."""
         return self._loaded.key.repo_id
+
+    def serves(self, name: str) -> bool:
+        """See Engine."""
+        return name in (self.model, self._asked_for)
+
+    @property
+    def broken(self) -> str:
+        """See Engine."""
+        return self._batcher.broken
+
+    def check(self) -> None:
+        """See Engine."""
+        loaded = self._loaded
+        found = Catalog(Layout(self._settings.root)).published(loaded.key)
+        if found is None or found.manifest != loaded.snapshot.manifest:
+            raise IntegrityError(f"{loaded.key} is not on the volume as it was loaded: restart the worker")
+        if self.broken:
+            raise IntegrityError(self.broken)
+
+    def status(self) -> dict[str, Any]:
+        """See Engine."""
+        loaded = self._loaded
+        weights = sum(p.numel() * p.itemsize for p in (*loaded.model.parameters(), *loaded.model.buffers()))
+        memory = {"weights_bytes": weights, "device": str(loaded.model.device)}
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            memory |= {"gpu_free_bytes": free, "gpu_total_bytes": total}
+        return {
+            "engine": "text",
+            "model": loaded.key.repo_id,
+            "commit": loaded.key.commit,
+            "dtype": loaded.key.dtype,
+            "context": loaded.context,
+            "memory": memory,
+        }
+
+    async def generate(self, request: TextRequest) -> AsyncIterator[Piece]:
+        """See Engine. Greedy where the temperature is 0."""
+        while not self._begin_answer():
+            await asyncio.sleep(_LOOK_AGAIN_S)
+        rows: list[Row] = []
+        try:
+            loaded, batcher = self._loaded, self._batcher
+            if request.model is not None and not self.serves(request.model):
+                raise not_served(request.model, self.model)
+            pieces = _Pieces(asyncio.get_running_loop())
+            rows = await asyncio.to_thread(_rows, request, loaded, pieces)
+            lengths = [len(row.tokens) for row in rows]
+            batcher.submit(rows)
+            left = len(rows)
+            while left:
+                piece = await pieces.next()
+                prompt_tokens = lengths[piece.index] if piece.finish_reason else 0
+                left -= piece.finish_reason is not None
+                yield replace(piece, prompt_tokens=prompt_tokens, model=loaded.key.repo_id)
+        finally:
+            for row in rows:
+                row.cancel()
+            self._end_answer()
 
     def swap(self, reference: str) -> Timeline:
         """Serve another model from now on; returns the record of its start, in seconds since this call.
 
-        It is found or made, read and built in host memory while the current one answers; then, between two answers,
-        they change places. With MODELSTORE_KEEP_PREVIOUS the one before stays in host memory, and to swap back is a
-        memory copy. Raises what a start raises; the current model then goes on.
+        It is found or made, read and built in host memory while the current one answers; then, when what runs has
+        ended, they change places. With MODELSTORE_KEEP_PREVIOUS the one before stays in host memory, and to swap back
+        is a memory copy. Raises what a start raises; the current model then goes on.
         """
         with self._swapping:
             settings = replace(self._settings, model=parse_reference(reference))
@@ -101,8 +176,47 @@ class TextEngine:
                     raise
             elif loaded is not self._loaded:
                 self._exchange(loaded, timeline)
+            self._asked_for = reference
             timeline.mark("ready")
             return timeline
+
+    def close(self) -> None:
+        """See Engine."""
+        self._batcher.close()
+        for loaded in (self._loaded, self._kept):
+            if loaded is not None:
+                loaded.in_use.end()
+        self._kept = None
+        del self._loaded, self._batcher, loaded
+        free_memory()
+
+    def _batcher_for(self, loaded: Loaded) -> Batcher:
+        return Batcher(loaded.model, most=self._settings.max_concurrency, pad_token_id=_pad_token_id(loaded))
+
+    def _begin_answer(self) -> bool:
+        """Count an answer as begun; False while models change places."""
+        with self._turns:
+            if self._exchanging:
+                return False
+            self._answering += 1
+            return True
+
+    def _end_answer(self) -> None:
+        with self._turns:
+            self._answering -= 1
+            self._turns.notify_all()
+
+    @contextmanager
+    def _nobody_answered(self) -> Iterator[None]:
+        """Let what runs come to its end, and nothing else begin."""
+        with self._turns:
+            self._exchanging = True
+            self._turns.wait_for(lambda: not self._answering)
+        try:
+            yield
+        finally:
+            with self._turns:
+                self._exchanging = False
 
     def _in_memory(self, settings: Settings, timeline: Timeline) -> Loaded | None:
         """The model that serves, or the one that was kept, if the volume's records say that it is what is wanted."""
@@ -118,84 +232,106 @@ class TextEngine:
         return None
 
     def _exchange(self, loaded: Loaded, timeline: Timeline) -> None:
-        """Let the answer that is being made end, and go on with another model on the same device."""
+        """Go on with another model on the same device, once what runs has ended."""
         before = self._loaded
         if hasattr(before.model, "hf_device_map"):
             raise Refused(f"{self.model} lies on several GPUs and cannot be exchanged: restart the worker instead")
-        with self._answering, timeline.span("transfer"):
+        with self._nobody_answered(), timeline.span("transfer"):
             if self._device.type != "cpu":
                 check_room(loaded.model, self._device, besides=before.model)
                 try:
                     before.model.to("cpu")
-                    self.free_memory()
+                    free_memory()
                     loaded.model.to(self._device)
                 except BaseException:
                     loaded.model.to("cpu")
                     before.model.to(self._device)
                     raise
-            self._loaded = loaded
+            self._batcher.close()
+            self._loaded, self._batcher = loaded, self._batcher_for(loaded)
         dropped = [self._kept, None if self._settings.keep_previous else before]
         self._kept = before if self._settings.keep_previous else None
         for one in dropped:
             if one is not None and one is not loaded:
                 one.in_use.end()
         del before, dropped
-        self.free_memory()
-
-    def generate(self, request: TextRequest) -> Completion:
-        """See Engine. Greedy where the temperature is 0."""
-        with self._answering:
-            return self._generate(request, self._loaded)
-
-    def _generate(self, request: TextRequest, loaded: Loaded) -> Completion:
-        inputs = _encode(request, loaded).to(loaded.model.device)
-        prompt_tokens = int(inputs["input_ids"].shape[1])
-        _check_length(prompt_tokens, request, loaded)
-        sampling: dict[str, Any] = {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p}
-        if request.temperature == 0:
-            sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        with torch.inference_mode():
-            output = loaded.model.generate(
-                **inputs, max_new_tokens=request.max_tokens, pad_token_id=_pad_token_id(loaded), **sampling
-            )
-        new = output[0][prompt_tokens:]
-        return Completion(loaded.tokenizer.decode(new, skip_special_tokens=True), len(new))
-
-    def free_memory(self) -> None:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
 
-def _encode(request: TextRequest, loaded: Loaded) -> Any:
-    if request.prompt is not None:
-        return loaded.tokenizer(request.prompt, return_tensors="pt", return_token_type_ids=False)
+class _Pieces:
+    """What the batcher's thread hands to a coroutine."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+
+    def put(self, piece: Piece | Exception) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
+        except RuntimeError:  # the loop has ended, and with it whoever waited
+            logger.debug("nobody waits for an answer any more")
+
+    async def next(self) -> Piece:
+        found = await self._queue.get()
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Receiver:
+    """Where the pieces of one prompt go."""
+
+    index: int
+    pieces: _Pieces
+
+    def piece(self, text: str, tokens: int, finish_reason: str | None) -> None:
+        self.pieces.put(Piece(self.index, text, tokens, finish_reason))
+
+    def failed(self, error: Exception) -> None:
+        self.pieces.put(error)
+
+
+def _rows(request: TextRequest, loaded: Loaded, pieces: _Pieces) -> list[Row]:
+    rows = []
+    for index, prompt in enumerate(request.prompts):
+        tokens = _encode(prompt, loaded)
+        sampling = _fitted(len(tokens), request, loaded)
+        decode = partial(loaded.tokenizer.decode, skip_special_tokens=True)
+        detokenizer = Detokenizer(decode, sampling.stop, at_once=not request.stream)
+        rows.append(Row(tokens, sampling, detokenizer, _Receiver(index, pieces), every_token=request.stream))
+    return rows
+
+
+def _encode(prompt: Prompt, loaded: Loaded) -> list[int]:
+    if prompt.text is not None:
+        tokens: list[int] = loaded.tokenizer(prompt.text)["input_ids"]
+        return tokens
     if not loaded.tokenizer.chat_template:
-        raise JobError(
-            Code.INVALID_INPUT, f"{loaded.key.repo_id} has no chat template: send prompt instead of messages"
-        )
+        raise invalid(f"{loaded.key.repo_id} has no chat template: send prompt instead of messages")
+    messages = [dict(message) for message in prompt.messages]
     try:
-        return loaded.tokenizer.apply_chat_template(
-            [dict(message) for message in request.messages],
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
+        made: dict[str, list[int]] = loaded.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True
         )
     except Exception as error:  # templates raise their own errors, of any class, for roles they do not take
-        raise JobError(
-            Code.INVALID_INPUT, f"messages do not fit the chat template of {loaded.key.repo_id}: {error}"
-        ) from error
+        raise invalid(f"messages do not fit the chat template of {loaded.key.repo_id}: {error}") from error
+    return made["input_ids"]
 
 
-def _check_length(prompt_tokens: int, request: TextRequest, loaded: Loaded) -> None:
+def _fitted(prompt_tokens: int, request: TextRequest, loaded: Loaded) -> Sampling:
+    """How to sample within the model's context. Raises JobError where prompt and answer do not go into it."""
+    sampling, context = request.sampling, loaded.context
     if prompt_tokens == 0:
-        raise JobError(Code.INVALID_INPUT, "prompt has no tokens")
-    if loaded.context is not None and prompt_tokens + request.max_tokens > loaded.context:
-        raise JobError(
-            Code.INVALID_INPUT,
-            f"the prompt's {prompt_tokens} tokens and max_tokens {request.max_tokens} exceed the context of "
-            f"{loaded.context} tokens of {loaded.key.repo_id}",
-        )
+        raise invalid("prompt has no tokens")
+    if context is None or prompt_tokens + sampling.max_tokens <= context:
+        return sampling
+    if request.fit and prompt_tokens < context:
+        return replace(sampling, max_tokens=context - prompt_tokens)
+    asked = "" if request.fit else f" and max_tokens {sampling.max_tokens}"
+    raise invalid(
+        f"the prompt's {prompt_tokens} tokens{asked} exceed the context of {context} tokens of {loaded.key.repo_id}"
+    )
 
 
 def _pad_token_id(loaded: Loaded) -> int | None:

@@ -1,0 +1,306 @@
+"""Many prompts through one model at once: a dynamic batcher over transformers' own `generate`.
+
+One thread owns the model. Whatever waits joins the batch that runs: that is stopped every few tokens for it, and goes
+on with both, each row with its own way to choose tokens, its own random numbers and its own end. What such a stop costs
+is one forward pass over the tokens so far. `generate` brings caches, positions and masks of every architecture that
+transformers knows; its own continuous batching has neither seeds nor repetition penalties for each request (5.23).
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from handler.engines.detokenizer import Detokenizer
+from handler.jobs import Code, JobError, Sampling, is_out_of_memory
+
+JOIN_EVERY = 16  # tokens; joining sooner would pay the pass over the tokens so far too often
+_SAY_EVERY = 32
+_DEFAULT_TOP_K = 50  # transformers' own, where neither the job nor the model names one
+
+logger = logging.getLogger(__name__)
+
+
+class Receiver(Protocol):
+    """Gets what is generated for a row; called from the batcher's thread, and must not raise."""
+
+    def piece(self, text: str, tokens: int, finish_reason: str | None) -> None:
+        """More text, how many tokens it stands for, and why it ended."""
+
+    def failed(self, error: Exception) -> None:
+        """There will be no more."""
+
+
+class Row:
+    """One prompt of a batch, and what is generated for it."""
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        detokenizer: Detokenizer,
+        receiver: Receiver,
+        *,
+        every_token: bool,
+    ) -> None:
+        """Without `every_token` the receiver gets a piece now and then, for its progress alone."""
+        self.tokens = list(prompt)
+        self.sampling = sampling
+        self.left = sampling.max_tokens
+        self.ended = False
+        self.alone = False
+        self._detokenizer = detokenizer
+        self._receiver = receiver
+        self._every_token = every_token
+        self._text = ""
+        self._unsaid = 0
+        self._generator: torch.Generator | None = None
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The row's own random numbers: what it becomes does not depend on who shares the batch."""
+        if self._generator is None:
+            self._generator = torch.Generator(device)
+            if self.sampling.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(self.sampling.seed)
+        return self._generator
+
+    def push(self, token: int, ends: frozenset[int]) -> None:
+        """Take one more token."""
+        self.tokens.append(token)
+        self.left -= 1
+        self._unsaid += 1
+        if token not in ends:
+            self._text += self._detokenizer.push(token)
+        if token in ends or self._detokenizer.stopped:
+            self._end("stop")
+        elif not self.left:
+            self._end("length")
+        elif self._unsaid >= _SAY_EVERY or (self._every_token and self._text):
+            self._say(None)
+
+    def cancel(self) -> None:
+        """Nobody wants the rest."""
+        self.ended = True
+
+    def fail(self, error: Exception) -> None:
+        """Nothing more can be generated."""
+        if not self.ended:
+            self.ended = True
+            self._receiver.failed(error)
+
+    def _end(self, reason: str) -> None:
+        self._text += self._detokenizer.finish()
+        self.ended = True
+        self._say(reason)
+
+    def _say(self, reason: str | None) -> None:
+        text, tokens = self._text, self._unsaid
+        self._text, self._unsaid = "", 0
+        self._receiver.piece(text, tokens, reason)
+
+
+class Batcher:
+    """Generates for all rows that were submitted, `most` at once. Call `close` at the end.
+
+    `broken`: why the model cannot generate any more in this process, if so.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, most: int, pad_token_id: int | None) -> None:
+        self._model = model
+        self._most = self._room = most
+        self._config = _greedy(model.generation_config, pad_token_id)
+        ends = self._config.eos_token_id
+        self._ends = frozenset([ends] if isinstance(ends, int) else ends or ())
+        self._waiting: deque[Row] = deque()
+        self._running: list[Row] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self.broken = ""
+        self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
+        self._thread.start()
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Generate for these, beside each other where there is room."""
+        with self._changed:
+            self._waiting.extend(rows)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Return when all that was submitted has ended."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (rows := self._next()) is not None:
+            failed: Exception | None = None
+            try:
+                self._generate(rows)
+            except Exception as error:  # whatever a row does, the worker lives on
+                failed = error.with_traceback(None)  # whose frames hold the batch's tensors
+            if failed is not None:
+                self._after_failure(rows, failed)
+
+    def _next(self) -> list[Row] | None:
+        """The rows to go on with; None when there will be none."""
+        with self._changed:
+            while True:
+                self._running = [row for row in self._running if not row.ended]
+                while self._waiting and len(self._running) < self._room:
+                    row = self._waiting.popleft()
+                    if not row.ended:
+                        self._running.append(row)
+                if self._running:
+                    # Those that a batch failed with go one by one: only who fails alone is to blame.
+                    return [row for row in self._running if row.alone][:1] or self._running
+                self._room = self._most
+                if self._closed:
+                    return None
+                self._changed.wait()
+
+    def _wanted(self) -> bool:
+        """Whether somebody waits who could join."""
+        return bool(self._waiting) and len(self._running) < self._room
+
+    def _generate(self, rows: list[Row]) -> None:
+        """Generate until all have ended, or somebody joins."""
+        width = max(len(row.tokens) for row in rows)
+        tokens = torch.full((len(rows), width), self._config.pad_token_id)
+        mask = torch.zeros_like(tokens)
+        for number, row in enumerate(rows):
+            tokens[number, width - len(row.tokens) :] = torch.tensor(row.tokens)
+            mask[number, width - len(row.tokens) :] = 1
+        config = copy.copy(self._config)
+        config.max_new_tokens = max(row.left for row in rows)
+        device = self._model.device
+        with torch.inference_mode():
+            self._model.generate(
+                tokens.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([_Chooser(rows, self._model.generation_config)]),
+                stopping_criteria=StoppingCriteriaList([_Watcher(rows, self._ends, self._wanted)]),
+            )
+
+    def _after_failure(self, rows: list[Row], error: Exception) -> None:
+        if "device-side assert" in str(error) or "launch failure" in str(error):
+            self.broken = f"the GPU does not answer any more ({str(error)[:200]})"
+        if len(rows) == 1 or self.broken:
+            for row in rows:
+                row.fail(error)
+        elif is_out_of_memory(error):
+            self._room = max(1, len(rows) // 2)
+            logger.warning("out of memory with %d prompts at once: going on with %d", len(rows), self._room)
+            with self._changed:
+                self._waiting.extendleft(reversed(self._running[self._room :]))
+                del self._running[self._room :]
+        else:
+            logger.warning("%s with %d prompts at once: trying them one by one", error, len(rows))
+            for row in rows:
+                row.alone = True
+        free_memory()
+
+
+class _Chooser(LogitsProcessor):  # type: ignore[misc]
+    """Chooses each row's token in its own way: all others become impossible, so that a greedy `generate` takes it."""
+
+    def __init__(self, rows: list[Row], defaults: GenerationConfig) -> None:
+        self._rows = rows
+        self._alike: dict[tuple[float, int, float], list[int]] = {}
+        self._penalties: dict[int, RepetitionPenaltyLogitsProcessor] = {}
+        for number, row in enumerate(rows):
+            sampling = row.sampling
+            penalty = sampling.repetition_penalty or defaults.repetition_penalty or 1.0
+            if penalty != 1.0:
+                self._penalties[number] = RepetitionPenaltyLogitsProcessor(penalty)
+            if sampling.temperature:
+                given = defaults.top_k if sampling.top_k is None else sampling.top_k
+                top_k = _DEFAULT_TOP_K if given is None else given
+                self._alike.setdefault((sampling.temperature, top_k, sampling.top_p), []).append(number)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for number, penalty in self._penalties.items():
+            so_far = torch.tensor([self._rows[number].tokens], device=scores.device)
+            scores[number : number + 1] = penalty(so_far, scores[number : number + 1])
+        for (temperature, top_k, top_p), numbers in self._alike.items():
+            some = TemperatureLogitsWarper(temperature)(input_ids, scores[numbers].float())
+            if top_k:
+                some = TopKLogitsWarper(min(top_k, some.shape[-1]))(input_ids, some)
+            if top_p < 1.0:
+                some = TopPLogitsWarper(top_p)(input_ids, some)
+            odds = some.softmax(-1)
+            if not torch.isfinite(odds).all():  # on a GPU multinomial would take the whole process with it
+                raise JobError(Code.INTERNAL_ERROR, "the model's output is not a number: its weights overflow here")
+            for place, number in enumerate(numbers):
+                chosen = torch.multinomial(odds[place], 1, generator=self._rows[number].generator(odds.device))
+                scores[number] = float("-inf")
+                scores[number, chosen] = 0.0
+        return scores
+
+
+class _Watcher(StoppingCriteria):  # type: ignore[misc]
+    """Hands each row its tokens, and says which have ended; all of them, where somebody `wanted` joins."""
+
+    def __init__(self, rows: list[Row], ends: frozenset[int], wanted: Callable[[], bool]) -> None:
+        self._rows = rows
+        self._ends = ends
+        self._wanted = wanted
+        self._steps = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        self._steps += 1
+        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+            if not row.ended:
+                row.push(token, self._ends)
+        ended = [row.ended for row in self._rows]
+        if self._steps >= JOIN_EVERY and self._wanted():
+            ended = [True for _row in self._rows]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def free_memory() -> None:
+    """Give back what a failed or a finished request held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _greedy(defaults: GenerationConfig, pad_token_id: int | None) -> GenerationConfig:
+    """The model's own generation config without what _Chooser does in its place."""
+    config = copy.deepcopy(defaults)
+    config.do_sample = False
+    for name in (
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "typical_p",
+        "repetition_penalty",
+        "max_length",
+        "min_length",
+    ):
+        setattr(config, name, None)
+    config.pad_token_id = pad_token_id if pad_token_id is not None else 0
+    return config

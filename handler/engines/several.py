@@ -1,0 +1,149 @@
+"""Several models in one worker: whichever a job names, loaded when it is first asked for, the least recently used given
+up where the memory does not hold one more."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from handler.engines import Engine
+from handler.jobs import Code, JobError, Piece, TextRequest, invalid, not_served
+from modelstore.errors import DoesNotFit, ModelStoreError, Refused
+from modelstore.reference import parse_reference
+from modelstore.settings import Settings
+from modelstore.timeline import Timeline
+
+logger = logging.getLogger(__name__)
+
+
+class _Held:
+    """A loaded model, how many answers it makes, and when one last began."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.answering = 0
+        self.used_at = time.monotonic()
+
+
+class Several:
+    """An engine of engines. The first is the worker's own, which answers the jobs that name no model."""
+
+    def __init__(self, own: Engine, settings: Settings, load: Callable[[Settings], Engine]) -> None:
+        """`load` makes the engine of a model; raises DoesNotFit where the memory has no room for it."""
+        self._own = _Held(own)
+        self._others: dict[str, _Held] = {}
+        self._settings = settings
+        self._load = load
+        self._changed = threading.Condition()
+        self._loading = threading.Lock()
+
+    @property
+    def model(self) -> str:
+        """The model's name in answers of jobs that name none."""
+        return self._own.engine.model
+
+    @property
+    def broken(self) -> str:
+        """See Engine."""
+        return next((held.engine.broken for held in self._all() if held.engine.broken), "")
+
+    def check(self) -> None:
+        """See Engine."""
+        self._own.engine.check()
+
+    def status(self) -> dict[str, Any]:
+        """See Engine."""
+        others = [held.engine.status() for held in self._others.values()]
+        return self._own.engine.status() | {"other_models": others}
+
+    def swap(self, reference: str) -> Timeline:
+        """See Engine."""
+        return self._own.engine.swap(reference)
+
+    def serves(self, name: str) -> bool:
+        """See Engine."""
+        return any(held.engine.serves(name) for held in self._all())
+
+    def close(self) -> None:
+        """See Engine."""
+        for held in self._all():
+            held.engine.close()
+
+    async def generate(self, request: TextRequest) -> AsyncIterator[Piece]:
+        """See Engine. What a job names beside the worker's own model has to be among MODELSTORE_ALLOWED_MODELS."""
+        held = await self._held(request.model)
+        try:
+            async with aclosing(held.engine.generate(request)) as pieces:  # type: ignore[type-var]
+                async for piece in pieces:
+                    yield piece
+        finally:
+            with self._changed:
+                held.answering -= 1
+                self._changed.notify_all()
+
+    async def _held(self, name: str | None) -> _Held:
+        """What answers for `name`, with one more answer counted. Raises JobError."""
+        if name is None or self._own.engine.serves(name):
+            with self._changed:
+                self._own.answering += 1
+            return self._own
+        self._check_allowed(name)
+        found = self._found(name)
+        return found if found is not None else await asyncio.to_thread(self._loaded, name)
+
+    def _check_allowed(self, name: str) -> None:
+        if not self._settings.allowed_models:
+            raise not_served(name, self.model)
+        try:
+            self._settings.check_allowed(parse_reference(name))
+        except Refused as error:
+            raise JobError(Code.MODEL_NOT_ALLOWED, str(error)) from error
+        except ModelStoreError as error:
+            raise invalid(str(error)) from error
+
+    def _all(self) -> list[_Held]:
+        return [self._own, *self._others.values()]
+
+    def _found(self, name: str) -> _Held | None:
+        """A model that is loaded, with one more answer counted, so that nobody gives it up."""
+        with self._changed:
+            held = self._others.get(name)
+            if held is not None:
+                held.answering += 1
+                held.used_at = time.monotonic()
+            return held
+
+    def _loaded(self, name: str) -> _Held:
+        """The same, once it is loaded; one at a time."""
+        with self._loading:
+            while (held := self._found(name)) is None:
+                try:
+                    engine = self._load(replace(self._settings, model=parse_reference(name)))
+                except DoesNotFit as error:
+                    if not self._give_one_up():
+                        raise JobError(Code.MODEL_UNAVAILABLE, str(error)) from error
+                    continue
+                except ModelStoreError as error:
+                    raise JobError(Code.MODEL_UNAVAILABLE, f"{type(error).__name__}: {error}") from error
+                logger.info("%s is loaded beside %d other models", name, len(self._others) + 1)
+                with self._changed:
+                    self._others[name] = _Held(engine)
+            return held
+
+    def _give_one_up(self) -> bool:
+        """Unload the least recently used model that a job brought, once it answers nobody; whether there was one."""
+        with self._changed:
+            if not self._others:
+                return False
+            name = min(self._others, key=lambda name: (self._others[name].answering > 0, self._others[name].used_at))
+            self._changed.wait_for(lambda: not self._others[name].answering)
+            held = self._others.pop(name)
+        logger.info("%s makes room for another model", name)
+        held.engine.close()
+        return True

@@ -1,0 +1,160 @@
+"""OpenAI's routes, as RunPod hands them over: {"openai_route": "/v1/chat/completions", "openai_input": {…}}.
+
+Pure functions: a route's body to a text request, and its pieces to OpenAI's answers, whole or as server-sent events.
+Served: chat/completions, completions and models. A field that would change the answer and is not served is refused
+rather than ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from handler.jobs import (
+    Answer,
+    Code,
+    JobError,
+    Limits,
+    Piece,
+    Prompt,
+    TextRequest,
+    flag,
+    integer,
+    invalid,
+    named_model,
+    parse_messages,
+    parse_sampling,
+    parse_text,
+)
+
+Route = Literal["chat/completions", "completions", "models"]
+
+DONE = "data: [DONE]\n\n"
+
+# What these may be without any effect; anything else is refused.
+_WITHOUT_EFFECT: Mapping[str, tuple[object, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
+    "tools": ([],),
+    "functions": ([],),
+    "response_format": ({"type": "text"},),
+}
+_TYPES = {Code.INVALID_INPUT: "invalid_request_error", Code.MODEL_NOT_ALLOWED: "invalid_request_error"}
+
+
+def parse_route(route: object) -> Route:
+    """The route that is asked for. Raises JobError for one that is not served."""
+    for name in ("chat/completions", "completions", "models"):
+        if isinstance(route, str) and route.split("?")[0].strip("/") == f"v1/{name}":
+            return name
+    raise invalid(f"openai_route must be /v1/chat/completions, /v1/completions or /v1/models, not {str(route)[:80]!r}")
+
+
+def parse_body(route: Route, body: object, limits: Limits) -> TextRequest:
+    """The request of a completion; `n` choices are as many prompts. Raises JobError."""
+    if not isinstance(body, dict):
+        raise invalid("openai_input must be an object")
+    for name, harmless in _WITHOUT_EFFECT.items():
+        if body.get(name) is not None and body[name] not in harmless:
+            raise invalid(f"{name} is not served: leave it out")
+    choices = integer(body, "n", 1, at_least=1, at_most=limits.prompts)
+    longest = body.get("max_completion_tokens") if body.get("max_tokens") is None else body["max_tokens"]
+    default = 16 if route == "completions" else limits.max_tokens
+    fields = {**body, "max_tokens": min(default, limits.max_tokens) if longest is None else longest}
+    sampling = parse_sampling(fields, limits, temperature=1.0, top_p=1.0)
+    if route == "chat/completions":
+        prompts: tuple[Prompt, ...] = (Prompt(messages=parse_messages(body.get("messages"), limits)),)
+    else:
+        given = body.get("prompt")
+        name = "prompts" if isinstance(given, list) else "prompt"
+        prompts = parse_text({name: given}, limits).prompts
+    if len(prompts) * choices > limits.prompts:
+        raise invalid(f"n times the prompts must be at most {limits.prompts}, not {len(prompts) * choices}")
+    each = tuple(prompt for prompt in prompts for _choice in range(choices))
+    return TextRequest(
+        each, sampling, model=named_model(body), stream=flag(body, "stream"), listed=True, fit=longest is None
+    )
+
+
+def wants_usage(body: Mapping[str, Any]) -> bool:
+    """Whether a stream shall end with a chunk of token counts."""
+    options = body.get("stream_options")
+    return isinstance(options, dict) and options.get("include_usage") is True
+
+
+class OpenAIAnswer:
+    """Says the pieces of one request in OpenAI's form."""
+
+    def __init__(self, route: Route, request: TextRequest, *, job_id: str, created: int) -> None:
+        """`created`: seconds since 1970."""
+        self._chat = route == "chat/completions"
+        self._request = request
+        self._collected = Answer(request)
+        self._begun: set[int] = set()
+        kind = "chat.completion" if self._chat else "text_completion"
+        self._id = {"id": f"{'chatcmpl' if self._chat else 'cmpl'}-{job_id}", "created": created}
+        self._object = kind
+
+    def add(self, piece: Piece) -> None:
+        """Take the next piece."""
+        self._collected.add(piece)
+
+    def events(self, piece: Piece) -> list[str]:
+        """What a stream says of a piece that was added."""
+        said: list[dict[str, Any]] = []
+        if self._chat and piece.index not in self._begun:
+            self._begun.add(piece.index)
+            said.append(self._choice(piece.index, {"delta": {"role": "assistant", "content": ""}}, None))
+        if piece.text:
+            part: dict[str, Any] = {"delta": {"content": piece.text}} if self._chat else {"text": piece.text}
+            said.append(self._choice(piece.index, part, None))
+        if piece.finish_reason:
+            part = {"delta": {}} if self._chat else {"text": ""}
+            said.append(self._choice(piece.index, part, piece.finish_reason))
+        return [self._event({"choices": [choice]}) for choice in said]
+
+    def last_events(self, *, usage: bool) -> list[str]:
+        """How a stream ends."""
+        counts = [self._event({"choices": [], "usage": self._usage()})] if usage else []
+        return [*counts, DONE]
+
+    def output(self) -> dict[str, Any]:
+        """The whole answer of a request that is not streamed."""
+        collected, choices = self._collected, []
+        for index, (text, reason) in enumerate(zip(collected.texts, collected.reasons, strict=True)):
+            part: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+            choices.append(self._choice(index, part, reason))
+        return self._head() | {"object": self._object, "choices": choices, "usage": self._usage()}
+
+    def _choice(self, index: int, part: Mapping[str, Any], reason: str | None) -> dict[str, Any]:
+        return {"index": index, **part, "logprobs": None, "finish_reason": reason}
+
+    def _event(self, content: Mapping[str, Any]) -> str:
+        kind = "chat.completion.chunk" if self._chat else self._object
+        return f"data: {json.dumps({**self._head(), 'object': kind, **content}, ensure_ascii=False)}\n\n"
+
+    def _head(self) -> dict[str, Any]:
+        return self._id | {"model": self._collected.model}
+
+    def _usage(self) -> dict[str, int]:
+        prompt, new = self._collected.prompt_tokens, sum(self._collected.tokens)
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+def models(names: list[str], *, created: int) -> dict[str, Any]:
+    """The answer to /v1/models."""
+    listed = [{"id": name, "object": "model", "created": created, "owned_by": "modelstore"} for name in names]
+    return {"object": "list", "data": listed}
+
+
+def failed(error: JobError) -> dict[str, Any]:
+    """An error in OpenAI's form."""
+    kind = _TYPES.get(error.code, "server_error")
+    return {"error": {"message": str(error), "type": kind, "code": error.code.value}}

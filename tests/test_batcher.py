@@ -1,0 +1,317 @@
+"""Many prompts through one real model at once: each gets what it would have got alone, whoever joins, fails or leaves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+from handler.engines.batcher import JOIN_EVERY, Batcher, Row
+from handler.engines.detokenizer import Detokenizer
+from handler.jobs import Sampling
+
+VOCABULARY = 200
+END = 199
+GREEDY = Sampling(max_tokens=12, temperature=0.0)
+
+
+@dataclass
+class Receiver:
+    """Keeps what it gets."""
+
+    text: str = ""
+    tokens: int = 0
+    reason: str | None = None
+    error: Exception | None = None
+    pieces: int = 0
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def piece(self, text: str, tokens: int, finish_reason: str | None) -> None:
+        self.text += text
+        self.tokens += tokens
+        self.pieces += 1
+        if finish_reason:
+            self.reason = finish_reason
+            self.ended.set()
+
+    def failed(self, error: Exception) -> None:
+        self.error = error
+        self.ended.set()
+
+
+def decode(tokens: Any) -> str:
+    return "".join(f"{token}." for token in tokens)
+
+
+def row(prompt: list[int], sampling: Sampling = GREEDY, *, every_token: bool = False) -> tuple[Row, Receiver]:
+    receiver = Receiver()
+    detokenizer = Detokenizer(decode, sampling.stop, at_once=not every_token)
+    return Row(prompt, sampling, detokenizer, receiver, every_token=every_token), receiver
+
+
+def wait(*receivers: Receiver) -> None:
+    for receiver in receivers:
+        assert receiver.ended.wait(60)
+
+
+@pytest.fixture(scope="module")
+def model() -> tf.PreTrainedModel:
+    torch.manual_seed(3)
+    config = tf.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=END,
+        initializer_range=0.5,
+    )
+    return tf.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def batcher(model: tf.PreTrainedModel) -> Iterator[Batcher]:
+    batcher = Batcher(model, most=8, pad_token_id=None)
+    yield batcher
+    batcher.close()
+
+
+def alone(model: tf.PreTrainedModel, prompt: list[int], count: int) -> str:
+    """What transformers says by itself."""
+    output = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return decode([token for token in output[0][len(prompt) :].tolist() if token != END])
+
+
+PROMPTS = [[5, 6, 7], [11] * 9, [20, 30, 40, 50, 60], [1], [9, 8, 7, 6]]
+
+
+def test_each_of_a_batch_gets_what_it_would_have_got_alone(model: tf.PreTrainedModel, batcher: Batcher) -> None:
+    made = [row(prompt) for prompt in PROMPTS]
+    batcher.submit([one for one, _ in made])
+    wait(*(receiver for _, receiver in made))
+    for prompt, (_, receiver) in zip(PROMPTS, made, strict=True):
+        assert receiver.text == alone(model, prompt, 12)
+        assert receiver.reason in ("length", "stop")
+        assert receiver.tokens == 12 or receiver.reason == "stop"
+
+
+def calls(model: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each call of `generate` has from now on."""
+    sizes: list[int] = []
+    real = type(model).generate
+
+    def generate(self: Any, tokens: torch.Tensor, **keywords: Any) -> Any:
+        sizes.append(tokens.shape[0])
+        return real(self, tokens, **keywords)
+
+    monkeypatch.setattr(type(model), "generate", generate)
+    return sizes
+
+
+def test_who_comes_later_joins_those_that_run(
+    model: tf.PreTrainedModel, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = Sampling(max_tokens=200, temperature=0.0, repetition_penalty=1.3)
+    sizes = calls(model, monkeypatch)
+    first, first_got = row(PROMPTS[0], long, every_token=True)
+    batcher.submit([first])
+    while not first_got.pieces:
+        pass
+    second, second_got = row(PROMPTS[1])
+    batcher.submit([second])
+    wait(second_got)
+    assert not first_got.ended.is_set(), "the later one did not wait for the end of the first"
+    assert first_got.tokens <= JOIN_EVERY + 12 + 40
+    first.cancel()
+    assert second_got.text == alone(model, PROMPTS[1], 12)
+    assert 2 in sizes
+
+
+def test_a_join_changes_nothing_for_who_runs(model: tf.PreTrainedModel, batcher: Batcher) -> None:
+    seeded = Sampling(max_tokens=100, temperature=0.8, seed=5)
+    lonely, expected = row(PROMPTS[2], seeded)
+    batcher.submit([lonely])
+    wait(expected)
+    joined, got = row(PROMPTS[2], seeded, every_token=True)
+    batcher.submit([joined])
+    while got.tokens < 5:
+        pass
+    others = [row(prompt) for prompt in PROMPTS[:2]]
+    batcher.submit([one for one, _ in others])
+    wait(got, *(receiver for _, receiver in others))
+    assert got.text == expected.text
+
+
+def test_a_seed_gives_the_same_again_and_another_something_else(batcher: Batcher) -> None:
+    texts = []
+    for seed in (1, 1, 2):
+        one, got = row(PROMPTS[0], Sampling(max_tokens=20, temperature=1.5, top_p=1.0, seed=seed))
+        batcher.submit([one])
+        wait(got)
+        texts.append(got.text)
+    assert texts[0] == texts[1] != texts[2]
+    unseeded = []
+    for _ in range(2):
+        one, got = row(PROMPTS[0], Sampling(max_tokens=20, temperature=2.0, top_p=1.0))
+        batcher.submit([one])
+        wait(got)
+        unseeded.append(got.text)
+    assert unseeded[0] != unseeded[1]
+
+
+def test_each_row_has_its_own_way_to_choose(model: tf.PreTrainedModel, batcher: Batcher) -> None:
+    ways = [
+        GREEDY,
+        Sampling(max_tokens=12, temperature=1.5, top_k=1, seed=1),
+        Sampling(max_tokens=12, temperature=1.5, top_p=1e-9, seed=1),
+        Sampling(max_tokens=12, temperature=0.0, repetition_penalty=1e-9 + 5.0),
+    ]
+    made = [row(PROMPTS[1], way) for way in ways]
+    batcher.submit([one for one, _ in made])
+    wait(*(receiver for _, receiver in made))
+    greedy, top_1, top_nothing, penalised = (receiver.text for _, receiver in made)
+    assert greedy == top_1 == top_nothing == alone(model, PROMPTS[1], 12)
+    output = model.generate(
+        torch.tensor([PROMPTS[1]]), max_new_tokens=12, do_sample=False, pad_token_id=0, repetition_penalty=5.0
+    )
+    assert penalised == decode([token for token in output[0][len(PROMPTS[1]) :].tolist() if token != END])
+    assert penalised != greedy
+
+
+def test_sampling_is_transformers_own_distribution(model: tf.PreTrainedModel, batcher: Batcher) -> None:
+    """One token, many times: as often as the warped probabilities say."""
+    count = 400
+    made = [
+        row(PROMPTS[0], Sampling(max_tokens=1, temperature=3.0, top_k=4, top_p=1.0, seed=seed)) for seed in range(count)
+    ]
+    batcher.submit([one for one, _ in made])
+    wait(*(receiver for _, receiver in made))
+    with torch.no_grad():
+        odds = (model(torch.tensor([PROMPTS[0]])).logits[0, -1] / 3.0).topk(4)
+    expected = odds.values.softmax(-1)
+    for token, share in zip(odds.indices.tolist(), expected.tolist(), strict=True):
+        drawn = sum(receiver.text in (f"{token}.", "") and f"{token}." == receiver.text for _, receiver in made)
+        assert abs(drawn / count - share) < 0.1
+
+
+def test_a_stop_string_ends_a_row_before_it(model: tf.PreTrainedModel, batcher: Batcher) -> None:
+    whole = alone(model, PROMPTS[2], 12)
+    fourth = ".".join(whole.split(".")[3:4]) + "."
+    one, got = row(PROMPTS[2], Sampling(max_tokens=12, temperature=0.0, stop=(fourth,)))
+    batcher.submit([one])
+    wait(got)
+    assert got.reason == "stop"
+    assert got.text == whole[: whole.find(fourth)]
+
+
+def test_a_row_that_is_cancelled_says_nothing_more(batcher: Batcher) -> None:
+    one, got = row(PROMPTS[0], Sampling(max_tokens=400, temperature=0.0, repetition_penalty=1.3), every_token=True)
+    other, other_got = row(PROMPTS[1])
+    batcher.submit([one, other])
+    while not got.pieces:
+        pass
+    one.cancel()
+    wait(other_got)
+    after, after_got = row(PROMPTS[0])
+    batcher.submit([after])
+    wait(after_got)
+    assert not got.ended.is_set()
+    assert got.tokens < 200
+    never, never_got = row(PROMPTS[0])
+    never.cancel()
+    batcher.submit([never])
+    batcher.close()
+    assert not never_got.pieces
+
+
+@pytest.fixture
+def failing(
+    model: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[[torch.Tensor], None]], None]:
+    """`generate` raises what a function of its tokens raises."""
+    real = type(model).generate
+
+    def install(check: Callable[[torch.Tensor], None]) -> None:
+        def generate(self: Any, tokens: torch.Tensor, **keywords: Any) -> Any:
+            check(tokens)
+            return real(self, tokens, **keywords)
+
+        monkeypatch.setattr(type(model), "generate", generate)
+
+    return install
+
+
+def test_who_fails_alone_is_to_blame_and_the_others_are_answered(
+    model: tf.PreTrainedModel, batcher: Batcher, failing: Callable[..., None]
+) -> None:
+    def poisoned(tokens: torch.Tensor) -> None:
+        if (tokens == 77).any():
+            raise ValueError("seventy-seven")
+
+    failing(poisoned)
+    good = [row(prompt) for prompt in PROMPTS]
+    bad, bad_got = row([3, 77, 3])
+    batcher.submit([one for one, _ in good[:2]] + [bad] + [one for one, _ in good[2:]])
+    wait(bad_got, *(receiver for _, receiver in good))
+    assert str(bad_got.error) == "seventy-seven"
+    for prompt, (_, receiver) in zip(PROMPTS, good, strict=True):
+        assert receiver.text == alone(model, prompt, 12)
+
+
+def test_out_of_memory_makes_batches_smaller(
+    model: tf.PreTrainedModel, batcher: Batcher, failing: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tokens: torch.Tensor) -> None:
+        if tokens.shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    failing(full)
+    made = [row(prompt) for prompt in PROMPTS]
+    batcher.submit([one for one, _ in made])
+    wait(*(receiver for _, receiver in made))
+    for prompt, (_, receiver) in zip(PROMPTS, made, strict=True):
+        assert receiver.text == alone(model, prompt, 12)
+
+
+def test_what_does_not_fit_alone_fails_and_the_next_goes_on(batcher: Batcher, failing: Callable[..., None]) -> None:
+    def full(tokens: torch.Tensor) -> None:
+        if tokens.shape[1] > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    failing(full)
+    large, large_got = row([7] * 150)
+    small, small_got = row(PROMPTS[0])
+    batcher.submit([large, small])
+    wait(large_got, small_got)
+    assert isinstance(large_got.error, torch.OutOfMemoryError)
+    assert large_got.error.__traceback__ is None, "its frames would hold the batch's tensors"
+    assert small_got.text
+
+
+def test_a_lost_gpu_fails_everybody_and_is_said(batcher: Batcher, failing: Callable[..., None]) -> None:
+    def lost(tokens: torch.Tensor) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    failing(lost)
+    made = [row(prompt) for prompt in PROMPTS]
+    batcher.submit([one for one, _ in made])
+    wait(*(receiver for _, receiver in made))
+    assert all(receiver.error for _, receiver in made)
+    assert "device-side assert" in batcher.broken
+
+
+def test_weights_that_overflow_are_an_error_and_no_crash(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda self, dim: real(self, dim) * float("nan"))
+    one, got = row(PROMPTS[0], Sampling(max_tokens=3, temperature=1.0, seed=1))
+    batcher.submit([one])
+    wait(got)
+    assert "not a number" in str(got.error)

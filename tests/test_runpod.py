@@ -1,0 +1,178 @@
+"""The unmodified SDK on both sides: `python -m handler` as the worker, `runpod.Endpoint` and `openai` as clients, and the
+stand-in of RunPod between them."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hub import running_hub
+from tests.runpod_api import ENDPOINT, FINAL, KEY, RunPod
+from tests.test_handler import serving, write_model
+
+GREEDY = {"temperature": 0, "max_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def runpod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunPod]:
+    """A stand-in with one worker that serves a tiny model."""
+    folder = tmp_path_factory.mktemp("runpod")
+    with running_hub(folder / "hub") as hub, RunPod().running() as runpod:
+        write_model(hub.folder / "org" / "name", seed=1, context=512)
+        env = {"HF_ENDPOINT": hub.url, "MODELSTORE_ROOT": str(folder / "volume" / "modelstore"), "HF_HOME": str(folder)}
+        with serving(env | {"MODEL_ID": "org/name"} | runpod.env):
+            yield runpod
+
+
+@pytest.fixture
+def endpoint(runpod: RunPod, monkeypatch: pytest.MonkeyPatch) -> Any:
+    import runpod as sdk
+
+    monkeypatch.setattr(sdk, "endpoint_url_base", runpod.url)
+    return sdk.Endpoint(ENDPOINT, api_key=KEY)
+
+
+@pytest.fixture
+def client(runpod: RunPod) -> Iterator[Any]:
+    from openai import OpenAI
+
+    with OpenAI(base_url=f"{runpod.url}/{ENDPOINT}/openai/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+def test_run_sync_answers(endpoint: Any) -> None:
+    output = endpoint.run_sync({"prompt": "hello world"} | GREEDY, timeout=60)
+    assert output["model"] == "org/name"
+    assert output["parameters"] == {"max_tokens": 6, "temperature": 0.0, "top_p": 0.9}
+
+
+def test_a_job_is_polled_to_its_end(endpoint: Any) -> None:
+    job = endpoint.run({"input": {"prompt": "hello world"} | GREEDY})
+    output = job.output(timeout=60)
+    assert job.status() == "COMPLETED"
+    assert output == endpoint.run_sync({"prompt": "hello world"} | GREEDY)
+
+
+def test_a_stream_has_the_same_text_and_comes_in_chunks(endpoint: Any, runpod: RunPod) -> None:
+    whole = endpoint.run_sync({"prompt": "hello world"} | GREEDY)
+    job = endpoint.run({"input": {"prompt": "hello world", "stream": True} | GREEDY})
+    chunks = list(job.stream())
+    assert "".join(chunk["token"] for chunk in chunks) == whole["generated_text"]
+    assert chunks[-1]["finished"]
+    assert chunks[-1]["generated_text"] == whole["generated_text"]
+    assert job.output() == chunks, "the aggregated stream is the output"
+    assert not runpod.jobs[job.job_id].after_the_end
+
+
+def test_prompts_are_one_batch(endpoint: Any) -> None:
+    prompts = ["hello world", "what is the capital", "paris"]
+    together = endpoint.run_sync({"prompts": prompts} | GREEDY)
+    one_by_one = [endpoint.run_sync({"prompt": prompt} | GREEDY) for prompt in prompts]
+    assert together["generated_text"] == [output["generated_text"] for output in one_by_one]
+    assert together["tokens_generated"] == [output["tokens_generated"] for output in one_by_one]
+
+
+def test_an_error_has_its_code(endpoint: Any, runpod: RunPod) -> None:
+    for job_input in ({"prompt": 7}, {"prompt": 7, "stream": True}):
+        job = endpoint.run({"input": job_input})
+        job.output(timeout=30)
+        assert job.status() == "FAILED"
+        assert runpod.jobs[job.job_id].output == {"code": "INVALID_INPUT"}
+        assert "prompt must be a string" in runpod.jobs[job.job_id].error
+
+
+def test_jobs_run_beside_each_other_and_a_cancelled_one_ends(endpoint: Any, runpod: RunPod) -> None:
+    long = endpoint.run({"input": {"prompt": "hello", "max_tokens": 480, "temperature": 2, "top_p": 1, "stream": True}})
+    record = runpod.jobs[long.job_id]
+    assert runpod.wait(lambda: record.stream)
+    began = time.monotonic()
+    endpoint.run_sync({"prompt": "hello world"} | GREEDY)
+    assert record.status == "IN_PROGRESS" or time.monotonic() - began < 5
+    long.cancel()
+    time.sleep(1.5)
+    said = len(record.after_the_end)
+    time.sleep(0.5)
+    assert len(record.after_the_end) == said, "nothing more is sent"
+    status = endpoint.run_sync({"op": "status"})
+    assert status["jobs"]["running"] == 1, "the status job itself"
+
+
+def test_status_and_health(endpoint: Any) -> None:
+    status = endpoint.run_sync({"op": "status"})
+    assert status["model"] == "org/name"
+    assert status["worker"] == "pod-1"
+    assert len(status["commit"]) == 40
+    assert status["timeline"]["outcome"] == "downloaded"
+    assert {span["name"] for span in status["timeline"]["spans"]} >= {"download", "read", "ready"}
+    health = endpoint.health()
+    assert health["jobs"]["completed"] >= 1
+
+
+def test_the_openai_client_chats(client: Any) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    whole = client.chat.completions.create(model="org/name", messages=messages, temperature=0, max_tokens=6)
+    assert whole.choices[0].message.role == "assistant"
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    stream = client.chat.completions.create(
+        model="org/name",
+        messages=messages,
+        temperature=0,
+        max_tokens=6,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+
+
+def test_the_openai_client_completes_and_lists_models(client: Any) -> None:
+    whole = client.completions.create(model="org/name", prompt=["hello world", "paris"], temperature=0, max_tokens=4)
+    assert [choice.index for choice in whole.choices] == [0, 1]
+    parts = client.completions.create(model="org/name", prompt="paris", temperature=0, max_tokens=4, stream=True)
+    assert "".join(part.choices[0].text for part in parts) == whole.choices[1].text
+    assert [model.id for model in client.models.list()] == ["org/name"]
+
+
+def test_the_openai_client_gets_errors_as_its_own(client: Any) -> None:
+    from openai import BadRequestError
+
+    for stream in (False, True):
+        with pytest.raises(BadRequestError, match="tools is not served"):
+            client.chat.completions.create(
+                model="org/name",
+                messages=[{"role": "user", "content": "hello"}],
+                tools=[{"type": "function", "function": {"name": "f"}}],
+                stream=stream,
+            )
+
+
+def test_a_hundred_jobs_at_once_are_all_answered(endpoint: Any) -> None:
+    with ThreadPoolExecutor(20) as pool:
+        outputs = list(
+            pool.map(lambda _: endpoint.run_sync({"prompt": "hello world"} | GREEDY, timeout=120), range(100))
+        )
+    assert len(outputs) == 100
+    assert len({output["generated_text"] for output in outputs}) == 1
+
+
+def test_a_worker_that_is_told_to_end_finishes_its_jobs(store_env: dict[str, str], tmp_path: Path) -> None:
+    with running_hub(tmp_path / "hub2") as hub, RunPod().running() as runpod:
+        write_model(hub.folder / "org" / "name", seed=1, context=2048)
+        env = store_env | {"HF_ENDPOINT": hub.url, "MODEL_ID": "org/name"} | runpod.env
+        with serving(env) as process:
+            job = runpod.submit(
+                "long", {"prompt": "hello", "max_tokens": 1500, "temperature": 2, "top_p": 1, "stream": True}
+            )
+            assert runpod.wait(lambda: job.stream)
+            process.send_signal(signal.SIGTERM)
+            assert runpod.wait(lambda: job.status in FINAL, 60)
+            assert job.status == "COMPLETED"
+            assert process.wait(30) == 0
