@@ -11,14 +11,17 @@ import logging
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from modelstore.errors import ModelStoreError
-from modelstore.settings import Settings
+from modelstore.errors import ModelStoreError, NotFound
+from modelstore.settings import EngineName, Settings
 from modelstore.timeline import Timeline
-from modelstore.warmstart import begin, without_collecting
+from modelstore.warmstart import Begun, begin, without_collecting
 
 if TYPE_CHECKING:
+    from handler.engines import Engine
+    from modelstore.catalog import Snapshot
     from modelstore.reader import Reading
 
 logger = logging.getLogger("handler")
@@ -43,9 +46,13 @@ def start() -> Callable[[], None]:
     settings = Settings.from_env()
     timeline = Timeline(worker=settings.worker_id, model=str(settings.model), dtype=settings.dtype)
 
-    def import_engine() -> None:
+    def import_engine(name: EngineName) -> None:
         with timeline.span("import"):
-            import handler.engines.text
+            try:
+                import_module(f"handler.engines.{name}")
+            except ModuleNotFoundError as error:
+                extra = "diffusion" if name == "diffusion" else "worker"
+                raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[{extra}]'") from error
             import handler.worker  # noqa: F401
 
     def import_sdk() -> None:
@@ -53,7 +60,7 @@ def start() -> Callable[[], None]:
             import runpod  # noqa: F401  last, because nothing before needs it
 
     def beside_a_download(reading: Reading) -> object:
-        import_engine()
+        import_engine(settings.engine or "text")  # what it will be is known only with the model's own index
         from modelstore.tensors import place_early
 
         weights = place_early(reading, timeline)
@@ -61,19 +68,37 @@ def start() -> Callable[[], None]:
         return weights
 
     begun = begin(settings, timeline=timeline, meanwhile=beside_a_download)
-    import_engine()
+    name = settings.engine or _engine_for(begun.snapshot)
+    logger.info("the engine is %s: %s", name, "as set by ENGINE" if settings.engine else "by what the snapshot holds")
+    import_engine(name)
+    from handler.worker import serve
+
+    engine = (_drawing if name == "diffusion" else _writing)(begun, import_sdk)
+    timeline.mark("ready")
+    print(timeline.log_line(), file=sys.stderr, flush=True)
+    return partial(serve, engine, settings, timeline.as_json())
+
+
+def _engine_for(snapshot: Snapshot) -> EngineName:
+    """A pipeline has an index; anything else is a model."""
+    return "diffusion" if snapshot.manifest.file("model_index.json") else "text"
+
+
+def _writing(begun: Begun, meanwhile: Callable[[], None]) -> Engine:
     from handler.engines.several import Several
     from handler.engines.text import TextEngine
-    from handler.worker import serve
 
     def load_another(wanted: Settings) -> TextEngine:
         return begin(wanted, timeline=Timeline()).load(TextEngine.load)
 
-    own = begun.load(partial(TextEngine.load, meanwhile=import_sdk))
-    engine = Several(own, settings, load_another)
-    timeline.mark("ready")
-    print(timeline.log_line(), file=sys.stderr, flush=True)
-    return partial(serve, engine, settings, timeline.as_json())
+    own = begun.load(partial(TextEngine.load, meanwhile=meanwhile))
+    return Several(own, begun.settings, load_another)
+
+
+def _drawing(begun: Begun, meanwhile: Callable[[], None]) -> Engine:
+    from handler.engines.diffusion import DiffusionEngine
+
+    return begun.load(partial(DiffusionEngine.load, meanwhile=meanwhile))
 
 
 def _failed(reason: str, code: int) -> int:

@@ -60,6 +60,9 @@ class Limits:
     max_tokens: int = 2048
     prompt_characters: int = 1_000_000
     prompts: int = 32
+    steps: int = 150
+    pixels: int = 2048 * 2048
+    images: int = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from handler import openai
-from handler.engines import Engine
+from handler.engines import Engine, ImageEngine, TextEngine
+from handler.images import Images, Step, parse_image
 from handler.jobs import (
     Answer,
     Code,
@@ -34,6 +35,7 @@ from modelstore.settings import Settings
 logger = logging.getLogger(__name__)
 
 Job = Mapping[str, Any]
+T = TypeVar("T")
 
 _PROGRESS_EVERY_S = 5.0
 
@@ -82,7 +84,14 @@ class Worker:
         """`timeline`: the record of this worker's start, for its status."""
         self._engine = engine
         self._settings = settings
-        self._limits = Limits(settings.max_tokens, settings.max_prompt_characters, settings.max_prompts)
+        self._limits = Limits(
+            max_tokens=settings.max_tokens,
+            prompt_characters=settings.max_prompt_characters,
+            prompts=settings.max_prompts,
+            steps=settings.max_steps,
+            pixels=settings.max_pixels,
+            images=settings.max_images,
+        )
         self._wire = wire or Wire()
         self._timeline = timeline
         self._replace_because = ""
@@ -136,6 +145,8 @@ class Worker:
             return self.status()
         if _is_openai(job):
             return await self._answer_openai(job, data)
+        if isinstance(self._engine, ImageEngine):
+            return await self._draw(job, data, self._engine)
         request = parse_text(data, self._limits)
         answer = Answer(request)
 
@@ -143,11 +154,31 @@ class Worker:
             answer.add(piece)
             return answer.chunks(piece) if request.stream else []
 
-        pieces = self._engine.generate(request)
+        pieces = self._text_engine().generate(request)
         said = await self._consumed(
             job, pieces, chunks, merged, progress=lambda: {"tokens_generated": sum(answer.tokens)}
         )
         return said if request.stream else answer.output()
+
+    async def _draw(self, job: Job, data: Mapping[str, Any], engine: ImageEngine) -> Any:
+        request = parse_image(data, self._limits)
+        output: dict[str, Any] = {}
+
+        def chunks(drawn: Step | Images) -> list[Any]:
+            if isinstance(drawn, Images):
+                output.update(drawn.as_json(request))
+                return [output | {"progress": 1.0, "finished": True}] if request.stream else []
+            done.append(drawn)
+            return [drawn.as_json()] if request.stream else []
+
+        done: list[Step] = []
+        said = await self._consumed(job, engine.draw(request), chunks, list, progress=lambda: done[-1].as_json())
+        return said if request.stream else output
+
+    def _text_engine(self) -> TextEngine:
+        if not isinstance(self._engine, TextEngine):
+            raise JobError(Code.INVALID_INPUT, f"this worker draws with {self._engine.model}: send a prompt alone")
+        return self._engine
 
     async def _answer_openai(self, job: Job, data: Mapping[str, Any]) -> Any:
         route = openai.parse_route(data["openai_route"])
@@ -162,7 +193,9 @@ class Worker:
             answer.add(piece)
             return answer.events(piece) if request.stream else []
 
-        said = await self._consumed(job, self._engine.generate(request), events, lambda events: ["".join(events)])
+        said = await self._consumed(
+            job, self._text_engine().generate(request), events, lambda events: ["".join(events)]
+        )
         if not request.stream:
             return answer.output()
         end = answer.last_events(usage=openai.wants_usage(body))
@@ -172,8 +205,8 @@ class Worker:
     async def _consumed(
         self,
         job: Job,
-        pieces: AsyncIterator[Piece],
-        chunks: Callable[[Piece], list[Any]],
+        pieces: AsyncIterator[T],
+        chunks: Callable[[T], list[Any]],
         together: Callable[[list[Any]], list[Any]],
         *,
         progress: Callable[[], Mapping[str, Any]] | None = None,

@@ -64,8 +64,9 @@ class Snapshot:
 
     @property
     def weights(self) -> tuple[FileRecord, ...]:
-        """The weights at the top of the snapshot; none for a pipeline, whose weights lie in its sub-folders."""
-        return tuple(f for f in self.manifest.files if f.path.endswith(".safetensors") and "/" not in f.path)
+        """The weights at the top of the snapshot; for a pipeline, which has none there, those of its parts."""
+        found = tuple(f for f in self.manifest.files if f.path.endswith(".safetensors"))
+        return tuple(f for f in found if "/" not in f.path) or found
 
     def as_json(self) -> dict[str, Any]:
         """What `seed --json` and `show --json` print."""

@@ -28,7 +28,7 @@ from modelstore.reader import Reading, start_reading
 from modelstore.tensors import Weights, check_fits, load_tensors, ring_bytes_for, usable_device
 from modelstore.timeline import Timeline
 
-__all__ = ["load_model", "load_tensors", "model_class"]
+__all__ = ["build_part", "load_model", "load_tensors", "model_class"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,8 @@ def load_model(
     `meanwhile` is called once, while the last bytes are on their way.
     """
     timeline = timeline or Timeline()
+    if all("/" in file.path for file in snapshot.weights):
+        raise NoWeights(f"{snapshot.key} is a pipeline, and no single model: load it by its path, or with load_tensors")
     trusted = snapshot.manifest.remote_code and trust_remote_code
     if snapshot.manifest.remote_code and not trusted:
         raise CodeRefused(
@@ -112,7 +114,28 @@ def _built(
     tensors: dict[str, torch.Tensor],
     device_map: Mapping[str, Any],
 ) -> PreTrainedModel:
-    """The model from these tensors. Raises IntegrityError where some are missing."""
+    """The model from these tensors, as it is used. Raises IntegrityError where some are missing."""
+    model = _from_tensors(cls, config, snapshot, tensors, device_map)
+    model.name_or_path = model.config.name_or_path = str(snapshot.path)
+    if model.can_generate():
+        model.generation_config = _generation_config(snapshot.path)
+    return model.eval()
+
+
+def build_part(
+    cls: type[PreTrainedModel], config: Any, snapshot: Snapshot, tensors: dict[str, torch.Tensor], device: torch.device
+) -> PreTrainedModel:
+    """A part of a pipeline from its tensors, which are on `device`. Raises IntegrityError where some are missing."""
+    return _from_tensors(cls, config, snapshot, tensors, {"": device}).eval()
+
+
+def _from_tensors(
+    cls: type[PreTrainedModel],
+    config: Any,
+    snapshot: Snapshot,
+    tensors: dict[str, torch.Tensor],
+    device_map: Mapping[str, Any],
+) -> PreTrainedModel:
     on_cpu = all(torch.device(device).type == "cpu" for device in device_map.values())
     with _BUILDING, _without_allocating_ahead():
         model, info = cls.from_pretrained(
@@ -126,10 +149,7 @@ def _built(
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:5])
         raise IntegrityError(f"{snapshot.key} lacks weights that {cls.__name__} needs ({names}): use another model")
-    model.name_or_path = model.config.name_or_path = str(snapshot.path)
-    if model.can_generate():
-        model.generation_config = _generation_config(snapshot.path)
-    return model.eval()
+    return model
 
 
 def _built_early(

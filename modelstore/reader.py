@@ -402,7 +402,7 @@ def start_reading(snapshot: Snapshot, *, verify: bool = True, beside: bool = Fal
     The arguments are those of `Reading`. Raises NoWeights, and SnapshotNotFound where it was evicted meanwhile.
     """
     if not snapshot.weights:
-        raise NoWeights(f"{snapshot.key} has no weights at its top: it is a pipeline, load it by its path")
+        raise NoWeights(f"{snapshot.key} has no weights: remove it and seed the model again")
     small = [file for file in snapshot.manifest.files if not file.path.endswith(".safetensors")]
     reading = Reading(verify=verify, beside=beside, ring_bytes=ring_bytes)
     try:

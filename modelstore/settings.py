@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast, get_args
 from urllib.parse import urlsplit
 
 from modelstore.errors import InvalidReference, InvalidSetting, Refused
@@ -21,6 +21,7 @@ from modelstore.layout import DTYPES
 from modelstore.reference import Reference, parse_reference
 
 Dtype = Literal["float16", "bfloat16", "float32", "keep"]
+EngineName = Literal["text", "diffusion"]
 
 RUNPOD_VOLUME = Path("/runpod-volume")
 POD_VOLUME = Path("/workspace")
@@ -51,10 +52,14 @@ FIELDS = (
     Field("MODELSTORE_ALLOW_PICKLE", "0", "`1`: convert repos that have their weights only as pickles"),
     Field("MODELSTORE_TRUST_REMOTE_CODE", "0", "`1`: store and run a repo's own code, if its commit is named in full"),
     Field("MODELSTORE_KEEP_PREVIOUS", "0", "`1`: a worker that swaps models keeps the one before in host memory"),
+    Field("ENGINE", "", "what serves: `text` or `diffusion`; by what the snapshot holds without it"),
     Field("MAX_CONCURRENCY", "16", "jobs that a worker takes at once; they share the GPU in one batch"),
     Field("MODELSTORE_MAX_TOKENS", "2048", "the most tokens that a job may ask for"),
     Field("MODELSTORE_MAX_PROMPT_CHARACTERS", "1000000", "the longest prompt"),
     Field("MODELSTORE_MAX_PROMPTS", "32", "the most prompts in one job"),
+    Field("MODELSTORE_MAX_STEPS", "150", "the most steps of an image job"),
+    Field("MODELSTORE_MAX_PIXELS", "4194304", "the most pixels of an image"),
+    Field("MODELSTORE_MAX_IMAGES", "4", "the most images in one job"),
     Field("MODELSTORE_MAX_JOB_S", "600", "seconds after which a job ends with an error; `0`: never"),
     Field("HF_TOKEN", "", "access token for gated and private repos; never written to the volume or a log"),
     Field("HF_ENDPOINT", HUB, "the Hub's address"),
@@ -87,6 +92,10 @@ class Settings:
     max_tokens: int = 2048
     max_prompt_characters: int = 1_000_000
     max_prompts: int = 32
+    max_steps: int = 150
+    max_pixels: int = 2048 * 2048
+    max_images: int = 4
+    engine: EngineName | None = None
     max_job_s: float = 600.0
     hf_token: str | None = field(default=None, repr=False)
     hf_endpoint: str = HUB
@@ -126,6 +135,10 @@ class Settings:
             max_tokens=_count(env, "MODELSTORE_MAX_TOKENS", 2048),
             max_prompt_characters=_count(env, "MODELSTORE_MAX_PROMPT_CHARACTERS", 1_000_000),
             max_prompts=_count(env, "MODELSTORE_MAX_PROMPTS", 32),
+            max_steps=_count(env, "MODELSTORE_MAX_STEPS", 150),
+            max_pixels=_count(env, "MODELSTORE_MAX_PIXELS", 2048 * 2048),
+            max_images=_count(env, "MODELSTORE_MAX_IMAGES", 4),
+            engine=_engine(env),
             max_job_s=_number(env, "MODELSTORE_MAX_JOB_S", 600.0, at_least=0.0),
             hf_token=_token(env.get("HF_TOKEN", "")),
             hf_endpoint=_endpoint(env.get("HF_ENDPOINT") or HUB),
@@ -197,6 +210,13 @@ def _count(env: Mapping[str, str], variable: str, default: int) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:12]) <= 10**9):
         raise InvalidSetting(f"{variable}={text[:40]!r} is not usable: give a whole number, at least 1")
     return int(text)
+
+
+def _engine(env: Mapping[str, str]) -> EngineName | None:
+    text = env.get("ENGINE", "").strip().lower()
+    if text not in ("", *get_args(EngineName)):
+        raise InvalidSetting(f"ENGINE={text!r} is not known: use one of {', '.join(get_args(EngineName))}")
+    return cast(EngineName, text) if text else None
 
 
 def _switch(env: Mapping[str, str], variable: str) -> bool:

@@ -107,7 +107,8 @@ def load_tensors(
     reading: Reading | None = None,
     timeline: Timeline | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The snapshot's tensors by their names in the checkpoint, in the storage dtype.
+    """The snapshot's tensors by their names in the checkpoint, in the storage dtype; those of a pipeline's parts after
+    the name of their folder, as in "unet/conv_in.weight".
 
     `device` is CUDA where there is one by default; on the CPU the tensors share the memory that was read into.
     `reading`: a read of this snapshot that is in flight already. Raises DigestMismatch where bytes are not what was
@@ -260,12 +261,14 @@ class Weights:
             for tensor in run:
                 start = _begin(header, tensor) - begin
                 flat = data[start : start + tensor.size_bytes].view(_dtype(tensor, path))
-                self.tensors[tensor.name] = flat.view(tensor.shape)
+                self.tensors[_named(path, tensor)] = flat.view(tensor.shape)
         size_bytes = self._reading.record(path).size_bytes
         untouched = memoryview(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | _NO_RESERVE))
         self._bases.append((_address(untouched), len(untouched), path))
         if aligned:
-            self.stand_ins |= {tensor.name: _view(untouched, header, tensor, path) for tensor in header.tensors}
+            self.stand_ins |= {
+                _named(path, tensor): _view(untouched, header, tensor, path) for tensor in header.tensors
+            }
 
     def _place(self, name: str) -> torch.device:
         """The device for a tensor's name: that of the longest module name that leads to it, else the first."""
@@ -277,7 +280,7 @@ class Weights:
         memory = self._reading.memory(path)
         for tensor in header.tensors:
             view = _view(memory, header, tensor, path)
-            self.tensors[tensor.name] = self.stand_ins[tensor.name] = view
+            self.tensors[_named(path, tensor)] = self.stand_ins[_named(path, tensor)] = view
 
     def _move(self) -> None:
         gpus = {device for device in self._devices.values() if device.type == "cuda"}
@@ -388,6 +391,12 @@ def _runs(header: Header, place: Place) -> list[list[TensorInfo]]:
                 continue
         runs.append([tensor])
     return runs
+
+
+def _named(path: str, tensor: TensorInfo) -> str:
+    """A tensor's name among those of its snapshot: parts of a pipeline, in folders of their own, use the same names."""
+    folder = path.rpartition("/")[0]
+    return f"{folder}/{tensor.name}" if folder else tensor.name
 
 
 def _begin(header: Header, tensor: TensorInfo) -> int:

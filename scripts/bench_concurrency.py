@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Tokens a second with one, four and sixteen jobs at once, against one job at a time.
 
-    python scripts/bench_concurrency.py [--tokens 64] [--runs 3] [--write docs/benchmarks.md]
+    python scripts/bench_concurrency.py [--tokens 64] [--runs 3] [--dtypes float16,float32] [--write docs/benchmarks.md]
 
-The real SmolLM2-135M-Instruct in float16, loaded from a store of its own; prompts of different lengths, greedy. One at
+The real SmolLM2-135M-Instruct, loaded from a store of its own; prompts of different lengths, greedy. One at
 a time is what the seed documents do: `model.generate` for each job. Beside our batcher runs transformers' own
 continuous batching over the same prompts, all known beforehand.
 """
@@ -32,7 +32,7 @@ from handler.engines.text import TextEngine  # noqa: E402
 from handler.jobs import Limits, parse_text  # noqa: E402
 from modelstore.bench import environment  # noqa: E402
 from modelstore.reference import parse_reference  # noqa: E402
-from modelstore.settings import Settings  # noqa: E402
+from modelstore.settings import Dtype, Settings, parse_dtype  # noqa: E402
 from modelstore.warmstart import begin  # noqa: E402
 from scripts.sections import write_section  # noqa: E402
 
@@ -80,39 +80,48 @@ def rate(work: Callable[[], int]) -> float:
     return made / (time.perf_counter() - began)
 
 
+def measured(folder: Path, dtype: Dtype, tokens: int, runs: int) -> list[str]:
+    """The table of one storage dtype."""
+    settings = Settings(root=folder / "store", model=parse_reference(f"file://{folder}/model"), dtype=dtype)
+    engine = begin(replace(settings, max_concurrency=max(AT_ONCE))).load(TextEngine.load)
+    model, tokenizer = engine._loaded.model, engine._loaded.tokenizer
+    ways: dict[str, Callable[[int], int]] = {
+        "`model.generate`, one at a time": lambda n: one_at_a_time(model, tokenizer, n, tokens),
+        "ours, at once": lambda n: ours(engine, n, tokens),
+        "transformers' continuous batching": lambda n: transformers_own(model, tokenizer, n, tokens),
+    }
+    lines = [f"**{dtype}**", "", "| jobs | " + " | ".join(ways) + " | ours / one at a time |", "|---|---|---|---|---|"]
+    for count in AT_ONCE:
+        rates: dict[str, list[float]] = {way: [] for way in ways}
+        for run in range(runs + 1):
+            for way, work in ways.items():
+                found = rate(lambda work=work, count=count: work(count))
+                print(f"{dtype}, {count} jobs, run {run}, {way}: {found:.1f} tokens/s", file=sys.stderr, flush=True)
+                if run:
+                    rates[way].append(found)
+        base, mine, _theirs = rates.values()
+        ratio = statistics.median(a / b for a, b in zip(mine, base, strict=True))
+        cells = [f"{statistics.median(found):.1f} tokens/s" for found in rates.values()]
+        lines.append(f"| {count} | {' | '.join(cells)} | {ratio:.2f} |")
+    engine.close()
+    return [*lines, ""]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=64, help="for each job")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--dtypes", default="float16,float32", help="storage dtypes, each measured")
     parser.add_argument("--write", type=Path, help="the document whose section by this script is replaced")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-concurrency-") as name:
         folder = Path(name)
         subprocess.run([sys.executable, HERE / "scripts" / "smollm2.py", folder / "model"], check=True)
-        settings = Settings(root=folder / "store", model=parse_reference(f"file://{folder}/model"))
-        engine = begin(replace(settings, max_concurrency=max(AT_ONCE))).load(TextEngine.load)
-        model, tokenizer = engine._loaded.model, engine._loaded.tokenizer
-        ways: dict[str, Callable[[int], int]] = {
-            "`model.generate`, one at a time": lambda n: one_at_a_time(model, tokenizer, n, options.tokens),
-            "ours, at once": lambda n: ours(engine, n, options.tokens),
-            "transformers' continuous batching": lambda n: transformers_own(model, tokenizer, n, options.tokens),
-        }
-        lines = ["| jobs | " + " | ".join(ways) + " | ours / one at a time |", "|---|---|---|---|---|"]
-        for count in AT_ONCE:
-            rates: dict[str, list[float]] = {way: [] for way in ways}
-            for run in range(options.runs + 1):
-                for way, work in ways.items():
-                    found = rate(lambda work=work, count=count: work(count))
-                    print(f"{count} jobs, run {run}, {way}: {found:.1f} tokens/s", file=sys.stderr, flush=True)
-                    if run:
-                        rates[way].append(found)
-            base, mine, _theirs = rates.values()
-            ratio = statistics.median(a / b for a, b in zip(mine, base, strict=True))
-            cells = [f"{statistics.median(found):.1f} tokens/s" for found in rates.values()]
-            lines.append(f"| {count} | {' | '.join(cells)} | {ratio:.2f} |")
+        lines = []
+        for dtype in options.dtypes.split(","):
+            lines += measured(folder, parse_dtype("--dtypes", dtype), options.tokens, options.runs)
         place = environment(folder)
-        engine.close()
-    given = f"--tokens {options.tokens} --runs {options.runs}"
+    given = f"--tokens {options.tokens} --runs {options.runs} --dtypes {options.dtypes}"
     text = f"Measured by `python scripts/bench_concurrency.py {given}`:\n{place}.\n\n" + "\n".join(lines) + "\n"
     print(text)
     if options.write:

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from handler.engines import Engine
+from handler.engines import TextEngine
 from handler.jobs import Code, JobError, Piece, TextRequest, invalid, not_served
 from modelstore.errors import DoesNotFit, ModelStoreError, Refused
 from modelstore.reference import parse_reference
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 class _Held:
     """A loaded model, how many answers it makes, and when one last began."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: TextEngine) -> None:
         self.engine = engine
         self.answering = 0
         self.used_at = time.monotonic()
@@ -34,7 +34,7 @@ class _Held:
 class Several:
     """An engine of engines. The first is the worker's own, which answers the jobs that name no model."""
 
-    def __init__(self, own: Engine, settings: Settings, load: Callable[[Settings], Engine]) -> None:
+    def __init__(self, own: TextEngine, settings: Settings, load: Callable[[Settings], TextEngine]) -> None:
         """`load` makes the engine of a model; raises DoesNotFit where the memory has no room for it."""
         self._own = _Held(own)
         self._others: dict[str, _Held] = {}

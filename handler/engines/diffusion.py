@@ -1,0 +1,200 @@
+"""Images with diffusers: a pipeline whose weights come through the store's own reader, part by part."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import secrets
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from typing import Any
+
+import accelerate
+import diffusers
+import torch
+
+from handler.engines.batcher import free_memory
+from handler.images import ImageRequest, Images, Step
+from handler.jobs import not_served
+from modelstore.catalog import Catalog, Snapshot
+from modelstore.errors import BadSafetensors, IntegrityError, NoWeights, Refused
+from modelstore.layout import Layout
+from modelstore.loader import build_part
+from modelstore.tensors import load_tensors
+from modelstore.timeline import Timeline
+from modelstore.warmstart import Begun
+
+_LIBRARIES = ("diffusers", "transformers")
+
+
+class DiffusionEngine:
+    """Draws with one pipeline, one request at a time: a picture has the whole GPU."""
+
+    kind = "image"
+
+    def __init__(self, pipeline: Any, begun: Begun) -> None:
+        self._pipeline = pipeline
+        self._snapshot = begun.snapshot
+        self._settings = begun.settings
+        self._in_use = begun.in_use
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="draw")
+        self._turn = threading.Lock()
+        self.broken = ""
+
+    @classmethod
+    def load(cls, begun: Begun, *, meanwhile: Callable[[], None] | None = None) -> DiffusionEngine:
+        """The engine from a start whose bytes are in flight; `meanwhile` is called once, before the last of them."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        for file in begun.snapshot.manifest.files:
+            if not file.path.endswith(".safetensors"):
+                begun.reading.wait(file.path)
+        if meanwhile is not None:
+            meanwhile()
+        tensors = load_tensors(begun.snapshot, device, reading=begun.reading, timeline=begun.timeline)
+        with begun.timeline.span("build"):
+            pipeline = build_pipeline(begun.snapshot, tensors, device)
+        return cls(pipeline, begun)
+
+    @property
+    def model(self) -> str:
+        """See Engine."""
+        return self._snapshot.repo_id
+
+    def serves(self, name: str) -> bool:
+        """See Engine."""
+        return name in (self.model, str(self._settings.model))
+
+    async def draw(self, request: ImageRequest) -> AsyncIterator[Step | Images]:
+        """See ImageEngine."""
+        if request.model is not None and not self.serves(request.model):
+            raise not_served(request.model, self.model)
+        loop = asyncio.get_running_loop()
+        steps: asyncio.Queue[Step | None] = asyncio.Queue()
+        wanted = threading.Event()
+        wanted.set()
+
+        def step(pipeline: Any, number: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            if not wanted.is_set():
+                pipeline._interrupt = True
+            loop.call_soon_threadsafe(steps.put_nowait, Step(number + 1, request.steps))
+            return values
+
+        drawing = loop.run_in_executor(self._thread, self._draw, request, step, wanted)
+        drawing.add_done_callback(lambda _done: steps.put_nowait(None))
+        try:
+            while (done := await steps.get()) is not None:
+                yield done
+            yield await drawing
+        finally:
+            wanted.clear()
+
+    def _draw(self, request: ImageRequest, step: Any, wanted: threading.Event) -> Images:
+        if not wanted.is_set():  # cancelled while it waited for its turn
+            raise Refused("nobody waits for this picture any more")
+        seed = secrets.randbits(32) if request.seed is None else request.seed
+        device = self._pipeline._execution_device
+        more: dict[str, Any] = {"width": request.width, "height": request.height}
+        more |= {"guidance_scale": request.guidance_scale}
+        if request.negative_prompt:
+            more["negative_prompt"] = request.negative_prompt
+        try:
+            with self._turn, torch.inference_mode():
+                made = self._pipeline(
+                    prompt=request.prompt,
+                    num_inference_steps=request.steps,
+                    num_images_per_prompt=request.count,
+                    # One generator an image: picture n of a seed is the same, however many are asked for.
+                    generator=[torch.Generator(device).manual_seed((seed + n) % 2**63) for n in range(request.count)],
+                    callback_on_step_end=step,
+                    **{name: value for name, value in more.items() if value is not None},
+                )
+        except Exception as error:
+            if "device-side assert" in str(error) or "launch failure" in str(error):
+                self.broken = f"the GPU does not answer any more ({str(error)[:200]})"
+            error.with_traceback(None)
+            free_memory()
+            raise
+        return Images(tuple(_png(image) for image in made.images), seed, self.model)
+
+    def swap(self, reference: str) -> Timeline:
+        """See Engine."""
+        raise Refused(f"a pipeline such as {self.model} is not exchanged in the process: restart the worker instead")
+
+    def check(self) -> None:
+        """See Engine."""
+        found = Catalog(Layout(self._settings.root)).published(self._snapshot.key)
+        if found is None or found.manifest != self._snapshot.manifest:
+            raise IntegrityError(f"{self._snapshot.key} is not on the volume as it was loaded: restart the worker")
+
+    def status(self) -> dict[str, Any]:
+        """See Engine."""
+        return {
+            "engine": "diffusion",
+            "model": self.model,
+            "commit": self._snapshot.commit,
+            "dtype": self._snapshot.dtype,
+            "memory": {"weights_bytes": self._snapshot.size_bytes, "device": str(self._pipeline.device)},
+        }
+
+    def close(self) -> None:
+        """See Engine."""
+        self._thread.shutdown()
+        self._in_use.end()
+        del self._pipeline
+        free_memory()
+
+
+def build_pipeline(snapshot: Snapshot, tensors: dict[str, torch.Tensor], device: torch.device) -> Any:
+    """The pipeline that `model_index.json` names, from tensors whose names begin with the folder of their part.
+
+    Raises NoWeights for a pipeline or a part that this version of diffusers does not know, BadSafetensors where weights
+    are missing or left over.
+    """
+    index = json.loads((snapshot.path / "model_index.json").read_bytes())
+    if not hasattr(diffusers, str(index.get("_class_name"))):
+        raise NoWeights(
+            f"diffusers {diffusers.__version__} has no {index.get('_class_name')!r}: upgrade it, or use another model"
+        )
+    named = [(name, value) for name, value in index.items() if isinstance(value, list)]
+    parts = {name: _part(snapshot, name, value, tensors, device) for name, value in named}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(snapshot.path, local_files_only=True, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def _part(
+    snapshot: Snapshot, name: str, value: list[Any], tensors: dict[str, torch.Tensor], device: torch.device
+) -> Any:
+    library, class_name = value
+    if library is None or class_name is None:
+        return None
+    found = getattr(import_module(library), class_name, None) if library in _LIBRARIES else None
+    if found is None:
+        raise NoWeights(f"{snapshot.key}: {name} is a {class_name} of {library}, which is not served")
+    prefix, folder = f"{name}/", snapshot.path / name
+    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    if not own:  # schedulers, tokenizers, feature extractors
+        return found.from_pretrained(folder)
+    if library == "transformers":
+        config = found.config_class.from_pretrained(folder)
+        return build_part(found, config, snapshot, own, device)
+    with accelerate.init_empty_weights():
+        model = found.from_config(found.load_config(folder))
+    model._fix_state_dict_keys_on_load(own)
+    try:
+        model.load_state_dict(own, strict=True, assign=True)
+    except RuntimeError as error:
+        raise BadSafetensors(
+            f"{snapshot.key}: the weights of {name} are not those of a {class_name}: {error}"
+        ) from error
+    return model.eval()
+
+
+def _png(image: Any) -> str:
+    data = io.BytesIO()
+    image.save(data, format="PNG")
+    return base64.b64encode(data.getvalue()).decode()

@@ -1,0 +1,112 @@
+"""Image jobs: what may be asked, and what is answered. Pure functions, no torch, no network.
+
+in      {"prompt": str, "negative_prompt": "", "num_inference_steps": 30, "guidance_scale": 7.5, "width", "height",
+         "num_images": 1, "seed", "stream": false, "model": "org/name"}
+out     {"image_base64": str, "images": [str], "seed": int, "model": str, "parameters": {…}}; PNG in base64,
+         `image_base64` the first of them
+stream  {"progress": 0 to 1, "step": int, "finished": false} for each step, then the output with "finished": true
+or      {"error": str, "code": Code}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from handler.jobs import MAX_SEED, Limits, flag, integer, invalid, named_model, number
+
+MAX_GUIDANCE = 50.0
+_MULTIPLE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRequest:
+    """One job for an image engine; `width`, `height` (pixels) and `guidance_scale` are the pipeline's own if None."""
+
+    prompt: str
+    negative_prompt: str
+    steps: int
+    guidance_scale: float | None
+    width: int | None
+    height: int | None
+    count: int
+    seed: int | None
+    stream: bool = False
+    model: str | None = None
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What an answer says of it."""
+        asked = {"num_inference_steps": self.steps, "num_images": self.count}
+        more = {"guidance_scale": self.guidance_scale, "width": self.width, "height": self.height}
+        return asked | {name: value for name, value in more.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """So many of `steps` are done."""
+
+    step: int
+    steps: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {"progress": round(self.step / self.steps, 4), "step": self.step, "finished": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """The pictures, as PNG in base64, the seed that they were made with, and by which model."""
+
+    images: tuple[str, ...]
+    seed: int
+    model: str
+
+    def as_json(self, request: ImageRequest) -> dict[str, Any]:
+        """The output of a finished job."""
+        return {
+            "image_base64": self.images[0],
+            "images": list(self.images),
+            "seed": self.seed,
+            "model": self.model,
+            "parameters": request.parameters,
+        }
+
+
+def parse_image(data: Mapping[str, Any], limits: Limits) -> ImageRequest:
+    """An image job's request, checked. Raises JobError whose text names the field, the limit and what was given."""
+    texts = {}
+    for name in ("prompt", "negative_prompt"):
+        value = "" if data.get(name) is None else data[name]
+        if not isinstance(value, str) or (name == "prompt" and not value):
+            raise invalid(f"{name} must be a string{' that is not empty' if name == 'prompt' else ''}")
+        if len(value) > limits.prompt_characters:
+            raise invalid(f"{name} must have at most {limits.prompt_characters} characters, not {len(value)}")
+        texts[name] = value
+    width, height = (_side(data, name, limits) for name in ("width", "height"))
+    if width and height and width * height > limits.pixels:
+        raise invalid(f"width times height must be at most {limits.pixels}, not {width * height}")
+    guidance = data.get("guidance_scale")
+    return ImageRequest(
+        prompt=texts["prompt"],
+        negative_prompt=texts["negative_prompt"],
+        steps=integer(data, "num_inference_steps", min(30, limits.steps), at_least=1, at_most=limits.steps),
+        guidance_scale=None
+        if guidance is None
+        else number(data, "guidance_scale", 7.5, at_least=0.0, at_most=MAX_GUIDANCE),
+        width=width,
+        height=height,
+        count=integer(data, "num_images", 1, at_least=1, at_most=limits.images),
+        seed=None if data.get("seed") is None else integer(data, "seed", 0, at_least=0, at_most=MAX_SEED),
+        stream=flag(data, "stream"),
+        model=named_model(data),
+    )
+
+
+def _side(data: Mapping[str, Any], name: str, limits: Limits) -> int | None:
+    if data.get(name) is None:
+        return None
+    value = integer(data, name, 0, at_least=_MULTIPLE, at_most=limits.pixels // _MULTIPLE)
+    if value % _MULTIPLE:
+        raise invalid(f"{name} must be a multiple of {_MULTIPLE}, not {value}")
+    return value
