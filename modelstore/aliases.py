@@ -7,6 +7,7 @@ by one rename, so a reader sees either the old or the new.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from modelstore.layout import DTYPES, Layout, SnapshotKey
 from modelstore.reference import is_alias, is_commit, is_repo_id
 
 _KEPT = 100
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,27 @@ def history(layout: Layout, name: str) -> tuple[Pointed, ...]:
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise InvalidReference(f"{path} is damaged: point @{name} anew")
+
+
+def targets(layout: Layout) -> dict[SnapshotKey, tuple[str, ...]]:
+    """The aliases that point to each snapshot; a damaged record points nowhere."""
+    found: dict[SnapshotKey, tuple[str, ...]] = {}
+    for name in names(layout):
+        try:
+            entries = history(layout, name)
+        except InvalidReference as error:
+            logger.warning("%s", error)
+            continue
+        if entries:
+            found[entries[-1].key] = (*found.get(entries[-1].key, ()), name)
+    return found
+
+
+def checked(name: str) -> str:
+    """`name`, if it can be an alias's. Raises InvalidReference."""
+    if not is_alias(name):
+        raise InvalidReference(f"{name!r} is not an alias: use lower-case letters, digits, '.', '_' and '-'")
+    return name
 
 
 def target(layout: Layout, name: str) -> SnapshotKey:

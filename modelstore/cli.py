@@ -15,9 +15,19 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from modelstore import __version__, pins
+from modelstore import __version__, alias_cli, pins
 from modelstore.catalog import Snapshot
 from modelstore.console import (
+    DEBUG,
+    DRY_RUN,
+    DTYPE,
+    JSON,
+    QUIET,
+    REF,
+    REFS,
+    REVISION,
+    ROOT,
+    YES,
     Context,
     errors,
     observer_of,
@@ -48,20 +58,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-_ROOT = Annotated[Path | None, typer.Option("--root", help="The store's folder; MODELSTORE_ROOT by default.")]
-_JSON = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-_QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
-_DEBUG = Annotated[bool, typer.Option("--debug", help="Show tracebacks and every log line.")]
-_REF = Annotated[str, typer.Argument(metavar="REF", help="org/name, org/name@revision or file:///folder")]
-_REFS = Annotated[list[str], typer.Argument(metavar="REF...", help="org/name, org/name@revision or file:///folder")]
-_DTYPE = Annotated[
-    str | None, typer.Option("--dtype", help="float16 or fp16 (default), bfloat16 or bf16, float32, keep")
-]
-_DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Say what would go, and leave it.")]
-_YES = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-_REVISION = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit, where REF names none.")]
+app.add_typer(alias_cli.app, name="alias", rich_help_panel=None)
 
 
 def _print_version(wanted: bool) -> None:
@@ -81,9 +78,9 @@ def options(
 
 @app.command()
 def seed(
-    references: _REFS,
-    dtype: _DTYPE = None,
-    revision: _REVISION = None,
+    references: REFS,
+    dtype: DTYPE = None,
+    revision: REVISION = None,
     overflow: Annotated[
         str, typer.Option("--overflow", help="Where float16 cannot hold a weight: stop, or store bfloat16.")
     ] = "stop",
@@ -94,10 +91,10 @@ def seed(
         bool, typer.Option("--trust-remote-code", help="Store a repo's own code too, if REF names its commit in full.")
     ] = False,
     wait_s: Annotated[float | None, typer.Option("--wait-s", help="Seconds to wait for another's download.")] = None,
-    root: _ROOT = None,
-    as_json: _JSON = False,
-    quiet: _QUIET = False,
-    debug: _DEBUG = False,
+    root: ROOT = None,
+    as_json: JSON = False,
+    quiet: QUIET = False,
+    debug: DEBUG = False,
 ) -> None:
     """Publish models before any worker needs them; fetches only what is missing."""
     context = Context(root, as_json, quiet, debug)
@@ -137,14 +134,14 @@ def seed(
 
 @app.command()
 def warm(
-    reference: _REF,
-    dtype: _DTYPE = None,
-    revision: _REVISION = None,
+    reference: REF,
+    dtype: DTYPE = None,
+    revision: REVISION = None,
     device: Annotated[str | None, typer.Option("--device", help="cuda or cpu; cuda where there is one.")] = None,
-    root: _ROOT = None,
-    as_json: _JSON = False,
-    quiet: _QUIET = False,
-    debug: _DEBUG = False,
+    root: ROOT = None,
+    as_json: JSON = False,
+    quiet: QUIET = False,
+    debug: DEBUG = False,
 ) -> None:
     """Start as a worker would, up to the model in memory, and print the timeline."""
     context = Context(root, as_json, quiet, debug)
@@ -185,10 +182,10 @@ def bench_volume(
     runs: Annotated[int, typer.Option("--runs", min=1, help="Of each contender, in turn.")] = 5,
     device: Annotated[str | None, typer.Option("--device", help="cuda or cpu; cuda where there is one.")] = None,
     folder: Annotated[Path | None, typer.Option("--folder", help="On the volume to measure; beside the store.")] = None,
-    root: _ROOT = None,
-    as_json: _JSON = False,
-    quiet: _QUIET = False,
-    debug: _DEBUG = False,
+    root: ROOT = None,
+    as_json: JSON = False,
+    quiet: QUIET = False,
+    debug: DEBUG = False,
 ) -> None:
     """Measure loading and starting from a volume: ours, the others', and the physical floor."""
     context = Context(root, as_json, quiet, debug)
@@ -213,7 +210,7 @@ def bench_volume(
 
 
 @app.command("ls")
-def list_snapshots(root: _ROOT = None, as_json: _JSON = False, quiet: _QUIET = False, debug: _DEBUG = False) -> None:
+def list_snapshots(root: ROOT = None, as_json: JSON = False, quiet: QUIET = False, debug: DEBUG = False) -> None:
     """List the published snapshots."""
     context = Context(root, as_json, quiet, debug)
     with errors(context):
@@ -225,13 +222,13 @@ def list_snapshots(root: _ROOT = None, as_json: _JSON = False, quiet: _QUIET = F
 
 @app.command()
 def show(
-    reference: _REF,
-    dtype: _DTYPE = None,
-    revision: _REVISION = None,
-    root: _ROOT = None,
-    as_json: _JSON = False,
-    quiet: _QUIET = False,
-    debug: _DEBUG = False,
+    reference: REF,
+    dtype: DTYPE = None,
+    revision: REVISION = None,
+    root: ROOT = None,
+    as_json: JSON = False,
+    quiet: QUIET = False,
+    debug: DEBUG = False,
 ) -> None:
     """Show one snapshot: its files, their sizes and digests, and where it came from."""
     context = Context(root, as_json, quiet, debug)
@@ -251,13 +248,13 @@ def show(
 
 @app.command()
 def path(
-    reference: _REF,
-    dtype: _DTYPE = None,
-    revision: _REVISION = None,
-    root: _ROOT = None,
-    as_json: _JSON = False,
-    quiet: _QUIET = False,
-    debug: _DEBUG = False,
+    reference: REF,
+    dtype: DTYPE = None,
+    revision: REVISION = None,
+    root: ROOT = None,
+    as_json: JSON = False,
+    quiet: QUIET = False,
+    debug: DEBUG = False,
 ) -> None:
     """Print the folder of a snapshot; touches no network."""
     context = Context(root, as_json, quiet, debug)
@@ -275,12 +272,12 @@ def verify(
     max_seconds: Annotated[
         float | None, typer.Option("--max-seconds", help="Stop after that long; the next run goes on from there.")
     ] = None,
-    dtype: _DTYPE = None,
-    revision: _REVISION = None,
-    root: _ROOT = None,
-    as_json: _JSON = False,
-    quiet: _QUIET = False,
-    debug: _DEBUG = False,
+    dtype: DTYPE = None,
+    revision: REVISION = None,
+    root: ROOT = None,
+    as_json: JSON = False,
+    quiet: QUIET = False,
+    debug: DEBUG = False,
 ) -> None:
     """Compare a snapshot, or all, with its manifest, byte by byte; touches no network."""
     context = Context(root, as_json, quiet, debug)
@@ -303,16 +300,16 @@ def verify(
 
 @app.command("rm")
 def remove(
-    reference: _REF,
-    dtype: _DTYPE = None,
-    revision: _REVISION = None,
-    dry_run: _DRY_RUN = False,
-    yes: _YES = False,
-    force: Annotated[bool, typer.Option("--force", help="Also where it is pinned.")] = False,
-    root: _ROOT = None,
-    as_json: _JSON = False,
-    quiet: _QUIET = False,
-    debug: _DEBUG = False,
+    reference: REF,
+    dtype: DTYPE = None,
+    revision: REVISION = None,
+    dry_run: DRY_RUN = False,
+    yes: YES = False,
+    force: Annotated[bool, typer.Option("--force", help="Also where it is pinned, or an alias points to it.")] = False,
+    root: ROOT = None,
+    as_json: JSON = False,
+    quiet: QUIET = False,
+    debug: DEBUG = False,
 ) -> None:
     """Remove one snapshot from the volume; a worker that is reading it is not hurt."""
     context = Context(root, as_json, quiet, debug)
@@ -322,6 +319,8 @@ def remove(
         (found,), folder = survey(store.layout, [key]), store.layout.snapshot(key)
         if found.pinned and not force:
             raise Refused(f"{key} is pinned: run `modelstore unpin {reference}` first, or add --force")
+        if found.aliases and not force:
+            raise Refused(f"@{found.aliases[0]} points to {key}: repoint it first, or add --force")
         users = f", in use by {', '.join(found.users)}" if found.users else ""
         if not dry_run:
             context.confirm(f"remove {key}, {found.size_bytes / 1e9:.2f} GB, {folder}{users}", yes=yes)
@@ -336,12 +335,12 @@ def collect_garbage(
         str | None, typer.Option("--to", help="Also evict the least recently used until the store takes this, as 50GB.")
     ] = None,
     grace_s: Annotated[float, typer.Option("--grace-s", help="Leave alone what is younger.")] = GRACE_S,
-    dry_run: _DRY_RUN = False,
-    yes: _YES = False,
-    root: _ROOT = None,
-    as_json: _JSON = False,
-    quiet: _QUIET = False,
-    debug: _DEBUG = False,
+    dry_run: DRY_RUN = False,
+    yes: YES = False,
+    root: ROOT = None,
+    as_json: JSON = False,
+    quiet: QUIET = False,
+    debug: DEBUG = False,
 ) -> None:
     """Remove what nobody needs: abandoned downloads, trash, quarantine; with --to also models that were not used."""
     context = Context(root, as_json, quiet, debug)
@@ -384,13 +383,13 @@ def collect_garbage(
 
 @app.command()
 def pin(
-    reference: _REF,
-    dtype: _DTYPE = None,
-    revision: _REVISION = None,
-    root: _ROOT = None,
-    as_json: _JSON = False,
-    quiet: _QUIET = False,
-    debug: _DEBUG = False,
+    reference: REF,
+    dtype: DTYPE = None,
+    revision: REVISION = None,
+    root: ROOT = None,
+    as_json: JSON = False,
+    quiet: QUIET = False,
+    debug: DEBUG = False,
 ) -> None:
     """Keep a snapshot from eviction, whatever the quota says."""
     context = Context(root, as_json, quiet, debug)
@@ -404,13 +403,13 @@ def pin(
 
 @app.command()
 def unpin(
-    reference: _REF,
-    dtype: _DTYPE = None,
-    revision: _REVISION = None,
-    root: _ROOT = None,
-    as_json: _JSON = False,
-    quiet: _QUIET = False,
-    debug: _DEBUG = False,
+    reference: REF,
+    dtype: DTYPE = None,
+    revision: REVISION = None,
+    root: ROOT = None,
+    as_json: JSON = False,
+    quiet: QUIET = False,
+    debug: DEBUG = False,
 ) -> None:
     """Let a snapshot be evicted again."""
     context = Context(root, as_json, quiet, debug)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,6 +24,20 @@ from modelstore.observer import Observer
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.warmstart import LogObserver
+
+# The options that commands share.
+ROOT = Annotated[Path | None, typer.Option("--root", help="The store's folder; MODELSTORE_ROOT by default.")]
+JSON = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
+DEBUG = Annotated[bool, typer.Option("--debug", help="Show tracebacks and every log line.")]
+REF = Annotated[str, typer.Argument(metavar="REF", help="org/name, org/name@revision or file:///folder")]
+REFS = Annotated[list[str], typer.Argument(metavar="REF...", help="org/name, org/name@revision or file:///folder")]
+DTYPE = Annotated[
+    str | None, typer.Option("--dtype", help="float16 or fp16 (default), bfloat16 or bf16, float32, keep")
+]
+DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Say what would go, and leave it.")]
+YES = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+REVISION = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit, where REF names none.")]
 
 
 @dataclass(frozen=True, slots=True)

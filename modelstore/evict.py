@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from modelstore import durable, pins
+from modelstore import aliases, durable, pins
 from modelstore.catalog import Catalog
 from modelstore.layout import Layout, SnapshotKey
 
@@ -32,29 +32,30 @@ class Candidate:
     idle_s: float
     pinned: bool
     users: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
 
     @property
     def kept_because(self) -> str:
         """Why it must stay; empty where it may go."""
         if self.pinned:
             return "it is pinned"
+        if self.aliases:
+            return f"@{self.aliases[0]} points to it"
         return f"it is in use by {', '.join(self.users)}" if self.users else ""
 
 
 def survey(layout: Layout, keys: Sequence[SnapshotKey] | None = None) -> tuple[Candidate, ...]:
     """The snapshots, or those of `keys`, the least recently used first."""
     now = pins.volume_time(layout)
+    aliased = aliases.targets(layout)
     found = []
     for key in Catalog(layout).keys() if keys is None else keys:
         folder = layout.snapshot(key)
         marks = pins.marks(layout, key)
         touched_at = marks[0].touched_at if marks else durable.newest_mtime(folder)
         users = pins.users_of(marks, now)
-        found.append(
-            Candidate(
-                key, durable.tree_bytes(folder, unshared=True), now - touched_at, pins.is_pinned(layout, key), users
-            )
-        )
+        size, pinned = durable.tree_bytes(folder, unshared=True), pins.is_pinned(layout, key)
+        found.append(Candidate(key, size, now - touched_at, pinned, users, aliased.get(key, ())))
     return tuple(sorted(found, key=lambda candidate: -candidate.idle_s))
 
 
@@ -72,7 +73,8 @@ def least_recently_used(candidates: Sequence[Candidate], size_bytes: int) -> tup
 def evict(
     layout: Layout, key: SnapshotKey, *, force: bool = False, sleep: Callable[[float], None] = time.sleep
 ) -> bool:
-    """Unpublish a snapshot, then delete it; False where somebody uses it, pinned it or removed it meanwhile.
+    """Unpublish a snapshot, then delete it; False where somebody uses it, pinned it or removed it meanwhile, or an alias
+    points to it.
 
     `force`: whatever uses or pins it.
     """
@@ -83,7 +85,8 @@ def evict(
     with pins.evicting(layout, key, sleep=sleep) as in_time:
         if not force:
             now = pins.volume_time(layout)
-            if pins.is_pinned(layout, key) or pins.users(layout, key, now) or not in_time():
+            spared = pins.is_pinned(layout, key) or key in aliases.targets(layout)
+            if spared or pins.users(layout, key, now) or not in_time():
                 return False
         durable.touch_folder(path)
         try:

@@ -22,7 +22,6 @@ from modelstore.errors import (
     BadManifest,
     ClaimLost,
     Float16Overflow,
-    InvalidReference,
     NoSpace,
     SnapshotNotFound,
     WaitTimeout,
@@ -32,7 +31,7 @@ from modelstore.hub import HubSource
 from modelstore.layout import FORMAT_VERSION, Layout, SnapshotKey
 from modelstore.observer import SILENT, Observer
 from modelstore.pins import mark_used, wait_while_evicting
-from modelstore.reference import Reference, is_alias, is_commit, parse_reference
+from modelstore.reference import Reference, is_commit, parse_reference
 from modelstore.settings import Dtype, Settings, parse_dtype
 from modelstore.sources import FolderSource, HfCacheSource, Resolved, Source
 from modelstore.timeline import Span, Timeline
@@ -77,14 +76,15 @@ class ModelStore:
         """
         return self.catalog.find(_parsed(reference, revision), self._dtype(dtype))
 
-    def set_alias(self, name: str, reference: str | Reference, *, dtype: str | None = None) -> Snapshot:
+    def set_alias(
+        self, name: str, reference: str | Reference, *, dtype: str | None = None, observer: Observer = SILENT
+    ) -> Snapshot:
         """Let the alias `name` (without its @) point to a snapshot, which is downloaded first if need be, and verified.
 
         Raises InvalidReference for a name that is none, and what `ensure` raises.
         """
-        if not is_alias(name):
-            raise InvalidReference(f"{name!r} is not an alias: use lower-case letters, digits, '.', '_' and '-'")
-        snapshot = self.ensure(reference, dtype=dtype)
+        aliases.checked(name)
+        snapshot = self.ensure(reference, dtype=dtype, observer=observer)
         aliases.point(self.layout, name, snapshot.key, self.settings.worker_id)
         return snapshot
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import queue
+import socket
 import threading
 import time
 import uuid
@@ -58,6 +59,8 @@ class RunPod:
         self.results: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
         self.pings: dict[str, float] = {}
         self.changed = threading.Condition()
+        self.refusals: list[int] = []  # statuses for the client's next requests; 0 breaks the connection
+        self.requests: list[tuple[str, str]] = []
         self._lost_after_s = lost_after_s
         self._queue: list[Job] = []
         self._stops: dict[str, list[str]] = {}
@@ -234,6 +237,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _client(self, action: str, rest: list[str], body: Any) -> None:
         runpod = self.server.runpod
+        runpod.requests.append((self.command, action))
+        if runpod.refusals:
+            status = runpod.refusals.pop(0)
+            if status:
+                return self._answer(status, {"error": "not now"})
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
         if action == "health":
             return self._answer(200, runpod.health())
         if action == "purge-queue":

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from modelstore import ModelStore, aliases
+from modelstore.cli import app
 from modelstore.errors import InvalidReference, SnapshotNotFound
+from modelstore.evict import evict, survey
 from modelstore.layout import SnapshotKey
 from tests.hub import Hub
 from tests.test_store import random_tensors, write_repo
@@ -19,6 +23,13 @@ def two(hub: Hub, store: ModelStore) -> ModelStore:
     for name in ("name", "other"):
         write_repo(hub.folder / "org" / name, random_tensors(2))
     return store
+
+
+@pytest.fixture
+def env_of(store_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    for name, value in store_env.items():
+        monkeypatch.setenv(name, value)
+    return store_env
 
 
 def key_of(store: ModelStore, **how: str) -> SnapshotKey:
@@ -81,3 +92,43 @@ def test_a_record_that_is_a_link_is_not_followed(two: ModelStore, tmp_path: Path
     record.symlink_to(tmp_path / "elsewhere.json")
     with pytest.raises(InvalidReference, match="point @chat anew"):
         two.lookup("@chat")
+
+
+def run(store: ModelStore, *arguments: str, code: int = 0) -> str:
+    done = CliRunner().invoke(app, ["alias", *arguments, "--root", str(store.layout.root)], catch_exceptions=False)
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def test_the_command_sets_lists_and_rolls_back(two: ModelStore, env_of: dict[str, str]) -> None:
+    first = json.loads(run(two, "set", "chat", "org/name", "--json"))
+    assert first["changed"]
+    assert first["before"] == {"alias": "chat"}
+    assert "needs --yes" in run(two, "set", "chat", "org/other", code=8)
+    assert "would point" in run(two, "set", "chat", "org/other", "--dry-run")
+    assert key_of(two).repo_id == "org/name", "nothing has changed yet"
+    assert "@chat points to org/other" in run(two, "set", "@chat", "org/other", "--yes")
+    listed = json.loads(run(two, "ls", "--json"))
+    assert [entry["repo_id"] for entry in listed[0]["history"]] == ["org/name", "org/other"]
+    assert "@chat" in run(two, "ls")
+    assert "org/name" in run(two, "rollback", "chat", "--yes")
+    assert key_of(two).repo_id == "org/name"
+    assert "org/other" in run(two, "rollback", "chat", "--dry-run")
+
+
+def test_bad_names_and_unknown_models_change_nothing(two: ModelStore, env_of: dict[str, str]) -> None:
+    assert "not an alias" in run(two, "set", "Chat!", "org/name", code=2)
+    assert "org/gone" in run(two, "set", "chat", "org/gone", code=3)
+    assert "no alias @chat" in run(two, "rollback", "chat", code=3)
+    run(two, "set", "chat", "org/name")
+    assert "pointed nowhere but to" in run(two, "rollback", "chat", "--yes", code=3)
+    assert run(two, "ls", "--json")
+
+
+def test_what_an_alias_points_to_is_not_evicted(two: ModelStore) -> None:
+    snapshot = two.set_alias("chat", "org/name")
+    (candidate,) = survey(two.layout, [snapshot.key])
+    assert candidate.kept_because == "@chat points to it"
+    assert not evict(two.layout, snapshot.key, sleep=lambda _s: None)
+    two.set_alias("chat", "org/other")
+    assert not survey(two.layout, [snapshot.key])[0].kept_because

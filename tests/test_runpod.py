@@ -3,7 +3,11 @@ stand-in of RunPod between them."""
 
 from __future__ import annotations
 
+import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +20,7 @@ from tests.hub import running_hub
 from tests.runpod_api import ENDPOINT, FINAL, KEY, RunPod
 from tests.test_handler import serving, write_model
 
+HERE = Path(__file__).parent.parent
 GREEDY = {"temperature": 0, "max_tokens": 6}
 
 
@@ -161,6 +166,69 @@ def test_a_hundred_jobs_at_once_are_all_answered(endpoint: Any) -> None:
         )
     assert len(outputs) == 100
     assert len({output["generated_text"] for output in outputs}) == 1
+
+
+def environment(runpod: RunPod) -> dict[str, str]:
+    return (
+        os.environ
+        | runpod.client_env
+        | {"ENDPOINT_ID": ENDPOINT, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    )
+
+
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (HERE / "docs" / "client.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize(("language", "block"), BLOCKS, ids=range(len(BLOCKS)))
+def test_every_block_of_the_clients_page_works(language: str, block: str, runpod: RunPod) -> None:
+    command = ["bash", "-euo", "pipefail", "-c", block] if language == "bash" else [sys.executable, "-c", block]
+    done = subprocess.run(
+        command, cwd=HERE, env=environment(runpod), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert '"error"' not in done.stdout
+
+
+def invoke(runpod: RunPod, *arguments: str) -> subprocess.CompletedProcess[str]:
+    runpod.requests.clear()
+    return subprocess.run(
+        [sys.executable, "scripts/invoke.py", ENDPOINT, *arguments],
+        cwd=HERE, env=environment(runpod), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_a_job_that_was_not_taken_is_sent_again_and_a_status_is_asked_again(runpod: RunPod) -> None:
+    runpod.refusals = [503, 429]
+    done = invoke(runpod, "hello", "--max-tokens", "3")
+    assert done.returncode == 0, done.stderr
+    assert [action for _method, action in runpod.requests] == ["runsync"] * 3
+    runpod.refusals = []
+    before = len(runpod.jobs)
+    job = runpod.submit("slow", {"prompt": "hello", "max_tokens": 3})
+    runpod.wait(lambda: job.status in FINAL)
+    from scripts.invoke import Endpoint
+
+    runpod.refusals = [500, 0, 502]
+    assert Endpoint(ENDPOINT, KEY, runpod.url).wait("slow")["tokens_generated"] <= 3
+    assert len(runpod.jobs) == before + 1
+
+
+def test_a_job_that_may_have_been_taken_is_not_sent_again(runpod: RunPod) -> None:
+    runpod.refusals = [0]
+    done = invoke(runpod, "hello")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert len(runpod.requests) == 1
+    runpod.refusals = [500]
+    assert invoke(runpod, "hello").returncode == 1
+    assert len(runpod.requests) == 1
+
+
+def test_a_failed_job_is_one_line_with_its_code(runpod: RunPod) -> None:
+    done = invoke(runpod, "hello", "--max-tokens", "99999")
+    assert done.returncode == 1
+    assert done.stderr.strip() == ("error: INVALID_INPUT: max_tokens must be an integer between 1 and 2048, not 99999")
 
 
 def test_a_worker_that_is_told_to_end_finishes_its_jobs(store_env: dict[str, str], tmp_path: Path) -> None:
