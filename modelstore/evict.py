@@ -73,8 +73,8 @@ def least_recently_used(candidates: Sequence[Candidate], size_bytes: int) -> tup
 def evict(
     layout: Layout, key: SnapshotKey, *, force: bool = False, sleep: Callable[[float], None] = time.sleep
 ) -> bool:
-    """Unpublish a snapshot, then delete it; False where somebody uses it, pinned it or removed it meanwhile, or an alias
-    points to it.
+    """Unpublish a snapshot, then delete it; False where somebody uses, pinned or removed it meanwhile, or where an
+    alias points to it.
 
     `force`: whatever uses or pins it.
     """

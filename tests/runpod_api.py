@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import queue
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -195,6 +196,11 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
     runpod: RunPod
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A worker that is killed breaks its connections: that is no error here."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

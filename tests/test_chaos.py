@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -59,11 +60,13 @@ class Fleet:
         env = os.environ | self._env | self._runpod.worker_env(f"pod-{self._count}")
         with (self._log / f"{self._count}.log").open("wb") as log:
             command = [sys.executable, "-m", "handler"]
-            self.running.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=log))
+            self.running.append(
+                subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True)
+            )
 
     def kill(self, which: int) -> None:
         process = self.running.pop(which % len(self.running))
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # with the SDK's process that pings, as the end of a container would
         process.wait()
 
     def stop(self) -> None:
