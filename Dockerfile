@@ -11,7 +11,7 @@ FROM ${BASE_IMAGE} AS build
 # What to serve with: worker (text), worker,diffusion
 ARG EXTRA=worker
 # A mirror or a folder of wheels, where the build does not reach PyPI
-ARG PIP_INDEX_URL
+ARG PIP_INDEX_URL=https://pypi.org/simple
 ARG PIP_FIND_LINKS
 ARG PIP_CERT
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1 PIP_ROOT_USER_ACTION=ignore

@@ -1,13 +1,17 @@
 """A stand-in for RunPod: the worker's side of its protocol and the public API over it. Real HTTP, unmodified SDK.
 
-worker   job-take, job-take-batch, job-stop (long polls), job-done, job-stream, ping
-client   run, runsync, status, stream, cancel, health, purge-queue, openai/v1/…
+    worker   job-take, job-take-batch, job-stop (long polls), job-done, job-stream, ping
+    client   run, runsync, status, stream, cancel, health, purge-queue, openai/v1/…
+    owner    GraphQL: saveTemplate, saveEndpoint, and what there is
+
+Jobs of a worker that stops to ping go back to the queue, where that is wanted.
 """
 
 from __future__ import annotations
 
 import json
 import queue
+import re
 import socket
 import sys
 import threading
@@ -62,6 +66,7 @@ class RunPod:
         self.changed = threading.Condition()
         self.refusals: list[int] = []  # statuses for the client's next requests; 0 breaks the connection
         self.requests: list[tuple[str, str]] = []
+        self.saved: dict[str, list[dict[str, Any]]] = {}
         self._lost_after_s = lost_after_s
         self._queue: list[Job] = []
         self._stops: dict[str, list[str]] = {}
@@ -118,7 +123,11 @@ class RunPod:
     @property
     def client_env(self) -> dict[str, str]:
         """For the SDK's client."""
-        return {"RUNPOD_ENDPOINT_BASE_URL": self.url, "RUNPOD_API_KEY": KEY}
+        return {
+            "RUNPOD_ENDPOINT_BASE_URL": self.url,
+            "RUNPOD_API_BASE_URL": self.url.removesuffix("/v2"),
+            "RUNPOD_API_KEY": KEY,
+        }
 
     @contextmanager
     def running(self) -> Iterator[RunPod]:
@@ -179,6 +188,24 @@ class RunPod:
             (job.after_the_end if job.status in FINAL else job.stream).append(body["output"])
             self.changed.notify_all()
 
+    def graphql(self, query: str) -> dict[str, Any]:
+        """What the owner's API answers to the few things that are asked of it here."""
+        mutation = re.match(r"mutation { (saveTemplate|saveEndpoint)\(", query)
+        if mutation is None:
+            kinds = {"endpoints": "saveEndpoint", "podTemplates": "saveTemplate"}
+            return {"data": {"myself": {kind: self.saved.get(kept, []) for kind, kept in kinds.items()}}}
+        name = mutation[1]
+        given = _parsed_input(query[query.index("input:") + 6 :])
+        kept = self.saved.setdefault(name, [])
+        known = next((one for one in kept if one["id"] == given.get("id")), None)
+        if known is None and any(one["name"] == given["name"] for one in kept):
+            return {"errors": [{"message": f"{given['name']} exists"}]}
+        if known is None:
+            known = {"id": f"{name}-{len(kept)}"}
+            kept.append(known)
+        known.update(given)
+        return {"data": {name: {"id": known["id"]}}}
+
     def health(self) -> dict[str, Any]:
         count = dict.fromkeys(("IN_QUEUE", "IN_PROGRESS", "COMPLETED", "FAILED"), 0)
         for job in self.jobs.values():
@@ -190,6 +217,16 @@ class RunPod:
             "failed": count["FAILED"],
         }
         return {"jobs": jobs, "workers": {"running": len(self.pings), "idle": 0}}
+
+
+_WORD = re.compile(r'("(?:[^"\\]|\\.)*")|([A-Za-z_]\w*)')
+
+
+def _parsed_input(text: str) -> dict[str, Any]:
+    """GraphQL's input object: JSON but for the quotes around names."""
+    quoted = _WORD.sub(lambda m: m[1] or (m[2] if m[2] in ("true", "false") else f'"{m[2]}"'), text)
+    value: dict[str, Any] = json.JSONDecoder().raw_decode(quoted.strip())[0]
+    return value
 
 
 class _Server(ThreadingHTTPServer):
@@ -216,6 +253,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self, body: Any) -> None:
         url = urlsplit(self.path)
+        if url.path == "/graphql":
+            known = self.headers.get("Authorization") == f"Bearer {KEY}"
+            return self._answer(200 if known else 401, self.server.runpod.graphql(body["query"]) if known else {})
         _, _v2, endpoint, action, *rest = [unquote(part) for part in url.path.split("/")]
         runpod = self.server.runpod
         if endpoint != ENDPOINT:

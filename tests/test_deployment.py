@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 
 from handler.jobs import Limits, parse_text
 from modelstore.settings import FIELDS, Settings
+from tests.runpod_api import RunPod
 
 HERE = Path(__file__).parent.parent
 HUB: dict[str, Any] = json.loads((HERE / ".runpod" / "hub.json").read_text())
@@ -81,3 +84,76 @@ def test_the_image_copies_only_what_is_there() -> None:
     for line in copied:
         for source in line.split()[:-1]:
             assert (HERE / source).exists(), source
+
+
+def deploy(runpod: RunPod, *arguments: str, **env: str) -> tuple[int, dict[str, Any], str]:
+    command = [sys.executable, "scripts/deploy.py", "chat", "--image", "you/worker", "--model", "org/name"]
+    done = subprocess.run(
+        [*command, "--volume", "vol1", *arguments],
+        cwd=HERE, env=os.environ | runpod.client_env | env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode, json.loads(done.stdout or "{}"), done.stderr
+
+
+@pytest.fixture
+def runpod() -> Iterator[RunPod]:
+    with RunPod().running() as runpod:
+        yield runpod
+
+
+def test_a_dry_run_prints_the_plan_and_changes_nothing(runpod: RunPod) -> None:
+    code, plan, _ = deploy(runpod, "--dry-run", "--preset", "latency", "--gpu", "ADA_80_PRO,AMPERE_80")
+    assert code == 0
+    assert not plan["done"]
+    how, endpoint = plan["endpoint"]
+    assert how == "create"
+    assert (endpoint["workersMin"], endpoint["workersMax"], endpoint["idleTimeout"]) == (2, 10, 120)
+    assert endpoint["executionTimeoutMs"] == 60_000
+    assert endpoint["gpuIds"] == "ADA_80_PRO,AMPERE_80"
+    assert not runpod.saved
+
+
+def test_a_second_deployment_updates_what_the_first_made(runpod: RunPod) -> None:
+    code, first, _ = deploy(runpod, "--env", "MODELSTORE_QUOTA=200GB", "--env", 'NOTE=a "quoted" {thing}')
+    assert code == 0
+    assert (first["endpoint"][0], first["template"][0]) == ("create", "create")
+    template, endpoint = runpod.saved["saveTemplate"], runpod.saved["saveEndpoint"]
+    assert {entry["key"]: entry["value"] for entry in template[0]["env"]} == {
+        "MODEL_ID": "org/name",
+        "MODELSTORE_QUOTA": "200GB",
+        "NOTE": 'a "quoted" {thing}',
+    }
+    assert endpoint[0]["templateId"] == template[0]["id"]
+    assert endpoint[0]["networkVolumeId"] == "vol1"
+    assert endpoint[0]["flashBootType"] == "FLASHBOOT"
+    code, second, _ = deploy(runpod, "--workers-max", "7", "--preset", "dev")
+    assert (second["endpoint"][0], second["template"][0]) == ("update", "update")
+    assert len(template) == len(endpoint) == 1
+    assert (endpoint[0]["workersMax"], endpoint[0]["idleTimeout"]) == (7, 30)
+
+
+def test_no_token_is_printed(runpod: RunPod) -> None:
+    code, plan, error = deploy(runpod, "--env", "HF_TOKEN=hf_secret")
+    assert code == 0
+    assert "hf_secret" not in json.dumps(plan) + error
+    assert {"key": "HF_TOKEN", "value": "hf_secret"} in runpod.saved["saveTemplate"][0]["env"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "code", "words"),
+    [
+        (("--env", "MODELSTORE_QUOTA=lots"), {}, 2, "MODELSTORE_QUOTA"),
+        (("--env", "nonsense"), {}, 2, "NAME=VALUE"),
+        ((), {"RUNPOD_API_KEY": ""}, 2, "RUNPOD_API_KEY is not set"),
+        ((), {"RUNPOD_API_KEY": "wrong"}, 1, "Unauthorized"),
+        (("--preset", "free"), {}, 2, "invalid choice"),
+    ],
+)
+def test_bad_input_is_one_line_that_says_what_to_do(
+    runpod: RunPod, arguments: tuple[str, ...], env: dict[str, str], code: int, words: str
+) -> None:
+    found, _, error = deploy(runpod, *arguments, **env)
+    assert found == code
+    assert words in error
+    assert "Traceback" not in error
+    assert not runpod.saved

@@ -44,3 +44,12 @@ def test_the_error_tree_in_its_docstring_is_the_tree() -> None:
     assert {name for name, _ in drawn} <= set(errors.__all__)
     for name, code in drawn:
         assert getattr(errors, name).exit_code == int(code), name
+
+
+def test_every_feature_names_a_test_that_is_there() -> None:
+    rows = re.findall(
+        r"^\| .* \| `(test_\w+\.py)::(test_\w+)` \|$", (HERE / "docs" / "features.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) > 20
+    for file, name in rows:
+        assert re.search(rf"^def {name}\(", (HERE / "tests" / file).read_text(), re.MULTILINE), f"{file}::{name}"
