@@ -66,12 +66,24 @@ def storage_policy(dtype: Dtype, config: Mapping[str, Any] | None) -> StoragePol
             dtype,
             unchanged_because=f"model_type {unknown[0]!r} is not known to this version: what it keeps in fp32 is not",
         )
+    if not types and (name := config.get("_class_name")):  # a part of a diffusers pipeline
+        return _policy_of_part(dtype, str(name))
     patterns: set[str] = set()
     if dtype in ("float16", "bfloat16"):
         patterns |= {p for name in types for p in _table()["float16_and_bfloat16"].get(name, ())}
     if dtype == "float16":
         patterns |= {p for name in types for p in _table()["float16_only"].get(name, ())}
     return StoragePolicy(dtype, keep=_pattern(patterns))
+
+
+def _policy_of_part(dtype: Dtype, class_name: str) -> StoragePolicy:
+    kept = _table()["diffusers_classes"].get(class_name)
+    if kept is None:
+        reason = f"the class {class_name!r} is not known to this version: what it keeps in fp32 is not"
+        return StoragePolicy(dtype, unchanged_because=reason)
+    if dtype == "float32" or not kept:
+        return StoragePolicy(dtype)
+    return StoragePolicy(dtype, keep=re.compile(rf"(?:^|\.)(?:{'|'.join(map(re.escape, kept))})(?:\.|$)"))
 
 
 def _pattern(patterns: set[str]) -> re.Pattern[str] | None:

@@ -14,6 +14,10 @@ places in transformers decide, and the table is their union, by `model_type`:
 3. the same found in the source, for branches that a default config does not reach and classes that do not build here.
 
 Keeping too much is harmless (loading casts it), keeping too little is not: so patterns are unanchored, `*` is any text.
+
+diffusers decides by the class flag `_keep_in_fp32_modules` alone, whatever is asked: names that are a whole part of the
+parameter's, between dots. Its models are listed by class, those with nothing to keep too, because one that is not
+listed is stored as it came.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import diffusers
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -168,7 +173,22 @@ def build_table() -> dict[str, object]:
         "float16_only": _compact({name: patterns for name, (patterns, _) in found.items()}, below=both),
         "float16_and_bfloat16": _compact(both),
         "model_types": sorted(types),
+        "diffusers": diffusers.__version__,
+        "diffusers_classes": diffusers_classes(),
     }
+
+
+def diffusers_classes() -> dict[str, list[str]]:
+    """What each model of diffusers keeps in float32."""
+    found = {}
+    for name in sorted(dir(diffusers)):
+        try:
+            cls = getattr(diffusers, name)
+        except (ImportError, RuntimeError):  # it needs a package that is not here
+            continue
+        if inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin):
+            found[name] = sorted(cls._keep_in_fp32_modules or ())
+    return found
 
 
 def _compact(table: dict[str, set[str]], *, below: dict[str, set[str]] | None = None) -> dict[str, list[str]]:

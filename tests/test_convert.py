@@ -112,10 +112,28 @@ def test_a_16_bit_checkpoint_in_its_own_dtype_needs_no_conversion(tmp_path: Path
         ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "quantized"),
         ({"model_type": "llama-of-next-year"}, "not known"),
         ({"model_type": "llava", "text_config": {"model_type": "llama-of-next-year"}}, "not known"),
+        ({"_class_name": "TransformerOfNextYear"}, "not known"),
     ],
 )
 def test_what_cannot_be_judged_is_stored_unchanged_and_says_why(config: dict[str, Any], reason: str) -> None:
     assert reason in storage_policy("float16", config).unchanged_because
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_parts_of_a_pipeline_keep_what_their_class_keeps(tmp_path: Path, dtype: Any) -> None:
+    names = [
+        "blocks.0.norm1.weight",
+        "condition_embedder.time_embedder.linear_1.weight",
+        "blocks.0.attn1.norm_q.weight",
+    ]
+    save_file({name: np.ones(3, np.float32) for name in names}, tmp_path / "x.safetensors")
+    header = read_header(tmp_path / "x.safetensors", where="x")
+    policy = storage_policy(dtype, {"_class_name": "WanTransformer3DModel"})
+    stored = {tensor.name: tensor.dtype for tensor in converted_tensors(header, policy)}
+    short = {"float16": "F16", "bfloat16": "BF16"}[dtype]
+    assert [stored[name] for name in names] == ["F32", "F32", short]
+    plain = storage_policy(dtype, {"_class_name": "AutoencoderKL"})
+    assert {tensor.dtype for tensor in converted_tensors(header, plain)} == {short}
 
 
 def test_without_a_config_weights_are_converted(tmp_path: Path) -> None:

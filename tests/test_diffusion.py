@@ -212,3 +212,26 @@ def test_parts_that_are_not_served_or_not_whole_are_errors(settings: Settings, s
 def test_bad_input_names_the_field_and_the_limit(data: dict[str, Any], words: str) -> None:
     with pytest.raises(JobError, match=words):
         parse_image(data, Limits())
+
+
+def test_what_a_class_keeps_in_fp32_is_fp32_bit_for_bit(hub: Hub, store: ModelStore) -> None:
+    """Wan's transformer, in a pipeline of nothing else."""
+    from handler.engines.diffusion import _part
+
+    torch.manual_seed(0)
+    folder = hub.folder / "org" / "wan"
+    model = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=16, ffn_dim=32, num_layers=1, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
+    )  # fmt: skip
+    model.save_pretrained(folder / "transformer")
+    (folder / "model_index.json").write_text('{"transformer": ["diffusers", "WanTransformer3DModel"]}')
+    snapshot = store.ensure("org/wan")
+    assert not snapshot.manifest.stored_unchanged
+    tensors = load_tensors(snapshot, "cpu")
+    ours = _part(snapshot, "transformer", ["diffusers", "WanTransformer3DModel"], tensors, torch.device("cpu"))
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float16)
+    assert {tensor.dtype for tensor in theirs.state_dict().values()} == {torch.float16, torch.float32}
+    for name, tensor in theirs.state_dict().items():
+        assert ours.state_dict()[name].dtype == tensor.dtype, name
+        assert torch.equal(ours.state_dict()[name], tensor), name

@@ -106,6 +106,21 @@ def test_where_there_is_no_room_at_all_the_job_fails_and_the_worker_goes_on(engi
     assert asyncio.run(answered(engine))["model"] == "org/name"
 
 
+def test_a_job_that_is_cancelled_while_its_model_is_loaded_does_not_keep_it(engine: Several, made: Made) -> None:
+    made.room = 1
+
+    async def run() -> None:
+        task = asyncio.create_task(answered(engine, "org/other"))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await answered(engine, "org/third"))["model"] == "org/third", "org/other made room for it"
+
+    asyncio.run(run())
+    assert made.names == list(NAMES)
+
+
 @pytest.mark.parametrize(
     ("name", "code"),
     [("org/unlisted", Code.MODEL_NOT_ALLOWED), ("what is this", Code.INVALID_INPUT), ("../x", Code.INVALID_INPUT)],

@@ -83,8 +83,13 @@ class DiffusionEngine:
             loop.call_soon_threadsafe(steps.put_nowait, Step(number + 1, request.steps))
             return values
 
+        def ended(drawing: asyncio.Future[Images]) -> None:
+            if not drawing.cancelled():
+                drawing.exception()  # where nobody waits any more, nobody asks for it either
+            steps.put_nowait(None)
+
         drawing = loop.run_in_executor(self._thread, self._draw, request, step, wanted)
-        drawing.add_done_callback(lambda _done: steps.put_nowait(None))
+        drawing.add_done_callback(ended)
         try:
             while (done := await steps.get()) is not None:
                 yield done
@@ -185,6 +190,8 @@ def _part(
     with accelerate.init_empty_weights():
         model = found.from_config(found.load_config(folder))
     model._fix_state_dict_keys_on_load(own)
+    wide = set(found._keep_in_fp32_modules or ())
+    own = {key: tensor.float() if wide & set(key.split(".")) else tensor for key, tensor in own.items()}
     try:
         model.load_state_dict(own, strict=True, assign=True)
     except RuntimeError as error:

@@ -83,9 +83,7 @@ class Several:
                 async for piece in pieces:
                     yield piece
         finally:
-            with self._changed:
-                held.answering -= 1
-                self._changed.notify_all()
+            self._end(held)
 
     async def _held(self, name: str | None) -> _Held:
         """What answers for `name`, with one more answer counted. Raises JobError."""
@@ -95,7 +93,23 @@ class Several:
             return self._own
         self._check_allowed(name)
         found = self._found(name)
-        return found if found is not None else await asyncio.to_thread(self._loaded, name)
+        if found is not None:
+            return found
+        loading = asyncio.ensure_future(asyncio.to_thread(self._loaded, name))
+        try:
+            return await asyncio.shield(loading)
+        except asyncio.CancelledError:  # the model is loaded all the same, and answers one less
+            loading.add_done_callback(self._end_unanswered)
+            raise
+
+    def _end_unanswered(self, loading: asyncio.Future[_Held]) -> None:
+        if not loading.cancelled() and loading.exception() is None:
+            self._end(loading.result())
+
+    def _end(self, held: _Held) -> None:
+        with self._changed:
+            held.answering -= 1
+            self._changed.notify_all()
 
     def _check_allowed(self, name: str) -> None:
         if not self._settings.allowed_models:

@@ -239,16 +239,12 @@ class TextEngine:
         with self._nobody_answered(), timeline.span("transfer"):
             if self._device.type != "cpu":
                 check_room(loaded.model, self._device, besides=before.model)
-                try:
-                    before.model.to("cpu")
-                    free_memory()
-                    loaded.model.to(self._device)
-                except BaseException:
-                    loaded.model.to("cpu")
-                    before.model.to(self._device)
-                    raise
-            self._batcher.close()
-            self._loaded, self._batcher = loaded, self._batcher_for(loaded)
+            self._batcher.close()  # a row that was cancelled may be in its last step
+            try:
+                self._move(loaded, before)
+                self._loaded = loaded
+            finally:
+                self._batcher = self._batcher_for(self._loaded)
         dropped = [self._kept, None if self._settings.keep_previous else before]
         self._kept = before if self._settings.keep_previous else None
         for one in dropped:
@@ -256,6 +252,19 @@ class TextEngine:
                 one.in_use.end()
         del before, dropped
         free_memory()
+
+    def _move(self, loaded: Loaded, before: Loaded) -> None:
+        """Put a model on the device in the place of another; where that fails, the other is back."""
+        if self._device.type == "cpu":
+            return
+        try:
+            before.model.to("cpu")
+            free_memory()
+            loaded.model.to(self._device)
+        except BaseException:
+            loaded.model.to("cpu")
+            before.model.to(self._device)
+            raise
 
 
 class _Pieces:
