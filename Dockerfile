@@ -14,24 +14,26 @@ ARG EXTRA=worker
 ARG PIP_INDEX_URL=https://pypi.org/simple
 ARG PIP_FIND_LINKS
 ARG PIP_CERT
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1 PIP_ROOT_USER_ACTION=ignore
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 RUN python3 -m venv /opt/venv
 COPY scripts/constraints.txt scripts/
 # torch first and by itself: it is most of the image, and its layer stays while the rest changes
-RUN /opt/venv/bin/pip install -c scripts/constraints.txt torch
+RUN /opt/venv/bin/pip install --no-compile -c scripts/constraints.txt torch
 COPY pyproject.toml README.md ./
 COPY modelstore modelstore
 COPY handler handler
-RUN /opt/venv/bin/pip install -c scripts/constraints.txt ".[${EXTRA}]" \
+RUN /opt/venv/bin/pip install --no-compile -c scripts/constraints.txt ".[${EXTRA}]" \
     && /opt/venv/bin/pip uninstall --yes pip \
     && find /opt/venv -type d \( -name tests -o -name test -o -name include \) -path '*site-packages*' \
-        -not -path '*/torch/*' -prune -exec rm -r {} + \
-    # byte-code of all that a start imports, so that no start compiles; the other models of transformers on first use
-    && /opt/venv/bin/python -c "import handler.engines.text, handler.worker, modelstore.cli, modelstore.store, runpod" \
-    && /opt/venv/bin/python -m compileall -q /opt/venv/lib/python3*/site-packages/modelstore \
-        /opt/venv/lib/python3*/site-packages/handler /opt/venv/lib/python3*/site-packages/transformers/models/auto \
-    && /opt/venv/bin/python -m compileall -q /opt/venv/lib/python3*/site-packages/transformers/models/*/configuration_*.py
+        -not -path '*/torch/*' -prune -exec rm -r {} +
+WORKDIR /tmp
+# A start with a tiny random model: it shows that the image works, and leaves the byte-code of all that a start imports
+RUN /opt/venv/bin/python -c "from pathlib import Path; from modelstore.bench import make_checkpoint; \
+        make_checkpoint(Path('/tmp/tiny'), 2_000_000, 'float16')" \
+    && MODEL_ID=file:///tmp/tiny MODELSTORE_ROOT=/tmp/store /opt/venv/bin/python -m handler \
+        --test_input '{"input": {"prompt": "a", "max_tokens": 2}}' \
+    && rm -rf /tmp/tiny /tmp/store
 
 FROM ${BASE_IMAGE}
 ENV PATH=/opt/venv/bin:$PATH \
