@@ -154,10 +154,10 @@ class Worker:
             answer.add(piece)
             return answer.chunks(piece) if request.stream else []
 
-        pieces = self._text_engine().generate(request)
-        said = await self._consumed(
-            job, pieces, chunks, merged, progress=lambda: {"tokens_generated": sum(answer.tokens)}
-        )
+        def progress(piece: Piece) -> Mapping[str, Any] | None:
+            return None if all(answer.reasons) else {"tokens_generated": sum(answer.tokens)}
+
+        said = await self._consumed(job, self._text_engine().generate(request), chunks, merged, progress)
         return said if request.stream else answer.output()
 
     async def _draw(self, job: Job, data: Mapping[str, Any], engine: ImageEngine) -> Any:
@@ -168,11 +168,12 @@ class Worker:
             if isinstance(drawn, Images):
                 output.update(drawn.as_json(request))
                 return [output | {"progress": 1.0, "finished": True}] if request.stream else []
-            done.append(drawn)
             return [drawn.as_json()] if request.stream else []
 
-        done: list[Step] = []
-        said = await self._consumed(job, engine.draw(request), chunks, list, progress=lambda: done[-1].as_json())
+        def progress(drawn: Step | Images) -> Mapping[str, Any] | None:
+            return drawn.as_json() if isinstance(drawn, Step) and drawn.step < drawn.steps else None
+
+        said = await self._consumed(job, engine.draw(request), chunks, list, progress)
         return said if request.stream else output
 
     def _text_engine(self) -> TextEngine:
@@ -208,12 +209,12 @@ class Worker:
         pieces: AsyncIterator[T],
         chunks: Callable[[T], list[Any]],
         together: Callable[[list[Any]], list[Any]],
-        *,
-        progress: Callable[[], Mapping[str, Any]] | None = None,
+        progress: Callable[[T], Mapping[str, Any] | None] = lambda _piece: None,
     ) -> list[Any]:
         """Take all pieces; send what `chunks` makes of each, with those that came while others were sent in one go.
 
-        Returns what was sent, which is nothing for a request that is not streamed.
+        `progress`: what to tell of a request that is not streamed, now and then; None where its result is next.
+        Returns what was sent, which is nothing for such a request.
         """
         said: list[Any] = []
         waiting: list[Any] = []
@@ -227,9 +228,10 @@ class Worker:
                         now, waiting = together(waiting), []
                         said += now
                         sending = asyncio.create_task(self._wire.stream(job, now))
-                    elif progress and not said and not waiting and time.monotonic() - told >= _PROGRESS_EVERY_S:
+                    elif not said and not waiting and time.monotonic() - told >= _PROGRESS_EVERY_S:
                         told = time.monotonic()
-                        await self._wire.progress(job, progress())
+                        if (update := progress(piece)) is not None:
+                            await self._wire.progress(job, update)
             if sending is not None:
                 await sending
             if waiting:

@@ -315,3 +315,25 @@ def test_weights_that_overflow_are_an_error_and_no_crash(batcher: Batcher, monke
     batcher.submit([one])
     wait(got)
     assert "not a number" in str(got.error)
+
+
+def test_a_model_with_an_encoder_is_not_interrupted_for_who_comes_later() -> None:
+    torch.manual_seed(1)
+    config = tf.T5Config(
+        vocab_size=100, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=1, initializer_factor=20.0,
+    )  # fmt: skip
+    model = tf.T5ForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = None
+    batcher = Batcher(model, most=4, pad_token_id=0)
+    first, first_got = row([5, 6, 7, 8], Sampling(max_tokens=60, temperature=0.0), every_token=True)
+    batcher.submit([first])
+    while not first_got.pieces:
+        pass
+    second, second_got = row([9, 10], Sampling(max_tokens=5, temperature=0.0))
+    batcher.submit([second])
+    wait(first_got, second_got)
+    batcher.close()
+    for prompt, count, got in (([5, 6, 7, 8], 60, first_got), ([9, 10], 5, second_got)):
+        output = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False)
+        assert got.text == decode(output[0][1:].tolist())

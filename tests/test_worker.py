@@ -140,6 +140,8 @@ def test_a_long_job_says_how_far_it_is_and_never_after_its_end(monkeypatch: pyte
     told = Told()
     assert answer(Engine(takes_s=0.01), JOB, told)
     assert told.updates == [], "a short job has nothing to say"
+    assert answer(Engine(Piece(0, "late", 9, "stop"), takes_s=0.2), JOB, told)
+    assert told.updates == [], "nor has one whose result is next"
 
 
 def test_a_job_that_takes_too_long_ends_with_an_error() -> None:

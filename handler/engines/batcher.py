@@ -181,8 +181,8 @@ class Batcher:
                 self._changed.wait()
 
     def _wanted(self) -> bool:
-        """Whether somebody waits who could join."""
-        return bool(self._waiting) and len(self._running) < self._room
+        """Whether somebody waits who could join. What an encoder has read cannot be gone on with, only begun again."""
+        return not self._model.config.is_encoder_decoder and bool(self._waiting) and len(self._running) < self._room
 
     def _generate(self, rows: list[Row]) -> None:
         """Generate until all have ended, or somebody joins."""
