@@ -220,6 +220,7 @@ class Fill:
             repo_id=self._key.repo_id,
             pickles=self._settings.allow_pickle,
             code=self._may_bring_code(),
+            fp16=self._dtype == "float16",
         )
 
     def _may_bring_code(self) -> bool:
@@ -298,7 +299,7 @@ class Fill:
         """Memory for weights that are stored as they come; what is converted asks for some when that begins."""
         if not self._peak.needs_nothing_beside(file.path):
             return None
-        return self._observer.memory(self._key, file.path, file.size_bytes)
+        return self._observer.memory(self._key, stored_path(file.path), file.size_bytes)
 
     def _present_bytes(self) -> int:
         return sum(durable.tree_blocks(staging.folder) for staging in (self._staging, *self._inherited))
@@ -403,7 +404,7 @@ class Fill:
         self._guard()
         stored = stored_path(file.path)
         origin = None
-        if stored != file.path:
+        if is_pickle(file.path):
             path, origin = self._unpickled(file, path), Origin(file.size_bytes, digests.sha256)
         header = read_header(path, where=f"{file.path} of {self._key.repo_id}")
         policy = self._policies[_folder_of(file.path)]

@@ -2,7 +2,8 @@
 
 Weights: `model.safetensors`, else the shards that `model.safetensors.index.json` names, else every safetensors file of
 the folder. In a diffusers repo (`model_index.json`) and a sentence-transformers repo (`modules.json`) the same for each
-folder that it names. Beside them the small files: configs, tokenizer, chat templates, generation config, licences. Not:
+folder that it names; where float16 is to be stored, a pipeline's own `.fp16.` files stand for the plain ones, which are
+twice as large. Beside them the small files: configs, tokenizer, chat templates, generation config, licences. Not:
 the same weights as `.bin`, `.h5`, `.msgpack`, `.onnx`, `.gguf`; code; training leftovers; pictures. With permission
 pickles stand in for safetensors that a folder lacks, and a repo's Python files come along.
 """
@@ -25,6 +26,7 @@ _FOREIGN = re.compile(r"(pytorch_model|tf_model|flax_model|consolidated|rust_mod
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _ENDING = ".index.json"
 _INDEX = ".safetensors.index.json"
+_VARIANT = re.compile(r"\.fp16\.safetensors$|\.fp16-\d+-of-\d+\.safetensors$|\.safetensors\.index\.fp16\.json$")
 _EXTRA_FOLDERS = ("additional_chat_templates",)
 _MAX_SMALL_BYTES = 512 << 20
 
@@ -51,13 +53,21 @@ def is_pickle(path: str) -> bool:
 
 
 def stored_path(path: str) -> str:
-    """The name under which a file is stored: a pickle and its index go by what they become."""
+    """The name under which a file is stored: a pickle and its index go by what they become, an `.fp16.` file and its
+    index by what they stand for."""
     folder, name = _folder_of(path), PurePosixPath(path).name
+    if _is_variant(path):
+        return _join(folder, name.replace(".fp16.", ".").replace(".fp16-", "-"))
     if name.endswith(".bin.index.json"):
         return _join(folder, _stored_stem(name.removesuffix(".bin.index.json")) + _INDEX)
     if is_pickle(path):
         return _join(folder, _stored_stem(PurePosixPath(name).stem) + ".safetensors")
     return path
+
+
+def _is_variant(path: str) -> bool:
+    """Whether a file holds, or lists, weights that their authors have converted to float16."""
+    return _VARIANT.search(path) is not None
 
 
 def _stored_stem(stem: str) -> str:
@@ -104,8 +114,10 @@ def select_files(
     repo_id: str,
     pickles: bool = False,
     code: bool = False,
+    fp16: bool = False,
 ) -> Selection:
-    """Choose a snapshot's files; `read` gives the bytes of a small one. `pickles`, `code`: whether they are allowed.
+    """Choose a snapshot's files; `read` gives the bytes of a small one. `pickles`, `code`: whether they are allowed;
+    `fp16`: whether a pipeline's own float16 files are preferred.
 
     Raises NoWeights or PickleRefused where there are no safetensors, UnsafeName for a name that leaves the folder, and
     BadSafetensors for an index that names files the repo does not have.
@@ -119,10 +131,16 @@ def select_files(
     weights: list[SourceFile] = []
     indexes: dict[str, Mapping[str, str]] = {}
     for folder in folders:
-        here = [file for file in files if _folder_of(file.path) == folder]
+        here = [file for file in files if _folder_of(file.path) == folder and not _is_variant(file.path)]
         small += [file for file in here if _is_small(file) or (code and file.path.endswith(".py"))]
         name = _join(folder, _weights_name(here, pickles=pickles))
         index, single = by_path.get(name + _ENDING), by_path.get(name)
+        if fp16 and folder:
+            variant = by_path.get(f"{name.removesuffix('.safetensors')}.fp16.safetensors")
+            listed = by_path.get(f"{name}.index.fp16.json")
+            if variant or listed:
+                small = [file for file in small if file is not index]
+                index, single = listed, variant
         if single:
             weights.append(single)
             small = [file for file in small if file is not index]
@@ -132,7 +150,9 @@ def select_files(
             small += [index] if index not in small else []
             weights += [_shard(by_path, folder, shard, index.path) for shard in sorted(set(weight_map.values()))]
         else:
-            weights += [file for file in here if file.path.endswith(".safetensors")]
+            all_here = [file for file in files if _folder_of(file.path) == folder]
+            plain = [file for file in here if file.path.endswith(".safetensors")]
+            weights += plain or [file for file in all_here if file.path.endswith(".safetensors")]
     for folder in _EXTRA_FOLDERS:
         small += [file for file in files if _folder_of(file.path) == folder and _is_small(file)]
     if not weights:

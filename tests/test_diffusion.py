@@ -24,6 +24,7 @@ from modelstore import ModelStore, load_tensors
 from modelstore.errors import BadSafetensors, NoWeights, Refused
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
+from modelstore.verify import verify_snapshot
 from modelstore.warmstart import begin
 from tests.hub import Hub
 from tests.test_worker import Told
@@ -235,3 +236,47 @@ def test_what_a_class_keeps_in_fp32_is_fp32_bit_for_bit(hub: Hub, store: ModelSt
     for name, tensor in theirs.state_dict().items():
         assert ours.state_dict()[name].dtype == tensor.dtype, name
         assert torch.equal(ours.state_dict()[name], tensor), name
+
+
+def requested(hub: Hub) -> set[str]:
+    return {path.rpartition("/")[2] for _server, _method, path, _ in hub.served.requests if "safetensors" in path}
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
+def test_a_pipelines_own_fp16_files_are_preferred(hub: Hub, store: ModelStore, shards: bool) -> None:
+    pipeline = write_pipeline(hub.folder / "org" / "name")
+    pipeline.to(torch.float16)
+    size = "20KB" if shards else "10GB"
+    pipeline.unet.save_pretrained(hub.folder / "org" / "name" / "unet", variant="fp16", max_shard_size=size)
+    names = {path.name for path in (hub.folder / "org" / "name" / "unet").iterdir()}
+    assert "diffusion_pytorch_model.safetensors" in names
+    assert ("diffusion_pytorch_model.safetensors.index.fp16.json" in names) == shards
+    snapshot = store.ensure("org/name")
+    stored = {file.path for file in snapshot.manifest.files if file.path.startswith("unet/")}
+    assert not any("fp16" in path for path in stored)
+    assert any("fp16" in name for name in requested(hub))
+    assert verify_snapshot(snapshot).ok
+    ours = diffusers.UNet2DConditionModel.from_pretrained(snapshot.path / "unet", torch_dtype=torch.float16)
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(
+        hub.folder / "org" / "name" / "unet", variant="fp16", torch_dtype=torch.float16
+    )
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor)
+    hub.served.reset()
+    wide = store.ensure("org/name", dtype="float32")
+    assert not any("fp16" in name for name in requested(hub)), "what is not in it cannot be made from it"
+    assert wide.size_bytes > snapshot.size_bytes
+
+
+def test_a_repo_with_fp16_files_alone_goes_by_their_plain_names(hub: Hub, store: ModelStore) -> None:
+    write_pipeline(hub.folder / "org" / "name").to(torch.float16).save_pretrained(
+        hub.folder / "org" / "name", variant="fp16"
+    )
+    for path in (hub.folder / "org" / "name").rglob("*.safetensors"):
+        if "fp16" not in path.name:
+            path.unlink()
+    snapshot = store.ensure("org/name", dtype="bfloat16")
+    assert {file.path.rpartition("/")[2] for file in snapshot.weights} == {
+        "diffusion_pytorch_model.safetensors",
+        "model.safetensors",
+    }
