@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tokens a second with one, four and sixteen jobs at once, against one job at a time.
 
-    python scripts/bench_concurrency.py [--tokens 64] [--runs 3] [--dtypes float16,float32] [--write docs/benchmarks.md]
+    python scripts/bench_concurrency.py [--tokens 64] [--runs 3] [--dtypes float16,bfloat16] [--write DOCUMENT]
 
 The real SmolLM2-135M-Instruct, loaded from a store of its own; prompts of different lengths, greedy. One at
 a time is what the seed documents do: `model.generate` for each job. Beside our batcher runs transformers' own
@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=64, help="for each job")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--dtypes", default="float16,float32", help="storage dtypes, each measured")
+    parser.add_argument("--dtypes", default="float16,bfloat16", help="storage dtypes, each measured")
     parser.add_argument("--write", type=Path, help="the document whose section by this script is replaced")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-concurrency-") as name:
