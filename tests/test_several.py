@@ -106,6 +106,27 @@ def test_where_there_is_no_room_at_all_the_job_fails_and_the_worker_goes_on(engi
     assert asyncio.run(answered(engine))["model"] == "org/name"
 
 
+def test_a_model_may_be_written_in_several_ways(engine: Several, made: Made) -> None:
+    for name in ("hf://org/name", "org/other@main", "hf://org/other", "org/other"):
+        assert asyncio.run(answered(engine, name))["model"] == name.removeprefix("hf://").partition("@")[0]
+    assert made.names == ["org/name", "org/other"]
+
+
+def test_a_model_that_was_exchanged_meanwhile_is_loaded_beside_the_new_one(engine: Several, made: Made) -> None:
+    own = engine._own.engine
+    real = own.generate
+
+    async def swapped_first(request: Any) -> Any:
+        if own.model == "org/name":
+            await asyncio.to_thread(own.swap, "org/third")
+        async for piece in real(request):
+            yield piece
+
+    own.generate = swapped_first  # type: ignore[method-assign]
+    assert asyncio.run(answered(engine, "org/name"))["model"] == "org/name"
+    assert engine.model == "org/third"
+
+
 def test_a_job_that_is_cancelled_while_its_model_is_loaded_does_not_keep_it(engine: Several, made: Made) -> None:
     made.room = 1
 

@@ -77,13 +77,21 @@ class Several:
 
     async def generate(self, request: TextRequest) -> AsyncIterator[Piece]:
         """See Engine. What a job names beside the worker's own model has to be among MODELSTORE_ALLOWED_MODELS."""
-        held = await self._held(request.model)
-        try:
-            async with aclosing(held.engine.generate(request)) as pieces:  # type: ignore[type-var]
-                async for piece in pieces:
-                    yield piece
-        finally:
-            self._end(held)
+        if request.model is not None:
+            request = replace(request, model=_normal(request.model))
+        while True:
+            held = await self._held(request.model)
+            try:
+                async with aclosing(held.engine.generate(request)) as pieces:  # type: ignore[type-var]
+                    async for piece in pieces:
+                        yield piece
+                return
+            except JobError as error:
+                swapped = held is self._own and request.model is not None and not held.engine.serves(request.model)
+                if error.code is not Code.MODEL_NOT_ALLOWED or not swapped:
+                    raise  # else the own model was exchanged meanwhile, and this one may be loaded beside it
+            finally:
+                self._end(held)
 
     async def _held(self, name: str | None) -> _Held:
         """What answers for `name`, with one more answer counted. Raises JobError."""
@@ -118,8 +126,6 @@ class Several:
             self._settings.check_allowed(parse_reference(name))
         except Refused as error:
             raise JobError(Code.MODEL_NOT_ALLOWED, str(error)) from error
-        except ModelStoreError as error:
-            raise invalid(str(error)) from error
 
     def _all(self) -> list[_Held]:
         return [self._own, *self._others.values()]
@@ -156,8 +162,16 @@ class Several:
             if not self._others:
                 return False
             name = min(self._others, key=lambda name: (self._others[name].answering > 0, self._others[name].used_at))
-            self._changed.wait_for(lambda: not self._others[name].answering)
-            held = self._others.pop(name)
+            held = self._others.pop(name)  # whoever asks for it from now on waits until it is loaded again
+            self._changed.wait_for(lambda: not held.answering)
         logger.info("%s makes room for another model", name)
         held.engine.close()
         return True
+
+
+def _normal(name: str) -> str:
+    """A model's name as this worker writes it."""
+    try:
+        return str(parse_reference(name))
+    except ModelStoreError as error:
+        raise invalid(str(error)) from error
