@@ -85,11 +85,18 @@ def _engine_for(snapshot: Snapshot) -> EngineName:
 
 
 def _writing(begun: Begun, meanwhile: Callable[[], None]) -> Engine:
+    from handler.engines.batcher import free_memory
     from handler.engines.several import Several
     from handler.engines.text import TextEngine
 
     def load_another(wanted: Settings) -> TextEngine:
-        return begin(wanted, timeline=Timeline()).load(TextEngine.load)
+        free_memory()  # what torch keeps for itself would count as taken
+        begun = begin(wanted, timeline=Timeline())
+        try:
+            return begun.load(TextEngine.load)
+        except BaseException:
+            begun.in_use.end()
+            raise
 
     own = begun.load(partial(TextEngine.load, meanwhile=meanwhile))
     return Several(own, begun.settings, load_another)

@@ -27,6 +27,7 @@ MAX_REPETITION_PENALTY = 10.0
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 200
 MAX_SEED = 2**63 - 1
+_GPU_LOST = ("CUDA error", "device-side assert", "launch failure", "cuBLAS", "CUBLAS_STATUS", "cuDNN error")
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -99,7 +100,8 @@ class TextRequest:
     """One job for a text engine.
 
     `model`: the one that it names. `listed`: its prompts came as a list, and so do its answers. `fit`: max_tokens was
-    not named, and is shortened to what the model's context leaves.
+    not named, and is shortened to what the model's context leaves. `choices`: so many prompts in a row are the same,
+    and get random numbers of their own.
     """
 
     prompts: tuple[Prompt, ...]
@@ -108,6 +110,7 @@ class TextRequest:
     stream: bool = False
     listed: bool = False
     fit: bool = False
+    choices: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,6 +354,11 @@ def number(
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, of the host or of a GPU, has run out."""
     return isinstance(error, MemoryError) or any(phrase in str(error).lower() for phrase in _OUT_OF_MEMORY)
+
+
+def is_gpu_lost(error: BaseException) -> bool:
+    """Whether an error says that the GPU answers nothing in this process any more."""
+    return not is_out_of_memory(error) and any(phrase in str(error) for phrase in _GPU_LOST)
 
 
 def invalid(message: str) -> JobError:

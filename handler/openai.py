@@ -79,7 +79,13 @@ def parse_body(route: Route, body: object, limits: Limits) -> TextRequest:
         raise invalid(f"n times the prompts must be at most {limits.prompts}, not {len(prompts) * choices}")
     each = tuple(prompt for prompt in prompts for _choice in range(choices))
     return TextRequest(
-        each, sampling, model=named_model(body), stream=flag(body, "stream"), listed=True, fit=longest is None
+        each,
+        sampling,
+        model=named_model(body),
+        stream=flag(body, "stream"),
+        listed=True,
+        fit=longest is None,
+        choices=choices,
     )
 
 

@@ -7,11 +7,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 from handler.engines import Engine
 from modelstore import aliases
-from modelstore.errors import ModelStoreError, Refused
+from modelstore.errors import Refused
 from modelstore.layout import Layout, SnapshotKey
 from modelstore.settings import Settings
 
@@ -45,8 +44,10 @@ class AliasFollower:
 
     def _run(self) -> None:
         while not self._ended.wait(LOOK_EVERY_S):
-            with suppress(ModelStoreError, OSError):  # a volume in trouble is asked again
+            try:
                 self.look()
+            except Exception as error:  # a volume in trouble, or a damaged record, is asked again
+                logger.warning("@%s cannot be followed just now: %s: %s", self._name, type(error).__name__, error)
 
     def look(self) -> None:
         """Swap where the alias has moved. Raises where the volume cannot be read."""

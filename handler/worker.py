@@ -95,6 +95,7 @@ class Worker:
         self._wire = wire or Wire()
         self._timeline = timeline
         self._replace_because = ""
+        self.config: dict[str, Any] = {}
         self._began = time.monotonic()
         self._counts = {"running": 0, "completed": 0, "failed": 0, "cancelled": 0}
 
@@ -110,12 +111,22 @@ class Worker:
             self._counts[how] += 1
         if error is not None:
             output = openai.failed(error) if _is_openai(job) else dict[str, Any](error.payload())
-        if (self._engine.broken or self._replace_because) and isinstance(output, dict):
-            output["refresh_worker"] = True
+        if self.retiring and not self._counts["running"]:
+            self.config["refresh_worker"] = True  # the SDK says so with this job's result, and ends
         return output
 
+    @property
+    def retiring(self) -> bool:
+        """Whether this worker takes no more jobs, and ends with the last that it has."""
+        return bool(self._engine.broken or self._replace_because)
+
+    def concurrency(self, _current: int) -> int:
+        """How many jobs to take at once. The SDK takes none before it is free where this changes."""
+        most = 1 if isinstance(self._engine, ImageEngine) else self._settings.max_concurrency
+        return 1 if self.retiring else most
+
     def replace(self, reason: str) -> None:
-        """Have RunPod replace this worker when its next job is answered."""
+        """Have RunPod replace this worker once what it runs is answered; the job after that, where it runs nothing."""
         logger.warning("this worker asks to be replaced: %s", reason)
         self._replace_because = reason
 
@@ -287,10 +298,5 @@ def serve(engine: Engine, settings: Settings, timeline: Mapping[str, Any]) -> No
     async def handler(job: Job) -> Any:
         return await worker.handle(job)
 
-    runpod.serverless.start(
-        {
-            "handler": handler,
-            "concurrency_modifier": lambda _current: settings.max_concurrency,
-            "return_aggregate_stream": True,
-        }
-    )
+    worker.config |= {"handler": handler, "concurrency_modifier": worker.concurrency, "return_aggregate_stream": True}
+    runpod.serverless.start(worker.config)

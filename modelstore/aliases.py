@@ -66,7 +66,13 @@ def history(layout: Layout, name: str) -> tuple[Pointed, ...]:
             Pointed(SnapshotKey(one["repo_id"], one["commit"], one["dtype"]), int(one["at"]), str(one["by"]))
             for one in json.loads(data)["history"]
         ]
-        if all(is_repo_id(e.key.repo_id) and is_commit(e.key.commit) and e.key.dtype in DTYPES for e in entries):
+        if all(
+            isinstance(e.key.repo_id, str)
+            and is_repo_id(e.key.repo_id)
+            and is_commit(e.key.commit)
+            and e.key.dtype in DTYPES
+            for e in entries
+        ):
             return tuple(entries)
     except (ValueError, KeyError, TypeError, RecursionError):
         pass

@@ -105,14 +105,15 @@ def load_tensors(
     device: str | torch.device | None = None,
     *,
     reading: Reading | None = None,
+    weights: Weights | None = None,
     timeline: Timeline | None = None,
 ) -> dict[str, torch.Tensor]:
     """The snapshot's tensors by their names in the checkpoint, in the storage dtype; those of a pipeline's parts after
     the name of their folder, as in "unet/conv_in.weight".
 
     `device` is CUDA where there is one by default; on the CPU the tensors share the memory that was read into.
-    `reading`: a read of this snapshot that is in flight already. Raises DigestMismatch where bytes are not what was
-    published, DoesNotFit where the GPU has no room.
+    `reading`: a read of this snapshot that is in flight already; `weights`: what `place_early` has begun with it.
+    Raises DigestMismatch where bytes are not what was published, DoesNotFit where the GPU has no room.
     """
     target = usable_device(device)
     if reading is None:
@@ -120,9 +121,12 @@ def load_tensors(
         reading = start_reading(snapshot, ring_bytes=ring_bytes_for(target))
     timeline = timeline or Timeline()
     try:
-        weights = Weights(reading, {"": target})
-        weights.complete(snapshot)
-        weights.start(timeline)
+        if weights is None:
+            weights = Weights(reading, {"": target})
+            weights.complete(snapshot)
+            weights.start(timeline)
+        else:
+            weights.complete(snapshot)
         tensors = weights.wait(timeline)
     finally:
         reading.close()

@@ -189,31 +189,37 @@ def begin(
     mark: InUse | None = None
     reading: Reading | None = None
     early: object = None
-    for attempt in range(_LOOKS):
-        with timeline.span("lookup"):
-            snapshot = Catalog(layout).find(settings.model, settings.dtype)
-        if snapshot is None:
-            snapshot, reading, early = _made(settings, observer, timeline, check_fits, ring_bytes, meanwhile)
-        if mark is None or mark.key != snapshot.key:
-            if mark is not None:
-                mark.end()
-            mark = InUse(layout, snapshot.key, settings.worker_id)
-            # A mark that stood before an eviction was announced is seen by it: only a new one has to look.
-            if wait_while_evicting(layout, snapshot.key):
-                if reading is not None:
-                    reading.close()
-                    reading = early = None
-                continue
-        try:
-            if reading is None:
-                check_fits(snapshot.key, sum(file.size_bytes for file in snapshot.weights))
-            reading = reading or start_reading(snapshot, beside=True, ring_bytes=ring_bytes)
-            break
-        except SnapshotNotFound:  # evicted between the look and the open
-            if attempt + 1 == _LOOKS:
-                raise
-    else:
-        raise SnapshotNotFound(f"{settings.model} is evicted again and again: pin it, or raise MODELSTORE_QUOTA")
+    try:
+        for attempt in range(_LOOKS):
+            with timeline.span("lookup"):
+                snapshot = Catalog(layout).find(settings.model, settings.dtype)
+            if snapshot is None:
+                snapshot, reading, early = _made(settings, observer, timeline, check_fits, ring_bytes, meanwhile)
+            if mark is None or mark.key != snapshot.key:
+                if mark is not None:
+                    mark.end()
+                mark = InUse(layout, snapshot.key, settings.worker_id)
+                # A mark that stood before an eviction was announced is seen by it: only a new one has to look.
+                if wait_while_evicting(layout, snapshot.key):
+                    if reading is not None:
+                        reading.close()
+                        reading = early = None
+                    continue
+            try:
+                if reading is None:
+                    check_fits(snapshot.key, sum(file.size_bytes for file in snapshot.weights))
+                reading = reading or start_reading(snapshot, beside=True, ring_bytes=ring_bytes)
+                break
+            except SnapshotNotFound:  # evicted between the look and the open
+                if attempt + 1 == _LOOKS:
+                    raise
+        else:
+            raise SnapshotNotFound(f"{settings.model} is evicted again and again: pin it, or raise MODELSTORE_QUOTA")
+    except BaseException:
+        if mark is not None:
+            mark.end()
+        raise
+    assert mark is not None
     timeline.commit, timeline.dtype = snapshot.commit, snapshot.dtype
     timeline.outcome, timeline.reason = _OUTCOMES[snapshot.status]
     return Begun(settings, snapshot, reading, mark, timeline, observer, ring_bytes, early)

@@ -308,6 +308,83 @@ def test_a_lost_gpu_fails_everybody_and_is_said(batcher: Batcher, failing: Calla
     assert "device-side assert" in batcher.broken
 
 
+@pytest.mark.parametrize("words", ["an illegal memory access was encountered", "misaligned address"])
+def test_any_error_of_the_gpu_ends_all_that_runs_and_waits(
+    model: tf.PreTrainedModel, failing: Callable[..., None], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after such an error: nothing that is asked of the GPU succeeds, giving memory back included."""
+
+    def lost(*_: Any) -> None:
+        raise RuntimeError(f"CUDA error: {words}")
+
+    failing(lost)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lost)
+    batcher = Batcher(model, most=2, pad_token_id=None)
+    made = [row(prompt) for prompt in PROMPTS]
+    batcher.submit([one for one, _ in made])
+    wait(*(receiver for _, receiver in made))
+    assert all(receiver.error for _, receiver in made)
+    assert batcher.broken
+    batcher.close()
+
+
+def test_a_slot_is_free_when_its_row_has_ended(model: tf.PreTrainedModel) -> None:
+    batcher = Batcher(model, most=2, pad_token_id=None)
+    long, long_got = row(
+        PROMPTS[0], Sampling(max_tokens=400, temperature=0.0, repetition_penalty=1.3), every_token=True
+    )
+    short, short_got = row(PROMPTS[1], Sampling(max_tokens=1, temperature=0.0))
+    batcher.submit([long, short])
+    wait(short_got)
+    later, later_got = row(PROMPTS[2], Sampling(max_tokens=2, temperature=0.0))
+    batcher.submit([later])
+    wait(later_got)
+    assert not long_got.ended.is_set(), "it did not wait for the end of the long one"
+    long.cancel()
+    batcher.close()
+
+
+def test_a_row_that_has_ended_is_not_carried_beyond_the_context() -> None:
+    torch.manual_seed(0)
+    config = tf.GPT2Config(
+        vocab_size=50, n_positions=40, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=49
+    )
+    model = tf.GPT2LMHeadModel(config).eval()
+    model.generation_config.eos_token_id = None
+    batcher = Batcher(model, most=2, pad_token_id=0)
+    near, near_got = row([5] * 35, Sampling(max_tokens=4, temperature=0.0))
+    far, far_got = row([6, 7], Sampling(max_tokens=37, temperature=0.0))
+    sizes: list[int] = []
+    real = type(model).generate
+    batcher._model = model
+    model.generate = lambda tokens, **more: sizes.append(len(tokens)) or real(model, tokens, **more)  # type: ignore[method-assign]
+    batcher.submit([near, far])
+    wait(near_got, far_got)
+    batcher.close()
+    assert sizes == [2, 1], "begun together, and gone on with alone; nothing failed"
+    assert (near_got.tokens, far_got.tokens) == (4, 37)
+
+
+def test_the_models_own_generation_config_is_applied_once(model: tf.PreTrainedModel) -> None:
+    import copy
+
+    own = copy.deepcopy(model)
+    own.generation_config.repetition_penalty = 1.4
+    own.generation_config.num_beams = 3
+    batcher = Batcher(own, most=2, pad_token_id=None)
+    by_default, got = row(PROMPTS[1])
+    without, plain = row(PROMPTS[1], Sampling(max_tokens=12, temperature=0.0, repetition_penalty=1.0))
+    batcher.submit([by_default, without])
+    wait(got, plain)
+    batcher.close()
+    output = model.generate(
+        torch.tensor([PROMPTS[1]]), max_new_tokens=12, do_sample=False, pad_token_id=0, repetition_penalty=1.4
+    )
+    assert got.text == decode([token for token in output[0][len(PROMPTS[1]) :].tolist() if token != END])
+    assert plain.text == alone(model, PROMPTS[1], 12)
+
+
 def test_weights_that_overflow_are_an_error_and_no_crash(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.Tensor.softmax
     monkeypatch.setattr(torch.Tensor, "softmax", lambda self, dim: real(self, dim) * float("nan"))

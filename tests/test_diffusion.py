@@ -24,6 +24,8 @@ from modelstore import ModelStore, load_tensors
 from modelstore.errors import BadSafetensors, NoWeights, Refused
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
+from modelstore.tensors import Weights
+from modelstore.timeline import Timeline
 from modelstore.verify import verify_snapshot
 from modelstore.warmstart import begin
 from tests.hub import Hub
@@ -112,6 +114,30 @@ def test_it_draws_what_diffusers_draws(engine: Any, hub: Hub) -> None:
     assert ours.size == (32, 32)
     assert ours.tobytes() == expected.tobytes()
     assert len(set(ours.tobytes())) > 10, "it is not one colour"
+
+
+def test_what_was_moved_before_it_was_published_is_what_is_drawn_with(
+    settings: Settings, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a first run on a GPU, but that the device is the CPU: one taker gets all blocks."""
+    from handler.engines.diffusion import DiffusionEngine
+
+    monkeypatch.setattr("modelstore.gpu.free_bytes", lambda _visible: [1 << 40])
+    monkeypatch.setattr("modelstore.warmstart.RING_BYTES", 1)
+    monkeypatch.setattr("modelstore.warmstart._KEPT_BYTES", 0)
+
+    def place(reading: Any) -> Weights:
+        weights = Weights(reading, {"": torch.device("cpu")})
+        weights.start(Timeline())
+        return weights
+
+    begun = begin(settings, meanwhile=place)
+    assert begun.early is not None
+    engine = begun.load(DiffusionEngine.load)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(hub.folder / "org" / "name", dtype=torch.float16)
+    for key, tensor in theirs.unet.state_dict().items():
+        assert torch.equal(engine._pipeline.unet.state_dict()[key], tensor), key
+    engine.close()
 
 
 def test_weights_are_those_of_from_pretrained_bit_for_bit(engine: Any, hub: Hub) -> None:

@@ -20,6 +20,7 @@ from modelstore.layout import SnapshotKey, StagingLayout
 from modelstore.loader import load_model
 from modelstore.manifest import FileRecord
 from modelstore.observer import SILENT, Observer
+from modelstore.pins import marks, users_of, volume_time
 from modelstore.reader import Reading
 from modelstore.reference import parse_reference
 from modelstore.store import ModelStore
@@ -252,6 +253,20 @@ def test_a_model_too_large_for_the_gpus_is_not_downloaded(
         begin(replace(store.settings, model=parse_reference("org/name")))
     assert not [request for request in hub.served.requests if "safetensors" in str(request)]
     assert children() == before
+
+
+def test_a_start_that_does_not_fit_leaves_no_mark_of_use(
+    hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(MODELS["llama"](), hub.folder / "org" / "name", shards=False)
+    snapshot = store.ensure("org/name")
+    monkeypatch.setattr("modelstore.gpu.free_bytes", lambda _visible: [1000])
+    threads = threading.active_count()
+    for _ in range(3):
+        with pytest.raises(DoesNotFit):
+            begin(replace(store.settings, model=parse_reference("org/name")))
+    assert not users_of(marks(store.layout, snapshot.key), volume_time(store.layout))
+    assert threading.active_count() <= threads
 
 
 def test_staging_that_moves_away_is_no_error(store: ModelStore) -> None:

@@ -47,7 +47,9 @@ def test_what_is_asked_for_is_taken() -> None:
 
 
 def test_choices_are_as_many_prompts() -> None:
-    assert len(parse_body("completions", {"prompt": ["a", "b"], "n": 2}, LIMITS).prompts) == 4
+    request = parse_body("completions", {"prompt": ["a", "b"], "n": 2}, LIMITS)
+    assert [prompt.text for prompt in request.prompts] == ["a", "a", "b", "b"]
+    assert request.choices == 2
     with pytest.raises(JobError, match="at most 4, not 6"):
         parse_body("completions", {"prompt": ["a", "b"], "n": 3}, LIMITS)
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_a_job_gets_the_model_that_it_names(engine: Several, made: Made) -> None
     assert [output["model"] for output in outputs] == ["org/name", *NAMES, "org/other"]
     assert outputs[0]["generated_text"] == outputs[1]["generated_text"]
     assert made.names == list(NAMES), "each was loaded once"
-    assert [status["model"] for status in engine.status()["other_models"]] == ["org/other", "org/third"]
+    assert engine.status()["other_models"] == ["org/other", "org/third"]
 
 
 def test_many_jobs_for_a_model_load_it_once(engine: Several, made: Made) -> None:
@@ -150,6 +151,35 @@ def test_what_may_not_be_asked_for(engine: Several, name: str, code: Code) -> No
     with pytest.raises(JobError) as caught:
         asyncio.run(answered(engine, name))
     assert caught.value.code is code
+
+
+def test_more_jobs_than_threads_wait_for_models_without_holding_up_the_others(engine: Several, made: Made) -> None:
+    made.room = 1
+
+    async def run() -> list[dict[str, Any]]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        names = ["org/other", "org/third", None] * 6
+        return await asyncio.wait_for(asyncio.gather(*(answered(engine, name) for name in names)), 60)
+
+    assert [output["model"] for output in asyncio.run(run())] == ["org/other", "org/third", "org/name"] * 6
+
+
+def test_a_follower_lives_on_whatever_it_finds(
+    chat: TextEngine, settings: Settings, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("handler.refresh.LOOK_EVERY_S", 0.02)
+    follower = AliasFollower(chat, replace(settings, model=parse_reference("@chat")), pytest.fail)
+    store.layout.alias("chat").write_text(
+        '{"history": [{"repo_id": 7, "commit": [], "dtype": {}, "at": "x", "by": 1}]}'
+    )
+    follower.start()
+    time.sleep(0.2)
+    store.set_alias("chat", "org/other")
+    until = time.monotonic() + 20
+    while chat.model != "org/other" and time.monotonic() < until:
+        time.sleep(0.02)
+    follower.stop()
+    assert chat.model == "org/other"
 
 
 def test_without_a_list_only_the_own_model_is_served(settings: Settings, made: Made) -> None:

@@ -209,19 +209,32 @@ def test_an_error_for_the_sender_goes_through_as_it_is() -> None:
     assert output == {"error": "too long", "code": "INVALID_INPUT"}
 
 
-def test_a_worker_whose_gpu_is_lost_asks_to_be_replaced() -> None:
-    engine = Engine(error=RuntimeError("CUDA error: device-side assert triggered"))
-    assert "refresh_worker" not in answer(engine)
-    engine.broken = "the GPU does not answer any more"
-    assert answer(engine)["refresh_worker"] is True
+def test_a_worker_whose_gpu_is_lost_is_replaced_when_its_last_job_is_answered() -> None:
+    engine = Engine(takes_s=0.05)
+    one = worker(engine)
+    assert one.concurrency(1) == 16
+
+    async def run() -> None:
+        first, second = (
+            asyncio.create_task(one.handle(job)) for job in (JOB, JOB | {"input": {"prompt": "x", "stream": True}})
+        )
+        await asyncio.sleep(0.02)
+        engine.broken = "the GPU does not answer any more"
+        assert one.concurrency(16) == 1, "it takes no more"
+        await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
+        if not (first.done() and second.done()):
+            assert "refresh_worker" not in one.config, "the other one still runs"
+        await asyncio.gather(first, second)
+        assert one.config["refresh_worker"] is True
+
+    asyncio.run(run())
 
 
 def test_a_worker_that_is_to_be_replaced_says_so_with_its_next_answer() -> None:
     one = worker(Engine())
     one.replace("several GPUs")
-    output = asyncio.run(one.handle(JOB))
-    assert output["generated_text"] == "hi there"
-    assert output["refresh_worker"] is True
+    assert asyncio.run(one.handle(JOB))["generated_text"] == "hi there"
+    assert one.config["refresh_worker"] is True
 
 
 @pytest.mark.parametrize("job", [{}, {"id": 3}, {"input": 7}, {"input": {"prompt": ["x"]}}, {"input": {"op": "dance"}}])

@@ -14,6 +14,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +32,7 @@ from transformers import (
 )
 
 from handler.engines.detokenizer import Detokenizer
-from handler.jobs import Code, JobError, Sampling, is_out_of_memory
+from handler.jobs import Code, JobError, Sampling, is_gpu_lost, is_out_of_memory
 
 JOIN_EVERY = 16  # tokens; joining sooner would pay the pass over the tokens so far too often
 _SAY_EVERY = 32
@@ -131,6 +132,8 @@ class Batcher:
         self._most = self._room = most
         self._config = _greedy(model.generation_config, pad_token_id)
         ends = self._config.eos_token_id
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._context = context if isinstance(context, int) and context > 0 else 1 << 60
         self._ends = frozenset([ends] if isinstance(ends, int) else ends or ())
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []
@@ -162,6 +165,7 @@ class Batcher:
                 failed = error.with_traceback(None)  # whose frames hold the batch's tensors
             if failed is not None:
                 self._after_failure(rows, failed)
+                free_memory()
 
     def _next(self) -> list[Row] | None:
         """The rows to go on with; None when there will be none."""
@@ -182,7 +186,11 @@ class Batcher:
 
     def _wanted(self) -> bool:
         """Whether somebody waits who could join. What an encoder has read cannot be gone on with, only begun again."""
-        return not self._model.config.is_encoder_decoder and bool(self._waiting) and len(self._running) < self._room
+        return (
+            not self._model.config.is_encoder_decoder
+            and bool(self._waiting)
+            and (sum(not row.ended for row in self._running) < self._room)
+        )
 
     def _generate(self, rows: list[Row]) -> None:
         """Generate until all have ended, or somebody joins."""
@@ -201,12 +209,15 @@ class Batcher:
                 attention_mask=mask.to(device),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([_Chooser(rows, self._model.generation_config)]),
-                stopping_criteria=StoppingCriteriaList([_Watcher(rows, self._ends, self._wanted)]),
+                stopping_criteria=StoppingCriteriaList([_Watcher(rows, self._ends, self._wanted, self._context)]),
             )
 
     def _after_failure(self, rows: list[Row], error: Exception) -> None:
-        if "device-side assert" in str(error) or "launch failure" in str(error):
+        if is_gpu_lost(error):
             self.broken = f"the GPU does not answer any more ({str(error)[:200]})"
+            with self._changed:
+                rows = [*self._running, *self._waiting]
+                self._waiting.clear()
         if len(rows) == 1 or self.broken:
             for row in rows:
                 row.fail(error)
@@ -220,7 +231,6 @@ class Batcher:
             logger.warning("%s with %d prompts at once: trying them one by one", error, len(rows))
             for row in rows:
                 row.alone = True
-        free_memory()
 
 
 class _Chooser(LogitsProcessor):  # type: ignore[misc]
@@ -261,10 +271,13 @@ class _Chooser(LogitsProcessor):  # type: ignore[misc]
 
 
 class _Watcher(StoppingCriteria):  # type: ignore[misc]
-    """Hands each row its tokens, and says which have ended; all of them, where somebody `wanted` joins."""
+    """Hands each row its tokens, and says which have ended; all of them, where somebody `wanted` joins, or where one
+    that has ended would be carried on beyond the model's context."""
 
-    def __init__(self, rows: list[Row], ends: frozenset[int], wanted: Callable[[], bool]) -> None:
+    def __init__(self, rows: list[Row], ends: frozenset[int], wanted: Callable[[], bool], context: int) -> None:
         self._rows = rows
+        self._lengths = [len(row.tokens) for row in rows]
+        self._context = context
         self._ends = ends
         self._wanted = wanted
         self._steps = 0
@@ -275,7 +288,11 @@ class _Watcher(StoppingCriteria):  # type: ignore[misc]
             if not row.ended:
                 row.push(token, self._ends)
         ended = [row.ended for row in self._rows]
-        if self._steps >= JOIN_EVERY and self._wanted():
+        beyond = any(
+            row.ended and length + self._steps >= self._context
+            for row, length in zip(self._rows, self._lengths, strict=True)
+        )
+        if beyond or (self._steps >= JOIN_EVERY and self._wanted()):
             ended = [True for _row in self._rows]
         return torch.tensor(ended, device=input_ids.device)
 
@@ -284,23 +301,17 @@ def free_memory() -> None:
     """Give back what a failed or a finished request held."""
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # a GPU that is lost says so again, whatever it is asked
+            torch.cuda.empty_cache()
 
 
 def _greedy(defaults: GenerationConfig, pad_token_id: int | None) -> GenerationConfig:
     """The model's own generation config without what _Chooser does in its place."""
     config = copy.deepcopy(defaults)
+    # Neutral values, and not None, which `generate` would fill from the model's own again.
+    config.repetition_penalty, config.temperature, config.top_p, config.typical_p = 1.0, 1.0, 1.0, 1.0
+    config.min_length, config.num_beams, config.num_return_sequences = 0, 1, 1
     config.do_sample = False
-    for name in (
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "typical_p",
-        "repetition_penalty",
-        "max_length",
-        "min_length",
-    ):
-        setattr(config, name, None)
+    config.top_k = config.min_p = config.max_length = None
     config.pad_token_id = pad_token_id if pad_token_id is not None else 0
     return config

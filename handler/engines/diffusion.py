@@ -19,7 +19,7 @@ import torch
 
 from handler.engines.batcher import free_memory
 from handler.images import ImageRequest, Images, Step
-from handler.jobs import not_served
+from handler.jobs import is_gpu_lost, not_served
 from modelstore.catalog import Catalog, Snapshot
 from modelstore.errors import BadSafetensors, IntegrityError, NoWeights, Refused
 from modelstore.layout import Layout
@@ -54,7 +54,9 @@ class DiffusionEngine:
                 begun.reading.wait(file.path)
         if meanwhile is not None:
             meanwhile()
-        tensors = load_tensors(begun.snapshot, device, reading=begun.reading, timeline=begun.timeline)
+        tensors = load_tensors(
+            begun.snapshot, device, reading=begun.reading, weights=begun.early, timeline=begun.timeline
+        )
         with begun.timeline.span("build"):
             pipeline = build_pipeline(begun.snapshot, tensors, device)
         return cls(pipeline, begun)
@@ -118,7 +120,7 @@ class DiffusionEngine:
                     **{name: value for name, value in more.items() if value is not None},
                 )
         except Exception as error:
-            if "device-side assert" in str(error) or "launch failure" in str(error):
+            if is_gpu_lost(error):
                 self.broken = f"the GPU does not answer any more ({str(error)[:200]})"
             error.with_traceback(None)
             free_memory()

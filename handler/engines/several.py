@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -41,7 +42,8 @@ class Several:
         self._settings = settings
         self._load = load
         self._changed = threading.Condition()
-        self._loading = threading.Lock()
+        self._loads: dict[str, Future[None]] = {}
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
 
     @property
     def model(self) -> str:
@@ -59,8 +61,7 @@ class Several:
 
     def status(self) -> dict[str, Any]:
         """See Engine."""
-        others = [held.engine.status() for held in self._others.values()]
-        return self._own.engine.status() | {"other_models": others}
+        return self._own.engine.status() | {"other_models": list(self._others)}
 
     def swap(self, reference: str) -> Timeline:
         """See Engine."""
@@ -72,6 +73,7 @@ class Several:
 
     def close(self) -> None:
         """See Engine."""
+        self._loader.shutdown()
         for held in self._all():
             held.engine.close()
 
@@ -100,19 +102,19 @@ class Several:
                 self._own.answering += 1
             return self._own
         self._check_allowed(name)
-        found = self._found(name)
-        if found is not None:
-            return found
-        loading = asyncio.ensure_future(asyncio.to_thread(self._loaded, name))
-        try:
-            return await asyncio.shield(loading)
-        except asyncio.CancelledError:  # the model is loaded all the same, and answers one less
-            loading.add_done_callback(self._end_unanswered)
-            raise
+        while (held := self._found(name)) is None:
+            await asyncio.shield(
+                asyncio.wrap_future(self._loading(name))
+            )  # for the others, too, where this one is cancelled
+        return held
 
-    def _end_unanswered(self, loading: asyncio.Future[_Held]) -> None:
-        if not loading.cancelled() and loading.exception() is None:
-            self._end(loading.result())
+    def _loading(self, name: str) -> Future[None]:
+        """The load of a model, one for all who ask for it; in a thread of its own, because answers need the others."""
+        with self._changed:
+            loading = self._loads.get(name)
+            if loading is None or loading.done():
+                loading = self._loads[name] = self._loader.submit(self._load_one, name)
+            return loading
 
     def _end(self, held: _Held) -> None:
         with self._changed:
@@ -139,22 +141,20 @@ class Several:
                 held.used_at = time.monotonic()
             return held
 
-    def _loaded(self, name: str) -> _Held:
-        """The same, once it is loaded; one at a time."""
-        with self._loading:
-            while (held := self._found(name)) is None:
-                try:
-                    engine = self._load(replace(self._settings, model=parse_reference(name)))
-                except DoesNotFit as error:
-                    if not self._give_one_up():
-                        raise JobError(Code.MODEL_UNAVAILABLE, str(error)) from error
-                    continue
-                except ModelStoreError as error:
-                    raise JobError(Code.MODEL_UNAVAILABLE, f"{type(error).__name__}: {error}") from error
-                logger.info("%s is loaded beside %d other models", name, len(self._others) + 1)
-                with self._changed:
-                    self._others[name] = _Held(engine)
-            return held
+    def _load_one(self, name: str) -> None:
+        """Load a model, giving up others until there is room."""
+        while name not in self._others:
+            try:
+                engine = self._load(replace(self._settings, model=parse_reference(name)))
+            except DoesNotFit as error:
+                if not self._give_one_up():
+                    raise JobError(Code.MODEL_UNAVAILABLE, str(error)) from error
+                continue
+            except ModelStoreError as error:
+                raise JobError(Code.MODEL_UNAVAILABLE, f"{type(error).__name__}: {error}") from error
+            logger.info("%s is loaded beside %d other models", name, len(self._others) + 1)
+            with self._changed:
+                self._others[name] = _Held(engine)
 
     def _give_one_up(self) -> bool:
         """Unload the least recently used model that a job brought, once it answers nobody; whether there was one."""

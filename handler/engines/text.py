@@ -147,7 +147,8 @@ class TextEngine:
             left = len(rows)
             while left:
                 piece = await pieces.next()
-                prompt_tokens = lengths[piece.index] if piece.finish_reason else 0
+                counted = piece.finish_reason and not piece.index % request.choices
+                prompt_tokens = lengths[piece.index] if counted else 0
                 left -= piece.finish_reason is not None
                 yield replace(piece, prompt_tokens=prompt_tokens, model=loaded.key.repo_id)
         finally:
@@ -306,6 +307,8 @@ def _rows(request: TextRequest, loaded: Loaded, pieces: _Pieces) -> list[Row]:
     for index, prompt in enumerate(request.prompts):
         tokens = _encode(prompt, loaded)
         sampling = _fitted(len(tokens), request, loaded)
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=sampling.seed + index % request.choices)
         decode = partial(loaded.tokenizer.decode, skip_special_tokens=True)
         detokenizer = Detokenizer(decode, sampling.stop, at_once=not request.stream)
         rows.append(Row(tokens, sampling, detokenizer, _Receiver(index, pieces), every_token=request.stream))
