@@ -26,22 +26,23 @@ def _of_machine(meminfo: Path) -> int | None:
 
 
 def _of_cgroup_2(folder: Path) -> int | None:
-    return _left(folder / "memory.max", folder / "memory.current", folder / "memory.stat", "inactive_file")
+    return _left(folder / "memory.max", folder / "memory.current", folder / "memory.stat", "")
 
 
 def _of_cgroup_1(folder: Path) -> int | None:
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
     limit, usage, stat = (folder / name for name in names)
-    return _left(limit, usage, stat, "total_inactive_file")
+    return _left(limit, usage, stat, "total_")
 
 
-def _left(limit: Path, usage: Path, stat: Path, cache: str) -> int | None:
-    """A container's limit less what it holds, but for cached files that nobody uses."""
+def _left(limit: Path, usage: Path, stat: Path, prefix: str) -> int | None:
+    """A container's limit less what it holds, but for cached files."""
     most, held = _read(limit).strip(), _read(usage).strip()
     if not (most.isdigit() and held.isdigit()) or int(most) >= _UNLIMITED:
         return None
-    cached = next((int(line.split()[1]) for line in _read(stat).splitlines() if line.startswith(f"{cache} ")), 0)
-    return int(most) - int(held) + cached
+    cache = (f"{prefix}inactive_file", f"{prefix}active_file")
+    lines = [line.split() for line in _read(stat).splitlines()]
+    return int(most) - int(held) + sum(int(line[1]) for line in lines if len(line) == 2 and line[0] in cache)
 
 
 def _read(path: Path) -> str:

@@ -38,7 +38,7 @@ def test_the_machines_memory_where_there_is_no_limit(proc: Path, tmp_path: Path)
 
 
 def test_a_containers_limit_counts_and_its_cache_is_free(proc: Path, tmp_path: Path) -> None:
-    stat = f"anon 7\ninactive_file {3 * GB}\ntotal_inactive_file {4 * GB}\n"
+    stat = f"anon 7\ninactive_file {2 * GB}\nactive_file {GB}\ntotal_inactive_file {GB}\ntotal_active_file {3 * GB}\n"
     two = write(tmp_path / "two", memory__max=str(16 * GB), memory__current=str(10 * GB), memory__stat=stat)
     assert free_bytes(proc, two) == 9 * GB
     write(
