@@ -22,8 +22,13 @@ SEED = [sys.executable, "-m", "modelstore", "seed", "org/name", "--json", "--qui
 
 
 def start(env: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+    """A seeder. A shell's background job ignores Ctrl-C, and so would what it starts: this one does not."""
     return subprocess.Popen(
-        [*SEED, *arguments], env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ["env", "--default-signal=INT", *SEED, *arguments],
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
