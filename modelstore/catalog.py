@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelstore import aliases, durable
-from modelstore.errors import BadManifest, FormatTooNew, RootUnusable, UnsafeName
+from modelstore.errors import BadManifest, FormatTooNew, IntegrityError, RootUnusable, UnsafeName
 from modelstore.layout import FORMAT_VERSION, MANIFEST, Layout, SnapshotKey, key_from_parts
 from modelstore.manifest import FileRecord, Manifest, parse_manifest
 from modelstore.reference import Reference, is_commit, local_repo_id
@@ -146,6 +146,12 @@ class Catalog:
             return Snapshot(path, manifest, os.lstat(path / MANIFEST).st_ino)
         except FileNotFoundError:  # evicted while we looked
             return None
+
+    def check_unchanged(self, snapshot: Snapshot) -> None:
+        """Raise IntegrityError where what is published is not any more what this snapshot's manifest says."""
+        found = self.published(snapshot.key)
+        if found is None or found.manifest != snapshot.manifest:
+            raise IntegrityError(f"{snapshot.key} is not on the volume as it was loaded: restart the worker")
 
     def manifest(self, key: SnapshotKey) -> Manifest | None:
         """What stands where the snapshot belongs says that it is; None where it says nothing that can be trusted."""

@@ -21,7 +21,7 @@ from handler.engines.batcher import free_memory
 from handler.images import ImageRequest, Images, Step
 from handler.jobs import is_gpu_lost, not_served
 from modelstore.catalog import Catalog, Snapshot
-from modelstore.errors import BadSafetensors, IntegrityError, NoWeights, Refused
+from modelstore.errors import BadSafetensors, NoWeights, Refused
 from modelstore.layout import Layout
 from modelstore.loader import build_part
 from modelstore.tensors import load_tensors
@@ -42,7 +42,6 @@ class DiffusionEngine:
         self._settings = begun.settings
         self._in_use = begun.in_use
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draw")
-        self._turn = threading.Lock()
         self.broken = ""
 
     @classmethod
@@ -109,7 +108,7 @@ class DiffusionEngine:
         if request.negative_prompt:
             more["negative_prompt"] = request.negative_prompt
         try:
-            with self._turn, torch.inference_mode():
+            with torch.inference_mode():
                 made = self._pipeline(
                     prompt=request.prompt,
                     num_inference_steps=request.steps,
@@ -133,9 +132,7 @@ class DiffusionEngine:
 
     def check(self) -> None:
         """See Engine."""
-        found = Catalog(Layout(self._settings.root)).published(self._snapshot.key)
-        if found is None or found.manifest != self._snapshot.manifest:
-            raise IntegrityError(f"{self._snapshot.key} is not on the volume as it was loaded: restart the worker")
+        Catalog(Layout(self._settings.root)).check_unchanged(self._snapshot)
 
     def status(self) -> dict[str, Any]:
         """See Engine."""

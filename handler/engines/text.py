@@ -107,10 +107,7 @@ class TextEngine:
 
     def check(self) -> None:
         """See Engine."""
-        loaded = self._loaded
-        found = Catalog(Layout(self._settings.root)).published(loaded.key)
-        if found is None or found.manifest != loaded.snapshot.manifest:
-            raise IntegrityError(f"{loaded.key} is not on the volume as it was loaded: restart the worker")
+        Catalog(Layout(self._settings.root)).check_unchanged(self._loaded.snapshot)
         if self.broken:
             raise IntegrityError(self.broken)
 
