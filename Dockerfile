@@ -3,12 +3,14 @@
 #
 #   docker build --platform linux/amd64 -t you/modelstore-worker .
 #   docker build --platform linux/amd64 --build-arg EXTRA=worker,diffusion -t you/modelstore-diffusion .
+#   docker build --platform linux/amd64 --build-arg EXTRA=vllm --build-arg BASE_IMAGE=vllm/vllm-openai:v0.32.0 \
+#       --build-arg VLLM_PYTHON=/usr/bin/python3 -t you/modelstore-vllm .
 #
 # scripts/build_image builds the same file without a Docker engine, runs its main job and tells its size.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS build
-# What to serve with: worker (text), worker,diffusion
+# What to serve with: worker (text), worker,diffusion, or vllm, whose base image has vLLM in an environment of its own
 ARG EXTRA=worker
 # A mirror or a folder of wheels, where the build does not reach PyPI
 ARG PIP_INDEX_URL=https://pypi.org/simple
@@ -19,7 +21,7 @@ WORKDIR /src
 RUN python3 -m venv /opt/venv
 COPY scripts/constraints.txt scripts/
 # torch first and by itself: it is most of the image, and its layer stays while the rest changes
-RUN /opt/venv/bin/pip install --no-compile -c scripts/constraints.txt torch
+RUN [ "${EXTRA}" = vllm ] || /opt/venv/bin/pip install --no-compile -c scripts/constraints.txt torch
 COPY pyproject.toml README.md ./
 COPY modelstore modelstore
 COPY handler handler
@@ -29,7 +31,10 @@ RUN /opt/venv/bin/pip install --no-compile -c scripts/constraints.txt ".[${EXTRA
         -not -path '*/torch/*' -prune -exec rm -r {} +
 WORKDIR /tmp
 # A start with a tiny random model: it shows that the image works, and leaves the byte-code of all that a start imports
-RUN /opt/venv/bin/python -c "from pathlib import Path; from modelstore.bench import make_checkpoint; \
+RUN if [ "${EXTRA}" = vllm ]; then \
+        exec /opt/venv/bin/python -c "import handler.engines.vllm, handler.worker, runpod, modelstore.store"; \
+    fi; \
+    /opt/venv/bin/python -c "from pathlib import Path; from modelstore.bench import make_checkpoint; \
         make_checkpoint(Path('/tmp/tiny'), 2_000_000, 'float16')" \
     && MODEL_ID=file:///tmp/tiny MODELSTORE_ROOT=/tmp/store /opt/venv/bin/python -m handler \
         --test_input '{"input": {"prompt": "a", "max_tokens": 2}}' \
@@ -40,8 +45,12 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HF_HUB_DISABLE_TELEMETRY=1
+# The interpreter that has vLLM, in the base image
+ARG VLLM_PYTHON
+ENV MODELSTORE_VLLM_PYTHON=${VLLM_PYTHON}
 WORKDIR /worker
 COPY --from=build /opt/venv /opt/venv
 COPY handler/test_input.json .
 # RunPod mounts the volume as root's, and gives a worker no other way to write there: the user stays root.
+ENTRYPOINT []
 CMD ["python", "-m", "handler"]

@@ -51,7 +51,7 @@ def start() -> Callable[[], None]:
             try:
                 import_module(f"handler.engines.{name}")
             except ModuleNotFoundError as error:
-                extra = "diffusion" if name == "diffusion" else "worker"
+                extra = "worker" if name == "text" else name
                 raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[{extra}]'") from error
             import handler.worker  # noqa: F401
 
@@ -67,13 +67,19 @@ def start() -> Callable[[], None]:
         import_sdk()
         return weights
 
+    if settings.engine == "vllm":
+        import_engine("vllm")
+        return _serving(_with_vllm(settings, timeline, import_sdk), settings, timeline)
     begun = begin(settings, timeline=timeline, meanwhile=beside_a_download)
     name = settings.engine or _engine_for(begun.snapshot)
     logger.info("the engine is %s: %s", name, "as set by ENGINE" if settings.engine else "by what the snapshot holds")
     import_engine(name)
+    return _serving((_drawing if name == "diffusion" else _writing)(begun, import_sdk), settings, timeline)
+
+
+def _serving(engine: Engine, settings: Settings, timeline: Timeline) -> Callable[[], None]:
     from handler.worker import serve
 
-    engine = (_drawing if name == "diffusion" else _writing)(begun, import_sdk)
     timeline.mark("ready")
     print(timeline.log_line(), file=sys.stderr, flush=True)
     return partial(serve, engine, settings, timeline.as_json())
@@ -100,6 +106,23 @@ def _writing(begun: Begun, meanwhile: Callable[[], None]) -> Engine:
 
     own = begun.load(partial(TextEngine.load, meanwhile=meanwhile))
     return Several(own, begun.settings, load_another)
+
+
+def _with_vllm(settings: Settings, timeline: Timeline, meanwhile: Callable[[], None]) -> Engine:
+    from handler.engines.vllm import Server, VllmEngine
+
+    server = Server(settings.vllm_python)  # it imports vLLM beside all that follows
+    try:
+        begun = begin(settings, timeline=timeline, into="shared")
+        meanwhile()
+        try:
+            return begun.load(partial(VllmEngine.load, server))
+        except BaseException:
+            begun.in_use.end()
+            raise
+    except BaseException:
+        server.end()
+        raise
 
 
 def _drawing(begun: Begun, meanwhile: Callable[[], None]) -> Engine:

@@ -57,6 +57,31 @@ def parse_route(route: object) -> Route:
     raise invalid(f"openai_route must be /v1/chat/completions, /v1/completions or /v1/models, not {str(route)[:80]!r}")
 
 
+def parse_request(route: object, body: object, limits: Limits) -> tuple[str, Mapping[str, Any] | None]:
+    """A route and a body for a server that has OpenAI's routes itself, and checks what is not a limit of ours.
+
+    A request without a body is a GET. Raises JobError.
+    """
+    path = route.split("?")[0].strip("/") if isinstance(route, str) else ""
+    if not path.startswith("v1/") or ".." in path or not path.replace("/", "").isprintable():
+        raise invalid(f"openai_route must be one of OpenAI's routes, as in /v1/completions, not {str(route)[:80]!r}")
+    if body is not None and not isinstance(body, dict):
+        raise invalid("openai_input must be an object")
+    if not body:
+        return f"/{path}", None
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+        if body.get(name) is not None:
+            integer(body, name, 1, at_least=1, at_most=limits.max_tokens)
+    choices = integer(body, "n", 1, at_least=1, at_most=limits.prompts)
+    prompts = body["prompt"] if isinstance(body.get("prompt"), list) else [body.get("prompt")]
+    if isinstance(prompts[0] if prompts else None, str | list) and len(prompts) * choices > limits.prompts:
+        raise invalid(f"n times the prompts must be at most {limits.prompts}, not {len(prompts) * choices}")
+    size = len(json.dumps([body.get(name) for name in ("prompt", "messages", "input")], ensure_ascii=False))
+    if size > limits.prompt_characters:
+        raise invalid(f"prompt, messages and input must have at most {limits.prompt_characters} characters, not {size}")
+    return f"/{path}", body
+
+
 def parse_body(route: Route, body: object, limits: Limits) -> TextRequest:
     """The request of a completion; `n` choices are as many prompts. Raises JobError."""
     if not isinstance(body, dict):

@@ -16,7 +16,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from handler import openai
-from handler.engines import Engine, ImageEngine, TextEngine
+from handler.engines import Engine, ImageEngine, OpenAIEngine, TextEngine
 from handler.images import Images, Step, parse_image
 from handler.jobs import (
     Answer,
@@ -193,6 +193,8 @@ class Worker:
         return self._engine
 
     async def _answer_openai(self, job: Job, data: Mapping[str, Any]) -> Any:
+        if isinstance(self._engine, OpenAIEngine):
+            return await self._pass_on(job, data, self._engine)
         route = openai.parse_route(data["openai_route"])
         if route == "models":
             return openai.models(self._models(), created=int(time.time()))
@@ -213,6 +215,19 @@ class Worker:
         end = answer.last_events(usage=openai.wants_usage(body))
         await self._wire.stream(job, end)
         return said + end
+
+    async def _pass_on(self, job: Job, data: Mapping[str, Any], engine: OpenAIEngine) -> Any:
+        route, body = openai.parse_request(data["openai_route"], data.get("openai_input"), self._limits)
+        whole: list[dict[str, Any]] = []
+
+        def events(said: str | dict[str, Any]) -> list[Any]:
+            if isinstance(said, str):
+                return [said]
+            whole.append(said)
+            return []
+
+        streamed = await self._consumed(job, engine.openai(route, body), events, lambda events: ["".join(events)])
+        return whole[0] if whole else streamed
 
     async def _consumed(
         self,

@@ -298,10 +298,10 @@ def _direct_read(fd: int, view: memoryview, offset: int) -> int:
         return -1
 
 
-def send_file(sock: socket.socket, index: int, fd: int, memory_fd: int | None, **record: Any) -> None:
+def send_file(sock: socket.socket, index: int, fd: int, memory_fd: int, **record: Any) -> None:
     """Give the reader process a file: `record` holds size_bytes, block_bytes and checksums."""
     data = json.dumps({"index": index, **record}).encode()
-    fds = [fd] if memory_fd is None else [fd, memory_fd]
+    fds = [fd] if memory_fd < 0 else [fd, memory_fd]
     socket.send_fds(sock, [MESSAGE.pack(FILE, len(data))], fds)
     sock.sendall(data)
 

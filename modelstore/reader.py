@@ -57,6 +57,7 @@ class _Opened:
     fd: int
     block_bytes: int
     memory: memoryview | None
+    memory_fd: int = -1
     left: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,6 +100,10 @@ class Reading:
         """Whether weights that are added pass through a ring."""
         return self._ring_bytes > 0
 
+    def holds(self, path: str) -> bool:
+        """Whether the file was added."""
+        return any(opened.record.path == path for opened in self._files)
+
     def in_ring(self, path: str) -> bool:
         """Whether the file has no memory of its own."""
         return self._opened(path).memory is None
@@ -110,8 +115,8 @@ class Reading:
             in_ring = self._ring_bytes > 0 and record.path.endswith(".safetensors")
             if in_ring and self._ring is None:
                 self._make_ring(block_bytes)
-            memory, memory_fd = (None, None) if in_ring else self._shared_memory(record.size_bytes)
-            opened = _Opened(record, folder, fd, block_bytes, memory)
+            memory, memory_fd = (None, -1) if in_ring else self._shared_memory(record.size_bytes)
+            opened = _Opened(record, folder, fd, block_bytes, memory, memory_fd)
             with self._changed:
                 index = len(self._files)
                 self._files.append(opened)
@@ -121,9 +126,7 @@ class Reading:
                     file = blocks.File(index, os.dup(fd), record.size_bytes, block_bytes, checksums, memory)
                     self._threads.add(file)
                 elif self._process is not None:
-                    self._process.add(index, opened, checksums, memory_fd)
-            if memory_fd is not None:
-                os.close(memory_fd)
+                    self._process.add(index, opened, checksums)
 
     def adopt(self, folder: Path, record: FileRecord, memory: memoryview, *, block_bytes: int) -> None:
         """Take a file of `folder` whose bytes are in `memory` already, and right: all its blocks have arrived."""
@@ -180,6 +183,18 @@ class Reading:
         opened = self._opened(path)
         self._until(lambda: not opened.left)
         return self.memory(path)
+
+    def descriptor(self, path: str) -> int:
+        """A descriptor of the memory that holds one file, all of it and nothing else, once it has arrived: another
+        process may open it as /proc/PID/fd/N until this reading is closed. -1 where no such process can see the memory.
+
+        Raises as `wait` does.
+        """
+        opened = self._opened(path)
+        if opened.memory_fd >= 0:
+            self.wait(path)
+            os.ftruncate(opened.memory_fd, opened.record.size_bytes)  # its memory is a little longer
+        return opened.memory_fd
 
     def wait_all(self) -> None:
         """Return when everything has arrived; raises as `wait` does."""
@@ -256,9 +271,10 @@ class Reading:
             process.end()
         with self._changed:
             for opened in self._files:
-                if opened.fd >= 0:
-                    os.close(opened.fd)
-                    opened.fd = -1
+                for fd in (opened.fd, opened.memory_fd):
+                    if fd >= 0:
+                        os.close(fd)
+                opened.fd = opened.memory_fd = -1
 
     def _opened(self, path: str) -> _Opened:
         return next(opened for opened in self._files if opened.record.path == path)
@@ -296,10 +312,10 @@ class Reading:
         """Whether nothing more will arrive."""
         return self.ended is not None or self._error is not None
 
-    def _shared_memory(self, size_bytes: int) -> tuple[memoryview, int | None]:
-        """Memory for a file, with a descriptor where a process shares it."""
+    def _shared_memory(self, size_bytes: int) -> tuple[memoryview, int]:
+        """Memory for a file, with a descriptor where a process shares it, else -1."""
         if self._process is None:
-            return host_memory(size_bytes), None
+            return host_memory(size_bytes), -1
         length = _memory_length(size_bytes)
         fd = os.memfd_create("modelstore", os.MFD_CLOEXEC)
         os.ftruncate(fd, length)
@@ -310,7 +326,7 @@ class Reading:
         self._ring, fd = self._shared_memory(max(4, self._ring_bytes // slot_bytes) * slot_bytes)
         if self._threads is not None:
             self._threads.use_ring(self._ring, slot_bytes)
-        elif self._process is not None and fd is not None:
+        elif self._process is not None:
             self._process.use_ring(fd, slot_bytes)
             os.close(fd)
 
@@ -353,9 +369,9 @@ class _Process:
             its.close()
         return cls(reading, pid, ours)
 
-    def add(self, index: int, opened: _Opened, checksums: str, memory_fd: int | None) -> None:
+    def add(self, index: int, opened: _Opened, checksums: str) -> None:
         record = {"size_bytes": opened.record.size_bytes, "block_bytes": opened.block_bytes, "checksums": checksums}
-        self._send(lambda: blocks.send_file(self._socket, index, opened.fd, memory_fd, **record))
+        self._send(lambda: blocks.send_file(self._socket, index, opened.fd, opened.memory_fd, **record))
 
     def use_ring(self, fd: int, slot_bytes: int) -> None:
         self._send(lambda: blocks.send_ring(self._socket, fd, slot_bytes))
@@ -396,17 +412,22 @@ class _Process:
             reading._failed(OSError(0, f"the reader process was ended by {how}"))
 
 
-def start_reading(snapshot: Snapshot, *, verify: bool = True, beside: bool = False, ring_bytes: int = 0) -> Reading:
+def start_reading(
+    snapshot: Snapshot, *, verify: bool = True, beside: bool = False, ring_bytes: int = 0, weights: bool = True
+) -> Reading:
     """Start to read a snapshot into host memory: the small files, so that they are verified too, then the weights.
 
-    The arguments are those of `Reading`. Raises NoWeights, and SnapshotNotFound where it was evicted meanwhile.
+    `weights`: whether to read those. The other arguments are those of `Reading`. Raises NoWeights, and SnapshotNotFound
+    where it was evicted meanwhile.
     """
     if not snapshot.weights:
         raise NoWeights(f"{snapshot.key} has no weights: remove it and seed the model again")
     small = [file for file in snapshot.manifest.files if not file.path.endswith(".safetensors")]
     reading = Reading(verify=verify, beside=beside, ring_bytes=ring_bytes)
     try:
-        reading.add(snapshot.path, (*small, *snapshot.weights), block_bytes=snapshot.manifest.block_bytes)
+        reading.add(
+            snapshot.path, (*small, *(snapshot.weights if weights else ())), block_bytes=snapshot.manifest.block_bytes
+        )
     except BaseException:
         reading.close()
         raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from modelstore.layout import DTYPES
 from modelstore.reference import Reference, parse_reference
 
 Dtype = Literal["float16", "bfloat16", "float32", "keep"]
-EngineName = Literal["text", "diffusion"]
+EngineName = Literal["text", "diffusion", "vllm"]
 
 RUNPOD_VOLUME = Path("/runpod-volume")
 POD_VOLUME = Path("/workspace")
@@ -52,7 +53,13 @@ FIELDS = (
     Field("MODELSTORE_ALLOW_PICKLE", "0", "`1`: convert repos that have their weights only as pickles"),
     Field("MODELSTORE_TRUST_REMOTE_CODE", "0", "`1`: store and run a repo's own code, if its commit is named in full"),
     Field("MODELSTORE_KEEP_PREVIOUS", "0", "`1`: a worker that swaps models keeps the one before in host memory"),
-    Field("ENGINE", "", "what serves: `text` or `diffusion`; by what the snapshot holds without it"),
+    Field(
+        "ENGINE", "", "what serves: `text`, `diffusion` or `vllm`; the first two by what the snapshot holds without it"
+    ),
+    Field(
+        "MODELSTORE_VLLM_PYTHON", "", "the interpreter of the environment that has vLLM; the worker's own without it"
+    ),
+    Field("MODELSTORE_VLLM_ARGS", "", "options for `vllm serve`, such as `--max-model-len 8192 --enforce-eager`"),
     Field("MAX_CONCURRENCY", "16", "jobs that a worker takes at once; they share the GPU in one batch"),
     Field("MODELSTORE_MAX_TOKENS", "2048", "the most tokens that a job may ask for"),
     Field("MODELSTORE_MAX_PROMPT_CHARACTERS", "1000000", "the longest prompt"),
@@ -70,6 +77,14 @@ FIELDS = (
 def bare_environment() -> dict[str, str]:
     """For a process of our own: what the dynamic loader needs, and no token."""
     return {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
+
+
+def server_environment() -> dict[str, str]:
+    """For a server of somebody else's that loads a model by its path: all that is set but our settings and the token,
+    and not a word to the Hub."""
+    ours = {field.variable for field in FIELDS} - {"CUDA_VISIBLE_DEVICES"}
+    kept = {name: value for name, value in os.environ.items() if name not in ours and "TOKEN" not in name}
+    return kept | {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +111,8 @@ class Settings:
     max_pixels: int = 2048 * 2048
     max_images: int = 4
     engine: EngineName | None = None
+    vllm_python: Path | None = None
+    vllm_args: tuple[str, ...] = ()
     max_job_s: float = 600.0
     hf_token: str | None = field(default=None, repr=False)
     hf_endpoint: str = HUB
@@ -139,6 +156,8 @@ class Settings:
             max_pixels=_count(env, "MODELSTORE_MAX_PIXELS", 2048 * 2048),
             max_images=_count(env, "MODELSTORE_MAX_IMAGES", 4),
             engine=_engine(env),
+            vllm_python=Path(env["MODELSTORE_VLLM_PYTHON"]) if env.get("MODELSTORE_VLLM_PYTHON") else None,
+            vllm_args=_arguments(env, "MODELSTORE_VLLM_ARGS"),
             max_job_s=_number(env, "MODELSTORE_MAX_JOB_S", 600.0, at_least=0.0),
             hf_token=_token(env.get("HF_TOKEN", "")),
             hf_endpoint=_endpoint(env.get("HF_ENDPOINT") or HUB),
@@ -217,6 +236,13 @@ def _engine(env: Mapping[str, str]) -> EngineName | None:
     if text not in ("", *get_args(EngineName)):
         raise InvalidSetting(f"ENGINE={text!r} is not known: use one of {', '.join(get_args(EngineName))}")
     return cast(EngineName, text) if text else None
+
+
+def _arguments(env: Mapping[str, str], variable: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(env.get(variable, "")))
+    except ValueError as error:
+        raise InvalidSetting(f"{variable} cannot be split into words ({error}): close its quotes") from error
 
 
 def _switch(env: Mapping[str, str], variable: str) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from modelstore import gpu, host
 from modelstore.catalog import Catalog, Snapshot, Status
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Into = Literal["device", "host", "shared"]
 
 _LOG_EVERY_S = 5.0
 _LOOKS = 5
@@ -165,14 +166,15 @@ def begin(
     *,
     observer: Observer | None = None,
     timeline: Timeline | None = None,
-    to_host: bool = False,
+    into: Into = "device",
     meanwhile: Callable[[Reading], object] = lambda _reading: None,
 ) -> Begun:
     """Make sure that the model is on the volume, and start to read its weights.
 
-    `timeline`: that of the process by default. `to_host`: into host memory, where there is a GPU, too. `meanwhile`:
-    what will be needed next, such as imports, and a taker of what of the weights is there already; called in a thread
-    beside a download or a wait, not at all on a hit.
+    `timeline`: that of the process by default. `into`: what the bytes are read for: a device, the CPU where there is no
+    GPU; host memory; or memory that a server beside this process opens, which gets no more than the small files where
+    the host has no room for the weights. `meanwhile`: what will be needed next, such as imports, and a taker of what of
+    the weights is there already; called in a thread beside a download or a wait, not at all on a hit, nor for a server.
 
     Raises InvalidSetting where no model is set, DoesNotFit where the GPUs or the host have no room for it, and whatever
     `ModelStore.ensure` raises.
@@ -183,7 +185,7 @@ def begin(
     settings.check_allowed(settings.model)
     observer = observer or LogObserver()
     layout = Layout(settings.root)
-    gpus = None if to_host else gpu.free_bytes(settings.visible_gpus)
+    gpus = gpu.free_bytes(settings.visible_gpus) if into == "device" else None
     ring_bytes = 0 if gpus is None else RING_BYTES
     check_fits = partial(_check_fits, gpus, host.free_bytes())
     mark: InUse | None = None
@@ -193,7 +195,12 @@ def begin(
         for attempt in range(_LOOKS):
             with timeline.span("lookup"):
                 snapshot = Catalog(layout).find(settings.model, settings.dtype)
-            if snapshot is None:
+            if snapshot is None and into == "shared":
+                from modelstore.store import ModelStore
+
+                store = ModelStore(settings.root, settings=settings)
+                snapshot = store.ensure(settings.model, timeline=timeline, observer=observer)
+            elif snapshot is None:
                 snapshot, reading, early = _made(settings, observer, timeline, check_fits, ring_bytes, meanwhile)
             if mark is None or mark.key != snapshot.key:
                 if mark is not None:
@@ -207,8 +214,8 @@ def begin(
                     continue
             try:
                 if reading is None:
-                    check_fits(snapshot.key, sum(file.size_bytes for file in snapshot.weights))
-                reading = reading or start_reading(snapshot, beside=True, ring_bytes=ring_bytes)
+                    weights = _worth_reading(snapshot, check_fits, into)
+                    reading = start_reading(snapshot, beside=True, ring_bytes=ring_bytes, weights=weights)
                 break
             except SnapshotNotFound:  # evicted between the look and the open
                 if attempt + 1 == _LOOKS:
@@ -252,6 +259,18 @@ def _made(
         following.give_up()
         raise
     return snapshot, followed, early[0] if early and followed is not None else None
+
+
+def _worth_reading(snapshot: Snapshot, check_fits: Callable[[SnapshotKey, int], None], into: Into) -> bool:
+    """Whether to read the weights, too; raises DoesNotFit where nothing else will do."""
+    try:
+        check_fits(snapshot.key, sum(file.size_bytes for file in snapshot.weights))
+    except DoesNotFit as error:
+        if into != "shared":
+            raise
+        logger.warning("the server will read the weights from the volume by itself: %s", error)
+        return False
+    return True
 
 
 def _check_fits(gpus: list[int] | None, host_bytes: int | None, key: SnapshotKey, weights_bytes: int) -> None:

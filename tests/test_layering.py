@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "modelstore"
 ORDER = [
     "errors", "timeline", "reference", "layout", "settings", "manifest", "durable", "claim", "observer", "sources",
     "wire", "hub", "checksums", "partial", "download", "header", "convert", "selection", "aliases", "catalog", "pins", "evict", "space", "unpickle",
-    "finished", "fill", "verify", "store", "gc", "blocks", "reader", "follow", "transfer", "tensors", "loader", "gpu", "host", "warmstart", "contenders", "bench", "console", "alias_cli", "cli",
+    "finished", "fill", "verify", "store", "gc", "blocks", "reader", "shared", "follow", "transfer", "tensors", "loader", "gpu", "host", "warmstart", "contenders", "bench", "console", "alias_cli", "cli",
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "runpod", "accelerate"}
 

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from handler.jobs import JobError, Limits, Piece, Prompt, TextRequest
-from handler.openai import OpenAIAnswer, Route, failed, models, parse_body, parse_route, wants_usage
+from handler.openai import (
+    OpenAIAnswer,
+    Route,
+    failed,
+    models,
+    parse_body,
+    parse_request,
+    parse_route,
+    wants_usage,
+)
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 LIMITS = Limits(prompts=4)
@@ -127,3 +136,34 @@ def test_models_and_errors() -> None:
         parse_body("completions", {}, LIMITS)
     error = failed(caught.value)["error"]
     assert (error["type"], error["code"]) == ("invalid_request_error", "INVALID_INPUT")
+
+
+@pytest.mark.parametrize("route", ["/v1/completions", "v1/responses/", "/v1/models?x=1"])
+def test_a_server_of_its_own_gets_any_route_of_openais(route: str) -> None:
+    path, body = parse_request(route, None, LIMITS)
+    assert path == f"/{route.split('?')[0].strip('/')}"
+    assert body is None
+    assert parse_request(route, CHAT, LIMITS)[1] == CHAT
+
+
+@pytest.mark.parametrize("route", ["/metrics", "", None, "/v1/../metrics", "/v1", "/v1/a\nb", "http://host/v1/x"])
+def test_a_server_of_its_own_gets_nothing_but_openais_routes(route: object) -> None:
+    with pytest.raises(JobError, match="one of OpenAI's routes"):
+        parse_request(route, None, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (CHAT | {"max_tokens": 5000}, "max_tokens"),
+        (CHAT | {"max_completion_tokens": 5000}, "max_completion_tokens"),
+        (CHAT | {"n": 5}, "n must be"),
+        ({"prompt": ["a"] * 3, "n": 2}, "at most 4, not 6"),
+        ({"prompt": [[1], [2], [3], [4], [5]]}, "at most 4, not 5"),
+        ({"prompt": "x" * 2_000_000}, "at most 1000000 characters"),
+        ("x", "openai_input must be an object"),
+    ],
+)
+def test_limits_hold_for_a_server_of_its_own_too(body: Any, words: str) -> None:
+    with pytest.raises(JobError, match=words):
+        parse_request("/v1/completions", body, LIMITS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from handler.images import ImageRequest, Images, Step
@@ -46,6 +46,17 @@ class TextEngine(Engine, Protocol):
 
     def generate(self, request: TextRequest) -> AsyncIterator[Piece]:
         """The pieces of all the request's prompts, as they come; whoever stops to ask for them ends the generation.
+
+        Raises JobError for what the sender can mend. Requests may overlap.
+        """
+
+
+@runtime_checkable
+class OpenAIEngine(TextEngine, Protocol):
+    """Continues texts, and serves OpenAI's routes by itself."""
+
+    def openai(self, route: str, body: Mapping[str, Any] | None) -> AsyncIterator[str | dict[str, Any]]:
+        """The events of a stream as they come, each as it goes over the wire, or else the one answer.
 
         Raises JobError for what the sender can mend. Requests may overlap.
         """

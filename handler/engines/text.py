@@ -165,7 +165,7 @@ class TextEngine:
             timeline = Timeline(worker=settings.worker_id, model=str(settings.model), began=time.monotonic())
             loaded = self._in_memory(settings, timeline)
             if loaded is None:
-                begun = begin(settings, timeline=timeline, to_host=True)
+                begun = begin(settings, timeline=timeline, into="host")
                 try:
                     loaded = begun.load(partial(Loaded.from_start, device="cpu"))
                     self._exchange(loaded, timeline)

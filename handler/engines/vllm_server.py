@@ -1,0 +1,43 @@
+"""`vllm serve`, with its imports done before anybody knows what to serve.
+
+    python vllm_server.py < one line, a JSON list of the arguments
+
+Runs as a file, under the interpreter that has vLLM, which need not have anything of ours. Nothing of vLLM is used but
+its command: what it is told, and what it answers, are its own documented options and routes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+_NEEDED = ("vllm.v1.engine.async_llm", "vllm.entrypoints.openai.api_server", "vllm.entrypoints.cli.serve")
+
+
+def main() -> int:
+    sys.path.pop(0)  # this file's folder, where another file is called vllm
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        return 1  # whoever wanted this has ended meanwhile
+    from vllm.entrypoints.cli.main import main as vllm
+
+    for name in _NEEDED:
+        with contextlib.suppress(ImportError):  # names move from release to release: `serve` imports what it needs
+            importlib.import_module(name)
+    line = sys.stdin.readline()
+    if not line:
+        return 0
+    sys.argv = ["vllm", *json.loads(line)]
+    vllm()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
