@@ -18,6 +18,8 @@ ARG PIP_FIND_LINKS
 ARG PIP_CERT
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
+# hadolint ignore=DL3008
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends binutils && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/venv
 COPY scripts/constraints.txt scripts/
 # torch first and by itself: it is most of the image, and its layer stays while the rest changes
@@ -25,10 +27,16 @@ RUN [ "${EXTRA}" = vllm ] || /opt/venv/bin/pip install --no-compile -c scripts/c
 COPY pyproject.toml README.md ./
 COPY modelstore modelstore
 COPY handler handler
-RUN /opt/venv/bin/pip install --no-compile -c scripts/constraints.txt ".[${EXTRA}]" \
-    && /opt/venv/bin/pip uninstall --yes pip \
+RUN /opt/venv/bin/pip install --no-compile -c scripts/constraints.txt ".[${EXTRA}]"
+# What no worker uses: the cloud commands that FastAPI and the SDK bring, a transfer protocol that our downloads do not
+# speak, Amazon's services but S3, tests, headers, and the symbols of libraries (torch's are left as they are)
+RUN /opt/venv/bin/pip uninstall --yes --quiet hf-xet uvloop watchfiles fastapi-cloud-cli sentry-sdk rignore fastar \
+        email-validator dnspython inquirerpy prompt_toolkit pfzy pip \
     && find /opt/venv -type d \( -name tests -o -name test -o -name include \) -path '*site-packages*' \
-        -not -path '*/torch/*' -prune -exec rm -r {} +
+        -not -path '*/torch/*' -prune -exec rm -r {} + \
+    && find /opt/venv/lib/python3*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -type d -not -name 's3*' \
+        -exec rm -r {} + \
+    && find /opt/venv -name '*.so*' -type f -not -path '*/torch/*' -exec strip --strip-unneeded {} +
 WORKDIR /tmp
 # A start with a tiny random model: it shows that the image works, and leaves the byte-code of all that a start imports
 RUN if [ "${EXTRA}" = vllm ]; then \
@@ -46,7 +54,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     HF_HUB_DISABLE_TELEMETRY=1
 # The interpreter that has vLLM, in the base image
-ARG VLLM_PYTHON
+ARG VLLM_PYTHON=
 ENV MODELSTORE_VLLM_PYTHON=${VLLM_PYTHON}
 WORKDIR /worker
 COPY --from=build /opt/venv /opt/venv

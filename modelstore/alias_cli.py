@@ -11,17 +11,13 @@ from rich.table import Table
 from modelstore import aliases
 from modelstore.catalog import Catalog
 from modelstore.console import (
-    DEBUG,
     DRY_RUN,
     DTYPE,
-    JSON,
-    QUIET,
     REF,
     REVISION,
-    ROOT,
     YES,
     Context,
-    errors,
+    command,
     observer_of,
 )
 from modelstore.errors import SnapshotNotFound
@@ -34,47 +30,40 @@ app = typer.Typer(help="Names that point to models; repoint one, and workers tha
 _NAME = Annotated[str, typer.Argument(metavar="NAME", help="The alias: lower-case letters, digits, '.', '_' and '-'.")]
 
 
-@app.command("set")
+@command(app, "set")
 def set_alias(
+    context: Context,
     name: _NAME,
     reference: REF,
     dtype: DTYPE = None,
     revision: REVISION = None,
     dry_run: DRY_RUN = False,
     yes: YES = False,
-    root: ROOT = None,
-    as_json: JSON = False,
-    quiet: QUIET = False,
-    debug: DEBUG = False,
 ) -> None:
     """Point an alias to a model, which is published first if it is not there."""
-    context = Context(root, as_json, quiet, debug)
-    with errors(context):
-        store = context.store()
-        name = aliases.checked(name.removeprefix("@"))
-        wanted = parse_reference(reference, revision=revision)
-        before = _now(context, name)
-        if dry_run:
-            found = store.lookup(wanted, dtype=parse_dtype("--dtype", dtype) if dtype else None)
-            key = found.key if found else None
-        else:
-            if before is not None:
-                context.confirm(f"point @{name} to {wanted} instead of {before}", yes=yes)
-            with observer_of(context) as observer:
-                key = store.set_alias(name, wanted, dtype=dtype, observer=observer).key
+    store = context.store()
+    name = aliases.checked(name.removeprefix("@"))
+    wanted = parse_reference(reference, revision=revision)
+    before = _now(context, name)
+    if dry_run:
+        found = store.lookup(wanted, dtype=parse_dtype("--dtype", dtype) if dtype else None)
+        key = found.key if found else None
+    else:
+        if before is not None:
+            context.confirm(f"point @{name} to {wanted} instead of {before}", yes=yes)
+        with observer_of(context) as observer:
+            key = store.set_alias(name, wanted, dtype=dtype, observer=observer).key
     record = _record(name, key) | {"before": _record(name, before), "changed": not dry_run}
     what = f"{key}" if key else f"{wanted}, once it is published"
     context.print(record, lambda console: console.print(f"@{name} {'would point' if dry_run else 'points'} to {what}"))
 
 
-@app.command("ls")
-def list_aliases(root: ROOT = None, as_json: JSON = False, quiet: QUIET = False, debug: DEBUG = False) -> None:
+@command(app, "ls")
+def list_aliases(context: Context) -> None:
     """Where each alias points, and since when."""
-    context = Context(root, as_json, quiet, debug)
-    with errors(context):
-        layout = context.store().layout
-        Catalog(layout).check_format()
-        found = {name: aliases.history(layout, name) for name in sorted(aliases.names(layout))}
+    layout = context.store().layout
+    Catalog(layout).check_format()
+    found = {name: aliases.history(layout, name) for name in sorted(aliases.names(layout))}
     records = [{"alias": name, "history": [entry.as_json() for entry in entries]} for name, entries in found.items()]
 
     def table() -> Table:
@@ -89,30 +78,25 @@ def list_aliases(root: ROOT = None, as_json: JSON = False, quiet: QUIET = False,
     context.print(records, lambda console: console.print(table() if found else "there are no aliases"))
 
 
-@app.command()
+@command(app)
 def rollback(
+    context: Context,
     name: _NAME,
     dry_run: DRY_RUN = False,
     yes: YES = False,
-    root: ROOT = None,
-    as_json: JSON = False,
-    quiet: QUIET = False,
-    debug: DEBUG = False,
 ) -> None:
     """Point an alias to where it pointed before."""
-    context = Context(root, as_json, quiet, debug)
-    with errors(context):
-        store = context.store()
-        name = aliases.checked(name.removeprefix("@"))
-        now = aliases.target(store.layout, name)
-        earlier = [entry.key for entry in aliases.history(store.layout, name) if entry.key != now]
-        if not earlier:
-            raise SnapshotNotFound(f"@{name} has pointed nowhere but to {now}: use `modelstore alias set`")
-        if not dry_run:
-            context.confirm(f"point @{name} to {earlier[-1]} instead of {now}", yes=yes)
-            with observer_of(context) as observer:
-                reference = f"{earlier[-1].repo_id}@{earlier[-1].commit}"
-                store.set_alias(name, reference, dtype=earlier[-1].dtype, observer=observer)
+    store = context.store()
+    name = aliases.checked(name.removeprefix("@"))
+    now = aliases.target(store.layout, name)
+    earlier = [entry.key for entry in aliases.history(store.layout, name) if entry.key != now]
+    if not earlier:
+        raise SnapshotNotFound(f"@{name} has pointed nowhere but to {now}: use `modelstore alias set`")
+    if not dry_run:
+        context.confirm(f"point @{name} to {earlier[-1]} instead of {now}", yes=yes)
+        with observer_of(context) as observer:
+            reference = f"{earlier[-1].repo_id}@{earlier[-1].commit}"
+            store.set_alias(name, reference, dtype=earlier[-1].dtype, observer=observer)
     record = _record(name, earlier[-1]) | {"before": _record(name, now), "changed": not dry_run}
     text = f"@{name} {'would point' if dry_run else 'points'} to {earlier[-1]} again"
     context.print(record, lambda console: console.print(text))

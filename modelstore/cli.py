@@ -18,18 +18,14 @@ import typer
 from modelstore import __version__, alias_cli, pins
 from modelstore.catalog import Snapshot
 from modelstore.console import (
-    DEBUG,
     DRY_RUN,
     DTYPE,
-    JSON,
-    QUIET,
     REF,
     REFS,
     REVISION,
-    ROOT,
     YES,
     Context,
-    errors,
+    command,
     observer_of,
     print_collected,
     print_list,
@@ -76,8 +72,9 @@ def options(
     """A shared model store on a network volume: seed it, look at it, start from it."""
 
 
-@app.command()
+@command(app)
 def seed(
+    context: Context,
     references: REFS,
     dtype: DTYPE = None,
     revision: REVISION = None,
@@ -91,149 +88,126 @@ def seed(
         bool, typer.Option("--trust-remote-code", help="Store a repo's own code too, if REF names its commit in full.")
     ] = False,
     wait_s: Annotated[float | None, typer.Option("--wait-s", help="Seconds to wait for another's download.")] = None,
-    root: ROOT = None,
-    as_json: JSON = False,
-    quiet: QUIET = False,
-    debug: DEBUG = False,
 ) -> None:
     """Publish models before any worker needs them; fetches only what is missing."""
-    context = Context(root, as_json, quiet, debug)
     if overflow not in ("stop", "bfloat16"):
         raise typer.BadParameter("use stop or bfloat16", param_hint="--overflow")
     records: list[dict[str, Any]] = []
     worst = 0
-    with errors(context):
-        allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-        store = context.store(**{name: True for name, wanted in allowed.items() if wanted})
-        for text in references:
-            parse_reference(text, revision=revision)
-        if wait_s is not None and not wait_s >= 0:
-            raise UsageError("--wait-s must be a number of seconds, at least 0")
-        for text in references:
-            try:
-                with observer_of(context) as observer:
-                    snapshot = store.ensure(
-                        text,
-                        revision=revision,
-                        dtype=dtype,
-                        refresh=True,
-                        overflow="bfloat16" if overflow == "bfloat16" else "stop",
-                        wait_s=wait_s,
-                        observer=observer,
-                    )
-                records.append(snapshot.as_json())
-            except ModelStoreError as error:
-                if len(references) == 1:
-                    raise
-                report_error(error, context)
-                worst = worst or error.exit_code
-                records.append({"reference": text, "error": str(error), "exit_code": error.exit_code})
+    allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    store = context.store(**{name: True for name, wanted in allowed.items() if wanted})
+    for text in references:
+        parse_reference(text, revision=revision)
+    if wait_s is not None and not wait_s >= 0:
+        raise UsageError("--wait-s must be a number of seconds, at least 0")
+    for text in references:
+        try:
+            with observer_of(context) as observer:
+                snapshot = store.ensure(
+                    text,
+                    revision=revision,
+                    dtype=dtype,
+                    refresh=True,
+                    overflow="bfloat16" if overflow == "bfloat16" else "stop",
+                    wait_s=wait_s,
+                    observer=observer,
+                )
+            records.append(snapshot.as_json())
+        except ModelStoreError as error:
+            if len(references) == 1:
+                raise
+            report_error(error, context)
+            worst = worst or error.exit_code
+            records.append({"reference": text, "error": str(error), "exit_code": error.exit_code})
     context.print(records[0] if len(references) == 1 else records, lambda console: print_seeded(console, records))
     raise typer.Exit(worst)
 
 
-@app.command()
+@command(app)
 def warm(
+    context: Context,
     reference: REF,
     dtype: DTYPE = None,
     revision: REVISION = None,
     device: Annotated[str | None, typer.Option("--device", help="cuda or cpu; cuda where there is one.")] = None,
-    root: ROOT = None,
-    as_json: JSON = False,
-    quiet: QUIET = False,
-    debug: DEBUG = False,
 ) -> None:
     """Start as a worker would, up to the model in memory, and print the timeline."""
-    context = Context(root, as_json, quiet, debug)
-    with errors(context):
-        from modelstore.warmstart import begin, without_collecting
+    from modelstore.warmstart import begin, without_collecting
 
-        changes: dict[str, Any] = {"model": parse_reference(reference, revision=revision)}
-        if dtype is not None:
-            changes["dtype"] = parse_dtype("--dtype", dtype)
-        store = context.store(**changes)
-        with without_collecting():
-            with observer_of(context) as observer:
-                begun = begin(
-                    store.settings, observer=observer, meanwhile=lambda _reading: import_module("modelstore.loader")
-                )
-            with begun.timeline.span("import"):
-                try:
-                    from modelstore.loader import load_model
-                except ModuleNotFoundError as error:
-                    raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[worker]'") from error
-            begun.load(
-                lambda b: load_model(
-                    b.snapshot,
-                    device,
-                    reading=b.reading,
-                    timeline=b.timeline,
-                    trust_remote_code=b.settings.trust_remote_code,
-                )
+    changes: dict[str, Any] = {"model": parse_reference(reference, revision=revision)}
+    if dtype is not None:
+        changes["dtype"] = parse_dtype("--dtype", dtype)
+    store = context.store(**changes)
+    with without_collecting():
+        with observer_of(context) as observer:
+            begun = begin(
+                store.settings, observer=observer, meanwhile=lambda _reading: import_module("modelstore.loader")
             )
-        begun.timeline.mark("ready")
-        begun.in_use.end()
+        with begun.timeline.span("import"):
+            try:
+                from modelstore.loader import load_model
+            except ModuleNotFoundError as error:
+                raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[worker]'") from error
+        begun.load(
+            lambda b: load_model(
+                b.snapshot,
+                device,
+                reading=b.reading,
+                timeline=b.timeline,
+                trust_remote_code=b.settings.trust_remote_code,
+            )
+        )
+    begun.timeline.mark("ready")
+    begun.in_use.end()
     context.print(begun.timeline.as_json(), lambda console: console.print(begun.timeline.waterfall()))
 
 
-@app.command("bench")
+@command(app, "bench")
 def bench_volume(
+    context: Context,
     size: Annotated[str, typer.Option("--size", help="Of the model, in 16 bits; seven times that is needed.")] = "1GB",
     runs: Annotated[int, typer.Option("--runs", min=1, help="Of each contender, in turn.")] = 5,
     device: Annotated[str | None, typer.Option("--device", help="cuda or cpu; cuda where there is one.")] = None,
     folder: Annotated[Path | None, typer.Option("--folder", help="On the volume to measure; beside the store.")] = None,
-    root: ROOT = None,
-    as_json: JSON = False,
-    quiet: QUIET = False,
-    debug: DEBUG = False,
 ) -> None:
     """Measure loading and starting from a volume: ours, the others', and the physical floor."""
-    context = Context(root, as_json, quiet, debug)
-    with errors(context):
-        size_bytes = parse_size("--size", size)
-        place = folder or context.store().settings.root.parent
-        try:
-            from modelstore.bench import bench_volume, environment
-            from modelstore.tensors import usable_device
-        except ModuleNotFoundError as error:
-            raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[worker,bench]'") from error
-        target = str(usable_device(device))
-        results = bench_volume(place, size_bytes=size_bytes, runs=runs, device=target, report=context.report)
-        record = {
-            "environment": environment(place),
-            "bytes": size_bytes,
-            "runs": runs,
-            "device": target,
-            "results": {name: [row.as_json() for row in rows] for name, rows in results.items()},
-        }
+    size_bytes = parse_size("--size", size)
+    place = folder or context.store().settings.root.parent
+    try:
+        from modelstore.bench import bench_volume, environment
+        from modelstore.tensors import usable_device
+    except ModuleNotFoundError as error:
+        raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[worker,bench]'") from error
+    target = str(usable_device(device))
+    results = bench_volume(place, size_bytes=size_bytes, runs=runs, device=target, report=context.report)
+    record = {
+        "environment": environment(place),
+        "bytes": size_bytes,
+        "runs": runs,
+        "device": target,
+        "results": {name: [row.as_json() for row in rows] for name, rows in results.items()},
+    }
     context.print(record, lambda console: print_measured(console, record))
 
 
-@app.command("ls")
-def list_snapshots(root: ROOT = None, as_json: JSON = False, quiet: QUIET = False, debug: DEBUG = False) -> None:
+@command(app, "ls")
+def list_snapshots(context: Context) -> None:
     """List the published snapshots."""
-    context = Context(root, as_json, quiet, debug)
-    with errors(context):
-        store = context.store()
-        found = list(store.snapshots())
+    store = context.store()
+    found = list(store.snapshots())
     records = [without_status(snapshot) for snapshot in found]
     context.print(records, lambda console: print_list(console, found, store.settings.root))
 
 
-@app.command()
+@command(app)
 def show(
+    context: Context,
     reference: REF,
     dtype: DTYPE = None,
     revision: REVISION = None,
-    root: ROOT = None,
-    as_json: JSON = False,
-    quiet: QUIET = False,
-    debug: DEBUG = False,
 ) -> None:
     """Show one snapshot: its files, their sizes and digests, and where it came from."""
-    context = Context(root, as_json, quiet, debug)
-    with errors(context):
-        snapshot = _found(context.store(), reference, revision, dtype)
+    snapshot = _found(context.store(), reference, revision, dtype)
     source = snapshot.manifest.source
     record = without_status(snapshot) | {
         "created_at": snapshot.manifest.created_at,
@@ -246,25 +220,21 @@ def show(
     context.print(record, lambda console: print_snapshot(console, snapshot))
 
 
-@app.command()
+@command(app)
 def path(
+    context: Context,
     reference: REF,
     dtype: DTYPE = None,
     revision: REVISION = None,
-    root: ROOT = None,
-    as_json: JSON = False,
-    quiet: QUIET = False,
-    debug: DEBUG = False,
 ) -> None:
     """Print the folder of a snapshot; touches no network."""
-    context = Context(root, as_json, quiet, debug)
-    with errors(context):
-        snapshot = _found(context.store(), reference, revision, dtype)
-    print(json.dumps({"path": str(snapshot.path)}) if as_json else snapshot.path)
+    snapshot = _found(context.store(), reference, revision, dtype)
+    print(json.dumps({"path": str(snapshot.path)}) if context.json else snapshot.path)
 
 
-@app.command()
+@command(app)
 def verify(
+    context: Context,
     reference: Annotated[str | None, typer.Argument(metavar="[REF]", help="One model; all without it.")] = None,
     sample: Annotated[
         str | None, typer.Option("--sample", help="Compare a part, as in 1/20; the next run takes the next part.")
@@ -274,149 +244,122 @@ def verify(
     ] = None,
     dtype: DTYPE = None,
     revision: REVISION = None,
-    root: ROOT = None,
-    as_json: JSON = False,
-    quiet: QUIET = False,
-    debug: DEBUG = False,
 ) -> None:
     """Compare a snapshot, or all, with its manifest, byte by byte; touches no network."""
-    context = Context(root, as_json, quiet, debug)
-    with errors(context):
-        store = context.store()
-        stride = parse_sample(sample) if sample is not None else 1
-        if max_seconds is not None and not max_seconds > 0:
-            raise UsageError("--max-seconds must be a number above 0")
-        in_parts = sample is not None or max_seconds is not None
-        until = time.monotonic() + (max_seconds or float("inf"))
-        keys = [_found_key(store, reference, revision, dtype)] if reference else list(store.catalog.keys())
-        if in_parts:  # whatever was looked at longest ago comes first
-            keys.sort(key=lambda key: _mtime(store.layout.verified(key)))
-        records = [_verify(store, key, stride, until, in_parts=in_parts) for key in keys]
-        if not reference:  # what was evicted since the store was listed is not damaged
-            records = [record for record in records if record["ok"] or Path(record["path"]).exists()]
+    store = context.store()
+    stride = parse_sample(sample) if sample is not None else 1
+    if max_seconds is not None and not max_seconds > 0:
+        raise UsageError("--max-seconds must be a number above 0")
+    in_parts = sample is not None or max_seconds is not None
+    until = time.monotonic() + (max_seconds or float("inf"))
+    keys = [_found_key(store, reference, revision, dtype)] if reference else list(store.catalog.keys())
+    if in_parts:  # whatever was looked at longest ago comes first
+        keys.sort(key=lambda key: _mtime(store.layout.verified(key)))
+    records = [_verify(store, key, stride, until, in_parts=in_parts) for key in keys]
+    if not reference:  # what was evicted since the store was listed is not damaged
+        records = [record for record in records if record["ok"] or Path(record["path"]).exists()]
     context.print(records, lambda console: print_verified(console, records))
     raise typer.Exit(0 if all(record["ok"] for record in records) else 5)
 
 
-@app.command("rm")
+@command(app, "rm")
 def remove(
+    context: Context,
     reference: REF,
     dtype: DTYPE = None,
     revision: REVISION = None,
     dry_run: DRY_RUN = False,
     yes: YES = False,
     force: Annotated[bool, typer.Option("--force", help="Also where it is pinned, or an alias points to it.")] = False,
-    root: ROOT = None,
-    as_json: JSON = False,
-    quiet: QUIET = False,
-    debug: DEBUG = False,
 ) -> None:
     """Remove one snapshot from the volume; a worker that is reading it is not hurt."""
-    context = Context(root, as_json, quiet, debug)
-    with errors(context):
-        store = context.store()
-        key = _found_key(store, reference, revision, dtype)
-        (found,), folder = survey(store.layout, [key]), store.layout.snapshot(key)
-        if found.pinned and not force:
-            raise Refused(f"{key} is pinned: run `modelstore unpin {reference}` first, or add --force")
-        if found.aliases and not force:
-            raise Refused(f"@{found.aliases[0]} points to {key}: repoint it first, or add --force")
-        users = f", in use by {', '.join(found.users)}" if found.users else ""
-        if not dry_run:
-            context.confirm(f"remove {key}, {found.size_bytes / 1e9:.2f} GB, {folder}{users}", yes=yes)
-            evict(store.layout, key, force=True)
+    store = context.store()
+    key = _found_key(store, reference, revision, dtype)
+    (found,), folder = survey(store.layout, [key]), store.layout.snapshot(key)
+    if found.pinned and not force:
+        raise Refused(f"{key} is pinned: run `modelstore unpin {reference}` first, or add --force")
+    if found.aliases and not force:
+        raise Refused(f"@{found.aliases[0]} points to {key}: repoint it first, or add --force")
+    users = f", in use by {', '.join(found.users)}" if found.users else ""
+    if not dry_run:
+        context.confirm(f"remove {key}, {found.size_bytes / 1e9:.2f} GB, {folder}{users}", yes=yes)
+        evict(store.layout, key, force=True)
     record = _key_record(key, folder) | {"bytes": found.size_bytes, "removed": not dry_run}
     context.print(record, lambda console: console.print(f"{'would remove' if dry_run else 'removed'} {folder}"))
 
 
-@app.command("gc")
+@command(app, "gc")
 def collect_garbage(
+    context: Context,
     to: Annotated[
         str | None, typer.Option("--to", help="Also evict the least recently used until the store takes this, as 50GB.")
     ] = None,
     grace_s: Annotated[float, typer.Option("--grace-s", help="Leave alone what is younger.")] = GRACE_S,
     dry_run: DRY_RUN = False,
     yes: YES = False,
-    root: ROOT = None,
-    as_json: JSON = False,
-    quiet: QUIET = False,
-    debug: DEBUG = False,
 ) -> None:
     """Remove what nobody needs: abandoned downloads, trash, quarantine; with --to also models that were not used."""
-    context = Context(root, as_json, quiet, debug)
-    with errors(context):
-        store = context.store()
-        layout, settings = store.layout, store.settings
-        limit = parse_size("--to", to) if to is not None else None
-        if not grace_s >= settings.lease_s:
-            raise UsageError(f"--grace-s must be at least the lease, {settings.lease_s:g} s")
-        store.catalog.check_format()
-        wanted = plan(layout, settings, grace_s=grace_s, limit_bytes=limit)
-        if not dry_run and (wanted.garbage or wanted.evicted):
-            what = f"{len(wanted.garbage)} leftovers and {len(wanted.evicted)} models"
-            context.confirm(f"remove {what}, {wanted.size_bytes / 1e9:.2f} GB", yes=yes)
-            wanted = wanted.run(layout, settings, grace_s=grace_s)
-        record = {
-            "bytes": wanted.size_bytes,
-            "removed": not dry_run,
-            "collected": [
-                {
-                    "kind": item.kind,
-                    "path": str(item.path.relative_to(layout.root)),
-                    "bytes": item.size_bytes,
-                    "age_s": round(item.age_s),
-                }
-                for item in wanted.garbage
-            ],
-            "evicted": [
-                _key_record(item.key, layout.snapshot(item.key))
-                | {"bytes": item.size_bytes, "idle_s": round(item.idle_s)}
-                for item in wanted.evicted
-            ],
-        }
-        short = limit is not None and not dry_run and Space(layout, settings).taken() > limit
+    store = context.store()
+    layout, settings = store.layout, store.settings
+    limit = parse_size("--to", to) if to is not None else None
+    if not grace_s >= settings.lease_s:
+        raise UsageError(f"--grace-s must be at least the lease, {settings.lease_s:g} s")
+    store.catalog.check_format()
+    wanted = plan(layout, settings, grace_s=grace_s, limit_bytes=limit)
+    if not dry_run and (wanted.garbage or wanted.evicted):
+        what = f"{len(wanted.garbage)} leftovers and {len(wanted.evicted)} models"
+        context.confirm(f"remove {what}, {wanted.size_bytes / 1e9:.2f} GB", yes=yes)
+        wanted = wanted.run(layout, settings, grace_s=grace_s)
+    record = {
+        "bytes": wanted.size_bytes,
+        "removed": not dry_run,
+        "collected": [
+            {
+                "kind": item.kind,
+                "path": str(item.path.relative_to(layout.root)),
+                "bytes": item.size_bytes,
+                "age_s": round(item.age_s),
+            }
+            for item in wanted.garbage
+        ],
+        "evicted": [
+            _key_record(item.key, layout.snapshot(item.key)) | {"bytes": item.size_bytes, "idle_s": round(item.idle_s)}
+            for item in wanted.evicted
+        ],
+    }
+    short = limit is not None and not dry_run and Space(layout, settings).taken() > limit
     context.print(record, lambda console: print_collected(console, record))
     if short:
         report_error(ModelStoreError(f"{layout.root} takes more than {to}: the rest is in use or pinned"), context)
         raise typer.Exit(6)
 
 
-@app.command()
+@command(app)
 def pin(
+    context: Context,
     reference: REF,
     dtype: DTYPE = None,
     revision: REVISION = None,
-    root: ROOT = None,
-    as_json: JSON = False,
-    quiet: QUIET = False,
-    debug: DEBUG = False,
 ) -> None:
     """Keep a snapshot from eviction, whatever the quota says."""
-    context = Context(root, as_json, quiet, debug)
-    with errors(context):
-        store = context.store()
-        key = _found(store, reference, revision, dtype).key
-        pins.pin(store.layout, key, store.settings.worker_id)
+    store = context.store()
+    key = _found(store, reference, revision, dtype).key
+    pins.pin(store.layout, key, store.settings.worker_id)
     record = _key_record(key, store.layout.snapshot(key)) | {"pinned": True}
     context.print(record, lambda console: console.print(f"pinned {key}"))
 
 
-@app.command()
+@command(app)
 def unpin(
+    context: Context,
     reference: REF,
     dtype: DTYPE = None,
     revision: REVISION = None,
-    root: ROOT = None,
-    as_json: JSON = False,
-    quiet: QUIET = False,
-    debug: DEBUG = False,
 ) -> None:
     """Let a snapshot be evicted again."""
-    context = Context(root, as_json, quiet, debug)
-    with errors(context):
-        store = context.store()
-        key = _found_key(store, reference, revision, dtype)
-        was_pinned = pins.unpin(store.layout, key)
+    store = context.store()
+    key = _found_key(store, reference, revision, dtype)
+    was_pinned = pins.unpin(store.layout, key)
     record = _key_record(key, store.layout.snapshot(key)) | {"pinned": False}
     text = f"unpinned {key}" if was_pinned else f"{key} was not pinned"
     context.print(record, lambda console: console.print(text))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,11 +28,16 @@ from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.warmstart import LogObserver
 
-# The options that commands share.
-ROOT = Annotated[Path | None, typer.Option("--root", help="The store's folder; MODELSTORE_ROOT by default.")]
-JSON = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
-DEBUG = Annotated[bool, typer.Option("--debug", help="Show tracebacks and every log line.")]
+# The options that every command has, and those that several share.
+_COMMON: Mapping[str, tuple[Any, Any]] = {
+    "root": (
+        Annotated[Path | None, typer.Option("--root", help="The store's folder; MODELSTORE_ROOT by default.")],
+        None,
+    ),
+    "json": (Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")], False),
+    "quiet": (Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")], False),
+    "debug": (Annotated[bool, typer.Option("--debug", help="Show tracebacks and every log line.")], False),
+}
 REF = Annotated[str, typer.Argument(metavar="REF", help="org/name, org/name@revision or file:///folder")]
 REFS = Annotated[list[str], typer.Argument(metavar="REF...", help="org/name, org/name@revision or file:///folder")]
 DTYPE = Annotated[
@@ -71,13 +79,43 @@ class Context:
             raise Refused(f"not done: {question} needs --yes")
 
 
+def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command: its first parameter is the Context, which the options that all have make; an error that it
+    raises ends it with the error's own code and one line."""
+
+    def register(body: Callable[..., None]) -> Callable[..., None]:
+        def run(**options: Any) -> None:
+            context = Context(**{name: options.pop(name) for name in _COMMON})
+            with _errors(context):
+                body(context, **options)
+
+        own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
+        common = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for name, (annotation, default) in _COMMON.items()
+        ]
+        parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own] + common
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        run.__doc__ = body.__doc__
+        app.command(name or body.__name__)(run)
+        return body
+
+    return register
+
+
 @contextmanager
-def errors(context: Context) -> Iterator[None]:
-    """Set up logging; end with an error's own code and one line."""
+def _errors(context: Context) -> Iterator[None]:
+    """Set up logging; end with an error's own code and one line. A second Ctrl-C ends at once."""
     level = logging.DEBUG if context.debug else logging.ERROR if context.quiet else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
     try:
         yield
+    except BrokenPipeError as error:  # whoever read this, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from error
     except ModelStoreError as error:
         if context.debug:
             logging.getLogger(__name__).exception("failed")
@@ -91,6 +129,11 @@ def errors(context: Context) -> Iterator[None]:
     except KeyboardInterrupt as error:
         print("interrupted: what was downloaded is kept, the same command goes on from there", file=sys.stderr)
         raise typer.Exit(130) from error
+
+
+def _interrupted(_signum: int, _frame: object) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
 
 
 def report_error(error: ModelStoreError, context: Context) -> None:

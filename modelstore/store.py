@@ -26,8 +26,6 @@ from modelstore.errors import (
     SnapshotNotFound,
     WaitTimeout,
 )
-from modelstore.fill import Fill
-from modelstore.hub import HubSource
 from modelstore.layout import FORMAT_VERSION, Layout, SnapshotKey
 from modelstore.observer import SILENT, Observer
 from modelstore.pins import mark_used, wait_while_evicting
@@ -204,6 +202,8 @@ class ModelStore:
         observer: Observer,
         timeline: Timeline,
     ) -> Snapshot:
+        from modelstore.fill import Fill  # numpy and HTTP are for who downloads, not for who looks
+
         with claim:
             # Between our look and our claim another worker may have published and released.
             if (snapshot := self.catalog.published(key)) is not None:
@@ -249,6 +249,8 @@ class ModelStore:
 
         An HF cache on the volume that has the commit goes before the Hub: it costs no network.
         """
+        from modelstore.hub import HubSource
+
         if wanted.kind == "file":
             folder = FolderSource(wanted)
             return folder, folder.resolve()
