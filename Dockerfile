@@ -28,15 +28,19 @@ COPY pyproject.toml README.md ./
 COPY modelstore modelstore
 COPY handler handler
 RUN /opt/venv/bin/pip install --no-compile -c scripts/constraints.txt ".[${EXTRA}]"
-# What no worker uses: the cloud commands that FastAPI and the SDK bring, a transfer protocol that our downloads do not
-# speak, Amazon's services but S3, tests, headers, and the symbols of libraries (torch's are left as they are)
+# What no worker uses: the cloud commands and the telemetry that FastAPI and the SDK bring, a transfer protocol that our
+# downloads do not speak, what compiles extensions, Amazon's services but S3, tests, headers, and the symbols of
+# libraries (not of torch's and numpy's, which do not bear it)
 RUN /opt/venv/bin/pip uninstall --yes --quiet hf-xet uvloop watchfiles fastapi-cloud-cli sentry-sdk rignore fastar \
-        email-validator dnspython inquirerpy prompt_toolkit pfzy pip \
+        email-validator dnspython inquirerpy prompt_toolkit pfzy opentelemetry-exporter-otlp-proto-http \
+        opentelemetry-exporter-otlp-proto-common opentelemetry-exporter-otlp-common \
+        opentelemetry-exporter-http-transport opentelemetry-proto opentelemetry-sdk opentelemetry-semantic-conventions \
+        googleapis-common-protos protobuf setuptools pip \
     && find /opt/venv -type d \( -name tests -o -name test -o -name include \) -path '*site-packages*' \
         -not -path '*/torch/*' -prune -exec rm -r {} + \
     && find /opt/venv/lib/python3*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -type d -not -name 's3*' \
         -exec rm -r {} + \
-    && find /opt/venv -name '*.so*' -type f -not -path '*/torch/*' -exec strip --strip-unneeded {} +
+    && find /opt/venv -name '*.so*' -type f -not -path '*/torch/*' -not -path '*/numpy*' -exec strip --strip-unneeded {} +
 WORKDIR /tmp
 # A start with a tiny random model: it shows that the image works, and leaves the byte-code of all that a start imports
 RUN if [ "${EXTRA}" = vllm ]; then \
