@@ -14,7 +14,9 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from modelstore import history
 from modelstore.errors import ModelStoreError, NotFound
+from modelstore.layout import Layout
 from modelstore.settings import EngineName, Settings
 from modelstore.timeline import Timeline
 from modelstore.warmstart import Begun, begin, without_collecting
@@ -42,10 +44,23 @@ def main() -> int:
 
 
 def start() -> Callable[[], None]:
-    """Load the engine, log the timeline; returns what serves jobs."""
+    """Load the engine, log the timeline, keep it on the volume; returns what serves jobs."""
     settings = Settings.from_env()
     timeline = Timeline(worker=settings.worker_id, model=str(settings.model), dtype=settings.dtype)
+    layout = Layout(settings.root)
+    try:
+        engine = _loaded(settings, timeline)
+        from handler.worker import serve
+    except Exception as error:
+        history.add(layout, timeline, error=f"{type(error).__name__}: {error}")
+        raise
+    timeline.mark("ready")
+    print(timeline.log_line(), file=sys.stderr, flush=True)
+    history.add(layout, timeline)
+    return partial(serve, engine, settings, timeline.as_json())
 
+
+def _loaded(settings: Settings, timeline: Timeline) -> Engine:
     def import_engine(name: EngineName) -> None:
         with timeline.span("import"):
             try:
@@ -69,20 +84,12 @@ def start() -> Callable[[], None]:
 
     if settings.engine == "vllm":
         import_engine("vllm")
-        return _serving(_with_vllm(settings, timeline, import_sdk), settings, timeline)
+        return _with_vllm(settings, timeline, import_sdk)
     begun = begin(settings, timeline=timeline, meanwhile=beside_a_download)
     name = settings.engine or _engine_for(begun.snapshot)
     logger.info("the engine is %s: %s", name, "as set by ENGINE" if settings.engine else "by what the snapshot holds")
     import_engine(name)
-    return _serving((_drawing if name == "diffusion" else _writing)(begun, import_sdk), settings, timeline)
-
-
-def _serving(engine: Engine, settings: Settings, timeline: Timeline) -> Callable[[], None]:
-    from handler.worker import serve
-
-    timeline.mark("ready")
-    print(timeline.log_line(), file=sys.stderr, flush=True)
-    return partial(serve, engine, settings, timeline.as_json())
+    return (_drawing if name == "diffusion" else _writing)(begun, import_sdk)
 
 
 def _engine_for(snapshot: Snapshot) -> EngineName:

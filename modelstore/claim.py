@@ -268,9 +268,15 @@ def highest_generation(folder: Path) -> int:
         return 0
 
 
+def current_record(folder: Path) -> tuple[int, ClaimRecord | None]:
+    """The generation that counts, and what its file says, if that can be read."""
+    generation = highest_generation(folder)
+    return generation, parse_record(_read(folder / str(generation)))
+
+
 def reserved_bytes(folder: Path) -> tuple[int, int]:
     """What the holder of a claim has reserved, and its beat; (0, 0) where nobody holds it."""
-    record = parse_record(_read(folder / str(highest_generation(folder))))
+    _generation, record = current_record(folder)
     return (record.reserved, record.beat) if record is not None and record.state == "held" else (0, 0)
 
 

@@ -15,22 +15,20 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from modelstore import __version__, alias_cli, pins
+from modelstore import __version__, alias_cli, look_cli, pins, seed_cli  # noqa: F401  each registers its commands
 from modelstore.catalog import Snapshot
 from modelstore.console import (
     DRY_RUN,
     DTYPE,
     REF,
-    REFS,
     REVISION,
     YES,
     Context,
+    app,
     command,
     observer_of,
     print_collected,
-    print_list,
     print_measured,
-    print_seeded,
     print_snapshot,
     print_verified,
     report_error,
@@ -46,14 +44,6 @@ from modelstore.space import Space
 from modelstore.store import ModelStore
 from modelstore.verify import parse_sample, save_position, saved_position, verify_folder
 
-app = typer.Typer(
-    name="modelstore",
-    help="A shared model store on a network volume: seed it, look at it, start from it.",
-    no_args_is_help=True,
-    add_completion=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
 app.add_typer(alias_cli.app, name="alias", rich_help_panel=None)
 
 
@@ -70,57 +60,6 @@ def options(
     ] = False,
 ) -> None:
     """A shared model store on a network volume: seed it, look at it, start from it."""
-
-
-@command(app)
-def seed(
-    context: Context,
-    references: REFS,
-    dtype: DTYPE = None,
-    revision: REVISION = None,
-    overflow: Annotated[
-        str, typer.Option("--overflow", help="Where float16 cannot hold a weight: stop, or store bfloat16.")
-    ] = "stop",
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Convert weights that there are only as pickles.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Store a repo's own code too, if REF names its commit in full.")
-    ] = False,
-    wait_s: Annotated[float | None, typer.Option("--wait-s", help="Seconds to wait for another's download.")] = None,
-) -> None:
-    """Publish models before any worker needs them; fetches only what is missing."""
-    if overflow not in ("stop", "bfloat16"):
-        raise typer.BadParameter("use stop or bfloat16", param_hint="--overflow")
-    records: list[dict[str, Any]] = []
-    worst = 0
-    allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    store = context.store(**{name: True for name, wanted in allowed.items() if wanted})
-    for text in references:
-        parse_reference(text, revision=revision)
-    if wait_s is not None and not wait_s >= 0:
-        raise UsageError("--wait-s must be a number of seconds, at least 0")
-    for text in references:
-        try:
-            with observer_of(context) as observer:
-                snapshot = store.ensure(
-                    text,
-                    revision=revision,
-                    dtype=dtype,
-                    refresh=True,
-                    overflow="bfloat16" if overflow == "bfloat16" else "stop",
-                    wait_s=wait_s,
-                    observer=observer,
-                )
-            records.append(snapshot.as_json())
-        except ModelStoreError as error:
-            if len(references) == 1:
-                raise
-            report_error(error, context)
-            worst = worst or error.exit_code
-            records.append({"reference": text, "error": str(error), "exit_code": error.exit_code})
-    context.print(records[0] if len(references) == 1 else records, lambda console: print_seeded(console, records))
-    raise typer.Exit(worst)
 
 
 @command(app)
@@ -188,15 +127,6 @@ def bench_volume(
         "results": {name: [row.as_json() for row in rows] for name, rows in results.items()},
     }
     context.print(record, lambda console: print_measured(console, record))
-
-
-@command(app, "ls")
-def list_snapshots(context: Context) -> None:
-    """List the published snapshots."""
-    store = context.store()
-    found = list(store.snapshots())
-    records = [without_status(snapshot) for snapshot in found]
-    context.print(records, lambda console: print_list(console, found, store.settings.root))
 
 
 @command(app)

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,17 +17,35 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Column, Table
 
 from modelstore.catalog import Snapshot
 from modelstore.claim import Holder
 from modelstore.errors import ModelStoreError, Refused
 from modelstore.layout import SnapshotKey
+from modelstore.manifest import FileRecord
 from modelstore.observer import Observer
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.warmstart import LogObserver
+
+app = typer.Typer(
+    name="modelstore",
+    help="A shared model store on a network volume: seed it, look at it, start from it.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 # The options that every command has, and those that several share.
 _COMMON: Mapping[str, tuple[Any, Any]] = {
@@ -141,41 +160,49 @@ def report_error(error: ModelStoreError, context: Context) -> None:
 
 
 class _BarObserver(Observer):
-    """A progress bar on a terminal, with a line above it that says of what."""
+    """A progress bar for each model on a terminal, with its files, rate and time left, and one for all of them."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, models: int) -> None:
         self._progress = progress
-        self._task: TaskID | None = None
-        self._said = ""
+        self._tasks: dict[SnapshotKey, TaskID] = {}
+        self._files: Counter[SnapshotKey] = Counter()
+        self._all = progress.add_task("all", total=None) if models > 1 else None
 
     def filling(self, key: SnapshotKey, *, done: int, total: int, reused: int, eta_s: float | None) -> None:
-        self._draw(f"downloading {key}", done, total)
+        files = f", {self._files[key]} weights files done" if self._files[key] else ""
+        self._draw(key, f"downloading {key}{files}", done, total)
 
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
         record = holder.record
         who = record.worker if record else "another worker"
-        self._draw(f"waiting for {key} from {who}", record.done if record else 0, record.total if record else 0)
+        self._draw(key, f"waiting for {key} from {who}", record.done if record else 0, record.total if record else 0)
 
-    def _draw(self, what: str, done: int, total: int) -> None:
-        if what != self._said:
-            self._said = what
-            self._progress.console.print(what)
-        if self._task is None:
-            self._task = self._progress.add_task("", total=None)
-        self._progress.update(self._task, completed=done, total=total or None)
+    def finished(self, key: SnapshotKey, folder: Path, record: FileRecord) -> None:
+        self._files[key] += 1
+
+    def _draw(self, key: SnapshotKey, what: str, done: int, total: int) -> None:
+        if key not in self._tasks:
+            self._tasks[key] = self._progress.add_task(what, total=None)
+        self._progress.update(self._tasks[key], description=what, completed=done, total=total or None)
+        if self._all is not None:
+            tasks = [task for task in self._progress.tasks if task.id in self._tasks.values()]
+            size = sum(task.total or 0 for task in tasks)
+            self._progress.update(self._all, completed=sum(task.completed for task in tasks), total=size or None)
 
 
 @contextmanager
-def observer_of(context: Context) -> Iterator[Observer]:
+def observer_of(context: Context, models: int = 1) -> Iterator[Observer]:
+    """What shows the progress of so many models."""
     if context.quiet:
         yield Observer()
     elif not sys.stderr.isatty():
         logging.getLogger("modelstore.warmstart").setLevel(logging.INFO)
         yield LogObserver()
     else:
-        columns = (BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True, markup=False), transient=True) as progress:
-            yield _BarObserver(progress)
+        named = TextColumn("{task.description}", markup=False, table_column=Column(ratio=2, overflow="fold"))
+        columns = (named, BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True, markup=False), transient=True, expand=True) as progress:
+            yield _BarObserver(progress, models)
 
 
 def without_status(snapshot: Snapshot) -> dict[str, Any]:
@@ -191,21 +218,6 @@ def print_seeded(console: Console, records: list[dict[str, Any]]) -> None:
                 f"{record['files']} files, {record['bytes'] / 1e9:.2f} GB, {record['downloaded_bytes'] / 1e9:.2f} GB "
                 f"over the network\n{record['path']}"
             )
-
-
-def print_list(console: Console, snapshots: list[Snapshot], root: Path) -> None:
-    if not snapshots:
-        console.print(f"no snapshots in {root}: publish one with `modelstore seed org/name`")
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("model", "commit", "dtype"):
-        table.add_column(name, overflow="fold")
-    for name in ("files", "GB"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for snapshot in snapshots:
-        count, size = len(snapshot.manifest.files), snapshot.size_bytes / 1e9
-        table.add_row(snapshot.repo_id, snapshot.commit[:12], snapshot.dtype, str(count), f"{size:.2f}")
-    console.print(table)
 
 
 def print_snapshot(console: Console, snapshot: Snapshot) -> None:

@@ -35,6 +35,7 @@ from modelstore.convert import (
 )
 from modelstore.download import Download, Progress
 from modelstore.errors import BadSafetensors, ClaimLost, CodeRefused, IntegrityError, NoSpace, Refused
+from modelstore.estimate import named_dtype, stored_ratio
 from modelstore.finished import FinishedFiles
 from modelstore.header import Header
 from modelstore.layout import MANIFEST, Layout, SnapshotKey, StagingLayout
@@ -56,7 +57,6 @@ logger = logging.getLogger(__name__)
 _CHECK_EVERY_S = 0.05
 _CONVERSIONS = max(1, min(4, (os.cpu_count() or 2) // 2))
 _WAITING_CONVERSIONS = 2
-_WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +274,7 @@ class Fill:
         """Find out what the snapshot and its staging take at their peak, and make sure that the volume has it."""
         self._peak = Peak({file.path: self._sizes(file, selection) for file in selection.weights})
         self._needed = sum(file.size_bytes for file in selection.small) + self._peak.limit
-        if all(_named_dtype(self._config(_folder_of(file.path), selection)) for file in selection.weights):
+        if all(named_dtype(self._config(_folder_of(file.path), selection)) for file in selection.weights):
             stored = sum(self._sizes(file, selection)[0] for file in selection.weights)
             self._observer.planned(self._key, weights_bytes=stored)
         if self._damaged is not None and self._settings.quota_bytes is not None:
@@ -313,12 +313,8 @@ class Fill:
     def _stored_ratio(self, folder: str, selection: Selection) -> float:
         """Stored bytes for each byte of the original's weights, by the dtype that the config names; 0 where they are
         stored as they come."""
-        config = self._config(folder, selection)
-        before = _named_dtype(config)
-        if self._policies[folder].unchanged_because or before == self._dtype:
-            return 0.0
-        width = _WIDTH.get(before)
-        return _WIDTH[self._dtype] / width if width else max(1.0, _WIDTH[self._dtype] / 2)
+        unchanged = bool(self._policies[folder].unchanged_because)
+        return stored_ratio(self._config(folder, selection), self._dtype, unchanged=unchanged)
 
     def _fetch_weights(self, selection: Selection) -> None:
         left = self._left(selection.weights)
@@ -539,11 +535,6 @@ def _index_of_converted(index: Mapping[str, Any]) -> bytes:
     """The index of a pickled checkpoint, for the files that its shards become."""
     weight_map = {tensor: stored_path(shard) for tensor, shard in index["weight_map"].items()}
     return json.dumps({**index, "weight_map": weight_map}, indent=2).encode() + b"\n"
-
-
-def _named_dtype(config: Mapping[str, Any]) -> str:
-    """The dtype of the weights, as a `config.json` names it; empty where it does not."""
-    return str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
 
 
 def _folder_of(path: str) -> str:

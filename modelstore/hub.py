@@ -54,6 +54,18 @@ for _name in ("httpx", "httpx2", "httpcore", "httpcore2"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 
+def check_token(settings: Settings) -> str:
+    """The account that HF_TOKEN belongs to. Raises AccessDenied, HubUnavailable."""
+    try:
+        name = HfApi(endpoint=settings.hf_endpoint, token=settings.hf_token).whoami()["name"]
+    except (hub_errors.HfHubHTTPError, _HTTPError, OSError) as error:
+        response = getattr(error, "response", None)
+        if response is not None and response.status_code in (401, 403):
+            raise AccessDenied("the Hub does not know HF_TOKEN: copy it again, or make a new one") from error
+        raise HubUnavailable(f"{settings.hf_endpoint} cannot be asked about HF_TOKEN: try again later") from error
+    return str(name)
+
+
 class HubSource:
     """One model on the Hub, at what a revision resolves to."""
 

@@ -178,6 +178,11 @@ class Layout:
         return self.aliases / f"{name}.json"
 
     @property
+    def starts(self) -> Path:
+        """The records of the fleet's starts, a folder for each day."""
+        return self.root / "starts"
+
+    @property
     def trash(self) -> Path:
         return self.root / "trash"
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from modelstore import aliases, durable
 from modelstore.catalog import Catalog, Snapshot
@@ -83,8 +83,41 @@ class ModelStore:
         """
         aliases.checked(name)
         snapshot = self.ensure(reference, dtype=dtype, observer=observer)
-        aliases.point(self.layout, name, snapshot.key, self.settings.worker_id)
+        self.point_alias(name, snapshot.key)
         return snapshot
+
+    def point_alias(self, name: str, key: SnapshotKey) -> None:
+        """Let an alias point to a published snapshot; does nothing where it does already."""
+        entries = aliases.history(self.layout, name)
+        if not entries or entries[-1].key != key:
+            aliases.point(self.layout, name, key, self.settings.worker_id)
+
+    def preview(
+        self, reference: str | Reference, *, revision: str | None = None, dtype: str | None = None
+    ) -> dict[str, Any]:
+        """What `ensure(…, refresh=True)` would do, without doing it: `status` is "present", "resumable" or "missing";
+        sizes in bytes. Raises what `ensure` raises for a source that cannot be read.
+        """
+        from modelstore.estimate import estimate
+
+        wanted, variant = _parsed(reference, revision), self._dtype(dtype)
+        self.settings.check_allowed(wanted)
+        source, resolved = self._resolve(wanted, refresh=True)
+        key = SnapshotKey(resolved.repo_id, resolved.commit, variant)
+        record: dict[str, Any] = {"repo_id": key.repo_id, "commit": key.commit, "dtype": key.dtype}
+        snapshot = self.catalog.published(key)
+        if snapshot is not None:
+            files = len(snapshot.manifest.files)
+            return record | {"status": "present", "files": files, "bytes": snapshot.size_bytes, "downloaded_bytes": 0}
+        found = estimate(source, resolved, variant, self.settings)
+        staged = durable.tree_blocks(self.layout.staging(key))
+        return record | {
+            "status": "resumable" if staged else "missing",
+            "files": found.files,
+            "bytes": found.stored_bytes,
+            "downloaded_bytes": found.download_bytes,
+            "staged_bytes": staged,
+        }
 
     def snapshots(self) -> Iterator[Snapshot]:
         """Every published snapshot, by repo and commit; damaged ones are left out, with a warning."""
@@ -188,6 +221,7 @@ class ModelStore:
             left_s = deadline - self._clock()
             if left_s <= 0:
                 raise _waited_too_long(key, outcome, limit_s)
+            timeline.waited_for = outcome.record.worker if outcome.record else timeline.waited_for
             observer.waiting(key, outcome, left_s=left_s)
             self._sleep(min(_POLL_S, left_s))
 

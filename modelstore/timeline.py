@@ -13,7 +13,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -51,6 +51,7 @@ class Timeline:
     dtype: str = ""
     outcome: Outcome | None = None
     reason: str = ""
+    waited_for: str = ""
     began: float = field(default_factory=lambda: _process_began())
     _spans: list[Span] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -94,6 +95,7 @@ class Timeline:
             "dtype": self.dtype,
             "outcome": self.outcome,
             "reason": self.reason,
+            **({"waited_for": self.waited_for} if self.waited_for else {}),
             "pid": os.getpid(),
             "spans": [span.as_json() for span in self.spans],
         }
@@ -103,23 +105,27 @@ class Timeline:
         return json.dumps({"timeline": self.as_json()}, separators=(",", ":"))
 
     def waterfall(self, *, width: int = 60) -> str:
-        """The spans drawn as bars over one time axis, a line each, in `width` columns; under 10 ms is left out.
+        """The spans drawn as bars: see the function of this name."""
+        return waterfall([span.as_json() for span in self.spans], width=width)
 
-        Each line ends with how long the span took; `ready`, which is a moment, with when it was.
-        """
-        spans = [span for span in self.spans if span.end - span.start >= 0.01 or span.name == "ready"]
-        total = max((span.end for span in spans), default=0.0) or 1.0
-        label = max((len(span.name) for span in spans), default=0)
-        bar = max(10, width - label - 10)
-        lines = []
-        for span in spans:
-            first = int(span.start / total * bar)
-            length = max(1, round((span.end - span.start) / total * bar))
-            lines.append(
-                f"{span.name:<{label}} {' ' * first}{'█' * min(length, bar - first or 1)}".ljust(label + bar + 2)
-            )
-            lines[-1] += f"{span.end if span.name == 'ready' else span.end - span.start:6.2f} s"
-        return "\n".join(lines)
+
+def waterfall(spans: Sequence[Mapping[str, Any]], *, width: int = 60) -> str:
+    """A record's spans drawn as bars over one time axis, a line each, in `width` columns; under 10 ms is left out.
+
+    Each line ends with how long the span took; `ready`, which is a moment, with when it was.
+    """
+    spans = [span for span in spans if span["end"] - span["start"] >= 0.01 or span["name"] == "ready"]
+    total = max((span["end"] for span in spans), default=0.0) or 1.0
+    label = max((len(span["name"]) for span in spans), default=0)
+    bar = max(10, width - label - 10)
+    lines = []
+    for span in spans:
+        took = span["end"] - span["start"]
+        first = int(span["start"] / total * bar)
+        length = min(max(1, round(took / total * bar)), bar - first or 1)
+        drawn = f"{span['name']:<{label}} {' ' * first}{'█' * length}".ljust(label + bar + 2)
+        lines.append(f"{drawn}{span['end'] if span['name'] == 'ready' else took:6.2f} s")
+    return "\n".join(lines)
 
 
 def _process_began() -> float:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,3 +65,31 @@ def store(make_store: MakeStore) -> ModelStore:
 def store_env(tmp_path: Path, hub: Hub) -> dict[str, str]:
     """The environment of a process that uses the same volume and hub as `store`."""
     return {"MODELSTORE_ROOT": str(tmp_path / "volume" / "modelstore"), "HF_ENDPOINT": hub.url}
+
+
+class Cli:
+    """The command in a process of its own."""
+
+    def __init__(self, env: dict[str, str]) -> None:
+        self.env = env
+
+    def __call__(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "modelstore", *arguments],
+            env=os.environ | self.env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    def json(self, *arguments: str, code: int = 0) -> Any:
+        return json.loads(self(*arguments, "--json", code=code).stdout)
+
+
+@pytest.fixture
+def cli(store_env: dict[str, str]) -> Cli:
+    return Cli(store_env)

@@ -180,6 +180,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.name == "storage":
             return self._storage(path, parts.query)
         pieces = path.strip("/").split("/")
+        if pieces == ["api", "whoami-v2"]:
+            if self.headers.get("Authorization") != f"Bearer {hub.token}":
+                return self._error(401, "")
+            return self._json({"name": "alice", "type": "user", "auth": {"accessToken": {"role": "read"}}})
         if pieces[:2] == ["api", "models"] and len(pieces) >= 4:
             return self._metadata("/".join(pieces[2:4]), pieces[4:], parse_qs(parts.query))
         if len(pieces) >= 5 and pieces[2] == "resolve":

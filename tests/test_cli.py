@@ -3,43 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.checkpoints import random_tensors, write_repo
+from tests.conftest import Cli
 from tests.hub import Hub
 from tests.test_handler import write_model
-
-
-class Cli:
-    def __init__(self, env: dict[str, str]) -> None:
-        self.env = env
-
-    def __call__(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "modelstore", *arguments],
-            env=os.environ | self.env,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-        return done
-
-    def json(self, *arguments: str, code: int = 0) -> Any:
-        return json.loads(self(*arguments, "--json", code=code).stdout)
-
-
-@pytest.fixture
-def cli(store_env: dict[str, str]) -> Cli:
-    return Cli(store_env)
 
 
 def test_seed_twice_prints_the_contracts_record_and_downloads_once(hub: Hub, cli: Cli) -> None:

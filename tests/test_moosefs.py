@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from modelstore import evict as evict_module
+from modelstore.doctor import diagnose
 from modelstore.evict import evict
 from modelstore.gc import collect, find_garbage
 from modelstore.header import TensorInfo, encode_header
@@ -438,3 +439,15 @@ def hit_s(settings: Settings) -> float:
         begun.reading.wait_all()
         begun.reading.close()
     return sorted(took)[len(took) // 2]
+
+
+def test_the_doctor_finds_a_real_moosefs_sound_from_two_mounts(fleet: Fleet) -> None:
+    here, there = fleet.root(fleet.hosts[0]), fleet.root(fleet.hosts[1])
+    settings = replace(fleet.store(fleet.hosts[0]).settings, offline=True)
+    findings = {finding.check: finding for finding in diagnose(settings, peer=there, probe_bytes=16 << 20)}
+    assert here != there
+    assert [finding for finding in findings.values() if finding.level == "error"] == []
+    for check in ("mount", "exclusive creates", "renames", "hard links", "locks", "visibility", "clock"):
+        assert findings[check].level == "ok", findings[check]
+    assert "mfs#" in findings["mount"].what
+    assert "another mount" in findings["locks"].what

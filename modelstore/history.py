@@ -1,0 +1,106 @@
+"""The starts of a fleet, a small record each, so that somebody can see later why one was slow.
+
+    starts/2026-11-21/1795277497.<worker>.<random>.json    {"at": 1795277497, "error": "", "worker": …, "spans": […]}
+
+`at` is when the process began, in seconds since 1970 by that host's clock; the rest is the timeline's record. Whoever
+writes one removes the days that are older than a month. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from modelstore import durable
+from modelstore.catalog import Catalog
+from modelstore.errors import ModelStoreError
+from modelstore.layout import Layout
+from modelstore.timeline import Timeline
+
+KEPT_DAYS = 30
+
+logger = logging.getLogger(__name__)
+
+
+def add(layout: Layout, timeline: Timeline, *, error: str = "") -> None:
+    """Keep the record of a start, or of one that failed. A volume that does not take it fails nothing."""
+    began = time.time() - timeline.now()
+    record = {"at": round(began, 3), "error": error[:2000], **timeline.as_json()}
+    folder = layout.starts / time.strftime("%Y-%m-%d", time.gmtime(began))
+    name = f"{int(began)}.{quote(timeline.worker, safe='')[:100]}.{secrets.token_hex(4)}.json"
+    try:
+        Catalog(layout).check_format()
+        durable.check_no_links(layout.root, folder)
+        is_new_day = not folder.exists()
+        durable.write_atomic(folder / name, json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        if is_new_day:
+            for old in _days(layout)[:-KEPT_DAYS]:
+                durable.remove_tree(old)
+    except (ModelStoreError, OSError) as failed:
+        logger.warning("this start is not in the volume's history: %s", failed)
+
+
+def starts(layout: Layout, *, limit: int = 1000) -> list[dict[str, Any]]:
+    """The latest records, the oldest of them first; what cannot be read is left out."""
+    found: list[dict[str, Any]] = []
+    for day in reversed(_days(layout)):
+        of_day = [record for path in durable.entries(day) if (record := _read(path)) is not None]
+        found = [*sorted(of_day, key=lambda record: record["at"]), *found]
+        if len(found) >= limit:
+            break
+    return found[-limit:]
+
+
+def verdict(record: dict[str, Any]) -> str:
+    """What took longest in a start, in words: "12.0 s of 19.0 s waiting for worker abc's download"."""
+    if record["error"]:
+        return f"failed: {record['error']}"
+    total = total_s(record)
+    by_name: dict[str, float] = {}
+    moved: dict[str, int] = {}
+    for span in record["spans"]:
+        by_name[span["name"]] = by_name.get(span["name"], 0.0) + span["end"] - span["start"]
+        moved[span["name"]] = moved.get(span["name"], 0) + span.get("bytes", 0)
+    name, seconds = max(by_name.items(), key=lambda item: item[1], default=("", 0.0))
+    doing = {
+        "lookup": "looking for the model on the volume and at the Hub",
+        "wait": f"waiting for worker {record['waited_for']}'s download"
+        if record.get("waited_for")
+        else "waiting for another worker's download",
+        "download": "downloading from the Hub",
+        "verify": "comparing the snapshot with its manifest",
+        "convert": "converting to the storage dtype",
+        "publish": "publishing the snapshot",
+        "read": "reading the weights from the volume",
+        "import": "importing libraries",
+        "transfer": "moving the weights to the GPU",
+        "build": "building the model",
+    }.get(name, name)
+    rate = f" at {moved[name] / seconds / 1e6:.0f} MB/s" if moved.get(name) and seconds else ""
+    return f"{seconds:.1f} s of {total:.1f} s {doing}{rate}" if doing else "nothing was recorded"
+
+
+def total_s(record: dict[str, Any]) -> float:
+    """Seconds from the process's begin to the end of its last span."""
+    return max((float(span["end"]) for span in record["spans"]), default=0.0)
+
+
+def _days(layout: Layout) -> list[Path]:
+    return [path for path in durable.entries(layout.starts) if len(path.name) == 10 and path.name[:4].isdigit()]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(durable.read_file(path, 1 << 16))
+        spans = [(str(s["name"]), float(s["start"]), float(s["end"]), int(s.get("bytes", 0))) for s in record["spans"]]
+        texts = [record[name] for name in ("worker", "model", "commit", "dtype", "reason", "error")]
+        if not isinstance(record["at"], int | float) or not all(isinstance(text, str) for text in texts):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return record if all(start <= end for _name, start, end, _bytes in spans) else None

@@ -1,0 +1,154 @@
+"""What is on a volume, as records: its snapshots and who uses them, what takes the space, who downloads what.
+
+Reads, and writes nothing but the touch that tells the volume's time. Many small files are read at once, because over a
+network file system each is a round trip.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from modelstore import aliases, durable, pins
+from modelstore.catalog import Catalog, keyed_folders
+from modelstore.claim import ClaimRecord, current_record
+from modelstore.evict import survey
+from modelstore.layout import Layout, SnapshotKey
+from modelstore.settings import Settings
+from modelstore.space import Space
+
+_AT_ONCE = 16
+_LOOK_AGAIN_S = 1.5
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def models(layout: Layout) -> list[dict[str, Any]]:
+    """The snapshots, by repo and commit: size, last use, pin, aliases, and the workers that use them now.
+
+    `complete` is false where a file that the manifest names is not there, or the manifest cannot be read; sizes and
+    bytes are what `verify` compares.
+    """
+    catalog = Catalog(layout)
+    keys = list(catalog.keys())
+    now = pins.volume_time(layout) if keys else 0.0
+    aliased = aliases.targets(layout)
+
+    def record(key: SnapshotKey) -> dict[str, Any]:
+        folder = layout.snapshot(key)
+        manifest = catalog.manifest(key)
+        names = {file.path for file in manifest.files} if manifest else set()
+        there = {path.name for path in durable.entries(folder)}
+        marks = pins.marks(layout, key)
+        return {
+            "repo_id": key.repo_id,
+            "commit": key.commit,
+            "dtype": key.dtype,
+            "path": str(folder),
+            "files": len(names),
+            "bytes": manifest.size_bytes if manifest else 0,
+            "complete": bool(names) and {name.split("/")[0] for name in names} <= there,
+            "idle_s": round(max(now - marks[0].touched_at, 0.0)) if marks else None,
+            "pinned": pins.is_pinned(layout, key),
+            "aliases": list(aliased.get(key, ())),
+            "in_use_by": list(pins.users_of(marks, now)),
+        }
+
+    return _at_once(record, keys)
+
+
+def space(layout: Layout, settings: Settings) -> dict[str, Any]:
+    """What takes how many bytes, against the quota, and what an eviction frees; files with two names count once."""
+    Catalog(layout).check_format()
+    candidates = survey(layout)
+    seen: set[tuple[int, int]] = set()
+    folders = {"models": layout.models, "staging": layout.root / "staging"}
+    folders |= {"quarantine": layout.quarantine, "trash": layout.trash}
+    kinds = {kind: durable.tree_bytes(folder, seen) for kind, folder in folders.items()}
+    taken = Space(layout, settings).taken()
+    kinds["promised"] = max(taken - sum(kinds.values()), 0)  # to downloads that run
+    may_go = [candidate for candidate in candidates if not candidate.kept_because]
+    return {
+        "root": str(layout.root),
+        "quota": settings.quota_bytes,
+        "taken": taken,
+        "free": None if settings.quota_bytes is None else max(settings.quota_bytes - taken, 0),
+        "kinds": kinds,
+        "evictable": sum(candidate.size_bytes for candidate in may_go),
+        "snapshots": [
+            {
+                "repo_id": candidate.key.repo_id,
+                "commit": candidate.key.commit,
+                "dtype": candidate.key.dtype,
+                "bytes": candidate.size_bytes,
+                "idle_s": round(candidate.idle_s),
+                "kept_because": candidate.kept_because,
+            }
+            for candidate in sorted(candidates, key=lambda candidate: -candidate.size_bytes)
+        ],
+    }
+
+
+def claims(layout: Layout, *, sleep: Callable[[float], None] = time.sleep) -> list[dict[str, Any]]:
+    """The downloads that somebody holds the claim of: who, how far, how long still, and whether the holder is alive.
+
+    Looks twice, a few heartbeats apart: a holder that said nothing in between is gone, or its host is.
+    """
+    Catalog(layout).check_format()
+
+    def held(key: SnapshotKey) -> tuple[SnapshotKey, int, ClaimRecord] | None:
+        generation, record = current_record(layout.claims(key))
+        return (key, generation, record) if record is not None and record.state == "held" else None
+
+    keys = [key for key, _folder in keyed_folders(layout.root / "claims")]
+    first = [found for found in _at_once(held, keys) if found is not None]
+    if not first:
+        return []
+    sleep(_LOOK_AGAIN_S)
+    records = []
+    for key, generation, before in first:
+        found = held(key)
+        if found is None:
+            continue
+        _key, now_generation, record = found
+        records.append(
+            {
+                "repo_id": key.repo_id,
+                "commit": key.commit,
+                "dtype": key.dtype,
+                "generation": now_generation,
+                "worker": record.worker,
+                "host": record.host,
+                "pid": record.pid,
+                "phase": record.phase,
+                "done": record.done,
+                "total": record.total,
+                "eta_s": record.eta_s,
+                "alive": (now_generation, record.beat) != (generation, before.beat),
+            }
+        )
+    return records
+
+
+def size(count: float) -> str:
+    """Bytes for a person."""
+    for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= length:
+            return f"{count / length:.2f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
+def ago(seconds: float) -> str:
+    """A time in the past for a person."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
+
+
+def _at_once(look: Callable[[T], R], things: Iterable[T]) -> list[R]:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(look, things))

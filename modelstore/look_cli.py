@@ -1,0 +1,219 @@
+"""The commands that look: what is on the volume, who uses it, how starts went, and whether the volume is sound."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from modelstore import durable, history, look
+from modelstore.console import Context, app, command
+from modelstore.errors import UsageError
+from modelstore.look import ago, size
+
+_LIMIT = Annotated[int, typer.Option("--limit", min=1, help="At most so many, the latest.")]
+
+
+@command(app, "ls")
+def list_models(context: Context) -> None:
+    """List the published models: size, last use, pins, aliases, and the workers that use them."""
+    store = context.store()
+    found = look.models(store.layout)
+    context.print(found, lambda console: console.print(_models_table(found, str(store.settings.root), console.width)))
+
+
+@command(app)
+def du(context: Context) -> None:
+    """What takes the space: by model, by kind, against the quota, and what an eviction would free."""
+    store = context.store()
+    found = look.space(store.layout, store.settings)
+
+    def text(console: Console) -> None:
+        table = _table("size", "model", "last used", "kept because")
+        for model in found["snapshots"]:
+            name = f"{model['repo_id']} {model['commit'][:12]} {model['dtype']}"
+            table.add_row(size(model["bytes"]), name, ago(model["idle_s"]), model["kept_because"])
+        console.print(table)
+        for kind, count in found["kinds"].items():
+            if count and kind != "models":
+                console.print(f"{size(count)} {kind}")
+        limit = f" of {size(found['quota'])}, {size(found['free'])} free" if found["quota"] else ", without a quota"
+        console.print(f"{size(found['taken'])} taken{limit}")
+        console.print(f"{size(found['evictable'])} an eviction would free")
+
+    context.print(found, text)
+
+
+@command(app)
+def claims(context: Context) -> None:
+    """Who downloads what: progress, time left, and whether the worker is alive."""
+    found = look.claims(context.store().layout)
+    context.print(found, lambda console: console.print(_claims_table(found)))
+
+
+@command(app)
+def watch(
+    context: Context,
+    every_s: Annotated[float, typer.Option("--every-s", min=0.2, help="Seconds between two looks.")] = 2.0,
+    count: Annotated[int | None, typer.Option("--count", min=1, help="Stop after so many looks.")] = None,
+) -> None:
+    """Follow downloads and use as they change, until Ctrl-C; with --json one line for each look."""
+    store = context.store()
+
+    def looked() -> dict[str, Any]:
+        return {"at": round(time.time()), "claims": look.claims(store.layout), "models": look.models(store.layout)}
+
+    def drawn(found: dict[str, Any]) -> Group:
+        used = [model for model in found["models"] if model["in_use_by"]]
+        head = f"{store.settings.root}  {time.strftime('%H:%M:%S', time.localtime(found['at']))}  "
+        head += f"{len(found['models'])} models, {len(used)} in use"
+        return Group(
+            head, _claims_table(found["claims"]), *[f"{m['repo_id']}: {', '.join(m['in_use_by'])}" for m in used]
+        )
+
+    console = Console(highlight=False, markup=False)
+    left = count
+    try:
+        with Live(console=console, auto_refresh=False, transient=False) as live:
+            while left is None or left > 0:
+                found = looked()
+                if context.json:
+                    print(json.dumps(found), flush=True)
+                elif console.is_terminal:
+                    live.update(drawn(found), refresh=True)
+                else:
+                    console.print(drawn(found))
+                left = None if left is None else left - 1
+                if left != 0:
+                    time.sleep(every_s)
+    except KeyboardInterrupt:
+        return
+
+
+@command(app, "history")
+def past_starts(
+    context: Context,
+    limit: _LIMIT = 20,
+    model: Annotated[str | None, typer.Option("--model", help="Only starts of this one, as MODEL_ID names it.")] = None,
+) -> None:
+    """The starts of the fleet: when, how long, and what took longest."""
+    found = [record for record in history.starts(context.store().layout) if model is None or record["model"] == model][
+        -limit:
+    ]
+
+    def text(console: Console) -> None:
+        if not found:
+            console.print("no start has been recorded yet")
+            return
+        table = _table("when", "model", "outcome", "worker", "ready", "what took longest")
+        for record in found:
+            table.add_row(
+                time.strftime("%m-%d %H:%M", time.localtime(record["at"])),
+                record["model"],
+                "failed" if record["error"] else record["outcome"] or "",
+                record["worker"],
+                f"{history.total_s(record):.1f} s",
+                history.verdict(record),
+            )
+        console.print(table)
+
+    context.print(found, text)
+
+
+@command(app, "report")
+def write_report(
+    context: Context,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the page.")] = Path("modelstore.html"),
+    text: Annotated[bool, typer.Option("--text", help="The starts as bars in the terminal instead.")] = False,
+    limit: _LIMIT = 200,
+) -> None:
+    """One HTML page that needs no server: how starts went, what took them so long, what lies on the volume."""
+    from modelstore import report
+
+    store = context.store()
+    starts = history.starts(store.layout, limit=limit)
+    if text:
+        width = max(40, min(shutil.get_terminal_size((80, 24)).columns, 100))
+        shown = "\n\n".join(report.text(record, width=width) for record in starts)
+        context.print(starts, lambda console: console.print(shown or "no start has been recorded yet"))
+        return
+    models, space = look.models(store.layout), look.space(store.layout, store.settings)
+    page = report.html(models, space, starts, made_at=time.time())
+    durable.write_atomic(out.absolute(), page.encode())
+    record = {"path": str(out.absolute()), "starts": len(starts), "models": len(models)}
+    context.print(
+        record, lambda console: console.print(f"{out.absolute()}: {len(starts)} starts, {len(models)} models")
+    )
+
+
+@command(app)
+def doctor(
+    context: Context,
+    reference: Annotated[
+        str | None, typer.Argument(metavar="[REF]", help="A model that shall be within reach.")
+    ] = None,
+    peer: Annotated[
+        Path | None, typer.Option("--peer", help="The store's folder on another mount of the same volume.")
+    ] = None,
+) -> None:
+    """Look whether a fleet can rely on this volume: mount, locks, renames, rates, space, clock, token, leftovers."""
+    from modelstore.doctor import diagnose, exit_code
+
+    if peer is not None and not peer.is_absolute():
+        raise UsageError("--peer must be a full path")
+    findings = list(diagnose(context.store().settings, peer=peer, reference=reference))
+    records = [
+        {name: getattr(finding, name) for name in ("check", "level", "what", "why", "do")} for finding in findings
+    ]
+
+    def text(console: Console) -> None:
+        for finding in findings:
+            console.print(f"{finding.level:<7} {finding.check}: {finding.what}")
+            if finding.level != "ok":
+                console.print(f"        {finding.why}: {finding.do}")
+
+    context.print(records, text)
+    raise typer.Exit(exit_code(findings))
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        table.add_column(name, overflow="fold", justify="right" if name in ("size", "files", "ready") else "left")
+    return table
+
+
+def _models_table(models: list[dict[str, Any]], root: str, width: int) -> Table | str:
+    if not models:
+        return f"no snapshots in {root}: publish one with `modelstore seed org/name`"
+    wide = width >= 80
+    table = _table("model", "commit", "dtype", "files", "size", *(("last used", "kept by") if wide else ()))
+    for model in models:
+        kept = [f"@{name}" for name in model["aliases"]] + (["pin"] if model["pinned"] else []) + model["in_use_by"]
+        used = "never" if model["idle_s"] is None else ago(model["idle_s"])
+        name = model["repo_id"] if model["complete"] else f"{model['repo_id']} (damaged)"
+        row = (name, model["commit"][:12], model["dtype"], str(model["files"]), size(model["bytes"]))
+        table.add_row(*row, *((used, ", ".join(kept)) if wide else ()))
+    return table
+
+
+def _claims_table(found: list[dict[str, Any]]) -> Table | str:
+    if not found:
+        return "nobody downloads anything"
+    table = _table("model", "worker", "phase", "", "left", "")
+    for one in found:
+        share = ProgressBar(one["total"] or 1, one["done"], width=16)
+        done = f"{one['done'] / one['total']:.0%} of {size(one['total'])}" if one["total"] else ""
+        left = f"{one['eta_s']:.0f} s" if one["eta_s"] is not None else ""
+        state = done if one["alive"] else f"{done} gone" if done else "gone"
+        name = f"{one['repo_id']} {one['commit'][:12]} {one['dtype']}"
+        table.add_row(name, f"{one['worker']} ({one['host']})", one["phase"], share, left, state)
+    return table

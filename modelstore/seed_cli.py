@@ -1,0 +1,196 @@
+"""`modelstore seed`: publish models before any worker needs them, by name or from a list."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from modelstore import look, pins
+from modelstore.console import (
+    DTYPE,
+    REVISION,
+    YES,
+    Context,
+    app,
+    command,
+    observer_of,
+    print_seeded,
+    report_error,
+)
+from modelstore.errors import ModelStoreError, UsageError
+from modelstore.evict import evict, survey
+from modelstore.layout import SnapshotKey
+from modelstore.look import size
+from modelstore.reference import parse_reference
+from modelstore.settings import parse_dtype
+from modelstore.store import ModelStore
+from modelstore.wanted import Wanted, read_list
+
+logger = logging.getLogger(__name__)
+
+
+@command(app)
+def seed(
+    context: Context,
+    references: Annotated[
+        list[str] | None, typer.Argument(metavar="[REF...]", help="org/name, org/name@revision or file:///folder")
+    ] = None,
+    dtype: DTYPE = None,
+    revision: REVISION = None,
+    overflow: Annotated[
+        str, typer.Option("--overflow", help="Where float16 cannot hold a weight: stop, or store bfloat16.")
+    ] = "stop",
+    listed: Annotated[
+        Path | None,
+        typer.Option("--from", help="A TOML file of [[model]] tables: reference, dtype, overflow, aliases, pin."),
+    ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="With --from: then remove what the list does not name.")
+    ] = False,
+    parallel: Annotated[int, typer.Option("--parallel", min=1, max=16, help="Models at once.")] = 2,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Convert weights that there are only as pickles.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Store a repo's own code too, if REF names its commit in full.")
+    ] = False,
+    wait_s: Annotated[float | None, typer.Option("--wait-s", help="Seconds to wait for another's download.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what is there and what each would take, and leave it.")
+    ] = False,
+    yes: YES = False,
+) -> None:
+    """Publish models before any worker needs them; fetches only what is missing."""
+    if overflow not in ("stop", "bfloat16"):
+        raise typer.BadParameter("use stop or bfloat16", param_hint="--overflow")
+    if wait_s is not None and not wait_s >= 0:
+        raise UsageError("--wait-s must be a number of seconds, at least 0")
+    if prune and listed is None:
+        raise UsageError("--prune makes the volume equal a list: name it with --from")
+    allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    store = context.store(**{name: True for name, wanted in allowed.items() if wanted})
+    shared = Wanted(parse_reference("any/model"), parse_dtype("--dtype", dtype) if dtype else None)
+    shared = replace(shared, overflow=cast(Literal["stop", "bfloat16"], overflow))
+    models = [replace(shared, reference=parse_reference(text, revision=revision)) for text in references or ()]
+    models += read_list(listed) if listed is not None else ()
+    if not models:
+        raise UsageError("REF is missing: name a model, as in `modelstore seed org/name`, or a list with --from")
+    if dry_run:
+        _preview(context, store, models, prune=prune)
+        return
+    if prune:  # asked before the hours of a download, not after
+        context.confirm(f"remove from {store.settings.root} what {listed} does not name", yes=yes)
+    records: list[dict[str, Any]] = []
+    with observer_of(context, len(models)) as observer, ThreadPoolExecutor(parallel) as pool:
+
+        def one(wanted: Wanted) -> dict[str, Any] | ModelStoreError:
+            try:
+                snapshot = store.ensure(
+                    wanted.reference,
+                    dtype=wanted.dtype,
+                    refresh=True,
+                    overflow=wanted.overflow,
+                    wait_s=wait_s,
+                    observer=observer,
+                )
+                _name(store, wanted, snapshot.key)
+                return snapshot.as_json()
+            except ModelStoreError as error:
+                return error
+
+        done = list(pool.map(one, models))
+    worst = 0
+    for wanted, result in zip(models, done, strict=True):
+        if isinstance(result, ModelStoreError):
+            if len(models) == 1:
+                raise result
+            report_error(result, context)
+            worst = worst or result.exit_code
+            records.append({"reference": str(wanted.reference), "error": str(result), "exit_code": result.exit_code})
+        else:
+            records.append(result)
+    if prune and not worst:
+        kept = {SnapshotKey(record["repo_id"], record["commit"], record["dtype"]) for record in records}
+        records += _pruned(store, kept)
+    elif prune:
+        logger.warning("nothing was removed, because not all of the list is there")
+    single = len(records) == 1 and listed is None
+    context.print(records[0] if single else records, lambda console: _print_done(console, records))
+    raise typer.Exit(worst)
+
+
+def _name(store: ModelStore, wanted: Wanted, key: SnapshotKey) -> None:
+    """Give a published model the aliases and the pin of the list."""
+    for name in wanted.aliases:
+        store.point_alias(name, key)
+    if wanted.pin and not pins.is_pinned(store.layout, key):
+        pins.pin(store.layout, key, "the list")
+
+
+def _pruned(store: ModelStore, kept: set[SnapshotKey]) -> list[dict[str, Any]]:
+    """Remove every other snapshot that nobody uses, and no pin or alias keeps."""
+    records = []
+    for candidate in survey(store.layout):
+        if candidate.key in kept:
+            continue
+        key = candidate.key
+        gone = not candidate.kept_because and evict(store.layout, key)
+        if not gone:
+            logger.warning("%s stays: %s", key, candidate.kept_because or "somebody began to use it")
+        record = {"repo_id": key.repo_id, "commit": key.commit, "dtype": key.dtype, "bytes": candidate.size_bytes}
+        records.append(record | {"status": "removed" if gone else "kept"})
+    return records
+
+
+def _preview(context: Context, store: ModelStore, models: list[Wanted], *, prune: bool) -> None:
+    """Print what would be done, and what the volume would hold then; raises where one cannot be had."""
+    records = [store.preview(wanted.reference, dtype=wanted.dtype) for wanted in models]
+    space = look.space(store.layout, store.settings)
+    more = sum(record["bytes"] for record in records if record["status"] != "present")
+    download = sum(record["downloaded_bytes"] for record in records)
+    named = {SnapshotKey(record["repo_id"], record["commit"], record["dtype"]) for record in records}
+    others = [one for one in survey(store.layout) if prune and one.key not in named and not one.kept_because]
+    less = sum(one.size_bytes for one in others)
+    plan = {
+        "models": records,
+        "removed": [{"repo_id": one.key.repo_id, "commit": one.key.commit, "dtype": one.key.dtype} for one in others],
+        "download_bytes": download,
+        "taken_before": space["taken"],
+        "taken_after": space["taken"] + more - less,
+        "quota": space["quota"],
+    }
+
+    def text(console: Console) -> None:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("model", "commit", "dtype", "size", "download", ""):
+            table.add_column(name, overflow="fold", justify="right" if name in ("size", "download") else "left")
+        for record in records:
+            sizes = (size(record["bytes"]), size(record["downloaded_bytes"]))
+            table.add_row(record["repo_id"], record["commit"][:12], record["dtype"], *sizes, record["status"])
+        console.print(table)
+        for one in others:
+            console.print(f"would remove {one.key}, {size(one.size_bytes)}")
+        limit = f" of {size(plan['quota'])}" if plan["quota"] else ""
+        console.print(
+            f"{size(download)} over the network; the store takes {size(plan['taken_before'])}, "
+            f"{size(plan['taken_after'])}{limit} then"
+        )
+        if plan["quota"] and plan["taken_after"] > plan["quota"]:
+            console.print("that is more than MODELSTORE_QUOTA: raise it, or name less")
+
+    context.print(plan, text)
+
+
+def _print_done(console: Console, records: list[dict[str, Any]]) -> None:
+    print_seeded(console, [record for record in records if "path" in record])
+    for record in records:
+        if record.get("status") in ("removed", "kept"):
+            name = f"{record['repo_id']} at {record['commit'][:12]} as {record['dtype']}"
+            console.print(f"{record['status']}: {name}, {size(record['bytes'])}")
