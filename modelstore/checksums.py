@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,38 @@ class RunningDigests:
         self._blocks.append(self._block.hexdigest())
         self._block = xxhash.xxh3_64()
         self._in_block = 0
+
+
+def digests_of_file(path: Path, *, guard: Callable[[], None] = lambda: None) -> Digests:
+    """The digests of a file as it lies; `guard` is called for each block, and may raise."""
+    running = RunningDigests()
+    fd = durable.open_for_read(path)
+    try:
+        while data := os.read(fd, BLOCK_BYTES):
+            guard()
+            running.update(data)
+    finally:
+        os.close(fd)
+    return running.finish()
+
+
+def git_oid(fd: int, size_bytes: int) -> str:
+    """Git's name for the file's bytes: SHA-1 over a small header and them."""
+    digest = hashlib.sha1(b"blob %d\0" % size_bytes, usedforsecurity=False)
+    offset = 0
+    while data := os.pread(fd, 1 << 20, offset):
+        digest.update(data)
+        offset += len(data)
+    return digest.hexdigest()
+
+
+def git_oid_of(path: Path) -> str:
+    """The same, of a file by its path."""
+    fd = durable.open_for_read(path)
+    try:
+        return git_oid(fd, os.fstat(fd).st_size)
+    finally:
+        os.close(fd)
 
 
 def has_blocks(path: Path, record: FileRecord) -> bool:

@@ -194,6 +194,20 @@ def link(source: Path, target: Path) -> None:
                 raise
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy of it where there can be none; fine where `target` is there already."""
+    if target.exists():
+        return
+    try:
+        link(source, target)
+    except (ModelStoreError, OSError):
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        with mapped_errors(target):
+            shutil.copyfile(source, temporary)
+            sync_path(temporary)
+            os.rename(temporary, target)
+
+
 def remove_file(path: Path) -> None:
     """Remove a file; fine where it is not there."""
     with mapped_errors(path):

@@ -23,7 +23,7 @@ from typing import Any
 
 from modelstore import durable
 from modelstore.catalog import Snapshot
-from modelstore.checksums import Digests, RunningDigests, has_blocks
+from modelstore.checksums import Digests, RunningDigests, digests_of_file, has_blocks
 from modelstore.claim import Claim
 from modelstore.convert import (
     StoragePolicy,
@@ -34,7 +34,16 @@ from modelstore.convert import (
     storage_policy,
 )
 from modelstore.download import Download, Progress
-from modelstore.errors import BadSafetensors, ClaimLost, CodeRefused, IntegrityError, NoSpace, Refused
+from modelstore.errors import (
+    BadSafetensors,
+    ClaimLost,
+    CodeRefused,
+    DigestMismatch,
+    IntegrityError,
+    ModelStoreError,
+    NoSpace,
+    Refused,
+)
 from modelstore.estimate import named_dtype, stored_ratio
 from modelstore.finished import FinishedFiles
 from modelstore.header import Header
@@ -120,9 +129,11 @@ class Fill:
         timeline: Timeline,
         observer: Observer,
         damaged: Snapshot | None = None,
+        link: bool = False,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`damaged`: the snapshot that is to be replaced, moved aside; what of it is intact is used again."""
+        """`damaged`: the snapshot that is to be replaced, moved aside; what of it is intact is used again. `link`: take
+        weights that the source has on this volume by a second name, where nothing in them is to be converted."""
         durable.check_no_links(layout.root, layout.snapshot(key))
         durable.check_no_links(layout.root, layout.staging(key) / str(claim.generation))
         self._layout = layout
@@ -155,6 +166,7 @@ class Fill:
         self._checked = 0.0
         self._stopping = False
         self._damaged = damaged
+        self._link = link
         self._finished = FinishedFiles(self._staging, self._inherited, damaged)
         self._peak = Peak({})
         self._headers: dict[str, Header] = {}
@@ -344,6 +356,7 @@ class Fill:
                 jobs.append(job)
 
             try:
+                left = [file for file in left if not (self._link and self._linked(file))]
                 self._download.fetch(left, on_file, may_begin=may_begin)
             except BaseException:
                 self._stopping = True  # conversions end at their next chunk, or Ctrl-C would wait for them
@@ -353,6 +366,37 @@ class Fill:
             job.result()
         if self._convert_began is not None:
             self._timeline.add(Span("convert", self._convert_began, self._timeline.now()))
+
+    def _linked(self, file: SourceFile) -> bool:
+        """Take a weights file by a second name, after its bytes were compared; False where it has to be copied.
+
+        It goes to its final name at once: nobody ever writes to what it shares with its owner.
+        """
+        path = self._source.path_of(self._resolved, file)
+        if path is None or file.sha256 is None or stored_path(file.path) != file.path:
+            return False
+        header = read_header(path, where=f"{file.path} of {self._key.repo_id}")
+        if converted_tensors(header, self._policies[_folder_of(file.path)]) is not header.tensors:
+            return False
+        target = self._staging.snapshot_file(file.path)
+        durable.make_folder(target.parent)
+        try:
+            durable.link(path, target)
+        except (ModelStoreError, OSError) as error:
+            logger.info("%s is copied: it cannot be linked (%s)", file.path, error)
+            return False
+        digests = digests_of_file(target, guard=self._guard)
+        if digests.sha256 != file.sha256:
+            durable.remove_file(target)
+            raise DigestMismatch(f"{path} is not what its name says it is: remove it, and seed {self._key.repo_id}")
+        record = FileRecord(file.path, file.size_bytes, digests.sha256, digests.blocks)
+        self._headers[file.path] = header
+        self._finished.add(file, record)
+        self._observer.finished(self._key, self._staging.snapshot, record)
+        self._progress.add(done=file.size_bytes)
+        self._peak.begin(file.path)
+        self._peak.end(file.path)
+        return True
 
     def _left(self, files: tuple[SourceFile, ...]) -> list[SourceFile]:
         """The files that no earlier process has finished."""

@@ -112,6 +112,9 @@ class HubSource:
             if isinstance(entry, RepoFile)
         )
 
+    def path_of(self, resolved: Resolved, file: SourceFile) -> None:
+        """Nothing of the Hub lies here."""
+
     @contextmanager
     def open(self, resolved: Resolved, file: SourceFile, offset: int, length: int) -> Iterator[ByteStream]:
         """Stream `length` bytes from `offset`; a server that ignores ranges gives a stream that starts at 0."""

@@ -17,7 +17,6 @@ pass gives the block checksums of the manifest.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import threading
@@ -27,7 +26,7 @@ from pathlib import Path
 import xxhash
 
 from modelstore import durable
-from modelstore.checksums import Digests, RunningDigests
+from modelstore.checksums import Digests, RunningDigests, git_oid
 from modelstore.errors import DigestMismatch
 from modelstore.layout import StagingLayout
 from modelstore.sources import SourceFile
@@ -195,7 +194,7 @@ class PartialFile:
         if self.file.sha256 is not None:
             matches = digests.sha256 == self.file.sha256
         elif self.file.git_oid is not None:
-            matches = _git_oid(self._fd, self.file.size_bytes) == self.file.git_oid
+            matches = git_oid(self._fd, self.file.size_bytes) == self.file.git_oid
         else:
             matches = True
         if not matches:
@@ -262,13 +261,3 @@ def _read(path: Path, length: int) -> bytes:
         return durable.read_file(path, length)
     except OSError:
         return b""
-
-
-def _git_oid(fd: int, size_bytes: int) -> str:
-    """Git's name for the file's bytes: SHA-1 over a small header and them."""
-    digest = hashlib.sha1(b"blob %d\0" % size_bytes, usedforsecurity=False)
-    offset = 0
-    while data := os.pread(fd, 1 << 20, offset):
-        digest.update(data)
-        offset += len(data)
-    return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.table import Table
 from modelstore import look, pins
 from modelstore.console import (
     DTYPE,
+    REF,
     REVISION,
     YES,
     Context,
@@ -24,7 +26,7 @@ from modelstore.console import (
     print_seeded,
     report_error,
 )
-from modelstore.errors import ModelStoreError, UsageError
+from modelstore.errors import ModelStoreError, SnapshotNotFound, UsageError
 from modelstore.evict import evict, survey
 from modelstore.layout import SnapshotKey
 from modelstore.look import size
@@ -194,3 +196,49 @@ def _print_done(console: Console, records: list[dict[str, Any]]) -> None:
         if record.get("status") in ("removed", "kept"):
             name = f"{record['repo_id']} at {record['commit'][:12]} as {record['dtype']}"
             console.print(f"{record['status']}: {name}, {size(record['bytes'])}")
+
+
+@command(app)
+def adopt(
+    context: Context,
+    path: Annotated[Path, typer.Argument(help="An HF cache, a model's folder, or a mirror by the SDK's VolumeCache.")],
+    name: Annotated[
+        str | None, typer.Option("--as", metavar="ORG/NAME", help="What to call a model whose folder has no such name.")
+    ] = None,
+    dtype: DTYPE = None,
+) -> None:
+    """Make snapshots of models that lie on this volume already: no download, and links where nothing is converted."""
+    from modelstore.adopt import find
+
+    store = context.store()
+    records = []
+    for found in find(path.absolute(), store.settings, repo_id=name):
+        with observer_of(context) as observer:
+            snapshot = store.adopt(found.source, found.resolved, dtype=dtype, observer=observer)
+        linked = sum(os.lstat(snapshot.path / file.path).st_nlink > 1 for file in snapshot.weights)
+        records.append(snapshot.as_json() | {"from": found.what, "linked_files": linked})
+    context.print(records, lambda console: print_seeded(console, records))
+
+
+@command(app)
+def export(
+    context: Context,
+    reference: REF,
+    hf_cache: Annotated[
+        Path, typer.Option("--hf-cache", help="The cache's folder, such as /runpod-volume/huggingface-cache/hub.")
+    ],
+    revision: REVISION = None,
+) -> None:
+    """Lay a snapshot that was seeded with --dtype keep out as an HF cache, by links, for worker-vllm and others."""
+    from modelstore.adopt import export_to_hf_cache
+
+    store = context.store()
+    wanted = parse_reference(reference, revision=revision)
+    snapshot = store.lookup(wanted, dtype="keep")
+    if snapshot is None:
+        raise SnapshotNotFound(
+            f"{reference} is not on the volume as the repo has it: run `modelstore seed {reference} --dtype keep` first"
+        )
+    folder = export_to_hf_cache(snapshot, hf_cache.absolute(), revision=wanted.revision or "main")
+    record = {"repo_id": snapshot.repo_id, "commit": snapshot.commit, "path": str(folder)}
+    context.print(record, lambda console: console.print(str(folder)))

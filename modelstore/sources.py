@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,47 +74,62 @@ class Source(Protocol):
     ) -> AbstractContextManager[ByteStream]:
         """Stream `length` bytes of a file from `offset`. Raises HubUnavailable where trying again may help."""
 
+    def path_of(self, resolved: Resolved, file: SourceFile) -> Path | None:
+        """Where the file lies on this host, if it does."""
 
-class FolderSource:
-    """A local folder; its commit is a digest of the names and bytes in it, so equal folders are one snapshot."""
+
+class LocalFiles:
+    """Files of this host under their names in a repo; the commit is a digest of the names and bytes, so equal ones are
+    one snapshot."""
 
     over_network = False
 
-    def __init__(self, reference: Reference) -> None:
-        self._folder = Path(reference.name)
+    def __init__(self, repo_id: str, revision: str, location: str, paths: Mapping[str, Path]) -> None:
+        """`revision`: what the commit is recorded as; `location`: where the files came from, for the manifest."""
+        self._repo_id = repo_id
+        self._revision = revision
+        self._location = location
+        self._paths = paths
         self._files: tuple[SourceFile, ...] = ()
-        self._reference = reference
 
     def resolve(self) -> Resolved:
         """Reads every file once: the content is the identity."""
-        if not self._folder.is_dir():
-            raise NotFound(f"{self._reference} is not a folder: give the folder that holds the model's files")
         digest = hashlib.sha256()
-        self._files = tuple(replace(file, sha256=_sha256_of(self._folder / file.path)) for file in self._found())
+        self._files = tuple(
+            SourceFile(name, path.stat().st_size, sha256=_sha256_of(path)) for name, path in sorted(self._paths.items())
+        )
         for file in self._files:
             digest.update(f"{file.path}\0{file.size_bytes}\0{file.sha256}\0".encode("utf-8", "surrogateescape"))
-        record = SourceRecord(kind="file", location=self._folder.name, revision="")
-        return Resolved(local_repo_id(self._reference), digest.hexdigest()[:40], self._reference.name, record)
+        record = SourceRecord(kind="file", location=self._location, revision="")
+        return Resolved(self._repo_id, digest.hexdigest()[:40], self._revision, record)
 
     def list_files(self, resolved: Resolved) -> tuple[SourceFile, ...]:
         """The files as `resolve` read them: one that changes afterwards does not match and is refused."""
         return self._files
 
-    def _found(self) -> tuple[SourceFile, ...]:
-        """Regular files below the folder, by name; links are not followed."""
-        found = []
-        for parent, folders, names in os.walk(self._folder):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in names:
-                path = Path(parent, name)
-                if path.is_file() and not path.is_symlink():
-                    found.append(SourceFile(str(path.relative_to(self._folder)), path.stat().st_size))
-        return tuple(sorted(found, key=lambda file: file.path))
-
     def open(
         self, resolved: Resolved, file: SourceFile, offset: int, length: int
     ) -> AbstractContextManager[ByteStream]:
-        return _stream(self._folder / file.path, offset, length)
+        return stream_of(self._paths[file.path], offset, length)
+
+    def path_of(self, resolved: Resolved, file: SourceFile) -> Path | None:
+        return self._paths[file.path]
+
+
+class FolderSource(LocalFiles):
+    """A local folder (`file://`)."""
+
+    def __init__(self, reference: Reference) -> None:
+        self._folder = Path(reference.name)
+        self._reference = reference
+        super().__init__(local_repo_id(reference), reference.name, self._folder.name, {})
+
+    def resolve(self) -> Resolved:
+        """Reads every file once: the content is the identity."""
+        if not self._folder.is_dir():
+            raise NotFound(f"{self._reference} is not a folder: give the folder that holds the model's files")
+        self._paths = files_below(self._folder)
+        return super().resolve()
 
 
 class HfCacheSource:
@@ -182,7 +197,10 @@ class HfCacheSource:
     def open(
         self, resolved: Resolved, file: SourceFile, offset: int, length: int
     ) -> AbstractContextManager[ByteStream]:
-        return _stream(self._inside(self._repo / "snapshots" / resolved.commit / file.path), offset, length)
+        return stream_of(self.path_of(resolved, file), offset, length)
+
+    def path_of(self, resolved: Resolved, file: SourceFile) -> Path:
+        return self._inside(self._repo / "snapshots" / resolved.commit / file.path)
 
     def _inside(self, path: Path) -> Path:
         """`path` with its links followed, as long as they stay in this repo's folder."""
@@ -192,8 +210,20 @@ class HfCacheSource:
         return real
 
 
+def files_below(folder: Path) -> dict[str, Path]:
+    """Regular files below a folder under their relative names, sorted; links and hidden folders are left out."""
+    found = {}
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(parent, name) for name in names):
+            if path.is_file() and not path.is_symlink():
+                found[str(path.relative_to(folder))] = path
+    return dict(sorted(found.items()))
+
+
 @contextmanager
-def _stream(path: Path, offset: int, length: int) -> Iterator[ByteStream]:
+def stream_of(path: Path, offset: int, length: int) -> Iterator[ByteStream]:
+    """The bytes of a file from `offset` on."""
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
         yield ByteStream(offset, file.readinto)

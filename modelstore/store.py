@@ -119,6 +119,17 @@ class ModelStore:
             "staged_bytes": staged,
         }
 
+    def adopt(
+        self, source: Source, resolved: Resolved, *, dtype: str | None = None, observer: Observer = SILENT
+    ) -> Snapshot:
+        """Publish what a source has on this host already; weights that need no conversion are linked, not copied, where
+        they lie on the same volume. Raises what `ensure` raises."""
+        variant = self._dtype(dtype)
+        snapshot = self._obtain(source, resolved, variant, None, None, observer, Timeline(), link=True)
+        self._record_commit(resolved, replacing=False)
+        mark_used(self.layout, snapshot.key)
+        return snapshot
+
     def snapshots(self) -> Iterator[Snapshot]:
         """Every published snapshot, by repo and commit; damaged ones are left out, with a warning."""
         return self.catalog.snapshots()
@@ -187,6 +198,8 @@ class ModelStore:
         wait_s: float | None,
         observer: Observer,
         timeline: Timeline,
+        *,
+        link: bool = False,
     ) -> Snapshot:
         """Claim and fill, or wait for whoever does; what is on the volume is looked at again after every change."""
         key = SnapshotKey(resolved.repo_id, resolved.commit, dtype)
@@ -211,7 +224,7 @@ class ModelStore:
                 if waited_from is not None:
                     timeline.add(Span("wait", waited_from, timeline.now()))
                 try:
-                    return self._fill(outcome, key, dtype, source, resolved, damaged, observer, timeline)
+                    return self._fill(outcome, key, dtype, source, resolved, damaged, observer, timeline, link=link)
                 except ClaimLost as error:
                     logger.warning("%s", error)
                     contender, waited_from = None, timeline.now()
@@ -235,6 +248,8 @@ class ModelStore:
         damaged: Snapshot | None,
         observer: Observer,
         timeline: Timeline,
+        *,
+        link: bool,
     ) -> Snapshot:
         from modelstore.fill import Fill  # numpy and HTTP are for who downloads, not for who looks
 
@@ -262,6 +277,7 @@ class ModelStore:
                 timeline=timeline,
                 observer=observer,
                 damaged=self._quarantine(key, claim),
+                link=link,
                 sleep=self._sleep,
             )
             while True:
