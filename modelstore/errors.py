@@ -25,7 +25,8 @@
     │   └── FormatTooNew
     ├── ClaimLost                       1
     ├── HubUnavailable                  1
-    └── RootUnusable                    1
+    ├── RootUnusable                    1
+    └── VolumeUnavailable               1
 
 The number is the exit code of the command line. A message is one line: what happened, to what, and what to do. Errors
 of other libraries are mapped to these where they enter the package; whatever is not in this tree is a bug of ours.
@@ -61,6 +62,7 @@ __all__ = [
     "SnapshotNotFound",
     "UnsafeName",
     "UsageError",
+    "VolumeUnavailable",
     "WaitTimeout",
 ]
 
@@ -200,3 +202,7 @@ class HubUnavailable(ModelStoreError):
 
 class RootUnusable(ModelStoreError):
     """The store's root cannot be created, read or written."""
+
+
+class VolumeUnavailable(ModelStoreError):
+    """A volume's S3 address does not answer, or not with what was asked for."""

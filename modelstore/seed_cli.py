@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from modelstore import look, pins
+from modelstore import look, pins, s3
 from modelstore.console import (
     DTYPE,
     REF,
@@ -31,6 +32,7 @@ from modelstore.evict import evict, survey
 from modelstore.layout import SnapshotKey
 from modelstore.look import size
 from modelstore.reference import parse_reference
+from modelstore.s3 import parse_target
 from modelstore.settings import parse_dtype
 from modelstore.store import ModelStore
 from modelstore.wanted import Wanted, read_list
@@ -64,6 +66,11 @@ def seed(
         bool, typer.Option("--trust-remote-code", help="Store a repo's own code too, if REF names its commit in full.")
     ] = False,
     wait_s: Annotated[float | None, typer.Option("--wait-s", help="Seconds to wait for another's download.")] = None,
+    to: Annotated[
+        list[str] | None,
+        typer.Option("--to", help="Then upload to s3://VOLUME@DATACENTER; several times for several volumes."),
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="With --to: read all of it back and compare.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what is there and what each would take, and leave it.")
     ] = False,
@@ -76,6 +83,9 @@ def seed(
         raise UsageError("--wait-s must be a number of seconds, at least 0")
     if prune and listed is None:
         raise UsageError("--prune makes the volume equal a list: name it with --from")
+    targets = [parse_target(text) for text in to or ()]
+    if prune and targets:
+        raise UsageError("--prune removes from the volume that is mounted, and --to fills others: use one of them")
     allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     store = context.store(**{name: True for name, wanted in allowed.items() if wanted})
     shared = Wanted(parse_reference("any/model"), parse_dtype("--dtype", dtype) if dtype else None)
@@ -84,6 +94,7 @@ def seed(
     models += read_list(listed) if listed is not None else ()
     if not models:
         raise UsageError("REF is missing: name a model, as in `modelstore seed org/name`, or a list with --from")
+    volumes = [s3.Volume(target, endpoint=store.settings.s3_endpoint) for target in targets] if not dry_run else []
     if dry_run:
         _preview(context, store, models, prune=prune)
         return
@@ -123,9 +134,46 @@ def seed(
         records += _pruned(store, kept)
     elif prune:
         logger.warning("nothing was removed, because not all of the list is there")
+    if volumes:
+        records, worst = _uploaded(context, store, volumes, models, records, worst, verify=verify)
     single = len(records) == 1 and listed is None
     context.print(records[0] if single else records, lambda console: _print_done(console, records))
     raise typer.Exit(worst)
+
+
+def _uploaded(
+    context: Context,
+    store: ModelStore,
+    volumes: Sequence[s3.Volume],
+    models: Sequence[Wanted],
+    records: Sequence[dict[str, Any]],
+    worst: int,
+    *,
+    verify: bool,
+) -> tuple[list[dict[str, Any]], int]:
+    """Upload what was seeded here to each volume; a record for each of the two, and the exit code."""
+    said: list[dict[str, Any]] = [record for record in records if "error" in record]
+    for wanted, record in zip(models, records, strict=True):
+        if "error" in record:
+            continue
+        snapshot = store.catalog.published(SnapshotKey(record["repo_id"], record["commit"], record["dtype"]))
+        assert snapshot is not None
+        for volume in volumes:
+            try:
+                with observer_of(context) as observer:
+                    sent = 0 if volume.has(snapshot) else volume.upload(snapshot, observer=observer)
+                    if wanted.reference.kind == "hub":
+                        volume.record_commit(store.layout, snapshot, wanted.reference.revision)
+                    if verify:
+                        volume.verify(snapshot)
+                status = "uploaded" if sent else "present"
+                said.append(s3.as_json(snapshot, volume.target, sent=sent, status=status))
+            except ModelStoreError as error:
+                report_error(error, context)
+                worst = worst or error.exit_code
+                failed = s3.as_json(snapshot, volume.target, sent=0, status="failed")
+                said.append(failed | {"error": str(error), "exit_code": error.exit_code})
+    return said, worst
 
 
 def _name(store: ModelStore, wanted: Wanted, key: SnapshotKey) -> None:
@@ -193,6 +241,9 @@ def _preview(context: Context, store: ModelStore, models: list[Wanted], *, prune
 def _print_done(console: Console, records: list[dict[str, Any]]) -> None:
     print_seeded(console, [record for record in records if "path" in record])
     for record in records:
+        if "to" in record and "error" not in record:
+            name = f"{record['repo_id']} at {record['commit'][:12]} as {record['dtype']}"
+            console.print(f"{record['status']}: {name} on {record['to']}, {size(record['uploaded_bytes'])} sent")
         if record.get("status") in ("removed", "kept"):
             name = f"{record['repo_id']} at {record['commit'][:12]} as {record['dtype']}"
             console.print(f"{record['status']}: {name}, {size(record['bytes'])}")

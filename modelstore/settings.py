@@ -72,6 +72,7 @@ FIELDS = (
     Field("MODELSTORE_MAX_JOB_S", "600", "seconds after which a job ends with an error; `0`: never"),
     Field("HF_TOKEN", "", "access token for gated and private repos; never written to the volume or a log"),
     Field("HF_ENDPOINT", HUB, "the Hub's address"),
+    Field("MODELSTORE_S3_ENDPOINT", "", "another S3 address for `seed --to` than RunPod's for the datacenter"),
     Field("CUDA_VISIBLE_DEVICES", "", "CUDA's own: the numbers of the GPUs that this worker may use"),
 )
 
@@ -118,6 +119,7 @@ class Settings:
     max_job_s: float = 600.0
     hf_token: str | None = field(default=None, repr=False)
     hf_endpoint: str = HUB
+    s3_endpoint: str | None = None
     visible_gpus: str | None = None
     worker_id: str = field(default_factory=socket.gethostname)
 
@@ -162,7 +164,8 @@ class Settings:
             vllm_args=_arguments(env, "MODELSTORE_VLLM_ARGS"),
             max_job_s=_number(env, "MODELSTORE_MAX_JOB_S", 600.0, at_least=0.0),
             hf_token=_token(env.get("HF_TOKEN", "")),
-            hf_endpoint=_endpoint(env.get("HF_ENDPOINT") or HUB),
+            hf_endpoint=_endpoint("HF_ENDPOINT", env.get("HF_ENDPOINT") or HUB),
+            s3_endpoint=_endpoint("MODELSTORE_S3_ENDPOINT", env.get("MODELSTORE_S3_ENDPOINT", "")) or None,
             visible_gpus=env.get("CUDA_VISIBLE_DEVICES"),
             worker_id=env.get("RUNPOD_POD_ID") or socket.gethostname(),
         )
@@ -263,7 +266,9 @@ def _token(text: str) -> str | None:
     return token or None
 
 
-def _endpoint(text: str) -> str:
+def _endpoint(variable: str, text: str) -> str:
+    if not text:
+        return ""
     try:
         parts = urlsplit(text)
         usable = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and not parts.query
@@ -271,7 +276,7 @@ def _endpoint(text: str) -> str:
     except ValueError:
         usable = False
     if not usable:
-        raise InvalidSetting("HF_ENDPOINT is not an address: write it like https://huggingface.co")
+        raise InvalidSetting(f"{variable} is not an address: write it like {HUB}")
     return text.rstrip("/")
 
 
