@@ -29,6 +29,7 @@ class AliasFollower:
         self._engine = engine
         self._name = settings.model.name
         self._layout = Layout(settings.root)
+        self._worker = settings.worker_id
         self._replace_worker = replace_worker
         self._failed: tuple[SnapshotKey, float] | None = None
         self._ended = threading.Event()
@@ -51,7 +52,7 @@ class AliasFollower:
 
     def look(self) -> None:
         """Swap where the alias has moved. Raises where the volume cannot be read."""
-        wanted, serving = aliases.target(self._layout, self._name), self._engine.status()
+        wanted, serving = aliases.target(self._layout, self._name, worker=self._worker), self._engine.status()
         if (wanted.repo_id, wanted.commit, wanted.dtype) == (serving["model"], serving["commit"], serving["dtype"]):
             return
         if self._failed and self._failed[0] == wanted and time.monotonic() - self._failed[1] < _TRY_AGAIN_S:

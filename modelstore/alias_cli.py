@@ -20,7 +20,7 @@ from modelstore.console import (
     command,
     observer_of,
 )
-from modelstore.errors import SnapshotNotFound
+from modelstore.errors import SnapshotNotFound, UsageError
 from modelstore.layout import SnapshotKey
 from modelstore.reference import parse_reference
 from modelstore.settings import parse_dtype
@@ -37,6 +37,10 @@ def set_alias(
     reference: REF,
     dtype: DTYPE = None,
     revision: REVISION = None,
+    percent: Annotated[
+        int,
+        typer.Option("--percent", min=1, max=100, help="Only for this share of the workers; the others stay."),
+    ] = 100,
     dry_run: DRY_RUN = False,
     yes: YES = False,
 ) -> None:
@@ -45,6 +49,8 @@ def set_alias(
     name = aliases.checked(name.removeprefix("@"))
     wanted = parse_reference(reference, revision=revision)
     before = _now(context, name)
+    if percent < 100 and before is None:
+        raise UsageError(f"@{name} points nowhere yet: set it for all before you try another for {percent} %")
     if dry_run:
         found = store.lookup(wanted, dtype=parse_dtype("--dtype", dtype) if dtype else None)
         key = found.key if found else None
@@ -52,9 +58,12 @@ def set_alias(
         if before is not None:
             context.confirm(f"point @{name} to {wanted} instead of {before}", yes=yes)
         with observer_of(context) as observer:
-            key = store.set_alias(name, wanted, dtype=dtype, observer=observer).key
+            key = store.set_alias(name, wanted, dtype=dtype, percent=percent, observer=observer).key
     record = _record(name, key) | {"before": _record(name, before), "changed": not dry_run}
     what = f"{key}" if key else f"{wanted}, once it is published"
+    if percent < 100:
+        record["percent"] = percent
+        what += f" for {percent} % of the workers"
     context.print(record, lambda console: console.print(f"@{name} {'would point' if dry_run else 'points'} to {what}"))
 
 
@@ -69,10 +78,10 @@ def list_aliases(context: Context) -> None:
     def table() -> Table:
         made = Table("alias", "model", "since", "by", box=None)
         for name, entries in found.items():
-            made.add_row(
-                f"@{name}", str(entries[-1].key), time.strftime("%Y-%m-%d %H:%M", time.localtime(entries[-1].at)),
-                entries[-1].by,
-            )  # fmt: skip
+            shown = [aliases.stable(entries)] if entries[-1].percent == 100 else [aliases.stable(entries), entries[-1]]
+            for entry in shown:
+                model = f"{entry.key}" if entry.percent == 100 else f"{entry.key} for {entry.percent} %"
+                made.add_row(f"@{name}", model, time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.at)), entry.by)
         return made
 
     context.print(records, lambda console: console.print(table() if found else "there are no aliases"))
@@ -88,8 +97,9 @@ def rollback(
     """Point an alias to where it pointed before."""
     store = context.store()
     name = aliases.checked(name.removeprefix("@"))
-    now = aliases.target(store.layout, name)
-    earlier = [entry.key for entry in aliases.history(store.layout, name) if entry.key != now]
+    entries = aliases.history(store.layout, name)
+    now = entries[-1].key if entries else aliases.target(store.layout, name)
+    earlier = [entry.key for entry in entries if entry.key != now and entry.percent == 100]
     if not earlier:
         raise SnapshotNotFound(f"@{name} has pointed nowhere but to {now}: use `modelstore alias set`")
     if not dry_run:

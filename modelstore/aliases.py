@@ -1,7 +1,8 @@
 """Aliases: names on the volume that point to a snapshot and can be repointed, which is how models are swapped.
 
 A record, `aliases/<name>.json`, is the alias's whole history, the last entry being where it points now. It is replaced
-by one rename, so a reader sees either the old or the new.
+by one rename, so a reader sees either the old or the new. An entry for a part of the fleet ("percent") is a canary: the
+workers of that share, told by their ids, follow it, and the others the last entry that is for all.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +27,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Pointed:
-    """Where an alias pointed from `at` on (seconds since 1970), and who pointed it there."""
+    """Where an alias pointed from `at` on (seconds since 1970), who pointed it there, and for how much of the fleet."""
 
     key: SnapshotKey
     at: int
     by: str
+    percent: int = 100
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in the record."""
@@ -39,6 +42,7 @@ class Pointed:
             "dtype": self.key.dtype,
             "at": self.at,
             "by": self.by,
+            **({"percent": self.percent} if self.percent < 100 else {}),
         }
 
 
@@ -63,7 +67,12 @@ def history(layout: Layout, name: str) -> tuple[Pointed, ...]:
         raise InvalidReference(f"{path} cannot be read ({error.strerror}): point @{name} anew") from error
     try:
         entries = [
-            Pointed(SnapshotKey(one["repo_id"], one["commit"], one["dtype"]), int(one["at"]), str(one["by"]))
+            Pointed(
+                SnapshotKey(one["repo_id"], one["commit"], one["dtype"]),
+                int(one["at"]),
+                str(one["by"]),
+                int(one.get("percent", 100)),
+            )
             for one in json.loads(data)["history"]
         ]
         if all(
@@ -71,6 +80,7 @@ def history(layout: Layout, name: str) -> tuple[Pointed, ...]:
             and is_repo_id(e.key.repo_id)
             and is_commit(e.key.commit)
             and e.key.dtype in DTYPES
+            and 1 <= e.percent <= 100
             for e in entries
         ):
             return tuple(entries)
@@ -88,8 +98,8 @@ def targets(layout: Layout) -> dict[SnapshotKey, tuple[str, ...]]:
         except InvalidReference as error:
             logger.warning("%s", error)
             continue
-        if entries:
-            found[entries[-1].key] = (*found.get(entries[-1].key, ()), name)
+        for key in {entries[-1].key, stable(entries).key} if entries else ():
+            found[key] = (*found.get(key, ()), name)
     return found
 
 
@@ -100,21 +110,36 @@ def checked(name: str) -> str:
     return name
 
 
-def target(layout: Layout, name: str) -> SnapshotKey:
-    """Where an alias points. Raises SnapshotNotFound where there is no such alias."""
+def target(layout: Layout, name: str, *, worker: str | None = None) -> SnapshotKey:
+    """Where an alias points; for a worker of a canary's share, to that. Raises SnapshotNotFound where there is no such
+    alias."""
     found = history(layout, name)
     if not found:
         raise SnapshotNotFound(f"the store has no alias @{name}: set it, or name the model as org/name")
-    return found[-1].key
+    if worker is not None and share_of(name, worker) < found[-1].percent:
+        return found[-1].key
+    return stable(found).key
 
 
-def point(layout: Layout, name: str, key: SnapshotKey, by: str) -> None:
-    """Let an alias point to a snapshot, which the caller knows to be published."""
+def stable(entries: Sequence[Pointed]) -> Pointed:
+    """The last entry that is for the whole fleet; where there is none, the last."""
+    return next((entry for entry in reversed(entries) if entry.percent == 100), entries[-1])
+
+
+def share_of(name: str, worker: str) -> int:
+    """A worker's place among a hundred, always the same; a canary of n percent is for those below n."""
+    return zlib.crc32(f"{name}:{worker}".encode()) % 100
+
+
+def point(layout: Layout, name: str, key: SnapshotKey, by: str, *, percent: int = 100) -> None:
+    """Let an alias point to a snapshot that the caller knows to be published; `percent`: for how much of the fleet."""
     try:
         before = history(layout, name)
     except ModelStoreError:
         before = ()
-    entries = [*before, Pointed(key, int(time.time()), by)][-_KEPT:]
+    if before and (before[-1].key, before[-1].percent) == (key, percent):
+        return
+    entries = [*before, Pointed(key, int(time.time()), by, percent)][-_KEPT:]
     path = layout.alias(name)
     durable.check_no_links(layout.root, path)
     durable.write_atomic(path, json.dumps({"history": [entry.as_json() for entry in entries]}).encode() + b"\n")

@@ -88,14 +88,15 @@ class Catalog:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
 
-    def find(self, wanted: Reference, dtype: str) -> Snapshot | None:
-        """The snapshot that the volume's records lead to, or None; an alias has its own dtype.
+    def find(self, wanted: Reference, dtype: str, *, worker: str | None = None) -> Snapshot | None:
+        """The snapshot that the volume's records lead to, or None; an alias has its own dtype, and may lead this worker
+        to another snapshot than the rest of the fleet.
 
         Raises FormatTooNew, RootUnusable, and SnapshotNotFound for an alias that does not exist.
         """
         self.check_format()
         if wanted.kind == "alias":
-            return self.published(aliases.target(self._layout, wanted.name))
+            return self.published(aliases.target(self._layout, wanted.name, worker=worker))
         commit = self.recorded_commit(wanted)
         return self.published(SnapshotKey(repo_id_of(wanted), commit, dtype)) if commit else None
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from modelstore import look, pins, s3
+from modelstore import aliases, look, pins, s3
 from modelstore.console import (
     DTYPE,
     REF,
@@ -179,7 +179,7 @@ def _uploaded(
 def _name(store: ModelStore, wanted: Wanted, key: SnapshotKey) -> None:
     """Give a published model the aliases and the pin of the list."""
     for name in wanted.aliases:
-        store.point_alias(name, key)
+        aliases.point(store.layout, name, key, store.settings.worker_id)
     if wanted.pin and not pins.is_pinned(store.layout, key):
         pins.pin(store.layout, key, "the list")
 

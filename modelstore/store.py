@@ -75,22 +75,23 @@ class ModelStore:
         return self.catalog.find(_parsed(reference, revision), self._dtype(dtype))
 
     def set_alias(
-        self, name: str, reference: str | Reference, *, dtype: str | None = None, observer: Observer = SILENT
+        self,
+        name: str,
+        reference: str | Reference,
+        *,
+        dtype: str | None = None,
+        percent: int = 100,
+        observer: Observer = SILENT,
     ) -> Snapshot:
-        """Let the alias `name` (without its @) point to a snapshot, which is downloaded first if need be, and verified.
+        """Let the alias `name` (without its @) point to a snapshot, which is downloaded first if need be, and verified;
+        with `percent` for so much of the fleet, the rest staying where it is.
 
         Raises InvalidReference for a name that is none, and what `ensure` raises.
         """
         aliases.checked(name)
         snapshot = self.ensure(reference, dtype=dtype, observer=observer)
-        self.point_alias(name, snapshot.key)
+        aliases.point(self.layout, name, snapshot.key, self.settings.worker_id, percent=percent)
         return snapshot
-
-    def point_alias(self, name: str, key: SnapshotKey) -> None:
-        """Let an alias point to a published snapshot; does nothing where it does already."""
-        entries = aliases.history(self.layout, name)
-        if not entries or entries[-1].key != key:
-            aliases.point(self.layout, name, key, self.settings.worker_id)
 
     def preview(
         self, reference: str | Reference, *, revision: str | None = None, dtype: str | None = None
@@ -161,7 +162,7 @@ class ModelStore:
         variant = self._dtype(dtype)
         self.settings.check_allowed(wanted)
         if wanted.kind == "alias":
-            key = aliases.target(self.layout, wanted.name)
+            key = aliases.target(self.layout, wanted.name, worker=self.settings.worker_id)
             wanted, variant = Reference("hub", key.repo_id, key.commit), parse_dtype("alias", key.dtype)
         timeline = timeline or Timeline()
         with timeline.span("lookup"):

@@ -194,7 +194,7 @@ def begin(
     try:
         for attempt in range(_LOOKS):
             with timeline.span("lookup"):
-                snapshot = Catalog(layout).find(settings.model, settings.dtype)
+                snapshot = Catalog(layout).find(settings.model, settings.dtype, worker=settings.worker_id)
             if snapshot is None and into == "shared":
                 from modelstore.store import ModelStore
 

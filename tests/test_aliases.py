@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from modelstore.cli import app
 from modelstore.errors import InvalidReference, SnapshotNotFound
 from modelstore.evict import evict, survey
 from modelstore.layout import SnapshotKey
+from modelstore.reference import parse_reference
+from modelstore.warmstart import begin
+from tests.conftest import Cli
 from tests.hub import Hub
 from tests.test_store import random_tensors, write_repo
 
@@ -132,3 +136,52 @@ def test_what_an_alias_points_to_is_not_evicted(two: ModelStore) -> None:
     assert not evict(two.layout, snapshot.key, sleep=lambda _s: None)
     two.set_alias("chat", "org/other")
     assert not survey(two.layout, [snapshot.key])[0].kept_because
+
+
+def test_a_canary_goes_to_its_share_of_the_workers_and_then_to_all(hub: Hub, cli: Cli, store: ModelStore) -> None:
+    for name in ("old", "new"):
+        write_repo(hub.folder / "org" / name, random_tensors(2, seed=len(name) + ord(name[0])))
+    assert "points nowhere yet" in cli("alias", "set", "chat", "org/new", "--percent", "10", code=2).stderr
+    cli("alias", "set", "chat", "org/old")
+    record = cli.json("alias", "set", "chat", "org/new", "--percent", "25", "--yes")
+    assert record["percent"] == 25
+    workers = [f"pod-{number}" for number in range(400)]
+
+    def serving() -> list[str]:
+        return [aliases.target(store.layout, "chat", worker=worker).repo_id for worker in workers]
+
+    first = serving()
+    assert 60 <= first.count("org/new") <= 140, "about a quarter of them"
+    assert first == serving(), "always the same ones"
+    assert aliases.target(store.layout, "chat").repo_id == "org/old", "whoever is no worker"
+    assert set(aliases.targets(store.layout)) == {snapshot.key for snapshot in store.snapshots()}, (
+        "neither may be evicted"
+    )
+    assert "for 25 %" in cli("alias", "ls").stdout
+    cli("alias", "set", "chat", "org/new", "--percent", "60", "--yes")
+    wider = serving()
+    assert all(now == "org/new" for before, now in zip(first, wider, strict=True) if before == "org/new")
+    assert 180 <= wider.count("org/new") <= 300
+    cli("alias", "rollback", "chat", "--yes")
+    assert set(serving()) == {"org/old"}
+    cli("alias", "set", "chat", "org/new", "--percent", "10", "--yes")
+    cli("alias", "set", "chat", "org/new", "--yes")
+    assert set(serving()) == {"org/new"}
+
+
+def test_a_worker_of_the_share_starts_on_the_canary(hub: Hub, store: ModelStore) -> None:
+    for name in ("old", "new"):
+        write_repo(hub.folder / "org" / name, random_tensors(2, seed=len(name) + ord(name[0])))
+        store.set_alias("chat", f"org/{name}", percent=100 if name == "old" else 30)
+    inside = next(f"w{n}" for n in range(99) if aliases.share_of("chat", f"w{n}") < 30)
+    outside = next(f"w{n}" for n in range(99) if aliases.share_of("chat", f"w{n}") >= 30)
+    for worker, model in ((inside, "org/new"), (outside, "org/old")):
+        begun = begin(replace(store.settings, model=parse_reference("@chat"), worker_id=worker))
+        assert begun.snapshot.repo_id == model
+        begun.reading.close()
+        begun.in_use.end()
+
+
+def test_a_share_that_is_none_is_refused(cli: Cli) -> None:
+    for percent in ("0", "101", "x"):
+        assert "--percent" in cli("alias", "set", "chat", "org/name", "--percent", percent, code=2).stderr

@@ -221,7 +221,7 @@ class TextEngine:
         assert settings.model is not None
         settings.check_allowed(settings.model)
         with timeline.span("lookup"):
-            found = Catalog(Layout(settings.root)).find(settings.model, settings.dtype)
+            found = Catalog(Layout(settings.root)).find(settings.model, settings.dtype, worker=settings.worker_id)
         for loaded in (self._loaded, self._kept):
             if loaded is not None and found is not None and found.key == loaded.key:
                 timeline.commit, timeline.dtype = found.commit, found.dtype
