@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from modelstore import aliases, durable, pins
+from modelstore import aliases, durable, history, pins
 from modelstore.catalog import Catalog
 from modelstore.layout import Layout, SnapshotKey
 
@@ -99,4 +99,5 @@ def evict(
         pins.unpin(layout, key)
     durable.remove_tree(aside)
     logger.info("evicted %s", key)
+    history.note(layout, "evicted", key)
     return True

@@ -1,9 +1,10 @@
-"""The starts of a fleet, a small record each, so that somebody can see later why one was slow.
+"""The starts of a fleet, a small record each, so that somebody can see later why one was slow; and what befell models.
 
     starts/2026-11-21/1795277497.<worker>.<random>.json    {"at": 1795277497, "error": "", "worker": …, "spans": […]}
+    events/2026-11-21/1795277497.evicted.<random>.json     {"at": 1795277497, "kind": "evicted", "repo_id": …, …}
 
-`at` is when the process began, in seconds since 1970 by that host's clock; the rest is the timeline's record. Whoever
-writes one removes the days that are older than a month. Standard library only.
+`at` of a start is when the process began, in seconds since 1970 by that host's clock; the rest is the timeline's.
+Whoever writes one removes the days that are older than a month. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from urllib.parse import quote
 from modelstore import durable
 from modelstore.catalog import Catalog
 from modelstore.errors import ModelStoreError
-from modelstore.layout import Layout
+from modelstore.layout import Layout, SnapshotKey
 from modelstore.timeline import Timeline
 
 KEPT_DAYS = 30
+EVENTS = ("evicted", "quarantined")
 
 logger = logging.getLogger(__name__)
 
@@ -31,24 +33,46 @@ def add(layout: Layout, timeline: Timeline, *, error: str = "") -> None:
     """Keep the record of a start, or of one that failed. A volume that does not take it fails nothing."""
     began = time.time() - timeline.now()
     record = {"at": round(began, 3), "error": error[:2000], **timeline.as_json()}
-    folder = layout.starts / time.strftime("%Y-%m-%d", time.gmtime(began))
-    name = f"{int(began)}.{quote(timeline.worker, safe='')[:100]}.{secrets.token_hex(4)}.json"
+    _keep(layout, layout.starts, quote(timeline.worker, safe="")[:100], record)
+
+
+def note(layout: Layout, kind: str, key: SnapshotKey) -> None:
+    """Keep what befell a snapshot; `kind` is one of EVENTS. A volume that does not take it fails nothing."""
+    record = {
+        "at": round(time.time(), 3),
+        "kind": kind,
+        "repo_id": key.repo_id,
+        "commit": key.commit,
+        "dtype": key.dtype,
+    }
+    _keep(layout, layout.events, kind, record)
+
+
+def events(layout: Layout) -> list[dict[str, Any]]:
+    """What befell snapshots, the oldest first; what cannot be read is left out."""
+    found = [_json(path) for day in _days(layout.events) for path in durable.entries(day)]
+    return [record for record in found if isinstance(record, dict) and record.get("kind") in EVENTS]
+
+
+def _keep(layout: Layout, folder: Path, what: str, record: dict[str, Any]) -> None:
+    day = folder / time.strftime("%Y-%m-%d", time.gmtime(record["at"]))
     try:
         Catalog(layout).check_format()
-        durable.check_no_links(layout.root, folder)
-        is_new_day = not folder.exists()
-        durable.write_atomic(folder / name, json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        durable.check_no_links(layout.root, day)
+        is_new_day = not day.exists()
+        path = day / f"{int(record['at'])}.{what}.{secrets.token_hex(4)}.json"
+        durable.write_atomic(path, json.dumps(record, separators=(",", ":")).encode() + b"\n")
         if is_new_day:
-            for old in _days(layout)[:-KEPT_DAYS]:
+            for old in _days(folder)[:-KEPT_DAYS]:
                 durable.remove_tree(old)
     except (ModelStoreError, OSError) as failed:
-        logger.warning("this start is not in the volume's history: %s", failed)
+        logger.warning("this is not in the volume's history: %s", failed)
 
 
 def starts(layout: Layout, *, limit: int = 1000) -> list[dict[str, Any]]:
     """The latest records, the oldest of them first; what cannot be read is left out."""
     found: list[dict[str, Any]] = []
-    for day in reversed(_days(layout)):
+    for day in reversed(_days(layout.starts)):
         of_day = [record for path in durable.entries(day) if (record := _read(path)) is not None]
         found = [*sorted(of_day, key=lambda record: record["at"]), *found]
         if len(found) >= limit:
@@ -90,17 +114,24 @@ def total_s(record: dict[str, Any]) -> float:
     return max((float(span["end"]) for span in record["spans"]), default=0.0)
 
 
-def _days(layout: Layout) -> list[Path]:
-    return [path for path in durable.entries(layout.starts) if len(path.name) == 10 and path.name[:4].isdigit()]
+def _days(folder: Path) -> list[Path]:
+    return [path for path in durable.entries(folder) if len(path.name) == 10 and path.name[:4].isdigit()]
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(durable.read_file(path, 1 << 16))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    record = _json(path)
     try:
-        record = json.loads(durable.read_file(path, 1 << 16))
         spans = [(str(s["name"]), float(s["start"]), float(s["end"]), int(s.get("bytes", 0))) for s in record["spans"]]
         texts = [record[name] for name in ("worker", "model", "commit", "dtype", "reason", "error")]
         if not isinstance(record["at"], int | float) or not all(isinstance(text, str) for text in texts):
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return record if all(start <= end for _name, start, end, _bytes in spans) else None

@@ -183,6 +183,11 @@ class Layout:
         return self.root / "starts"
 
     @property
+    def events(self) -> Path:
+        """The records of what befell snapshots, a folder for each day."""
+        return self.root / "events"
+
+    @property
     def trash(self) -> Path:
         return self.root / "trash"
 

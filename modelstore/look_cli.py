@@ -16,7 +16,7 @@ from rich.table import Table
 
 from modelstore import durable, history, look
 from modelstore.console import Context, app, command
-from modelstore.errors import UsageError
+from modelstore.errors import NotFound, UsageError
 from modelstore.look import ago, size
 
 _LIMIT = Annotated[int, typer.Option("--limit", min=1, help="At most so many, the latest.")]
@@ -152,6 +152,34 @@ def write_report(
     context.print(
         record, lambda console: console.print(f"{out.absolute()}: {len(starts)} starts, {len(models)} models")
     )
+
+
+@command(app)
+def metrics(
+    context: Context,
+    file: Annotated[Path | None, typer.Option("--file", help="Write them there instead, as a whole.")] = None,
+    port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Answer scrapes there instead.")] = None,
+) -> None:
+    """Prometheus metrics of the volume and its fleet: starts, seconds, bytes, events, space."""
+    try:
+        from modelstore.metrics import as_text, serve, write
+    except ModuleNotFoundError as error:
+        raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[metrics]'") from error
+    store = context.store()
+    store.catalog.check_format()
+    if file is not None:
+        write(store.layout, store.settings, file)
+    if port is not None:
+        server = serve(store.layout, store.settings, port)
+        context.report(f"metrics of {store.settings.root} on port {port}, until Ctrl-C")
+        try:
+            while True:
+                time.sleep(3600)
+        finally:
+            server.shutdown()
+    if file is None:
+        text = as_text(store.layout, store.settings)
+        print(json.dumps({"metrics": text}) if context.json else text, end="\n" if context.json else "")
 
 
 @command(app)

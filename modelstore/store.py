@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from modelstore import aliases, durable
+from modelstore import aliases, durable, history
 from modelstore.catalog import Catalog, Snapshot
 from modelstore.claim import Claim, Contender, Holder
 from modelstore.errors import (
@@ -352,6 +352,7 @@ class ModelStore:
             durable.rename(path, aside)
         except FileNotFoundError:  # evicted meanwhile
             return None
+        history.note(self.layout, "quarantined", key)
         logger.warning("%s is damaged: moved to %s, and made again", key, aside)
         return Snapshot(aside, manifest) if manifest is not None else None
 

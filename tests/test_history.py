@@ -39,7 +39,7 @@ def test_what_is_kept_is_read_again_in_order(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     for number in range(3):
         history.add(layout, timeline(worker=f"w{number}", began=time.monotonic() - 5 + number))
-    history.add(layout, timeline(worker="bad"), error="NotFound: no such model")
+    history.add(layout, timeline(worker="bad", began=time.monotonic()), error="NotFound: no such model")
     found = history.starts(layout)
     assert [record["worker"] for record in found] == ["w0", "w1", "w2", "bad"]
     assert found[-1]["error"] == "NotFound: no such model"
