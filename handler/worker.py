@@ -314,4 +314,7 @@ def serve(engine: Engine, settings: Settings, timeline: Mapping[str, Any]) -> No
         return await worker.handle(job)
 
     worker.config |= {"handler": handler, "concurrency_modifier": worker.concurrency, "return_aggregate_stream": True}
-    runpod.serverless.start(worker.config)
+    try:
+        runpod.serverless.start(worker.config)
+    finally:  # a thread that is in the middle of a tensor when Python ends would abort the process
+        engine.close()

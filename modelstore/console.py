@@ -32,11 +32,14 @@ from modelstore.catalog import Snapshot
 from modelstore.claim import Holder
 from modelstore.errors import ModelStoreError, Refused
 from modelstore.layout import SnapshotKey
+from modelstore.look import size
 from modelstore.manifest import FileRecord
 from modelstore.observer import Observer
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.warmstart import LogObserver
+
+INTERRUPTED = "interrupted: what was downloaded is kept, the same command goes on from there"
 
 app = typer.Typer(
     name="modelstore",
@@ -146,7 +149,7 @@ def _errors(context: Context) -> Iterator[None]:
         print(f"error: {error.strerror or error} ({error.filename or 'no file'}): check the volume", file=sys.stderr)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        print("interrupted: what was downloaded is kept, the same command goes on from there", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         raise typer.Exit(130) from error
 
 
@@ -162,7 +165,8 @@ def report_error(error: ModelStoreError, context: Context) -> None:
 class _BarObserver(Observer):
     """A progress bar for each model on a terminal, with its files, rate and time left, and one for all of them."""
 
-    def __init__(self, progress: Progress, models: int) -> None:
+    def __init__(self, progress: Progress, models: int, doing: str) -> None:
+        self._doing = doing
         self._progress = progress
         self._tasks: dict[SnapshotKey, TaskID] = {}
         self._files: Counter[SnapshotKey] = Counter()
@@ -170,7 +174,7 @@ class _BarObserver(Observer):
 
     def filling(self, key: SnapshotKey, *, done: int, total: int, reused: int, eta_s: float | None) -> None:
         files = f", {self._files[key]} weights files done" if self._files[key] else ""
-        self._draw(key, f"downloading {key}{files}", done, total)
+        self._draw(key, f"{self._doing} {key}{files}", done, total)
 
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
         record = holder.record
@@ -191,18 +195,18 @@ class _BarObserver(Observer):
 
 
 @contextmanager
-def observer_of(context: Context, models: int = 1) -> Iterator[Observer]:
+def observer_of(context: Context, models: int = 1, doing: str = "downloading") -> Iterator[Observer]:
     """What shows the progress of so many models."""
     if context.quiet:
         yield Observer()
     elif not sys.stderr.isatty():
         logging.getLogger("modelstore.warmstart").setLevel(logging.INFO)
-        yield LogObserver()
+        yield LogObserver(doing)
     else:
         named = TextColumn("{task.description}", markup=False, table_column=Column(ratio=2, overflow="fold"))
         columns = (named, BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True, markup=False), transient=True, expand=True) as progress:
-            yield _BarObserver(progress, models)
+            yield _BarObserver(progress, models, doing)
 
 
 def without_status(snapshot: Snapshot) -> dict[str, Any]:
@@ -215,7 +219,7 @@ def print_seeded(console: Console, records: list[dict[str, Any]]) -> None:
         if "error" not in record:
             console.print(
                 f"{record['status']}: {record['repo_id']} at {record['commit'][:12]} as {record['dtype']}, "
-                f"{record['files']} files, {record['bytes'] / 1e9:.2f} GB, {record['downloaded_bytes'] / 1e9:.2f} GB "
+                f"{record['files']} files, {size(record['bytes'])}, {size(record['downloaded_bytes'])} "
                 f"over the network\n{record['path']}"
             )
 
@@ -233,13 +237,13 @@ def print_snapshot(console: Console, snapshot: Snapshot) -> None:
 def print_collected(console: Console, record: Mapping[str, Any]) -> None:
     verb = "removed" if record["removed"] else "would remove"
     for item in record["collected"]:
-        console.print(f"{verb} {item['kind']} {item['path']}, {item['bytes'] / 1e9:.2f} GB")
+        console.print(f"{verb} {item['kind']} {item['path']}, {size(item['bytes'])}")
     for item in record["evicted"]:
         console.print(
-            f"{verb} {item['repo_id']} {item['commit'][:12]} {item['dtype']}, {item['bytes'] / 1e9:.2f} GB, "
+            f"{verb} {item['repo_id']} {item['commit'][:12]} {item['dtype']}, {size(item['bytes'])}, "
             f"last used {item['idle_s'] / 3600:.1f} h ago"
         )
-    console.print(f"{verb} {record['bytes'] / 1e9:.2f} GB")
+    console.print(f"{verb} {size(record['bytes'])}")
 
 
 def print_measured(console: Console, record: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from modelstore.catalog import Catalog
 from modelstore.errors import FormatTooNew, ModelStoreError, NoSpace
 from modelstore.gc import plan
 from modelstore.layout import Layout
+from modelstore.look import size
 from modelstore.reference import parse_reference
 from modelstore.settings import NETWORK_FILE_SYSTEMS, Settings, mount_of, read_mounts
 
@@ -236,26 +237,26 @@ def _clock(folder: Path) -> Finding:
     return _ok("clock", f"within {max(abs(off), 1):.0f} s of the volume's")
 
 
-def _rates(folder: Path, size: int) -> Iterator[Finding]:
+def _rates(folder: Path, probe_bytes: int) -> Iterator[Finding]:
     """Write and read once, past this host's cache where the file system lets it."""
     path, block = folder / "rate", os.urandom(1 << 20)
     try:
         began = time.monotonic()
         fd = durable.open_for_write(path)
         try:
-            for offset in range(0, size, len(block)):
+            for offset in range(0, probe_bytes, len(block)):
                 durable.write_at(fd, block, offset, path=path)
             durable.sync(fd, path=path)
         finally:
             durable.close(fd, path=path)
-        wrote = size / (time.monotonic() - began)
+        wrote = probe_bytes / (time.monotonic() - began)
         fd = durable.open_for_read(path)
         try:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             began = time.monotonic()
             while os.read(fd, 8 << 20):
                 pass
-            read = size / (time.monotonic() - began)
+            read = probe_bytes / (time.monotonic() - began)
         finally:
             os.close(fd)
     except NoSpace as error:
@@ -267,7 +268,7 @@ def _rates(folder: Path, size: int) -> Iterator[Finding]:
             why = f"a model of 16 GB takes {minutes:.0f} minutes"
             yield _warning(name, f"{rate / 1e6:.0f} MB/s", why, "ask whether the volume is under load, try again")
         else:
-            yield _ok(name, f"{rate / 1e6:.0f} MB/s over {size / 1e6:.0f} MB")
+            yield _ok(name, f"{rate / 1e6:.0f} MB/s over {probe_bytes / 1e6:.0f} MB")
 
 
 def _quota(layout: Layout, settings: Settings) -> Finding:
@@ -275,15 +276,15 @@ def _quota(layout: Layout, settings: Settings) -> Finding:
         found = look.space(layout, settings)
     except (ModelStoreError, OSError) as error:
         return _error("quota", str(error), "what is there cannot be counted", "check the mount")
-    taken = f"the store takes {found['taken'] / 1e9:.2f} GB"
+    taken = f"the store takes {size(found['taken'])}"
     if found["quota"] is None:
         return _warning(
             "quota", f"{taken}, without a quota", "the volume's own limit shows in the middle of a download",
             "set MODELSTORE_QUOTA to a little less than the volume's size",
         )  # fmt: skip
-    free = f"{taken} of {found['quota'] / 1e9:.2f} GB"
+    free = f"{taken} of {size(found['quota'])}"
     if found["free"] < found["quota"] / 20:
-        do = f"evict ({found['evictable'] / 1e9:.2f} GB may go): `modelstore gc --to …`, or raise the quota"
+        do = f"evict ({size(found['evictable'])} may go): `modelstore gc --to …`, or raise the quota"
         return _warning("quota", free, "the next model may not fit", do)
     return _ok("quota", free)
 
@@ -298,8 +299,7 @@ def _leftovers(layout: Layout, settings: Settings) -> Finding:
             "run `modelstore verify`, then seed them again", 5,
         )  # fmt: skip
     if wanted.garbage:
-        size = sum(item.size_bytes for item in wanted.garbage) / 1e9
-        what = f"{len(wanted.garbage)} leftovers, {size:.2f} GB"
+        what = f"{len(wanted.garbage)} leftovers, {size(sum(item.size_bytes for item in wanted.garbage))}"
         return _warning("leftovers", what, "they take space", "run `modelstore gc`")
     return _ok("leftovers", "nothing that nobody needs")
 

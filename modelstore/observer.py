@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """Override what is of interest; every call must return quickly and, but for `planned`, must not raise."""
+    """Override what is of interest; every call must return quickly. What `planned`, `filling` and `waiting` raise ends
+    the work; the others must not raise."""
 
     def planned(self, key: SnapshotKey, *, weights_bytes: int) -> None:
         """This process is about to fill `key`, whose weights will take so much. What is raised here stops it."""

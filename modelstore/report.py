@@ -41,10 +41,10 @@ _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 1rem }
 h1 { font-size: 1.4rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
 p { margin: .3rem 0 } .faint { color: var(--faint) }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .6rem; margin-top: 1rem }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: .6rem; margin-top: 1rem }
 .card { background: var(--card); border-radius: .5rem; padding: .6rem .8rem }
 .card b { display: block; font-size: 1.3rem }
-svg { display: block; width: 100%; height: auto }
+svg { display: block; width: 100%; min-width: 26rem; height: auto }
 svg text { fill: currentColor; font: 11px system-ui, sans-serif }
 .tile { fill-opacity: .8; stroke: Canvas; stroke-width: 2 }
 svg .on { fill: #fff }
@@ -56,6 +56,7 @@ svg .on { fill: #fff }
 .right { text-align: right; font-variant-numeric: tabular-nums }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .9rem }
 td, th { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); white-space: nowrap }
+.keys span { white-space: nowrap }
 .key { display: inline-block; width: .7rem; height: .7rem; border-radius: .15rem; margin: 0 .3rem 0 .8rem }
 """
 
@@ -73,7 +74,7 @@ def html(
         "<h2>What takes the volume</h2>",
         _treemap(models) if models else "<p class=faint>No models are on the volume.</p>",
         _table(models),
-        f"<h2>The latest starts</h2>{_key()}" if starts else "",
+        f"<h2>The latest starts</h2>{_keys(_COLOURS)}" if starts else "",
         *[_waterfall(record) for record in reversed(starts[-_WATERFALLS:])],
     ]
     return (
@@ -127,8 +128,7 @@ def _scatter(starts: Sequence[dict[str, Any]]) -> str:
         )
     parts.append(f'<text x="{left}" y="{height - 4}">{_clock(first)}</text>')
     parts.append(f'<text x="{width}" y="{height - 4}" text-anchor="end">{_clock(last)}</text>')
-    keys = "".join(f'<span class=key style="background:{colour}"></span>{name}' for name, colour in _OUTCOMES.items())
-    return f'<p class=faint>{keys}</p><svg viewBox="0 0 {width} {height}" role=img>{"".join(parts)}</svg>'
+    return f"{_keys(_OUTCOMES)}{_drawing(width, height, parts)}"
 
 
 def _treemap(models: Sequence[Mapping[str, Any]]) -> str:
@@ -149,9 +149,8 @@ def _treemap(models: Sequence[Mapping[str, Any]]) -> str:
             shown = name if len(name) <= room else f"{name[: room - 1]}…"
             parts.append(f'<text class=on x="{x + 6:.1f}" y="{y + 16:.1f}">{escape(shown)}</text>')
             parts.append(f'<text class=on x="{x + 6:.1f}" y="{y + 30:.1f}">{size(model["bytes"])}</text>')
-    keys = (("#2b8a3e", "in use"), ("#1971c2", "pinned or aliased"), ("#8a8f98", "may be evicted"))
-    said = "".join(f'<span class=key style="background:{colour}"></span>{what}' for colour, what in keys)
-    return f'<p class=faint>{said}</p><svg viewBox="0 0 {width} {height}" role=img>{"".join(parts)}</svg>'
+    keys = {"in use": "#2b8a3e", "pinned or aliased": "#1971c2", "may be evicted": "#8a8f98"}
+    return f"{_keys(keys)}{_drawing(width, height, parts)}"
 
 
 def squarified(sizes: Sequence[float], width: float, height: float) -> list[tuple[float, float, float, float]]:
@@ -228,9 +227,15 @@ def _waterfall(record: dict[str, Any]) -> str:
     )
 
 
-def _key() -> str:
-    keys = "".join(f'<span class=key style="background:{colour}"></span>{name}' for name, colour in _COLOURS.items())
-    return f"<p class=faint>{keys}</p>"
+def _keys(colours: Mapping[str, str]) -> str:
+    keys = "".join(
+        f'<span><i class=key style="background:{colour}"></i>{name}</span> ' for name, colour in colours.items()
+    )
+    return f'<p class="faint keys">{keys}</p>'
+
+
+def _drawing(width: int, height: int, parts: Sequence[str]) -> str:
+    return f'<div class=scroll><svg viewBox="0 0 {width} {height}" role=img>{"".join(parts)}</svg></div>'
 
 
 def _tip(record: dict[str, Any]) -> str:

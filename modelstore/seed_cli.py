@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from modelstore import aliases, look, pins, s3
+from modelstore.claim import Holder
 from modelstore.console import (
     DTYPE,
+    INTERRUPTED,
     REF,
     REVISION,
     YES,
@@ -31,6 +34,8 @@ from modelstore.errors import ModelStoreError, SnapshotNotFound, UsageError
 from modelstore.evict import evict, survey
 from modelstore.layout import SnapshotKey
 from modelstore.look import size
+from modelstore.manifest import FileRecord
+from modelstore.observer import Observer
 from modelstore.reference import parse_reference
 from modelstore.s3 import parse_target
 from modelstore.settings import parse_dtype
@@ -38,6 +43,9 @@ from modelstore.store import ModelStore
 from modelstore.wanted import Wanted, read_list
 
 logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+_STOPS_WITHIN_S = 2.0
 
 
 @command(app)
@@ -101,7 +109,8 @@ def seed(
     if prune:  # asked before the hours of a download, not after
         context.confirm(f"remove from {store.settings.root} what {listed} does not name", yes=yes)
     records: list[dict[str, Any]] = []
-    with observer_of(context, len(models)) as observer, ThreadPoolExecutor(parallel) as pool:
+    with observer_of(context, len(models)) as shown:
+        observer = _Stoppable(shown)
 
         def one(wanted: Wanted) -> dict[str, Any] | ModelStoreError:
             try:
@@ -118,7 +127,7 @@ def seed(
             except ModelStoreError as error:
                 return error
 
-        done = list(pool.map(one, models))
+        done = _each(one, models, parallel, observer)
     worst = 0
     for wanted, result in zip(models, done, strict=True):
         if isinstance(result, ModelStoreError):
@@ -141,6 +150,50 @@ def seed(
     raise typer.Exit(worst)
 
 
+class _Stoppable(Observer):
+    """Shows what another observer shows, and ends every download once it is told to."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self._stopped = False
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def filling(self, key: SnapshotKey, *, done: int, total: int, reused: int, eta_s: float | None) -> None:
+        self._go_on()
+        self._observer.filling(key, done=done, total=total, reused=reused, eta_s=eta_s)
+
+    def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
+        self._go_on()
+        self._observer.waiting(key, holder, left_s=left_s)
+
+    def finished(self, key: SnapshotKey, folder: Path, record: FileRecord) -> None:
+        self._observer.finished(key, folder, record)
+
+    def _go_on(self) -> None:
+        if self._stopped:
+            raise KeyboardInterrupt
+
+
+def _each(one: Callable[[Wanted], R], models: Sequence[Wanted], parallel: int, observer: _Stoppable) -> list[R]:
+    """Seed several at once. Ctrl-C ends them all, those that hang in the network with the process."""
+    if len(models) == 1 or parallel == 1:
+        return [one(wanted) for wanted in models]
+    pool = ThreadPoolExecutor(parallel)
+    jobs = [pool.submit(one, wanted) for wanted in models]
+    try:
+        wait(jobs)
+    except KeyboardInterrupt:
+        observer.stop()
+        pool.shutdown(wait=False, cancel_futures=True)
+        if wait(jobs, timeout=_STOPS_WITHIN_S).not_done:
+            print(INTERRUPTED, file=sys.stderr, flush=True)
+            os._exit(130)
+        raise
+    return [job.result() for job in jobs]
+
+
 def _uploaded(
     context: Context,
     store: ModelStore,
@@ -160,7 +213,7 @@ def _uploaded(
         assert snapshot is not None
         for volume in volumes:
             try:
-                with observer_of(context) as observer:
+                with observer_of(context, doing="uploading") as observer:
                     sent = 0 if volume.has(snapshot) else volume.upload(snapshot, observer=observer)
                     if wanted.reference.kind == "hub":
                         volume.record_commit(store.layout, snapshot, wanted.reference.revision)

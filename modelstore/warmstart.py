@@ -108,13 +108,14 @@ class Begun:
 class LogObserver(Observer):
     """Progress as log lines, a few a minute: a billed GPU that waits says for what."""
 
-    def __init__(self) -> None:
+    def __init__(self, doing: str = "downloading") -> None:
+        self._doing = doing
         self._last = 0.0
 
     def filling(self, key: SnapshotKey, *, done: int, total: int, reused: int, eta_s: float | None) -> None:
         if self._due():
             eta = f", about {eta_s:.0f} s left" if eta_s is not None else ""
-            logger.info("downloading %s: %.2f of %.2f GB%s", key, done / 1e9, total / 1e9, eta)
+            logger.info("%s %s: %.2f of %.2f GB%s", self._doing, key, done / 1e9, total / 1e9, eta)
 
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
         if self._due():

@@ -89,10 +89,15 @@ def test_a_seeder_that_is_killed_at_60_percent_is_resumed_by_another(
     assert verify_snapshot(snapshot).ok
 
 
-def test_ctrl_c_stops_a_slow_download_at_once_and_says_what_is_kept(hub: Hub, store_env: dict[str, str]) -> None:
+@pytest.mark.parametrize("others", [(), ("org/second", "org/third")], ids=["one", "three at once"])
+def test_ctrl_c_stops_a_slow_download_at_once_and_says_what_is_kept(
+    hub: Hub, store_env: dict[str, str], others: tuple[str, ...]
+) -> None:
+    for name in others:
+        write_repo(hub.folder / name, random_tensors(12, (1024, 1024), seed=len(name)))
     repo = write_repo(hub.folder / "org" / "name", random_tensors(12, (1024, 1024)), shards=2)
     hub.faults.bytes_per_s = 2e6
-    process = start(store_env)
+    process = start(store_env, *others)
     wait_for_share(hub, weights_bytes(repo), 0.1)
     process.send_signal(signal.SIGINT)
     sent = time.monotonic()

@@ -53,3 +53,15 @@ def test_every_feature_names_a_test_that_is_there() -> None:
     assert len(rows) > 20
     for file, name in rows:
         assert re.search(rf"^def {name}\(", (HERE / "tests" / file).read_text(), re.MULTILINE), f"{file}::{name}"
+
+
+def test_the_recorded_sessions_print_what_they_print_now() -> None:
+    from scripts.record_session import PAGE, session
+
+    def words(page: str) -> list[str]:
+        """What does not change from run to run: no numbers, no hardware, no progress."""
+        lines = [re.sub(r"[\d.]+( [kMGT]?B| s| MB/s)?|is on .*", "#", line) for line in page.splitlines()]
+        return [" ".join(line.split()) for line in lines if not line.startswith(("INFO", "warning", "ok ", "  "))]
+
+    page = PAGE.read_text()
+    assert words(session(page)) == words(page), "run scripts/record_session.py"
