@@ -1,7 +1,7 @@
 """`modelstore doctor`: is this volume one that a fleet can rely on, and what stands in the way.
 
 Each finding says what was seen, why it matters, and what to do. The probes work in a folder of their own in the store
-(`doctor-<random>/`), which is removed at the end, whatever happens.
+(`trash/doctor-<random>/`), which is removed at the end, and by gc where this process was killed.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ def diagnose(
     yield store
     if store.level == "error":
         return
-    with _probe_folder(settings.root) as (folder, problem):
+    with _probe_folder(layout) as (folder, problem):
         if folder is None:
             yield problem
             return
-        other = (peer or settings.root) / folder.name
+        other = (peer or settings.root) / folder.relative_to(settings.root)
         if not other.is_dir():
             yield _error("peer", f"{other} is not there", "--peer is another volume", "mount the same volume there")
             other = folder
@@ -137,8 +137,8 @@ def _format(layout: Layout) -> Finding:
 
 
 @contextmanager
-def _probe_folder(root: Path) -> Iterator[tuple[Path | None, Finding]]:
-    folder = root / f"doctor-{secrets.token_hex(4)}"
+def _probe_folder(layout: Layout) -> Iterator[tuple[Path | None, Finding]]:
+    folder = layout.trash / f"doctor-{secrets.token_hex(4)}"
     try:
         durable.make_folder(folder)
     except (ModelStoreError, OSError) as error:

@@ -86,7 +86,7 @@ class Volume:
     """One volume over S3."""
 
     def __init__(
-        self, target: Target, *, endpoint: str | None = None, sleep: Callable[[float], None] = time.sleep
+        self, target: Target, *, endpoint: str | None = None, sleep: Callable[[float], object] | None = None
     ) -> None:
         """`endpoint`: another address than RunPod's. Credentials are boto3's: AWS_ACCESS_KEY_ID and the like.
 
@@ -98,7 +98,8 @@ class Volume:
         except ModuleNotFoundError as error:
             raise NotFound("boto3 is not installed: pip install 'runpod-modelstore[s3]'") from error
         self.target = target
-        self._sleep = sleep
+        self.stopped = threading.Event()
+        self._sleep = sleep or self.stopped.wait
         config = Config(
             s3={"addressing_style": "path"},
             max_pool_connections=2 * _AT_ONCE,
@@ -156,20 +157,18 @@ class Volume:
         self._check_format()
         total = snapshot.size_bytes
         progress = _Progress(lambda done: observer.filling(snapshot.key, done=done, total=total, reused=0, eta_s=None))
-        stop = threading.Event()
-        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="s3") as pool:
-            try:
-                files = [
-                    _Upload(self, snapshot, file.path, file.size_bytes, progress, stop)
-                    for file in snapshot.manifest.files
-                ]
-                _all_of(pool, [file.begin for file in files])
-                _all_of(pool, [part for file in files for part in file.parts()])
-                _all_of(pool, [file.end for file in files])
-            except BaseException:
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        self.stopped.clear()
+        files = [_Upload(self, snapshot, file.path, file.size_bytes, progress) for file in snapshot.manifest.files]
+        pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="s3")
+        try:
+            _all_of(pool, [file.begin for file in files])
+            _all_of(pool, [part for file in files for part in file.parts()])
+            _all_of(pool, [file.end for file in files])
+        except BaseException as error:
+            self.stopped.set()  # what waits to be tried again is not; a part that is on its way is not waited for
+            pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
+            raise
+        pool.shutdown()
         manifest = durable.read_file(snapshot.path / MANIFEST)
         self._put(self._key(snapshot, MANIFEST), manifest)
         if self._read(self._key(snapshot, MANIFEST)) != manifest:
@@ -224,7 +223,7 @@ class Volume:
                 reason = f"{status} {code}"
             except BotoCoreError as error:  # the network
                 reason = type(error).__name__
-            if attempt + 1 < attempts:
+            if attempt + 1 < attempts and not self.stopped.is_set():
                 self._sleep(min(30.0, 0.5 * 2**attempt))
         raise VolumeUnavailable(
             f"{self.target} does not take {operation} ({reason}): try again later, it goes on from here"
@@ -268,15 +267,12 @@ class _Progress:
 class _Upload:
     """One file on its way: `begin`, then all `parts` in any order, then `end`."""
 
-    def __init__(
-        self, volume: Volume, snapshot: Snapshot, path: str, size: int, progress: _Progress, stop: threading.Event
-    ) -> None:
+    def __init__(self, volume: Volume, snapshot: Snapshot, path: str, size: int, progress: _Progress) -> None:
         self._volume = volume
         self._path = snapshot.path / path
         self._key = volume._key(snapshot, path)
         self._size = size
         self._progress = progress
-        self._stop = stop
         self._part_bytes = max(PART_BYTES, -(-size // _MAX_PARTS))
         self._there = False
         self._upload_id = ""
@@ -343,13 +339,13 @@ class _Upload:
             marker = int(page["NextPartNumberMarker"])
 
     def _send_whole(self) -> None:
-        if self._stop.is_set():
+        if self._volume.stopped.is_set():
             return
         self._volume._put(self._key, durable.read_file(self._path))
         self._progress.add(self._size, sent=True)
 
     def _send_part(self, number: int) -> None:
-        if self._stop.is_set():
+        if self._volume.stopped.is_set():
             return
         offset = (number - 1) * self._part_bytes
         length = min(self._part_bytes, self._size - offset)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast
 
 import typer
 from rich.console import Console
@@ -144,7 +144,10 @@ def seed(
     elif prune:
         logger.warning("nothing was removed, because not all of the list is there")
     if volumes:
-        records, worst = _uploaded(context, store, volumes, models, records, worst, verify=verify)
+        try:
+            records, worst = _uploaded(context, store, volumes, models, records, worst, verify=verify)
+        except KeyboardInterrupt:  # a part may be on its way for minutes: it ends with the process
+            _end_at_once()
     single = len(records) == 1 and listed is None
     context.print(records[0] if single else records, lambda console: _print_done(console, records))
     raise typer.Exit(worst)
@@ -188,10 +191,15 @@ def _each(one: Callable[[Wanted], R], models: Sequence[Wanted], parallel: int, o
         observer.stop()
         pool.shutdown(wait=False, cancel_futures=True)
         if wait(jobs, timeout=_STOPS_WITHIN_S).not_done:
-            print(INTERRUPTED, file=sys.stderr, flush=True)
-            os._exit(130)
+            _end_at_once()
         raise
     return [job.result() for job in jobs]
+
+
+def _end_at_once() -> NoReturn:
+    """End without waiting for threads that hang in the network."""
+    print(INTERRUPTED, file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 def _uploaded(

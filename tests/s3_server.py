@@ -33,6 +33,7 @@ class Fault:
 class S3:
     url: str
     backend: int
+    slow_s: float = 0.0  # how long each part takes
     faults: list[Fault] = field(default_factory=list)
     requests: list[tuple[str, str]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -68,6 +69,8 @@ class _Proxy(BaseHTTPRequestHandler):
     def _forward(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.s3.fault_for(self.command, self.path)
+        if "partNumber" in self.path:
+            time.sleep(self.s3.slow_s)
         if fault is not None and not fault.after:
             self._refuse(fault.status)
             return

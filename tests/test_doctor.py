@@ -53,7 +53,7 @@ def test_a_sound_volume_has_nothing_but_ok(on_mfs: Callable[[str], Settings], hu
     assert "alice" in findings["token"].what
     assert findings["mount"].level == "ok"
     assert exit_code(list(findings.values())) == 0
-    assert not list(settings.root.glob("doctor-*")), "nothing is left behind"
+    assert not list((settings.root / "trash").iterdir()), "nothing is left behind"
 
 
 @pytest.mark.parametrize(

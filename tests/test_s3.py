@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -35,7 +37,7 @@ def server() -> Iterator[S3]:
 @pytest.fixture
 def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     """The server, empty; parts of 5 MiB, the smallest that S3 takes."""
-    server.faults, server.requests = [], []
+    server.faults, server.requests, server.slow_s = [], [], 0.0
     client = server.client()
     for key in server.listing():
         client.delete_object(Bucket=BUCKET, Key=key)
@@ -223,8 +225,6 @@ def test_a_process_that_is_killed_leaves_nothing_to_see_and_goes_on(
         "import sys; from modelstore import s3; s3.PART_BYTES = 5 << 20; from modelstore.cli import main; "
         "sys.argv = ['modelstore', 'seed', 'org/name', '--to', sys.argv[1]]; main()"
     )
-    import os
-
     env = os.environ | cli.env | {"MODELSTORE_S3_ENDPOINT": s3.url}
     process = subprocess.Popen([sys.executable, "-c", code, TARGET], env=env, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
@@ -237,6 +237,27 @@ def test_a_process_that_is_killed_leaves_nothing_to_see_and_goes_on(
     there = on_volume(s3, tmp_path / "pod").lookup("org/name")
     assert there is not None
     assert verify_snapshot(there).ok
+
+
+def test_ctrl_c_does_not_wait_for_the_parts_that_are_on_their_way(
+    s3: S3, hub: Hub, cli: Cli, store: ModelStore
+) -> None:
+    write_repo(hub.folder / "org" / "name", random_tensors(24, (1024, 1024)))
+    store.ensure("org/name")
+    s3.slow_s = 30.0
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "modelstore", "seed", "org/name", "--to", TARGET]
+    env = os.environ | cli.env | {"MODELSTORE_S3_ENDPOINT": s3.url}
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not [1 for _m, path in s3.requests if "partNumber" in path] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _out, err = process.communicate(timeout=60)
+    assert time.monotonic() - sent < 3.0
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err
 
 
 def test_the_target_is_read_before_anything_is_downloaded(hub: Hub, cli: Cli) -> None:
