@@ -83,6 +83,7 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
         return weights
 
     if settings.engine == "vllm":
+        logger.info("the engine is vllm: as set by ENGINE")
         import_engine("vllm")
         return _with_vllm(settings, timeline, import_sdk)
     begun = begin(settings, timeline=timeline, meanwhile=beside_a_download)

@@ -16,6 +16,7 @@ import pytest
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from tests.hub import Hub, running_hub
+from tests.runpod_api import ENDPOINT, KEY, RunPod
 
 MakeStore = Callable[..., ModelStore]
 
@@ -93,3 +94,21 @@ class Cli:
 @pytest.fixture
 def cli(store_env: dict[str, str]) -> Cli:
     return Cli(store_env)
+
+
+@pytest.fixture
+def endpoint(runpod: RunPod, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The SDK's client of the stand-in that a module runs as `runpod`."""
+    import runpod as sdk
+
+    monkeypatch.setattr(sdk, "endpoint_url_base", runpod.url)
+    return sdk.Endpoint(ENDPOINT, api_key=KEY)
+
+
+@pytest.fixture
+def client(runpod: RunPod) -> Iterator[Any]:
+    """OpenAI's client of the same."""
+    from openai import OpenAI
+
+    with OpenAI(base_url=f"{runpod.url}/{ENDPOINT}/openai/v1", api_key=KEY, max_retries=0) as client:
+        yield client

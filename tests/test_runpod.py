@@ -35,22 +35,6 @@ def runpod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunPod]:
             yield runpod
 
 
-@pytest.fixture
-def endpoint(runpod: RunPod, monkeypatch: pytest.MonkeyPatch) -> Any:
-    import runpod as sdk
-
-    monkeypatch.setattr(sdk, "endpoint_url_base", runpod.url)
-    return sdk.Endpoint(ENDPOINT, api_key=KEY)
-
-
-@pytest.fixture
-def client(runpod: RunPod) -> Iterator[Any]:
-    from openai import OpenAI
-
-    with OpenAI(base_url=f"{runpod.url}/{ENDPOINT}/openai/v1", api_key=KEY, max_retries=0) as client:
-        yield client
-
-
 def test_run_sync_answers(endpoint: Any) -> None:
     output = endpoint.run_sync({"prompt": "hello world"} | GREEDY, timeout=60)
     assert output["model"] == "org/name"

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.runpod_api import ENDPOINT, FINAL, KEY, RunPod
+from tests.runpod_api import FINAL, RunPod
 from tests.test_handler import serving
 
 HERE = Path(__file__).parent.parent
@@ -57,22 +57,6 @@ def runpod(volume: dict[str, str]) -> Iterator[RunPod]:
     while any(Path(f"/proc/{pid}").exists() for pid in started) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [pid for pid in started if Path(f"/proc/{pid}").exists()], "vLLM ends with the worker"
-
-
-@pytest.fixture
-def endpoint(runpod: RunPod, monkeypatch: pytest.MonkeyPatch) -> Any:
-    import runpod as sdk
-
-    monkeypatch.setattr(sdk, "endpoint_url_base", runpod.url)
-    return sdk.Endpoint(ENDPOINT, api_key=KEY)
-
-
-@pytest.fixture
-def client(runpod: RunPod) -> Iterator[Any]:
-    from openai import OpenAI
-
-    with OpenAI(base_url=f"{runpod.url}/{ENDPOINT}/openai/v1", api_key=KEY, max_retries=0) as client:
-        yield client
 
 
 @needs_vllm
