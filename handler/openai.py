@@ -8,6 +8,7 @@ rather than ignored.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -29,6 +30,8 @@ from handler.jobs import (
 )
 
 Route = Literal["chat/completions", "completions", "models"]
+
+_PLAIN = re.compile(r"[A-Za-z0-9_./-]+")  # nothing that a URL would decode to something else
 
 DONE = "data: [DONE]\n\n"
 
@@ -63,7 +66,7 @@ def parse_request(route: object, body: object, limits: Limits) -> tuple[str, Map
     A request without a body is a GET. Raises JobError.
     """
     path = route.split("?")[0].strip("/") if isinstance(route, str) else ""
-    if not path.startswith("v1/") or ".." in path or not path.replace("/", "").isprintable():
+    if not path.startswith("v1/") or ".." in path or not _PLAIN.fullmatch(path):
         raise invalid(f"openai_route must be one of OpenAI's routes, as in /v1/completions, not {str(route)[:80]!r}")
     if body is not None and not isinstance(body, dict):
         raise invalid("openai_input must be an object")

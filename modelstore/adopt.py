@@ -10,6 +10,7 @@ them by their digests.
 
 from __future__ import annotations
 
+import logging
 import os
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from tempfile import TemporaryDirectory
 from modelstore import durable
 from modelstore.catalog import Snapshot
 from modelstore.checksums import git_oid_of
-from modelstore.errors import BadSafetensors, NotFound, Refused, UsageError
+from modelstore.errors import BadSafetensors, ModelStoreError, NotFound, Refused, UsageError
 from modelstore.layout import check_file_name
 from modelstore.reference import Reference, is_commit, is_repo_id, local_repo_id
 from modelstore.settings import Settings
@@ -35,6 +36,8 @@ from modelstore.sources import (
     files_below,
     stream_of,
 )
+
+logger = logging.getLogger(__name__)
 
 _INDEXES = ("config.json", "model_index.json")
 
@@ -85,10 +88,15 @@ def _in_cache(repo: Path) -> Iterator[Found]:
     names = [str(ref.relative_to(refs)) for ref in sorted(refs.rglob("*")) if ref.is_file()] if refs.is_dir() else []
     by_commit = {path.name: path.name for path in sorted((repo / "snapshots").glob("*")) if is_commit(path.name)}
     for ref in names:
-        by_commit[(refs / ref).read_text().strip()] = ref
+        by_commit[(refs / ref).read_text(errors="replace").strip()] = ref
     for revision in by_commit.values():
         source = HfCacheSource(repo.parent, Reference("hub", name, revision))
-        if (resolved := source.whole()) is not None:
+        try:
+            resolved = source.whole()
+        except ModelStoreError as error:
+            logger.warning("%s is passed over: %s", repo, error)
+            continue
+        if resolved is not None:
             yield Found(str(repo), source, resolved)
 
 
@@ -146,6 +154,10 @@ class _Blobs:
     def __init__(self, reference: Reference, settings: Settings, blobs: Mapping[str, Path]) -> None:
         from modelstore.hub import HubSource
 
+        if settings.offline:
+            raise Refused(
+                "a mirror has lost its files' names, the Hub tells them, and MODELSTORE_OFFLINE is set: unset it"
+            )
         self._hub = HubSource(reference, settings)
         self._blobs = blobs
 

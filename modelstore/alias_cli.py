@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Annotated, Any
 
@@ -20,12 +21,14 @@ from modelstore.console import (
     command,
     observer_of,
 )
-from modelstore.errors import SnapshotNotFound, UsageError
+from modelstore.errors import InvalidReference, SnapshotNotFound, UsageError
 from modelstore.layout import SnapshotKey
 from modelstore.reference import parse_reference
 from modelstore.settings import parse_dtype
 
 app = typer.Typer(help="Names that point to models; repoint one, and workers that serve it swap.", no_args_is_help=True)
+
+logger = logging.getLogger(__name__)
 
 _NAME = Annotated[str, typer.Argument(metavar="NAME", help="The alias: lower-case letters, digits, '.', '_' and '-'.")]
 
@@ -72,7 +75,12 @@ def list_aliases(context: Context) -> None:
     """Where each alias points, and since when."""
     layout = context.store().layout
     Catalog(layout).check_format()
-    found = {name: aliases.history(layout, name) for name in sorted(aliases.names(layout))}
+    found = {}
+    for name in sorted(aliases.names(layout)):
+        try:
+            found[name] = aliases.history(layout, name)
+        except InvalidReference as error:
+            logger.warning("%s", error)
     records = [{"alias": name, "history": [entry.as_json() for entry in entries]} for name, entries in found.items()]
 
     def table() -> Table:
@@ -113,7 +121,12 @@ def rollback(
 
 
 def _now(context: Context, name: str) -> SnapshotKey | None:
-    entries = aliases.history(context.store().layout, name)
+    """Where an alias points; None where it points nowhere, or its record is damaged, which setting it anew mends."""
+    try:
+        entries = aliases.history(context.store().layout, name)
+    except InvalidReference as error:
+        logger.warning("%s", error)
+        return None
     return entries[-1].key if entries else None
 
 

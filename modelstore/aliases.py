@@ -139,7 +139,8 @@ def point(layout: Layout, name: str, key: SnapshotKey, by: str, *, percent: int 
         before = ()
     if before and (before[-1].key, before[-1].percent) == (key, percent):
         return
-    entries = [*before, Pointed(key, int(time.time()), by, percent)][-_KEPT:]
+    entries = [*before, Pointed(key, int(time.time()), by, percent)]
+    entries = [entry for entry in entries[:-_KEPT] if entry is stable(entries)] + entries[-_KEPT:]
     path = layout.alias(name)
     durable.check_no_links(layout.root, path)
     durable.write_atomic(path, json.dumps({"history": [entry.as_json() for entry in entries]}).encode() + b"\n")

@@ -174,6 +174,7 @@ def convert_file(
     target_fd = -1
     try:
         durable.make_folder(target.parent)
+        durable.remove_file(target)  # what an earlier process left may have another name, and its owner
         target_fd = durable.open_for_write(target)
         encoded = encode_header(tensors, header.metadata)
         kept = memory(len(encoded) + max((tensor.end for tensor in tensors), default=0))

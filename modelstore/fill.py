@@ -295,7 +295,7 @@ class Fill:
             self._key,
             self._claim,
             self._needed,
-            present_bytes=self._present_bytes(),
+            present_bytes=self._present_bytes() + sum(f.size_bytes for f in selection.weights if self._linkable(f)[0]),
             damaged=self._damaged.path if self._damaged is not None else None,
         )
 
@@ -356,7 +356,7 @@ class Fill:
                 jobs.append(job)
 
             try:
-                left = [file for file in left if not (self._link and self._linked(file))]
+                left = [file for file in left if not self._linked(file)]
                 self._download.fetch(left, on_file, may_begin=may_begin)
             except BaseException:
                 self._stopping = True  # conversions end at their next chunk, or Ctrl-C would wait for them
@@ -367,28 +367,37 @@ class Fill:
         if self._convert_began is not None:
             self._timeline.add(Span("convert", self._convert_began, self._timeline.now()))
 
+    def _linkable(self, file: SourceFile) -> tuple[Path | None, Header | None]:
+        """Where a weights file lies on this volume, and its header, if it can be taken as it is."""
+        path = self._source.path_of(self._resolved, file) if self._link else None
+        if path is None or file.sha256 is None or stored_path(file.path) != file.path:
+            return None, None
+        header = read_header(path, where=f"{file.path} of {self._key.repo_id}")
+        as_it_is = converted_tensors(header, self._policies[_folder_of(file.path)]) is header.tensors
+        return (path, header) if as_it_is and path.stat().st_dev == self._layout.root.stat().st_dev else (None, None)
+
     def _linked(self, file: SourceFile) -> bool:
         """Take a weights file by a second name, after its bytes were compared; False where it has to be copied.
 
-        It goes to its final name at once: nobody ever writes to what it shares with its owner.
+        It has a name of its own until then, which nothing opens to write: what it shares with its owner stays as it is.
         """
-        path = self._source.path_of(self._resolved, file)
-        if path is None or file.sha256 is None or stored_path(file.path) != file.path:
-            return False
-        header = read_header(path, where=f"{file.path} of {self._key.repo_id}")
-        if converted_tensors(header, self._policies[_folder_of(file.path)]) is not header.tensors:
+        path, header = self._linkable(file)
+        if path is None or header is None:
             return False
         target = self._staging.snapshot_file(file.path)
+        linked = target.with_name(f"{target.name}.linked")
         durable.make_folder(target.parent)
         try:
-            durable.link(path, target)
+            durable.link(path, linked)
         except (ModelStoreError, OSError) as error:
             logger.info("%s is copied: it cannot be linked (%s)", file.path, error)
             return False
-        digests = digests_of_file(target, guard=self._guard)
+        digests = digests_of_file(linked, guard=self._guard)
         if digests.sha256 != file.sha256:
-            durable.remove_file(target)
+            durable.remove_file(linked)
             raise DigestMismatch(f"{path} is not what its name says it is: remove it, and seed {self._key.repo_id}")
+        durable.remove_file(target)
+        durable.rename(linked, target)
         record = FileRecord(file.path, file.size_bytes, digests.sha256, digests.blocks)
         self._headers[file.path] = header
         self._finished.add(file, record)

@@ -73,11 +73,12 @@ def starts(layout: Layout, *, limit: int = 1000) -> list[dict[str, Any]]:
     """The latest records, the oldest of them first; what cannot be read is left out."""
     found: list[dict[str, Any]] = []
     for day in reversed(_days(layout.starts)):
-        of_day = [record for path in durable.entries(day) if (record := _read(path)) is not None]
-        found = [*sorted(of_day, key=lambda record: record["at"]), *found]
-        if len(found) >= limit:
-            break
-    return found[-limit:]
+        for path in reversed(durable.entries(day)):  # their names begin with the time
+            if len(found) == limit:
+                break
+            if (record := _read(path)) is not None:
+                found.append(record)
+    return sorted(found, key=lambda record: record["at"])
 
 
 def verdict(record: dict[str, Any]) -> str:
@@ -126,12 +127,24 @@ def _json(path: Path) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """A record made of nothing but what was checked; None where it is damaged."""
     record = _json(path)
     try:
-        spans = [(str(s["name"]), float(s["start"]), float(s["end"]), int(s.get("bytes", 0))) for s in record["spans"]]
-        texts = [record[name] for name in ("worker", "model", "commit", "dtype", "reason", "error")]
-        if not isinstance(record["at"], int | float) or not all(isinstance(text, str) for text in texts):
-            return None
-    except (ValueError, KeyError, TypeError, AttributeError):
+        spans: list[dict[str, Any]] = [
+            {"name": str(one["name"]), "start": _seconds(one["start"]), "end": _seconds(one["end"])}
+            | ({"bytes": int(one["bytes"])} if "bytes" in one else {})
+            for one in record["spans"]
+        ]
+        texts = {name: record[name] for name in ("worker", "model", "commit", "dtype", "reason", "error")}
+        texts |= {name: record.get(name) or "" for name in ("outcome", "waited_for")}
+        at = _seconds(record["at"])
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
-    return record if all(start <= end for _name, start, end, _bytes in spans) else None
+    usable = all(isinstance(text, str) for text in texts.values()) and all(s["start"] <= s["end"] for s in spans)
+    return {"at": at, **texts, "spans": spans} if usable else None
+
+
+def _seconds(value: object) -> float:
+    if not isinstance(value, int | float) or not 0 <= value < 1e11:
+        raise ValueError
+    return float(value)

@@ -19,7 +19,7 @@ from modelstore import history, look
 from modelstore.layout import Layout
 from modelstore.settings import Settings
 
-_STARTS = 100_000
+_STARTS = 5_000
 
 
 class _OfVolume(Collector):

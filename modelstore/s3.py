@@ -73,7 +73,10 @@ class Target:
 
 def parse_target(text: str) -> Target:
     """`s3://<volume-id>@<datacenter>[/<folder>]`. Raises UsageError."""
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        parts = urlsplit("")
     volume, at, datacenter = parts.netloc.partition("@")
     plain = all(part and part.replace("-", "").isalnum() and part.isascii() for part in (volume, datacenter))
     folder = parts.path.strip("/") or "modelstore"
@@ -95,6 +98,7 @@ class Volume:
         try:
             import boto3
             from botocore.config import Config
+            from botocore.exceptions import BotoCoreError
         except ModuleNotFoundError as error:
             raise NotFound("boto3 is not installed: pip install 'runpod-modelstore[s3]'") from error
         self.target = target
@@ -109,8 +113,12 @@ class Volume:
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
-        session = boto3.Session(region_name=target.datacenter)
-        if session.get_credentials() is None:
+        try:
+            session = boto3.Session(region_name=target.datacenter)
+            there = session.get_credentials() is not None
+        except BotoCoreError as error:  # half a pair, a profile that is not there
+            raise AccessDenied(f"the S3 keys cannot be used: {error}") from error
+        if not there:
             raise AccessDenied(
                 "there are no S3 keys: make a pair in RunPod's settings, and set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY"
@@ -134,20 +142,23 @@ class Volume:
     def verify(self, snapshot: Snapshot) -> None:
         """Read all of it back and compare. Raises IntegrityError."""
 
-        def compare(path: str, sha256: str) -> None:
+        def compare(path: str, size: int, sha256: str) -> None:
             digest = hashlib.sha256()
             try:
-                for chunk in self.call("get_object", Key=self._key(snapshot, path))["Body"].iter_chunks(1 << 20):
-                    digest.update(chunk)
+                for start in range(0, size, PART_BYTES):
+                    digest.update(self._body(self._key(snapshot, path), start, min(start + PART_BYTES, size) - 1))
             except _Missing:
                 digest = hashlib.sha256(b"?")
             if digest.hexdigest() != sha256:
+                self.call("delete_object", Key=self._key(snapshot, MANIFEST))
                 raise IntegrityError(
-                    f"{self.target}: {path} of {snapshot.key} is not what was uploaded: remove it there"
+                    f"{self.target}: {path} of {snapshot.key} is not what was uploaded: unpublished, upload it again"
                 )
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            _all_of(pool, [partial(compare, file.path, file.sha256) for file in snapshot.manifest.files])
+            _all_of(
+                pool, [partial(compare, file.path, file.size_bytes, file.sha256) for file in snapshot.manifest.files]
+            )
 
     def upload(self, snapshot: Snapshot, *, observer: Observer = SILENT) -> int:
         """Send what the volume lacks of a snapshot, the manifest last; returns how many bytes were sent.
@@ -197,16 +208,36 @@ class Volume:
 
     def _read(self, key: str) -> bytes | None:
         try:
-            body: bytes = self.call("get_object", Key=key)["Body"].read()
+            return self._body(key)
         except _Missing:
             return None
-        return body
+
+    def _body(self, key: str, start: int | None = None, last: int | None = None) -> bytes:
+        """An object's bytes, or a range of them; a connection that breaks meanwhile is made again."""
+        from botocore.exceptions import BotoCoreError
+
+        how: dict[str, Any] = {} if start is None else {"Range": f"bytes={start}-{last}"}
+        for attempt in range(_ATTEMPTS):
+            try:
+                return bytes(self.call("get_object", Key=key, **how)["Body"].read())
+            except (BotoCoreError, OSError) as error:
+                reason = type(error).__name__
+                self._sleep(min(30.0, 0.5 * 2**attempt))
+        raise VolumeUnavailable(f"{self.target} breaks off while {key} is read ({reason}): try again later")
 
     def _size(self, key: str) -> int | None:
         try:
             return int(self.call("head_object", Key=key)["ContentLength"])
         except _Missing:
             return None
+
+    def _etag(self, key: str, size: int) -> str:
+        """The tag of an object that has this size; empty where there is none."""
+        try:
+            head = self.call("head_object", Key=key)
+        except _Missing:
+            return ""
+        return str(head.get("ETag", "")).strip('"') if int(head["ContentLength"]) == size else ""
 
     def call(self, operation: str, *, attempts: int = _ATTEMPTS, **arguments: Any) -> Any:
         """One request, again and again where the answer means that this may help."""
@@ -236,7 +267,7 @@ class Volume:
         if code == "NoSuchBucket":
             return NotFound(f"{self.target}: there is no such volume in this datacenter: look at its page")
         if code == "NoSuchUpload" or status == 404:
-            return _Missing(key)
+            return _Missing(f"{self.target} has no {key or code} any more: try again, it goes on from here")
         if status in (401, 403):
             return AccessDenied(f"{self.target} refuses these S3 keys ({code}): a pair belongs to one account")
         if code == "BadDigest":
@@ -244,8 +275,8 @@ class Volume:
         return None if status in _BUSY or not status else VolumeUnavailable(f"{self.target} answers {status} {code}")
 
 
-class _Missing(Exception):
-    """There is no such object, or no such upload."""
+class _Missing(VolumeUnavailable):
+    """There is no such object, or no such upload: somebody else has completed or ended it."""
 
 
 class _Progress:
@@ -283,7 +314,7 @@ class _Upload:
         """Look what the volume has, and open an upload in parts where the file needs one."""
         if self._size <= self._part_bytes:
             return  # sent again rather than trusted by its size
-        if self._volume._size(self._key) == self._size:
+        if self._volume._etag(self._key, self._size) == self._whole_etag():
             self._there = True
             self._progress.add(self._size, sent=False)
         else:
@@ -311,6 +342,18 @@ class _Upload:
             raise IntegrityError(
                 f"{self._volume.target}: {self._key} has {size} bytes, not {self._size}: upload it again"
             )
+
+    def _whole_etag(self) -> str:
+        """S3's tag of an object that was sent in these parts: the MD5 of their MD5s."""
+        fd = durable.open_for_read(self._path)
+        try:
+            parts = [
+                hashlib.md5(os.pread(fd, self._part_bytes, offset), usedforsecurity=False).digest()
+                for offset in range(0, self._size, self._part_bytes)
+            ]
+        finally:
+            os.close(fd)
+        return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
     def _open_upload(self) -> str:
         """An upload of this file that was cut short, and the parts that it has; empty where there is none."""

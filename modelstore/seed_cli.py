@@ -94,6 +94,8 @@ def seed(
     targets = [parse_target(text) for text in to or ()]
     if prune and targets:
         raise UsageError("--prune removes from the volume that is mounted, and --to fills others: use one of them")
+    if listed is not None and not references and (dtype or revision or overflow != "stop"):
+        raise UsageError("--dtype, --revision and --overflow are for models named here: write them into the list")
     allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     store = context.store(**{name: True for name, wanted in allowed.items() if wanted})
     shared = Wanted(parse_reference("any/model"), parse_dtype("--dtype", dtype) if dtype else None)
@@ -106,8 +108,11 @@ def seed(
     if dry_run:
         _preview(context, store, models, prune=prune)
         return
-    if prune:  # asked before the hours of a download, not after
+    # Asked before the hours of a download, not after.
+    if prune:
         context.confirm(f"remove from {store.settings.root} what {listed} does not name", yes=yes)
+    if moved := _moved_aliases(store, models):
+        context.confirm(f"point {', '.join(f'@{name}' for name in moved)} to what {listed} says", yes=yes)
     records: list[dict[str, Any]] = []
     with observer_of(context, len(models)) as shown:
         observer = _Stoppable(shown)
@@ -223,10 +228,10 @@ def _uploaded(
             try:
                 with observer_of(context, doing="uploading") as observer:
                     sent = 0 if volume.has(snapshot) else volume.upload(snapshot, observer=observer)
-                    if wanted.reference.kind == "hub":
-                        volume.record_commit(store.layout, snapshot, wanted.reference.revision)
                     if verify:
                         volume.verify(snapshot)
+                    if wanted.reference.kind == "hub":
+                        volume.record_commit(store.layout, snapshot, wanted.reference.revision)
                 status = "uploaded" if sent else "present"
                 said.append(s3.as_json(snapshot, volume.target, sent=sent, status=status))
             except ModelStoreError as error:
@@ -260,9 +265,21 @@ def _pruned(store: ModelStore, kept: set[SnapshotKey]) -> list[dict[str, Any]]:
     return records
 
 
+def _moved_aliases(store: ModelStore, models: Sequence[Wanted]) -> list[str]:
+    """The aliases that the list gives to another snapshot than they point to now, or a canary tries another for."""
+    moved = []
+    for wanted in models:
+        there = [name for name in wanted.aliases if aliases.history(store.layout, name)]
+        if there:
+            found = store.preview(wanted.reference, dtype=wanted.dtype, overflow=wanted.overflow)
+            key = SnapshotKey(found["repo_id"], found["commit"], found["dtype"])
+            moved += [name for name in there if aliases.history(store.layout, name)[-1].key != key]
+    return moved
+
+
 def _preview(context: Context, store: ModelStore, models: list[Wanted], *, prune: bool) -> None:
     """Print what would be done, and what the volume would hold then; raises where one cannot be had."""
-    records = [store.preview(wanted.reference, dtype=wanted.dtype) for wanted in models]
+    records = [store.preview(wanted.reference, dtype=wanted.dtype, overflow=wanted.overflow) for wanted in models]
     space = look.space(store.layout, store.settings)
     more = sum(record["bytes"] for record in records if record["status"] != "present")
     download = sum(record["downloaded_bytes"] for record in records)
@@ -272,6 +289,7 @@ def _preview(context: Context, store: ModelStore, models: list[Wanted], *, prune
     plan = {
         "models": records,
         "removed": [{"repo_id": one.key.repo_id, "commit": one.key.commit, "dtype": one.key.dtype} for one in others],
+        "aliases_moved": _moved_aliases(store, models),
         "download_bytes": download,
         "taken_before": space["taken"],
         "taken_after": space["taken"] + more - less,
@@ -286,6 +304,8 @@ def _preview(context: Context, store: ModelStore, models: list[Wanted], *, prune
             sizes = (size(record["bytes"]), size(record["downloaded_bytes"]))
             table.add_row(record["repo_id"], record["commit"][:12], record["dtype"], *sizes, record["status"])
         console.print(table)
+        for name in plan["aliases_moved"]:
+            console.print(f"would point @{name} somewhere else than now")
         for one in others:
             console.print(f"would remove {one.key}, {size(one.size_bytes)}")
         limit = f" of {size(plan['quota'])}" if plan["quota"] else ""
@@ -323,13 +343,21 @@ def adopt(
     from modelstore.adopt import find
 
     store = context.store()
-    records = []
+    records: list[dict[str, Any]] = []
+    worst = 0
     for found in find(path.absolute(), store.settings, repo_id=name):
-        with observer_of(context) as observer:
-            snapshot = store.adopt(found.source, found.resolved, dtype=dtype, observer=observer)
+        try:
+            with observer_of(context) as observer:
+                snapshot = store.adopt(found.source, found.resolved, dtype=dtype, observer=observer)
+        except ModelStoreError as error:
+            report_error(error, context)
+            worst = worst or error.exit_code
+            records.append({"from": found.what, "error": str(error), "exit_code": error.exit_code})
+            continue
         linked = sum(os.lstat(snapshot.path / file.path).st_nlink > 1 for file in snapshot.weights)
         records.append(snapshot.as_json() | {"from": found.what, "linked_files": linked})
     context.print(records, lambda console: print_seeded(console, records))
+    raise typer.Exit(worst)
 
 
 @command(app)

@@ -150,7 +150,7 @@ class HfCacheSource:
         commit = revision
         if not is_commit(revision):
             try:
-                commit = (self._repo / "refs" / revision).read_text().strip()
+                commit = (self._repo / "refs" / revision).read_text(errors="replace").strip()
             except OSError:
                 commit = ""
         if not is_commit(commit) or not (self._repo / "snapshots" / commit).is_dir():

@@ -94,7 +94,12 @@ class ModelStore:
         return snapshot
 
     def preview(
-        self, reference: str | Reference, *, revision: str | None = None, dtype: str | None = None
+        self,
+        reference: str | Reference,
+        *,
+        revision: str | None = None,
+        dtype: str | None = None,
+        overflow: Overflow = "stop",
     ) -> dict[str, Any]:
         """What `ensure(…, refresh=True)` would do, without doing it: `status` is "present", "resumable" or "missing";
         sizes in bytes. Raises what `ensure` raises for a source that cannot be read.
@@ -103,10 +108,16 @@ class ModelStore:
 
         wanted, variant = _parsed(reference, revision), self._dtype(dtype)
         self.settings.check_allowed(wanted)
+        if wanted.kind == "alias":
+            key = aliases.target(self.layout, wanted.name)
+            wanted, variant = Reference("hub", key.repo_id, key.commit), parse_dtype("alias", key.dtype)
         source, resolved = self._resolve(wanted, refresh=True)
         key = SnapshotKey(resolved.repo_id, resolved.commit, variant)
-        record: dict[str, Any] = {"repo_id": key.repo_id, "commit": key.commit, "dtype": key.dtype}
         snapshot = self.catalog.published(key)
+        if snapshot is None and overflow == "bfloat16" and variant == "float16":
+            snapshot = self.catalog.published(replace(key, dtype="bfloat16"))
+            key = snapshot.key if snapshot is not None else key
+        record: dict[str, Any] = {"repo_id": key.repo_id, "commit": key.commit, "dtype": key.dtype}
         if snapshot is not None:
             files = len(snapshot.manifest.files)
             return record | {"status": "present", "files": files, "bytes": snapshot.size_bytes, "downloaded_bytes": 0}
@@ -126,6 +137,8 @@ class ModelStore:
         """Publish what a source has on this host already; weights that need no conversion are linked, not copied, where
         they lie on the same volume. Raises what `ensure` raises."""
         variant = self._dtype(dtype)
+        self.catalog.check_format()
+        self.settings.check_allowed(Reference("hub", resolved.repo_id, resolved.revision))
         snapshot = self._obtain(source, resolved, variant, None, None, observer, Timeline(), link=True)
         self._record_commit(resolved, replacing=False)
         mark_used(self.layout, snapshot.key)
@@ -179,8 +192,10 @@ class ModelStore:
                 return found
         with timeline.span("lookup"):
             source, resolved = self._resolve(wanted, refresh=refresh)
+        other = SnapshotKey(resolved.repo_id, resolved.commit, "bfloat16")
+        instead = overflow == "bfloat16" and variant == "float16" and damaged is None and self.catalog.published(other)
         try:
-            snapshot = self._obtain(source, resolved, variant, damaged, wait_s, observer, timeline)
+            snapshot = instead or self._obtain(source, resolved, variant, damaged, wait_s, observer, timeline)
         except Float16Overflow as error:
             if overflow != "bfloat16":
                 raise

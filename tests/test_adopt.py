@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from modelstore import fill
+from modelstore.adopt import find
 from modelstore.catalog import Snapshot
+from modelstore.convert import StoragePolicy
 from modelstore.store import ModelStore
 from modelstore.verify import verify_snapshot
 from tests.checkpoints import random_tensors, write_repo
@@ -167,3 +170,69 @@ def test_a_folder_is_not_exported_as_if_it_came_from_the_hub(cli: Cli, volume: P
     folder = write_repo(volume / "mine")
     cli("seed", f"file://{folder}", "--dtype", "keep")
     assert "it came from a folder" in cli("export", f"file://{folder}", "--hf-cache", str(volume / "c"), code=8).stderr
+
+
+def test_a_link_that_was_left_behind_is_never_written_to(
+    cli: Cli, store: ModelStore, volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while it compares; the next run converts, as a version does that knows the model's type."""
+    folder = write_repo(volume / "mine", config={"model_type": "not-known-yet", "torch_dtype": "float32"})
+    before = (folder / "model.safetensors").read_bytes()
+    (found,) = find(folder, store.settings, repo_id="me/mine")
+
+    def killed(*_arguments: Any, **_more: Any) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fill, "digests_of_file", killed)
+        with pytest.raises(SystemExit):
+            store.adopt(found.source, found.resolved)
+    assert [path for path in store.layout.root.rglob("*.linked") if path.samefile(folder / "model.safetensors")]
+    with monkeypatch.context() as patch:
+        patch.setattr(fill, "storage_policy", lambda dtype, config: StoragePolicy(dtype))
+        store.adopt(found.source, found.resolved)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert is_sound(store, "me/mine").size_bytes < len(before)
+
+
+def test_one_model_that_cannot_be_had_does_not_keep_the_others_out(
+    hub: Hub, cli: Cli, store: ModelStore, volume: Path
+) -> None:
+    write_repo(hub.folder / "org" / "name", HALF, config=HALF_CONFIG)
+    downloaded(hub, volume / "cache")
+    huge = {"layers.0.weight": np.full((64, 64), 1e30, np.float32)}
+    repo = write_repo(hub.folder / "org" / "a-huge", huge)
+    code = "import sys, huggingface_hub; huggingface_hub.snapshot_download('org/a-huge', cache_dir=sys.argv[1])"
+    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+    subprocess.run([sys.executable, "-c", code, str(volume / "cache")], env=env, check=True, capture_output=True)
+    (volume / "cache" / "models--org--name" / "refs" / "odd").write_bytes(b"\xff\xfe")
+    records = cli.json("adopt", str(volume / "cache"), code=8)
+    assert [record.get("repo_id", "failed") for record in records] == ["failed", "org/name"]
+    assert repo.exists()
+
+
+def test_a_store_of_a_newer_format_and_a_model_that_is_not_allowed_are_left_alone(
+    cli: Cli, store: ModelStore, volume: Path
+) -> None:
+    folder = write_repo(volume / "mine", HALF, config=HALF_CONFIG)
+    cli.env["MODELSTORE_ALLOWED_MODELS"] = "org/only"
+    cli("adopt", str(folder), "--as", "me/mine", code=8)
+    del cli.env["MODELSTORE_ALLOWED_MODELS"]
+    store.layout.root.mkdir(parents=True, exist_ok=True)
+    store.layout.format_file.write_text("2\n")
+    cli("adopt", str(folder), "--as", "me/mine", code=8)
+    assert not store.layout.models.exists()
+
+
+def test_linking_needs_no_room(store: ModelStore, volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_repo(volume / "mine", HALF, config=HALF_CONFIG)
+    (found,) = find(folder, store.settings, repo_id="me/mine")
+    real = os.statvfs
+
+    def nearly_full(path: Any) -> Any:
+        values = list(real(path))
+        values[3] = values[4] = 100_000 // values[1]
+        return os.statvfs_result(values)
+
+    monkeypatch.setattr(os, "statvfs", nearly_full)
+    assert store.adopt(found.source, found.resolved).size_bytes > 1_000_000

@@ -185,3 +185,20 @@ def test_a_worker_of_the_share_starts_on_the_canary(hub: Hub, store: ModelStore)
 def test_a_share_that_is_none_is_refused(cli: Cli) -> None:
     for percent in ("0", "101", "x"):
         assert "--percent" in cli("alias", "set", "chat", "org/name", "--percent", percent, code=2).stderr
+
+
+def test_a_hundred_canaries_do_not_lose_what_the_fleet_serves(store: ModelStore) -> None:
+    stable = SnapshotKey("org/stable", "a" * 40, "float16")
+    aliases.point(store.layout, "chat", stable, "w")
+    for number in range(150):
+        aliases.point(store.layout, "chat", SnapshotKey("org/x", f"{number:040x}", "float16"), "w", percent=1)
+    assert aliases.target(store.layout, "chat") == stable
+
+
+def test_a_damaged_record_is_set_anew_by_the_command_and_hides_no_other(hub: Hub, cli: Cli, store: ModelStore) -> None:
+    write_repo(hub.folder / "org" / "name", random_tensors(2))
+    cli("alias", "set", "good", "org/name")
+    store.layout.alias("chat").write_text("{")
+    assert [record["alias"] for record in cli.json("alias", "ls")] == ["good"]
+    cli("alias", "set", "chat", "org/name", "--yes")
+    assert aliases.target(store.layout, "chat").repo_id == "org/name"

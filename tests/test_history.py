@@ -49,7 +49,10 @@ def test_what_is_kept_is_read_again_in_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", "[]", '{"at": "x", "spans": []}', "[" * 9999, '{"at": 1, "error": "", "spans": [{"name": "a"}]}',
+    [json.dumps({"at": at, "error": "", "worker": "", "model": "", "commit": "", "dtype": "", "reason": "", "spans": [span]})
+     for at, span in ((float("nan"), {}), (1e30, {}), (1, {"name": "a", "start": "0", "end": 1}),
+                      (1, {"name": "a", "start": 0, "end": 10**400}), (1, {"name": "a", "start": 2, "end": 1}))]
+    + ["", "{}", "[]", '{"at": "x", "spans": []}', "[" * 9999, '{"at": 1, "error": "", "spans": [{"name": "a"}]}',
      json.dumps({"at": 1, "error": "", "worker": 7, "model": "", "commit": "", "dtype": "", "reason": "", "spans": []})],
 )  # fmt: skip
 def test_a_damaged_record_is_passed_over(tmp_path: Path, text: str) -> None:

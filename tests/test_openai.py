@@ -146,7 +146,9 @@ def test_a_server_of_its_own_gets_any_route_of_openais(route: str) -> None:
     assert parse_request(route, CHAT, LIMITS)[1] == CHAT
 
 
-@pytest.mark.parametrize("route", ["/metrics", "", None, "/v1/../metrics", "/v1", "/v1/a\nb", "http://host/v1/x"])
+@pytest.mark.parametrize(
+    "route", ["/metrics", "", None, "/v1/../metrics", "/v1/%2e%2e/metrics", "/v1", "/v1/a\nb", "http://host/v1/x"]
+)
 def test_a_server_of_its_own_gets_nothing_but_openais_routes(route: object) -> None:
     with pytest.raises(JobError, match="one of OpenAI's routes"):
         parse_request(route, None, LIMITS)

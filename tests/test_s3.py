@@ -15,7 +15,7 @@ import pytest
 
 from modelstore import s3 as s3_module
 from modelstore.catalog import Snapshot
-from modelstore.errors import NoSpace, NotFound, UsageError, VolumeUnavailable
+from modelstore.errors import IntegrityError, NoSpace, NotFound, UsageError, VolumeUnavailable
 from modelstore.s3 import Target, Volume, parse_target
 from modelstore.store import ModelStore
 from modelstore.verify import verify_snapshot
@@ -84,7 +84,7 @@ def test_a_target_names_volume_datacenter_and_folder(text: str, target: Target) 
 
 
 @pytest.mark.parametrize(
-    "text", ["abc@EU", "s3://abc", "s3://@EU", "s3://a/b@c", "s3://a@b/../c", "s3://a b@c", "http://a@b"]
+    "text", ["abc@EU", "s3://abc", "s3://@EU", "s3://a/b@c", "s3://a@b/../c", "s3://a b@c", "s3://[x@EU", "http://a@b"]
 )
 def test_what_is_no_target_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="write it like s3://"):
@@ -265,3 +265,31 @@ def test_the_target_is_read_before_anything_is_downloaded(hub: Hub, cli: Cli) ->
     assert "write it like s3://" in cli("seed", "org/name", "--to", "s3://x", code=2).stderr
     assert "use one of them" in cli("seed", "--from", "x.toml", "--prune", "--to", TARGET, code=2).stderr
     assert hub.served.total_bytes == 0
+
+
+def test_a_stale_object_of_the_right_size_is_not_published(s3: S3, snapshot: Snapshot, volume: Volume) -> None:
+    key = volume._key(snapshot, "model.safetensors")
+    s3.client().put_object(Bucket=BUCKET, Key=key, Body=bytes(snapshot.weights[0].size_bytes))
+    volume.upload(snapshot)
+    volume.verify(snapshot)
+
+
+def test_what_does_not_verify_is_unpublished_and_can_be_uploaded_again(
+    s3: S3, snapshot: Snapshot, volume: Volume
+) -> None:
+    volume.upload(snapshot)
+    key = volume._key(snapshot, "model.safetensors")
+    s3.client().put_object(Bucket=BUCKET, Key=key, Body=bytes(snapshot.weights[0].size_bytes))
+    assert volume.has(snapshot), "its sizes are right"
+    with pytest.raises(IntegrityError, match="upload it again"):
+        volume.verify(snapshot)
+    assert not volume.has(snapshot)
+    volume.upload(snapshot)
+    volume.verify(snapshot)
+
+
+@pytest.mark.parametrize("env", [{"AWS_ACCESS_KEY_ID": "k"}, {"AWS_PROFILE": "nowhere"}])
+def test_keys_that_cannot_be_used_are_one_line(hub: Hub, cli: Cli, env: dict[str, str]) -> None:
+    write_repo(hub.folder / "org" / "name")
+    cli.env |= env | {"AWS_EC2_METADATA_DISABLED": "true", "HOME": "/nowhere"}
+    assert "keys" in cli("seed", "org/name", "--to", TARGET, code=4).stderr

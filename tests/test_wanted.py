@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from modelstore import aliases, pins
@@ -127,3 +128,34 @@ def test_the_whole_list_may_be_wanted_at_once(cli: Cli, hub: Hub) -> None:
     for number, name in enumerate(names):
         write_repo(hub.folder / name, random_tensors(2, seed=number))
     assert [record["repo_id"] for record in cli.json("seed", *names, "--parallel", "4")] == names
+
+
+def test_an_alias_that_serves_something_else_is_moved_only_when_told(
+    cli: Cli, two_models: Path, store: ModelStore
+) -> None:
+    store.set_alias("chat", "org/old")
+    plan = cli.json("seed", "--from", str(two_models), "--dry-run")
+    assert plan["aliases_moved"] == ["chat"]
+    assert "point @chat" in cli("seed", "--from", str(two_models), code=8).stderr
+    assert aliases.target(store.layout, "chat").repo_id == "org/old"
+    cli("seed", "--from", str(two_models), "--yes")
+    assert aliases.target(store.layout, "chat").repo_id == "org/one"
+    cli("seed", "--from", str(two_models))
+
+
+def test_options_for_single_models_do_not_silently_miss_a_list(cli: Cli, two_models: Path) -> None:
+    assert "write them into the list" in cli("seed", "--from", str(two_models), "--dtype", "keep", code=2).stderr
+
+
+def test_what_was_stored_as_bfloat16_is_not_fetched_again(hub: Hub, cli: Cli, tmp_path: Path) -> None:
+    write_repo(hub.folder / "org" / "huge", {"layers.0.weight": np.full((512, 512), 1e30, np.float32)})
+    path = tmp_path / "models.toml"
+    path.write_text('[[model]]\nreference = "org/huge"\noverflow = "bfloat16"\n')
+    assert cli.json("seed", "--from", str(path))[0]["dtype"] == "bfloat16"
+    hub.served.bytes.clear()
+    plan = cli.json("seed", "--from", str(path), "--prune", "--dry-run")
+    assert [model["status"] for model in plan["models"]] == ["present"]
+    assert plan["removed"] == []
+    again = cli.json("seed", "--from", str(path))[0]
+    assert (again["status"], again["downloaded_bytes"]) == ("present", 0)
+    assert not [name for name in hub.served.bytes if name.endswith(".safetensors")]

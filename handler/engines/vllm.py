@@ -12,6 +12,7 @@ import collections
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -70,6 +71,7 @@ class Server:
             env=server_environment(),
             text=True,
             errors="replace",
+            start_new_session=True,
         )
         self._listener = threading.Thread(target=self._listen, name="vllm-log", daemon=True)
         self._listener.start()
@@ -105,8 +107,11 @@ class Server:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        with suppress(ProcessLookupError):  # its engine may have been left behind, with the GPU
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._listener.join(_END_S)
-        for pipe in (self._process.stdin, self._process.stdout):
+        pipes = [self._process.stdin, None if self._listener.is_alive() else self._process.stdout]
+        for pipe in pipes:
             if pipe is not None:
                 with suppress(BrokenPipeError):
                     pipe.close()
@@ -153,6 +158,8 @@ class VllmEngine:
         trusted = begun.settings.trust_remote_code and snapshot.manifest.remote_code
         arguments = [str(folder.path), "--served-model-name", *names, "--dtype", dtype]
         arguments += ["--trust-remote-code"] if trusted else []
+        most = {"max_new_tokens": begun.settings.max_tokens}  # where a request names no length, and at most
+        arguments += ["--override-generation-config", json.dumps(most)]
         arguments += ["--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
         try:
             with timeline.span("build"):
@@ -207,8 +214,12 @@ class VllmEngine:
         async def run(index: int, prompt: Prompt) -> None:
             try:
                 async with aclosing(self._continued(index, prompt, request)) as source:  # type: ignore[type-var]
+                    reason = None
                     async for piece in source:
+                        reason = piece.finish_reason
                         pieces.put_nowait(piece)
+                if reason is None:
+                    raise JobError(Code.INTERNAL_ERROR, "vLLM ended the answer early: send the job again")
             except Exception as error:
                 pieces.put_nowait(error)
 
@@ -230,9 +241,14 @@ class VllmEngine:
         """See OpenAIEngine."""
         async with self._asked("GET" if body is None else "POST", route, body) as response:
             if response.content_type == "text/event-stream":
+                event = ""
                 async for line in response.content:
-                    if line.strip():
-                        yield f"{line.decode().strip()}\n\n"
+                    event += line.decode()
+                    if event.strip() and not line.strip():  # an event ends with an empty line
+                        yield event
+                        event = ""
+                if event.strip():
+                    yield event
             else:
                 yield await response.json()
 
@@ -273,8 +289,8 @@ class VllmEngine:
                 for choice in event["choices"]:
                     text = choice["text"] if prompt.text is not None else choice["delta"].get("content")
                     reason, usage = choice.get("finish_reason"), event["usage"]
-                    new, said = usage["completion_tokens"] - said, usage["completion_tokens"]
                     if text or reason:
+                        new, said = usage["completion_tokens"] - said, usage["completion_tokens"]
                         prompt_tokens = usage["prompt_tokens"] if reason else 0
                         yield Piece(index, text or "", new, reason, prompt_tokens, self.model)
 
