@@ -168,7 +168,6 @@ class Volume:
         self._check_format()
         total = snapshot.size_bytes
         progress = _Progress(lambda done: observer.filling(snapshot.key, done=done, total=total, reused=0, eta_s=None))
-        self.stopped.clear()
         files = [_Upload(self, snapshot, file.path, file.size_bytes, progress) for file in snapshot.manifest.files]
         pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="s3")
         try:
@@ -178,6 +177,8 @@ class Volume:
         except BaseException as error:
             self.stopped.set()  # what waits to be tried again is not; a part that is on its way is not waited for
             pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
+            if not isinstance(error, KeyboardInterrupt):
+                self.stopped.clear()  # for the next snapshot
             raise
         pool.shutdown()
         manifest = durable.read_file(snapshot.path / MANIFEST)
@@ -222,22 +223,23 @@ class Volume:
                 return bytes(self.call("get_object", Key=key, **how)["Body"].read())
             except (BotoCoreError, OSError) as error:
                 reason = type(error).__name__
-                self._sleep(min(30.0, 0.5 * 2**attempt))
+                self.pause(attempt)
         raise VolumeUnavailable(f"{self.target} breaks off while {key} is read ({reason}): try again later")
 
-    def _size(self, key: str) -> int | None:
-        try:
-            return int(self.call("head_object", Key=key)["ContentLength"])
-        except _Missing:
-            return None
-
-    def _etag(self, key: str, size: int) -> str:
-        """The tag of an object that has this size; empty where there is none."""
+    def _head(self, key: str) -> tuple[int | None, str]:
+        """An object's size and tag; None and nothing where there is none."""
         try:
             head = self.call("head_object", Key=key)
         except _Missing:
-            return ""
-        return str(head.get("ETag", "")).strip('"') if int(head["ContentLength"]) == size else ""
+            return None, ""
+        return int(head["ContentLength"]), str(head.get("ETag", "")).strip('"')
+
+    def _size(self, key: str) -> int | None:
+        return self._head(key)[0]
+
+    def pause(self, attempt: int) -> None:
+        """Wait before the next attempt, longer each time; not at all where an upload is given up."""
+        self._sleep(min(30.0, 0.5 * 2**attempt))
 
     def call(self, operation: str, *, attempts: int = _ATTEMPTS, **arguments: Any) -> Any:
         """One request, again and again where the answer means that this may help."""
@@ -255,7 +257,7 @@ class Volume:
             except BotoCoreError as error:  # the network
                 reason = type(error).__name__
             if attempt + 1 < attempts and not self.stopped.is_set():
-                self._sleep(min(30.0, 0.5 * 2**attempt))
+                self.pause(attempt)
         raise VolumeUnavailable(
             f"{self.target} does not take {operation} ({reason}): try again later, it goes on from here"
         )
@@ -314,7 +316,8 @@ class _Upload:
         """Look what the volume has, and open an upload in parts where the file needs one."""
         if self._size <= self._part_bytes:
             return  # sent again rather than trusted by its size
-        if self._volume._etag(self._key, self._size) == self._whole_etag():
+        size, etag = self._volume._head(self._key)
+        if size == self._size and etag == self._whole_etag():
             self._there = True
             self._progress.add(self._size, sent=False)
         else:
@@ -422,7 +425,7 @@ class _Upload:
                 logger.info("completing %s: %s", self._key, error)
             if self._volume._size(self._key) == self._size:
                 return
-            self._volume._sleep(min(30.0, 0.5 * 2**attempt))
+            self._volume.pause(attempt)
         raise VolumeUnavailable(f"{self._volume.target}: {self._key} is not completed: try again, its parts are there")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +111,8 @@ def seed(
     # Asked before the hours of a download, not after.
     if prune:
         context.confirm(f"remove from {store.settings.root} what {listed} does not name", yes=yes)
-    if moved := _moved_aliases(store, models):
+    named = [wanted for wanted in models if any(aliases.history(store.layout, name) for name in wanted.aliases)]
+    if moved := _moved_aliases(store, named, [_previewed(store, wanted) for wanted in named]):
         context.confirm(f"point {', '.join(f'@{name}' for name in moved)} to what {listed} says", yes=yes)
     records: list[dict[str, Any]] = []
     with observer_of(context, len(models)) as shown:
@@ -144,8 +145,7 @@ def seed(
         else:
             records.append(result)
     if prune and not worst:
-        kept = {SnapshotKey(record["repo_id"], record["commit"], record["dtype"]) for record in records}
-        records += _pruned(store, kept)
+        records += _pruned(store, {_key_of(record) for record in records})
     elif prune:
         logger.warning("nothing was removed, because not all of the list is there")
     if volumes:
@@ -222,7 +222,7 @@ def _uploaded(
     for wanted, record in zip(models, records, strict=True):
         if "error" in record:
             continue
-        snapshot = store.catalog.published(SnapshotKey(record["repo_id"], record["commit"], record["dtype"]))
+        snapshot = store.catalog.published(_key_of(record))
         assert snapshot is not None
         for volume in volumes:
             try:
@@ -265,31 +265,38 @@ def _pruned(store: ModelStore, kept: set[SnapshotKey]) -> list[dict[str, Any]]:
     return records
 
 
-def _moved_aliases(store: ModelStore, models: Sequence[Wanted]) -> list[str]:
+def _previewed(store: ModelStore, wanted: Wanted) -> dict[str, Any]:
+    return store.preview(wanted.reference, dtype=wanted.dtype, overflow=wanted.overflow)
+
+
+def _key_of(record: Mapping[str, Any]) -> SnapshotKey:
+    return SnapshotKey(record["repo_id"], record["commit"], record["dtype"])
+
+
+def _moved_aliases(store: ModelStore, models: Sequence[Wanted], previews: Sequence[Mapping[str, Any]]) -> list[str]:
     """The aliases that the list gives to another snapshot than they point to now, or a canary tries another for."""
     moved = []
-    for wanted in models:
-        there = [name for name in wanted.aliases if aliases.history(store.layout, name)]
-        if there:
-            found = store.preview(wanted.reference, dtype=wanted.dtype, overflow=wanted.overflow)
-            key = SnapshotKey(found["repo_id"], found["commit"], found["dtype"])
-            moved += [name for name in there if aliases.history(store.layout, name)[-1].key != key]
+    for wanted, preview in zip(models, previews, strict=True):
+        for name in wanted.aliases:
+            entries = aliases.history(store.layout, name)
+            if entries and entries[-1].key != _key_of(preview):
+                moved.append(name)
     return moved
 
 
 def _preview(context: Context, store: ModelStore, models: list[Wanted], *, prune: bool) -> None:
     """Print what would be done, and what the volume would hold then; raises where one cannot be had."""
-    records = [store.preview(wanted.reference, dtype=wanted.dtype, overflow=wanted.overflow) for wanted in models]
+    records = [_previewed(store, wanted) for wanted in models]
     space = look.space(store.layout, store.settings)
     more = sum(record["bytes"] for record in records if record["status"] != "present")
     download = sum(record["downloaded_bytes"] for record in records)
-    named = {SnapshotKey(record["repo_id"], record["commit"], record["dtype"]) for record in records}
+    named = {_key_of(record) for record in records}
     others = [one for one in survey(store.layout) if prune and one.key not in named and not one.kept_because]
     less = sum(one.size_bytes for one in others)
     plan = {
         "models": records,
         "removed": [{"repo_id": one.key.repo_id, "commit": one.key.commit, "dtype": one.key.dtype} for one in others],
-        "aliases_moved": _moved_aliases(store, models),
+        "aliases_moved": _moved_aliases(store, models, records),
         "download_bytes": download,
         "taken_before": space["taken"],
         "taken_after": space["taken"] + more - less,
@@ -322,12 +329,13 @@ def _preview(context: Context, store: ModelStore, models: list[Wanted], *, prune
 def _print_done(console: Console, records: list[dict[str, Any]]) -> None:
     print_seeded(console, [record for record in records if "path" in record])
     for record in records:
-        if "to" in record and "error" not in record:
-            name = f"{record['repo_id']} at {record['commit'][:12]} as {record['dtype']}"
-            console.print(f"{record['status']}: {name} on {record['to']}, {size(record['uploaded_bytes'])} sent")
-        if record.get("status") in ("removed", "kept"):
-            name = f"{record['repo_id']} at {record['commit'][:12]} as {record['dtype']}"
-            console.print(f"{record['status']}: {name}, {size(record['bytes'])}")
+        if "error" in record or "path" in record:
+            continue
+        what = f"{record['status']}: {record['repo_id']} at {record['commit'][:12]} as {record['dtype']}"
+        if "to" in record:
+            console.print(f"{what} on {record['to']}, {size(record['uploaded_bytes'])} sent")
+        else:
+            console.print(f"{what}, {size(record['bytes'])}")
 
 
 @command(app)
