@@ -266,7 +266,10 @@ def test_a_start_that_does_not_fit_leaves_no_mark_of_use(
         with pytest.raises(DoesNotFit):
             begin(replace(store.settings, model=parse_reference("org/name")))
     assert not users_of(marks(store.layout, snapshot.key), volume_time(store.layout))
-    assert not [thread for thread in threading.enumerate() if thread.name == "in-use" and thread not in threads]
+    for thread in set(threading.enumerate()) - threads:
+        if thread.name == "in-use":
+            thread.join(10)  # it was told to end, and may still be on its way
+            assert not thread.is_alive()
 
 
 def test_staging_that_moves_away_is_no_error(store: ModelStore) -> None:

@@ -69,9 +69,10 @@ def test_eight_seeders_at_once_download_the_model_once(
 def test_a_seeder_that_is_killed_at_60_percent_is_resumed_by_another(
     hub: Hub, store: ModelStore, store_env: dict[str, str], shards: int, sent: signal.Signals
 ) -> None:
-    repo = write_repo(hub.folder / "org" / "name", random_tensors(12, (1024, 1024)), shards=shards)
+    # Large enough for a tenth of it to be more than eight connections' buffers, which count as served and are lost.
+    repo = write_repo(hub.folder / "org" / "name", random_tensors(32, (1024, 1024)), shards=shards)
     total = weights_bytes(repo)
-    hub.faults.bytes_per_s = 20e6
+    hub.faults.bytes_per_s = 30e6
     first = start(store_env)
     wait_for_share(hub, total, 0.6)
     first.send_signal(sent)
