@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import gc
 import importlib
 import inspect
 import json
@@ -108,22 +109,33 @@ def names_built_wider(cls: type[PreTrainedModel]) -> dict[str, set[str]]:
         with torch.device("meta"):
             model = cls(cls.config_class())
         torch.set_default_dtype(torch.float32)
-        return {name: _wider_in(model, model._get_dtype_plan(getattr(torch, name))) for name in ("float16", "bfloat16")}
+        plans = {name: model._get_dtype_plan(getattr(torch, name)) for name in ("float16", "bfloat16")}
+        wider = {name: _wider_in(model, plan) for name, plan in plans.items()}
+        patterns = {keys: _as_checkpoints_name(model, keys) for keys in set(wider.values())}  # most plans agree
+        return {name: patterns[keys] for name, keys in wider.items()}
     except Exception:  # transformers raises of every kind here: a config without defaults, a library not installed
         return {"float16": set(), "bfloat16": set()}
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def _wider_in(model: PreTrainedModel, plan: dict[str, torch.dtype]) -> set[str]:
+def _wider_in(model: PreTrainedModel, plan: dict[str, torch.dtype]) -> frozenset[str]:
+    """The keys of a model's state that are wider than float16, or are kept so by `plan`."""
     patterns = [re.compile(pattern.replace("*", ".*")) for pattern in plan]
-    state = {
-        key: value.to(torch.float32) if any(pattern.search(key) for pattern in patterns) else value
+    return frozenset(
+        key
         for key, value in model.state_dict().items()
         if value.is_floating_point()
-    }
-    if all(value.dtype == torch.float16 for value in state.values()):
+        and (value.dtype != torch.float16 or any(pattern.search(key) for pattern in patterns))
+    )
+
+
+def _as_checkpoints_name(model: PreTrainedModel, wider: frozenset[str]) -> set[str]:
+    """These keys of a model's state as patterns of a checkpoint's names."""
+    if not wider:
         return set()
+    held = {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
+    state = {key: value.to(torch.float32) if key in wider else value for key, value in held.items()}
     state = revert_weight_conversion(model, state)
     wide = {key for key, value in state.items() if value.dtype != torch.float16}
     return {_generalise(name) for name in _common_prefixes(wide, set(state))}
@@ -207,6 +219,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare with the committed table, write nothing")
     check = parser.parse_args().check
+    gc.disable()  # importing every model makes a third more work of it
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
