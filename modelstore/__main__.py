@@ -1,5 +1,17 @@
-"""`python -m modelstore`, the same as the `modelstore` command."""
+"""The `modelstore` command, also as `python -m modelstore`."""
 
-from modelstore.cli import main
+import signal
+from typing import NoReturn
 
-main()
+
+def main() -> NoReturn:
+    """The entry point. Ctrl-C ends it in silence, but while a command runs, which says what became of it."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from modelstore.cli import run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -73,7 +73,7 @@ def set_alias(
 @command(app, "ls")
 def list_aliases(context: Context) -> None:
     """Where each alias points, and since when."""
-    layout = context.store().layout
+    layout = context.volume().layout
     Catalog(layout).check_format()
     found = {}
     for name in sorted(aliases.names(layout)):
@@ -103,7 +103,7 @@ def rollback(
     yes: YES = False,
 ) -> None:
     """Point an alias to where it pointed before."""
-    store = context.store()
+    store = context.volume()
     name = aliases.checked(name.removeprefix("@"))
     entries = aliases.history(store.layout, name)
     now = entries[-1].key if entries else aliases.target(store.layout, name)

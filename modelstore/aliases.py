@@ -61,7 +61,7 @@ def history(layout: Layout, name: str) -> tuple[Pointed, ...]:
     path = layout.alias(name)
     try:
         data = durable.read_file(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ()
     except OSError as error:
         raise InvalidReference(f"{path} cannot be read ({error.strerror}): point @{name} anew") from error

@@ -176,7 +176,7 @@ def verify(
     revision: REVISION = None,
 ) -> None:
     """Compare a snapshot, or all, with its manifest, byte by byte; touches no network."""
-    store = context.store()
+    store = context.store() if reference else context.volume()
     stride = parse_sample(sample) if sample is not None else 1
     if max_seconds is not None and not max_seconds > 0:
         raise UsageError("--max-seconds must be a number above 0")
@@ -229,7 +229,7 @@ def collect_garbage(
     yes: YES = False,
 ) -> None:
     """Remove what nobody needs: abandoned downloads, trash, quarantine; with --to also models that were not used."""
-    store = context.store()
+    store = context.volume()
     layout, settings = store.layout, store.settings
     limit = parse_size("--to", to) if to is not None else None
     if not grace_s >= settings.lease_s:
@@ -295,8 +295,8 @@ def unpin(
     context.print(record, lambda console: console.print(text))
 
 
-def main() -> NoReturn:
-    """The entry point."""
+def run() -> NoReturn:
+    """Do what the command line says, and end the process."""
     app(standalone_mode=True)
     raise SystemExit(0)
 

@@ -8,36 +8,38 @@ import logging
 import os
 import signal
 import sys
-from collections import Counter
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.progress import Progress as Bars
 from rich.table import Column, Table
 
 from modelstore.catalog import Snapshot
 from modelstore.claim import Holder
-from modelstore.errors import ModelStoreError, Refused
+from modelstore.errors import ModelStoreError, Refused, RootUnusable
 from modelstore.layout import SnapshotKey
 from modelstore.look import size
-from modelstore.manifest import FileRecord
 from modelstore.observer import Observer
+from modelstore.progress import Progress
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.warmstart import LogObserver
+
+T = TypeVar("T")
 
 INTERRUPTED = "interrupted: what was downloaded is kept, the same command goes on from there"
 
@@ -82,6 +84,15 @@ class Context:
     def store(self, **changes: Any) -> ModelStore:
         settings = replace(Settings.from_env(root=self.root), **changes)
         return ModelStore(settings.root, settings=settings)
+
+    def volume(self) -> ModelStore:
+        """The same, to look at what is there. Raises RootUnusable where there is no place for a store: an empty list
+        for a mistyped folder would be believed."""
+        store = self.store()
+        place = store.settings.root.parent
+        if not place.is_dir():
+            raise RootUnusable(f"there is no folder {place}: mount the volume, or set MODELSTORE_ROOT or --root")
+        return store
 
     def print(self, record: object, text: Callable[[Console], None]) -> None:
         """A result: `record` with --json, else what `text` draws."""
@@ -131,7 +142,8 @@ def _errors(context: Context) -> Iterator[None]:
     """Set up logging; end with an error's own code and one line. A second Ctrl-C ends at once."""
     level = logging.DEBUG if context.debug else logging.ERROR if context.quiet else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    before = signal.getsignal(signal.SIGINT)
+    if before in (signal.default_int_handler, signal.SIG_DFL):
         signal.signal(signal.SIGINT, _interrupted)
     try:
         yield
@@ -151,6 +163,8 @@ def _errors(context: Context) -> Iterator[None]:
     except KeyboardInterrupt as error:
         print(INTERRUPTED, file=sys.stderr)
         raise typer.Exit(130) from error
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _interrupted(_signum: int, _frame: object) -> None:
@@ -162,36 +176,59 @@ def report_error(error: ModelStoreError, context: Context) -> None:
     print(f"error: {error}", file=sys.stderr)
 
 
+class _Bars(Bars):
+    """Progress bars with names that are cut rather than wrapped, in the order of their `place`."""
+
+    def __init__(self, console: Console) -> None:
+        bar = max(8, min(40, console.width - 70))
+        named = TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True))
+        columns = (named, BarColumn(bar), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(compact=True))
+        super().__init__(*columns, console=console, transient=True, expand=True)
+
+    def get_renderables(self) -> Iterator[Table]:
+        yield self.make_tasks_table(sorted(self.tasks, key=lambda task: task.fields["place"]))
+
+
 class _BarObserver(Observer):
-    """A progress bar for each model on a terminal, with its files, rate and time left, and one for all of them."""
+    """On a terminal: a bar for all models, and for each model, with its files that are on their way below it."""
 
-    def __init__(self, progress: Progress, models: int, doing: str) -> None:
-        self._doing = doing
-        self._progress = progress
-        self._tasks: dict[SnapshotKey, TaskID] = {}
-        self._files: Counter[SnapshotKey] = Counter()
-        self._all = progress.add_task("all", total=None) if models > 1 else None
+    def __init__(self, bars: Bars, models: int, verb: str) -> None:
+        self._verb = verb
+        self._bars = bars
+        self._models: dict[SnapshotKey, TaskID] = {}
+        self._files: dict[tuple[SnapshotKey, str], TaskID] = {}
+        self._all = bars.add_task("all", total=None, place=("",)) if models > 1 else None
+        self._lock = threading.Lock()
 
-    def filling(self, key: SnapshotKey, *, done: int, total: int, reused: int, eta_s: float | None) -> None:
-        files = f", {self._files[key]} weights files done" if self._files[key] else ""
-        self._draw(key, f"{self._doing} {key}{files}", done, total)
+    def filling(self, key: SnapshotKey, progress: Progress) -> None:
+        with self._lock:
+            self._draw(self._models, key, f"{self._verb}{key}", (str(key),), progress.done, progress.total)
+            under_way = {(key, path): amounts for path, amounts in progress.files.items()}
+            for done in [one for one in self._files if one[0] == key and one not in under_way]:
+                self._bars.remove_task(self._files.pop(done))
+            for one, (there, size_bytes) in under_way.items():
+                self._draw(self._files, one, f"  {one[1]}", (str(key), one[1]), there, size_bytes)
+            self._sum_up()
 
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
         record = holder.record
-        who = record.worker if record else "another worker"
-        self._draw(key, f"waiting for {key} from {who}", record.done if record else 0, record.total if record else 0)
+        what = f"waiting for {record.worker if record else 'another worker'}: {key}"
+        with self._lock:
+            self._draw(
+                self._models, key, what, (str(key),), record.done if record else 0, record.total if record else 0
+            )
+            self._sum_up()
 
-    def finished(self, key: SnapshotKey, folder: Path, record: FileRecord) -> None:
-        self._files[key] += 1
+    def _draw(self, tasks: dict[T, TaskID], one: T, what: str, place: tuple[str, ...], done: int, total: int) -> None:
+        if one not in tasks:
+            tasks[one] = self._bars.add_task(what, total=None, place=place)
+        self._bars.update(tasks[one], description=what, completed=done, total=total or None)
 
-    def _draw(self, key: SnapshotKey, what: str, done: int, total: int) -> None:
-        if key not in self._tasks:
-            self._tasks[key] = self._progress.add_task(what, total=None)
-        self._progress.update(self._tasks[key], description=what, completed=done, total=total or None)
+    def _sum_up(self) -> None:
         if self._all is not None:
-            tasks = [task for task in self._progress.tasks if task.id in self._tasks.values()]
-            size = sum(task.total or 0 for task in tasks)
-            self._progress.update(self._all, completed=sum(task.completed for task in tasks), total=size or None)
+            models = [task for task in self._bars.tasks if task.id in self._models.values()]
+            size = sum(task.total or 0 for task in models)
+            self._bars.update(self._all, completed=sum(task.completed for task in models), total=size or None)
 
 
 @contextmanager
@@ -203,10 +240,8 @@ def observer_of(context: Context, models: int = 1, doing: str = "downloading") -
         logging.getLogger("modelstore.warmstart").setLevel(logging.INFO)
         yield LogObserver(doing)
     else:
-        named = TextColumn("{task.description}", markup=False, table_column=Column(ratio=2, overflow="fold"))
-        columns = (named, BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True, markup=False), transient=True, expand=True) as progress:
-            yield _BarObserver(progress, models, doing)
+        with _Bars(Console(stderr=True, markup=False)) as bars:
+            yield _BarObserver(bars, models, "" if doing == "downloading" else f"{doing} ")
 
 
 def without_status(snapshot: Snapshot) -> dict[str, Any]:

@@ -21,12 +21,13 @@ from typing import Literal
 
 from modelstore import durable, look
 from modelstore.catalog import Catalog
-from modelstore.errors import FormatTooNew, ModelStoreError, NoSpace
+from modelstore.errors import FormatTooNew, ModelStoreError, NoSpace, SnapshotNotFound
 from modelstore.gc import plan
 from modelstore.layout import Layout
 from modelstore.look import size
 from modelstore.reference import parse_reference
 from modelstore.settings import NETWORK_FILE_SYSTEMS, Settings, mount_of, read_mounts
+from modelstore.sources import FolderSource
 
 Level = Literal["ok", "warning", "error"]
 PROBE_BYTES = 64 << 20
@@ -60,7 +61,11 @@ def diagnose(
 ) -> Iterator[Finding]:
     """Look at one thing after another. `peer`: the store's root on another mount of the same volume. `reference`: a
     model that shall be within reach."""
-    layout = Layout(settings.root)
+    layout, place = Layout(settings.root), settings.root.parent
+    if not place.is_dir():
+        what, do = f"there is no folder {place}", "mount the volume, or set MODELSTORE_ROOT or --root"
+        yield _error("mount", what, "the store has no place", do)
+        return
     yield _mounted(settings.root)
     store = _format(layout)
     yield store
@@ -84,7 +89,9 @@ def diagnose(
         yield from _rates(folder, probe_bytes)
     yield _quota(layout, settings)
     yield _leftovers(layout, settings)
-    yield from _hub(settings, reference)
+    yield from _hub(settings)
+    if reference is not None:
+        yield _access(layout, settings, reference)
 
 
 def exit_code(findings: list[Finding]) -> int:
@@ -304,11 +311,11 @@ def _leftovers(layout: Layout, settings: Settings) -> Finding:
     return _ok("leftovers", "nothing that nobody needs")
 
 
-def _hub(settings: Settings, reference: str | None) -> Iterator[Finding]:
+def _hub(settings: Settings) -> Iterator[Finding]:
     if settings.offline:
         yield _ok("hub", "MODELSTORE_OFFLINE is set: it is never asked")
         return
-    from modelstore.hub import HubSource, check_token
+    from modelstore.hub import check_token
 
     if settings.hf_token is None:
         yield Finding("token", "ok", "HF_TOKEN is not set: public models alone")
@@ -317,12 +324,20 @@ def _hub(settings: Settings, reference: str | None) -> Iterator[Finding]:
             yield _ok("token", f"HF_TOKEN belongs to {check_token(settings)}")
         except ModelStoreError as error:
             yield _error("token", str(error), "gated and private models are refused", "set another", error.exit_code)
-    if reference is None:
-        return
+
+
+def _access(layout: Layout, settings: Settings, reference: str) -> Finding:
+    """Whether a worker that is told to serve `reference` finds it: on the volume, in a folder, or on the Hub."""
+    from modelstore.hub import HubSource
+
     try:
         wanted = parse_reference(reference)
-        if wanted.kind == "hub":
-            resolved = HubSource(wanted, settings).resolve()
-            yield _ok("access", f"{reference} is within reach, at {resolved.commit[:12]}")
+        if wanted.kind == "alias" or settings.offline:
+            snapshot = Catalog(layout).find(wanted, settings.dtype)
+            if snapshot is None:
+                raise SnapshotNotFound(f"{reference} is not on the volume as {settings.dtype}")
+            return _ok("access", f"{reference} is {snapshot.key}, and published")
+        source = FolderSource(wanted) if wanted.kind == "file" else HubSource(wanted, settings)
+        return _ok("access", f"{reference} is within reach, at {source.resolve().commit[:12]}")
     except ModelStoreError as error:
-        yield _error("access", str(error), "it cannot be seeded", "see above", error.exit_code)
+        return _error("access", str(error), "a worker cannot serve it", "seed another, or see above", error.exit_code)

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from modelstore.checksums import Digests
@@ -21,6 +21,7 @@ from modelstore.errors import DigestMismatch, HubUnavailable
 from modelstore.hub import backoff_s
 from modelstore.layout import StagingLayout
 from modelstore.partial import GRANULE_BYTES, PartialFile
+from modelstore.progress import Progress
 from modelstore.sources import ByteStream, Resolved, Source, SourceFile
 
 CONNECTIONS = 8
@@ -33,23 +34,6 @@ _RAMP_S = 0.2
 _FAST_BYTES_PER_S = 150e6
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Progress:
-    """Counts of one fill, in bytes; `reused` was there already, `network` came over the wire, repeats included."""
-
-    total: int = 0
-    done: int = 0
-    reused: int = 0
-    network: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, *, done: int = 0, reused: int = 0, network: int = 0) -> None:
-        with self._lock:
-            self.done += done
-            self.reused += reused
-            self.network += network
 
 
 OnFile = Callable[[SourceFile, Path, Digests], None]
@@ -132,7 +116,8 @@ class Download:
     def _open(self, file: SourceFile) -> PartialFile:
         partial = PartialFile(file, self._staging, self._memory(file))
         kept = partial.resume(self._inherited)
-        self._progress.add(done=kept, reused=kept)
+        self._progress.begin(file.path, file.size_bytes)
+        self._progress.add(file.path, done=kept, reused=kept)
         return partial
 
     def _finish(self, partial: PartialFile, queue: _SpanQueue, on_file: OnFile) -> None:
@@ -144,6 +129,7 @@ class Download:
             partial.forget()
             partial.close()
             self._progress.add(done=-partial.file.size_bytes)
+            self._progress.begin(partial.file.path, partial.file.size_bytes)
             partial = PartialFile(partial.file, self._staging, self._memory(partial.file))
             self._fetch_span(_Span(partial, 0, partial.granules), queue)
             if queue.stopped:
@@ -199,7 +185,7 @@ class Download:
             self._fill(memoryview(granule), stream, partial)
             self._guard()
             if partial.put(position // GRANULE_BYTES, granule):
-                self._progress.add(done=len(granule))
+                self._progress.add(partial.file.path, done=len(granule))
             position += len(granule)
 
     def _fill(self, view: memoryview, stream: ByteStream, partial: PartialFile) -> None:

@@ -33,7 +33,7 @@ from modelstore.convert import (
     read_header,
     storage_policy,
 )
-from modelstore.download import Download, Progress
+from modelstore.download import Download
 from modelstore.errors import (
     BadSafetensors,
     ClaimLost,
@@ -54,6 +54,7 @@ from modelstore.manifest import (
     Origin,
 )
 from modelstore.observer import Observer
+from modelstore.progress import Progress
 from modelstore.reference import is_commit
 from modelstore.selection import Selection, code_in, is_pickle, select_files, stored_path
 from modelstore.settings import Dtype, Settings
@@ -162,7 +163,6 @@ class Fill:
             memory=self._memory_if_unchanged,
             sleep=sleep,
         )
-        self._began = time.monotonic()
         self._checked = 0.0
         self._stopping = False
         self._damaged = damaged
@@ -552,10 +552,8 @@ class Fill:
         self._checked = now
         self._claim.check()
         progress = self._progress
-        fetched = progress.done - progress.reused
-        eta_s = (progress.total - progress.done) * (now - self._began) / fetched if fetched > 0 else None
-        self._claim.report("downloading", done=progress.done, total=progress.total, eta_s=eta_s)
-        self._observer.filling(self._key, done=progress.done, total=progress.total, reused=progress.reused, eta_s=eta_s)
+        self._claim.report("downloading", done=progress.done, total=progress.total, eta_s=progress.eta_s)
+        self._observer.filling(self._key, progress)
 
 
 def _generations(folder: Path, *, below: int) -> list[Path]:

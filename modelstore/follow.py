@@ -21,6 +21,7 @@ from modelstore.finished import finished_record
 from modelstore.layout import Layout, SnapshotKey, StagingLayout
 from modelstore.manifest import BLOCK_BYTES, FileRecord
 from modelstore.observer import Observer
+from modelstore.progress import Progress
 from modelstore.reader import Reading, host_memory
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ class Following(Observer):
         self._check(key, weights_bytes)
         self._observer.planned(key, weights_bytes=weights_bytes)
 
-    def filling(self, key: SnapshotKey, *, done: int, total: int, reused: int, eta_s: float | None) -> None:
-        self._observer.filling(key, done=done, total=total, reused=reused, eta_s=eta_s)
+    def filling(self, key: SnapshotKey, progress: Progress) -> None:
+        self._observer.filling(key, progress)
 
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
         self._observer.waiting(key, holder, left_s=left_s)

@@ -25,7 +25,7 @@ _LIMIT = Annotated[int, typer.Option("--limit", min=1, help="At most so many, th
 @command(app, "ls")
 def list_models(context: Context) -> None:
     """List the published models: size, last use, pins, aliases, and the workers that use them."""
-    store = context.store()
+    store = context.volume()
     found = look.models(store.layout)
     context.print(found, lambda console: console.print(_models_table(found, str(store.settings.root), console.width)))
 
@@ -33,7 +33,7 @@ def list_models(context: Context) -> None:
 @command(app)
 def du(context: Context) -> None:
     """What takes the space: by model, by kind, against the quota, and what an eviction would free."""
-    store = context.store()
+    store = context.volume()
     found = look.space(store.layout, store.settings)
 
     def text(console: Console) -> None:
@@ -55,7 +55,7 @@ def du(context: Context) -> None:
 @command(app)
 def claims(context: Context) -> None:
     """Who downloads what: progress, time left, and whether the worker is alive."""
-    found = look.claims(context.store().layout)
+    found = look.claims(context.volume().layout)
     context.print(found, lambda console: console.print(_claims_table(found)))
 
 
@@ -66,7 +66,7 @@ def watch(
     count: Annotated[int | None, typer.Option("--count", min=1, help="Stop after so many looks.")] = None,
 ) -> None:
     """Follow downloads and use as they change, until Ctrl-C; with --json one line for each look."""
-    store = context.store()
+    store = context.volume()
 
     def looked() -> dict[str, Any]:
         return {"at": round(time.time()), "claims": look.claims(store.layout), "models": look.models(store.layout)}
@@ -105,7 +105,7 @@ def past_starts(
     model: Annotated[str | None, typer.Option("--model", help="Only starts of this one, as MODEL_ID names it.")] = None,
 ) -> None:
     """The starts of the fleet: when, how long, and what took longest."""
-    found = [record for record in history.starts(context.store().layout) if model is None or record["model"] == model][
+    found = [record for record in history.starts(context.volume().layout) if model is None or record["model"] == model][
         -limit:
     ]
 
@@ -138,7 +138,7 @@ def write_report(
     """One HTML page that needs no server: how starts went, what took them so long, what lies on the volume."""
     from modelstore import report
 
-    store = context.store()
+    store = context.volume()
     starts = history.starts(store.layout, limit=limit)
     if text:
         width = max(40, min(shutil.get_terminal_size((80, 24)).columns, 100))
@@ -165,7 +165,7 @@ def metrics(
         from modelstore.metrics import as_text, serve, write
     except ModuleNotFoundError as error:
         raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[metrics]'") from error
-    store = context.store()
+    store = context.volume()
     store.catalog.check_format()
     if file is not None:
         write(store.layout, store.settings, file)

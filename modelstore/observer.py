@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from modelstore.layout import SnapshotKey
 from modelstore.manifest import FileRecord
+from modelstore.progress import Progress
 
 if TYPE_CHECKING:
     from modelstore.claim import Holder
@@ -20,8 +21,8 @@ class Observer:
     def planned(self, key: SnapshotKey, *, weights_bytes: int) -> None:
         """This process is about to fill `key`, whose weights will take so much. What is raised here stops it."""
 
-    def filling(self, key: SnapshotKey, *, done: int, total: int, reused: int, eta_s: float | None) -> None:
-        """This process fills `key`; `done`, `total` and `reused` in bytes of the source, `eta_s` in seconds."""
+    def filling(self, key: SnapshotKey, progress: Progress) -> None:
+        """This process fills `key`, or uploads it, and is so far. Called by several threads."""
 
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
         """Somebody else fills `key`; this process gives up in `left_s` seconds."""

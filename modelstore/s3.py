@@ -40,8 +40,9 @@ from modelstore.errors import (
     VolumeUnavailable,
 )
 from modelstore.layout import FORMAT_VERSION, MANIFEST, Layout
-from modelstore.manifest import parse_manifest
+from modelstore.manifest import FileRecord, parse_manifest
 from modelstore.observer import SILENT, Observer
+from modelstore.progress import Progress
 
 PART_BYTES = 32 << 20
 _MAX_PARTS = 10_000
@@ -166,9 +167,8 @@ class Volume:
         Raises NoSpace, AccessDenied, NotFound, IntegrityError, VolumeUnavailable.
         """
         self._check_format()
-        total = snapshot.size_bytes
-        progress = _Progress(lambda done: observer.filling(snapshot.key, done=done, total=total, reused=0, eta_s=None))
-        files = [_Upload(self, snapshot, file.path, file.size_bytes, progress) for file in snapshot.manifest.files]
+        progress = Progress(snapshot.size_bytes)
+        files = [_Upload(self, snapshot, file, progress, observer) for file in snapshot.manifest.files]
         pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="s3")
         try:
             _all_of(pool, [file.begin for file in files])
@@ -185,7 +185,7 @@ class Volume:
         self._put(self._key(snapshot, MANIFEST), manifest)
         if self._read(self._key(snapshot, MANIFEST)) != manifest:
             raise IntegrityError(f"{self.target}: the manifest of {snapshot.key} does not read back: upload it again")
-        return progress.sent + len(manifest)
+        return progress.network + len(manifest)
 
     def record_commit(self, layout: Layout, snapshot: Snapshot, revision: str) -> None:
         """Let workers on that volume use this commit for the revision."""
@@ -281,31 +281,20 @@ class _Missing(VolumeUnavailable):
     """There is no such object, or no such upload: somebody else has completed or ended it."""
 
 
-class _Progress:
-    """Bytes that are on the volume, and those that this process sent; told to `report`."""
-
-    def __init__(self, report: Callable[[int], None]) -> None:
-        self.sent = 0
-        self._done = 0
-        self._report = report
-        self._lock = threading.Lock()
-
-    def add(self, size: int, *, sent: bool) -> None:
-        with self._lock:
-            self._done += size
-            self.sent += size if sent else 0
-            self._report(self._done)
-
-
 class _Upload:
     """One file on its way: `begin`, then all `parts` in any order, then `end`."""
 
-    def __init__(self, volume: Volume, snapshot: Snapshot, path: str, size: int, progress: _Progress) -> None:
+    def __init__(
+        self, volume: Volume, snapshot: Snapshot, file: FileRecord, progress: Progress, observer: Observer
+    ) -> None:
         self._volume = volume
-        self._path = snapshot.path / path
-        self._key = volume._key(snapshot, path)
-        self._size = size
+        self._snapshot = snapshot
+        self._name = file.path
+        self._path = snapshot.path / file.path
+        self._key = volume._key(snapshot, file.path)
+        self._size = size = file.size_bytes
         self._progress = progress
+        self._observer = observer
         self._part_bytes = max(PART_BYTES, -(-size // _MAX_PARTS))
         self._there = False
         self._upload_id = ""
@@ -319,7 +308,7 @@ class _Upload:
         size, etag = self._volume._head(self._key)
         if size == self._size and etag == self._whole_etag():
             self._there = True
-            self._progress.add(self._size, sent=False)
+            self._count(self._size, sent=False)
         else:
             self._upload_id = (
                 self._open_upload() or self._volume.call("create_multipart_upload", Key=self._key)["UploadId"]
@@ -387,12 +376,14 @@ class _Upload:
     def _send_whole(self) -> None:
         if self._volume.stopped.is_set():
             return
+        self._progress.begin(self._name, self._size)
         self._volume._put(self._key, durable.read_file(self._path))
-        self._progress.add(self._size, sent=True)
+        self._count(self._size, sent=True)
 
     def _send_part(self, number: int) -> None:
         if self._volume.stopped.is_set():
             return
+        self._progress.begin(self._name, self._size)
         offset = (number - 1) * self._part_bytes
         length = min(self._part_bytes, self._size - offset)
         fd = durable.open_for_read(self._path)
@@ -403,13 +394,18 @@ class _Upload:
         etag, size = self._known.get(number, ("", 0))
         if size == length and etag.strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest():
             self._etags[number] = etag
-            self._progress.add(length, sent=False)
+            self._count(length, sent=False)
             return
         answer = self._volume.call(
             "upload_part", Key=self._key, UploadId=self._upload_id, PartNumber=number, Body=data, ContentMD5=_md5(data)
         )
         self._etags[number] = str(answer["ETag"])
-        self._progress.add(length, sent=True)
+        self._count(length, sent=True)
+
+    def _count(self, size: int, *, sent: bool) -> None:
+        """Bytes that are on the volume now, sent by this process or before."""
+        self._progress.add(self._name, done=size, **{"network" if sent else "reused": size})
+        self._observer.filling(self._snapshot.key, self._progress)
 
     def _complete(self) -> None:
         """Completing a large upload may take longer than the server's own time limit: then the object's size tells."""

@@ -36,6 +36,7 @@ from modelstore.layout import SnapshotKey
 from modelstore.look import size
 from modelstore.manifest import FileRecord
 from modelstore.observer import Observer
+from modelstore.progress import Progress
 from modelstore.reference import parse_reference
 from modelstore.s3 import parse_target
 from modelstore.settings import parse_dtype
@@ -168,9 +169,9 @@ class _Stoppable(Observer):
     def stop(self) -> None:
         self._stopped = True
 
-    def filling(self, key: SnapshotKey, *, done: int, total: int, reused: int, eta_s: float | None) -> None:
+    def filling(self, key: SnapshotKey, progress: Progress) -> None:
         self._go_on()
-        self._observer.filling(key, done=done, total=total, reused=reused, eta_s=eta_s)
+        self._observer.filling(key, progress)
 
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
         self._go_on()

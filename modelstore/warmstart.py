@@ -25,6 +25,7 @@ from modelstore.errors import DigestMismatch, DoesNotFit, InvalidSetting, ModelS
 from modelstore.layout import Layout, SnapshotKey
 from modelstore.observer import Observer
 from modelstore.pins import InUse, wait_while_evicting
+from modelstore.progress import Progress
 from modelstore.reader import RING_BYTES, Reading, start_reading
 from modelstore.settings import Settings
 from modelstore.timeline import Outcome, Timeline
@@ -112,10 +113,10 @@ class LogObserver(Observer):
         self._doing = doing
         self._last = 0.0
 
-    def filling(self, key: SnapshotKey, *, done: int, total: int, reused: int, eta_s: float | None) -> None:
+    def filling(self, key: SnapshotKey, progress: Progress) -> None:
         if self._due():
-            eta = f", about {eta_s:.0f} s left" if eta_s is not None else ""
-            logger.info("%s %s: %.2f of %.2f GB%s", self._doing, key, done / 1e9, total / 1e9, eta)
+            eta = f", about {progress.eta_s:.0f} s left" if progress.eta_s is not None else ""
+            logger.info("%s %s: %.2f of %.2f GB%s", self._doing, key, progress.done / 1e9, progress.total / 1e9, eta)
 
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
         if self._due():

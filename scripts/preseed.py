@@ -8,7 +8,7 @@ The same options as `modelstore seed`; needs the base package alone, no torch. O
 
 import sys
 
-from modelstore.cli import main
+from modelstore.__main__ import main
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["seed"]

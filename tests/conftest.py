@@ -19,6 +19,10 @@ from tests.hub import Hub, running_hub
 from tests.runpod_api import ENDPOINT, KEY, RunPod
 
 MakeStore = Callable[..., ModelStore]
+OnMount = Callable[..., subprocess.CompletedProcess[str]]
+
+MAY_MOUNT = os.geteuid() == 0 and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+needs_mount = pytest.mark.skipif(not MAY_MOUNT, reason="needs root and mount namespaces")
 
 # No test may find a token, a cache or a setting of whoever runs it; processes that tests start inherit this.
 for name in [name for name in os.environ if name.startswith(("HF_", "MODELSTORE_", "MODEL_", "RUNPOD_"))]:
@@ -39,9 +43,10 @@ def no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    """A hub over `tmp_path/hub`; put repos there with `write_repo(hub.folder / "org/name")`."""
+    """A hub over `tmp_path/hub`; put repos there with `write_repo(hub.folder / "org/name")`. Stores are on `volume/`."""
     folder = tmp_path / "hub"
     folder.mkdir()
+    (tmp_path / "volume").mkdir(exist_ok=True)
     with running_hub(folder) as running:
         yield running
 
@@ -66,6 +71,27 @@ def store(make_store: MakeStore) -> ModelStore:
 def store_env(tmp_path: Path, hub: Hub) -> dict[str, str]:
     """The environment of a process that uses the same volume and hub as `store`."""
     return {"MODELSTORE_ROOT": str(tmp_path / "volume" / "modelstore"), "HF_ENDPOINT": hub.url}
+
+
+@pytest.fixture
+def on_mount(tmp_path: Path, store_env: dict[str, str]) -> OnMount:
+    """Run a command after mounting something on the volume's folder; the mount ends with the command."""
+
+    def run(mount: str, *command: str, then: str = "true") -> subprocess.CompletedProcess[str]:
+        volume = tmp_path / "volume"
+        volume.mkdir(exist_ok=True)
+        script = f'cd / && {mount} && "$@"; code=$?; cd "$VOLUME" && {then}; exit $code'
+        return subprocess.run(
+            ["unshare", "-m", "sh", "-c", script, "sh", *command],
+            env=os.environ | store_env | {"VOLUME": str(volume)},
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    return run
 
 
 class Cli:

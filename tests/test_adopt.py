@@ -101,7 +101,6 @@ def test_a_mirror_of_the_sdk_with_a_folder_in_it(cli: Cli, store: ModelStore, vo
     from runpod.serverless.utils.rp_volume_cache import VolumeCache
 
     folder = write_repo(tmp_path / "models" / "chat", HALF, config=HALF_CONFIG, extra={"vocab.txt": b"a\n"})
-    volume.mkdir()
     cache = VolumeCache([str(tmp_path / "models")], namespace="ep", volume_path=str(volume), best_effort=False)
     cache.sync(background=False)
     (record,) = cli.json("adopt", str(volume / ".cache" / "ep"), "--as", "me/chat")
@@ -118,7 +117,6 @@ def test_a_mirror_of_the_sdk_with_an_hf_cache_in_it(
 
     repo = write_repo(hub.folder / "org" / "name", HALF, config=HALF_CONFIG)
     downloaded(hub, tmp_path / "home" / "hub")
-    volume.mkdir()
     cache = VolumeCache([str(tmp_path / "home")], namespace="ep", volume_path=str(volume), best_effort=False)
     cache.sync(background=False)
     hub.served.bytes.clear()

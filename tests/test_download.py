@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from modelstore.checksums import Digests
-from modelstore.download import Download, Progress
+from modelstore.download import Download
 from modelstore.errors import AccessDenied, ClaimLost, DigestMismatch, HubUnavailable, RepoNotFound, RevisionNotFound
 from modelstore.hub import HubSource, backoff_s
 from modelstore.layout import StagingLayout
 from modelstore.partial import GRANULE_BYTES, PartialFile
+from modelstore.progress import Progress
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
 from modelstore.sources import SourceFile

@@ -152,8 +152,8 @@ def test_tables_fit_the_terminal(filled: ModelStore, cli: Cli, columns: str) -> 
 @pytest.mark.parametrize("command", ["--help", "ls", "du", "history", "claims", "path org/one"])
 def test_looking_imports_neither_torch_nor_http(filled: ModelStore, store_env: dict[str, str], command: str) -> None:
     code = (
-        "import sys, modelstore.cli\n"
-        "try: modelstore.cli.main()\n"
+        "import sys, modelstore.__main__\n"
+        "try: modelstore.__main__.main()\n"
         "finally: print(*sorted({n.split('.')[0] for n in sys.modules}), file=sys.stderr)"
     )
     done = subprocess.run(

@@ -158,7 +158,7 @@ def test_seeding_needs_neither_torch_nor_transformers(hub: Hub, store_env: dict[
     write_repo(hub.folder / "org" / "name", shards=2)
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'accelerate', 'runpod')));"
-        "sys.argv = ['modelstore', 'seed', 'org/name']; from modelstore.cli import main; main()"
+        "sys.argv = ['modelstore', 'seed', 'org/name']; from modelstore.__main__ import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | store_env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -222,7 +222,7 @@ def test_a_process_that_is_killed_leaves_nothing_to_see_and_goes_on(
     write_repo(hub.folder / "org" / "name", random_tensors(24, (1024, 1024)))
     snapshot = store.ensure("org/name")
     code = (
-        "import sys; from modelstore import s3; s3.PART_BYTES = 5 << 20; from modelstore.cli import main; "
+        "import sys; from modelstore import s3; s3.PART_BYTES = 5 << 20; from modelstore.__main__ import main; "
         "sys.argv = ['modelstore', 'seed', 'org/name', '--to', sys.argv[1]]; main()"
     )
     env = os.environ | cli.env | {"MODELSTORE_S3_ENDPOINT": s3.url}

@@ -42,6 +42,7 @@ from modelstore.fill import Peak
 from modelstore.layout import SnapshotKey
 from modelstore.manifest import parse_manifest
 from modelstore.observer import Observer
+from modelstore.progress import Progress
 from modelstore.store import ModelStore
 from modelstore.timeline import Timeline
 from modelstore.verify import verify_snapshot
@@ -133,7 +134,7 @@ def test_a_worker_that_finishes_late_does_not_turn_the_fleet_back(hub: Hub, make
 
         done = False
 
-        def filling(self, key: SnapshotKey, **_: Any) -> None:
+        def filling(self, key: SnapshotKey, progress: Progress) -> None:
             if not self.done:
                 self.done = True
                 write_repo(repo, random_tensors(4, seed=1))

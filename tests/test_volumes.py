@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from modelstore.store import ModelStore
 from tests.checkpoints import random_tensors, write_repo
+from tests.conftest import OnMount, needs_mount
 from tests.hub import Hub
 from tests.records import record
-
-MAY_MOUNT = os.geteuid() == 0 and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
-needs_mount = pytest.mark.skipif(not MAY_MOUNT, reason="needs root and mount namespaces")
 
 SEED = [sys.executable, "-m", "modelstore", "seed", "org/name", "--quiet"]
 # statfs tells the truth on tmpfs; on RunPod it shows the whole cluster. This is what a seed sees there.
@@ -25,33 +20,9 @@ import os, sys
 real = os.statvfs
 os.statvfs = lambda path: os.statvfs_result((*real(path)[:4], 2**40, *real(path)[5:]))
 sys.argv = ["modelstore", "seed", "org/name", "--quiet"]
-from modelstore.cli import main
+from modelstore.__main__ import main
 main()
 """
-
-
-OnMount = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def on_mount(tmp_path: Path, store_env: dict[str, str]) -> OnMount:
-    """Run a command after mounting something on the volume's folder; the mount ends with the command."""
-
-    def run(mount: str, *command: str, then: str = "true") -> subprocess.CompletedProcess[str]:
-        volume = tmp_path / "volume"
-        volume.mkdir(exist_ok=True)
-        script = f'cd / && {mount} && "$@"; code=$?; cd "$VOLUME" && {then}; exit $code'
-        return subprocess.run(
-            ["unshare", "-m", "sh", "-c", script, "sh", *command],
-            env=os.environ | store_env | {"VOLUME": str(volume)},
-            cwd=Path(__file__).parent.parent,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    return run
 
 
 # Python tells an audit hook of every change that it is about to try.

@@ -1,0 +1,48 @@
+"""How far a fill or an upload is, in bytes: counted by many threads, read by whoever shows it."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+
+class Progress:
+    """Counts of one fill, in bytes of the source; `reused` was there already, `network` went over the wire, repeats
+    included."""
+
+    def __init__(self, total: int = 0) -> None:
+        self.total = total
+        self.done = 0
+        self.reused = 0
+        self.network = 0
+        self._began = time.monotonic()
+        self._files: dict[str, tuple[int, int]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def eta_s(self) -> float | None:
+        """The seconds that are left at the rate so far; None before anything has arrived."""
+        fetched = self.done - self.reused
+        return (self.total - self.done) * (time.monotonic() - self._began) / fetched if fetched > 0 else None
+
+    @property
+    def files(self) -> dict[str, tuple[int, int]]:
+        """What is on its way now: by file, the bytes that have arrived and all that it has."""
+        with self._lock:
+            return dict(self._files)
+
+    def begin(self, path: str, size_bytes: int) -> None:
+        """A file is on its way from now on, until all its bytes were added."""
+        with self._lock:
+            self._files.setdefault(path, (0, size_bytes))
+
+    def add(self, path: str = "", *, done: int = 0, reused: int = 0, network: int = 0) -> None:
+        """Count bytes, those of a file that is on its way for that file, too."""
+        with self._lock:
+            self.done += done
+            self.reused += reused
+            self.network += network
+            if path in self._files:
+                there, size_bytes = self._files.pop(path)
+                if there + done < size_bytes:
+                    self._files[path] = (there + done, size_bytes)
