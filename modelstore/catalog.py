@@ -103,8 +103,9 @@ class Catalog:
     def keys(self) -> Iterator[SnapshotKey]:
         """Whatever stands where a snapshot belongs, damaged or not."""
         self.check_format()
-        for repo in _folders(self._layout.models):
-            for variant in _folders(repo):
+        repos = _folders(self._layout.models)
+        for repo, variants in zip(repos, durable.at_once(_folders, repos), strict=True):
+            for variant in variants:
                 if (key := key_from_parts(repo.name, variant.name)) is not None:
                     yield key
 
@@ -157,22 +158,33 @@ class Catalog:
     def manifest(self, key: SnapshotKey) -> Manifest | None:
         """What stands where the snapshot belongs says that it is; None where it says nothing that can be trusted."""
         path = self._layout.snapshot(key)
+        if not _is_plain(self._layout.root, str(path.relative_to(self._layout.root))):
+            logger.warning("%s is passed over: a folder on its way is a link", path)
+            return None
+        return self.parse(key, self.read(key))
+
+    def read(self, key: SnapshotKey) -> bytes | None:
+        """The manifest's bytes for one of `keys`, which pass no link; None where there is no such file."""
+        path = self._layout.snapshot(key) / MANIFEST
         try:
-            if not _is_plain(self._layout.root, str(path.relative_to(self._layout.root))):
-                logger.warning("%s is passed over: a folder on its way is a link", path)
-                return None
-            manifest = parse_manifest(durable.read_file(path / MANIFEST), where=str(path / MANIFEST))
+            return durable.read_file(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             if error.errno not in (errno.ELOOP, errno.EINVAL):
-                raise RootUnusable(f"cannot read {path}: {error.strerror}; check the mount") from error
-            logger.warning("%s is passed over: its manifest is no regular file", path)
+                raise RootUnusable(f"cannot read {path.parent}: {error.strerror}; check the mount") from error
+            logger.warning("%s is passed over: its manifest is no regular file", path.parent)
             return None
+
+    def parse(self, key: SnapshotKey, data: bytes | None) -> Manifest | None:
+        """The manifest; None where it cannot be trusted."""
+        path = self._layout.snapshot(key)
+        try:
+            manifest = parse_manifest(data, where=str(path / MANIFEST)) if data is not None else None
         except BadManifest as error:
             logger.warning("%s", error)
             return None
-        if manifest.key != key:
+        if manifest is not None and manifest.key != key:
             logger.warning("%s holds the manifest of %s: it is passed over", path, manifest.key)
             return None
         return manifest

@@ -33,11 +33,10 @@ from modelstore.claim import Holder
 from modelstore.errors import ModelStoreError, Refused, RootUnusable
 from modelstore.layout import SnapshotKey
 from modelstore.look import size
-from modelstore.observer import Observer
+from modelstore.observer import LogObserver, Observer
 from modelstore.progress import Progress
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
-from modelstore.warmstart import LogObserver
 
 T = TypeVar("T")
 
@@ -237,7 +236,7 @@ def observer_of(context: Context, models: int = 1, doing: str = "downloading") -
     if context.quiet:
         yield Observer()
     elif not sys.stderr.isatty():
-        logging.getLogger("modelstore.warmstart").setLevel(logging.INFO)
+        logging.getLogger("modelstore.observer").setLevel(logging.INFO)
         yield LogObserver(doing)
     else:
         with _Bars(Console(stderr=True, markup=False)) as bars:

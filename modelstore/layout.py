@@ -42,6 +42,8 @@ _MAX_REF_CHARACTERS = 200
 _DEVICE_NAMES = frozenset(
     ["con", "prn", "aux", "nul", *(f"com{i}" for i in range(10)), *(f"lpt{i}" for i in range(10))]
 )
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
@@ -58,13 +60,15 @@ def check_file_name(name: str) -> str:
 
 
 def _file_name_problem(name: str) -> str:
+    if _PLAIN.fullmatch(name) and name.partition(".")[0].lower() not in _DEVICE_NAMES and name.lower() != MANIFEST:
+        return ""  # nearly all names are, and 1,000 snapshots have 20,000
     try:
         encoded = name.encode()
     except UnicodeEncodeError:
         return "is not valid Unicode"
     if not name or len(encoded) > _MAX_PATH_BYTES:
         return "is empty or too long"
-    if any(ord(c) < 32 or 127 <= ord(c) < 160 for c in name):
+    if _CONTROL.search(name):
         return "holds control characters"
     if name.startswith("/") or "\\" in name or _DRIVE.match(name):
         return "is not a plain relative path"
@@ -89,8 +93,9 @@ def check_file_names(names: Iterable[str]) -> None:
         other = seen.setdefault(name.casefold(), name)
         if other is not name:
             raise UnsafeName(f"the file names {other!r} and {name!r} are refused: they differ only in case")
-        parts = name.casefold().split("/")
-        folders.update("/".join(parts[:i]) for i in range(1, len(parts)))
+        if "/" in name:
+            parts = name.casefold().split("/")
+            folders.update("/".join(parts[:i]) for i in range(1, len(parts)))
     both = folders & seen.keys()
     if both:
         raise UnsafeName(f"the file name {min(both)!r} is refused: it is a file and a folder at once")

@@ -1,29 +1,24 @@
 """What is on a volume, as records: its snapshots and who uses them, what takes the space, who downloads what.
 
-Reads, and writes nothing but the touch that tells the volume's time. Many small files are read at once, because over a
-network file system each is a round trip.
+Reads, and writes nothing but the touch that tells the volume's time.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 from modelstore import aliases, durable, pins
 from modelstore.catalog import Catalog, keyed_folders
 from modelstore.claim import ClaimRecord, current_record
 from modelstore.evict import survey
-from modelstore.layout import Layout, SnapshotKey
+from modelstore.layout import MANIFEST, Layout, SnapshotKey
 from modelstore.settings import Settings
 from modelstore.space import Space
 
-_AT_ONCE = 16
 _LOOK_AGAIN_S = 1.5
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 def models(layout: Layout) -> list[dict[str, Any]]:
@@ -35,29 +30,32 @@ def models(layout: Layout) -> list[dict[str, Any]]:
     catalog = Catalog(layout)
     keys = list(catalog.keys())
     now = pins.volume_time(layout) if keys else 0.0
-    aliased = aliases.targets(layout)
+    aliased, pinned = aliases.targets(layout), pins.pinned(layout)
 
-    def record(key: SnapshotKey) -> dict[str, Any]:
-        folder = layout.snapshot(key)
-        manifest = catalog.manifest(key)
-        names = {file.path for file in manifest.files} if manifest else set()
-        there = {path.name for path in durable.entries(folder)}
-        marks = pins.marks(layout, key)
-        return {
-            "repo_id": key.repo_id,
-            "commit": key.commit,
-            "dtype": key.dtype,
-            "path": str(folder),
-            "files": len(names),
-            "bytes": manifest.size_bytes if manifest else 0,
-            "complete": bool(names) and {name.split("/")[0] for name in names} <= there,
-            "idle_s": round(max(now - marks[0].touched_at, 0.0)) if marks else None,
-            "pinned": pins.is_pinned(layout, key),
-            "aliases": list(aliased.get(key, ())),
-            "in_use_by": list(pins.users_of(marks, now)),
-        }
+    def read(key: SnapshotKey) -> tuple[bytes | None, tuple[pins.Mark, ...], set[str] | None]:
+        return catalog.read(key), pins.marks(layout, key), _changed(str(layout.snapshot(key)))
 
-    return _at_once(record, keys)
+    records = []
+    # What is read is parsed after all was read: a thread that computes holds up those that read.
+    for key, (data, marks, names) in zip(keys, durable.at_once(read, keys), strict=True):
+        manifest = catalog.parse(key, data)
+        tops = {file.path.split("/")[0] for file in manifest.files} if manifest else set()
+        records.append(
+            {
+                "repo_id": key.repo_id,
+                "commit": key.commit,
+                "dtype": key.dtype,
+                "path": str(layout.snapshot(key)),
+                "files": len(manifest.files) if manifest else 0,
+                "bytes": manifest.size_bytes if manifest else 0,
+                "complete": bool(tops) and (names is None or tops <= names),
+                "idle_s": round(max(now - marks[0].touched_at, 0.0)) if marks else None,
+                "pinned": key in pinned,
+                "aliases": list(aliased.get(key, ())),
+                "in_use_by": list(pins.users_of(marks, now)),
+            }
+        )
+    return records
 
 
 def space(layout: Layout, settings: Settings) -> dict[str, Any]:
@@ -104,7 +102,7 @@ def claims(layout: Layout, *, sleep: Callable[[float], None] = time.sleep) -> li
         return (key, generation, record) if record is not None and record.state == "held" else None
 
     keys = [key for key, _folder in keyed_folders(layout.root / "claims")]
-    first = [found for found in _at_once(held, keys) if found is not None]
+    first = [found for found in durable.at_once(held, keys) if found is not None]
     if not first:
         return []
     sleep(_LOOK_AGAIN_S)
@@ -149,6 +147,12 @@ def ago(seconds: float) -> str:
     return f"{seconds:.0f} s ago"
 
 
-def _at_once(look: Callable[[T], R], things: Iterable[T]) -> list[R]:
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return list(pool.map(look, things))
+def _changed(folder: str) -> set[str] | None:
+    """What lies in a snapshot's folder; None where nothing was put or removed since its manifest was written, so that
+    all that it names is there: a listing is a round trip."""
+    try:
+        if os.lstat(folder).st_mtime_ns <= os.lstat(f"{folder}/{MANIFEST}").st_mtime_ns:
+            return None
+        return set(os.listdir(folder))
+    except FileNotFoundError:  # evicted while we looked, or it has no manifest
+        return set()

@@ -3,6 +3,8 @@ the bytes that pass through its hands."""
 
 from __future__ import annotations
 
+import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,11 @@ from modelstore.progress import Progress
 
 if TYPE_CHECKING:
     from modelstore.claim import Holder
+
+
+logger = logging.getLogger(__name__)
+
+_LOG_EVERY_S = 5.0
 
 
 class Observer:
@@ -38,3 +45,27 @@ class Observer:
 
 
 SILENT = Observer()
+
+
+class LogObserver(Observer):
+    """Progress as log lines, a few a minute: a billed GPU that waits says for what."""
+
+    def __init__(self, doing: str = "downloading") -> None:
+        self._doing = doing
+        self._last = 0.0
+
+    def filling(self, key: SnapshotKey, progress: Progress) -> None:
+        if self._due():
+            eta = f", about {progress.eta_s:.0f} s left" if progress.eta_s is not None else ""
+            logger.info("%s %s: %.2f of %.2f GB%s", self._doing, key, progress.done / 1e9, progress.total / 1e9, eta)
+
+    def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
+        if self._due():
+            logger.info("waiting for %s from %s; giving up in %.0f s", key, holder.describe(), left_s)
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < _LOG_EVERY_S:
+            return False
+        self._last = now
+        return True

@@ -29,7 +29,7 @@ from urllib.parse import quote, unquote
 
 from modelstore import durable
 from modelstore.errors import ModelStoreError
-from modelstore.layout import Layout, SnapshotKey
+from modelstore.layout import Layout, SnapshotKey, key_from_parts
 
 IN_USE_S = 300.0
 _TOUCH_EVERY_S = 60.0
@@ -102,12 +102,13 @@ def _touched(layout: Layout, key: SnapshotKey, path: Path) -> bool:
 def marks(layout: Layout, key: SnapshotKey) -> tuple[Mark, ...]:
     """The marks on a snapshot, the latest first."""
     found = []
-    for path in durable.entries(layout.used(key)):
-        if path.name == EVICTING:
+    folder = str(layout.used(key))
+    for name in durable.names(folder):
+        if name == EVICTING:
             continue
         try:
-            worker = "" if path.name == _LAST else unquote(path.name.rpartition(".")[0])
-            found.append(Mark(worker, path.lstat().st_mtime))
+            worker = "" if name == _LAST else unquote(name.rpartition(".")[0])
+            found.append(Mark(worker, os.lstat(f"{folder}/{name}").st_mtime))
         except FileNotFoundError:
             continue
     return tuple(sorted(found, key=lambda mark: -mark.touched_at))
@@ -147,6 +148,13 @@ def unpin(layout: Layout, key: SnapshotKey) -> bool:
 def is_pinned(layout: Layout, key: SnapshotKey) -> bool:
     """Whether a person pinned the snapshot."""
     return os.path.lexists(layout.pin(key))
+
+
+def pinned(layout: Layout) -> frozenset[SnapshotKey]:
+    """All that a person pinned."""
+    found = ((repo.name, path.name) for repo in durable.entries(layout.pins) for path in durable.entries(repo))
+    keys = (key_from_parts(repo, name.removesuffix(".json")) for repo, name in found if name.endswith(".json"))
+    return frozenset(key for key in keys if key is not None)
 
 
 def wait_while_evicting(layout: Layout, key: SnapshotKey, *, sleep: Callable[[float], None] = time.sleep) -> bool:

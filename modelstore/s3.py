@@ -187,6 +187,19 @@ class Volume:
             raise IntegrityError(f"{self.target}: the manifest of {snapshot.key} does not read back: upload it again")
         return progress.network + len(manifest)
 
+    def record(self, snapshot: Snapshot, *, sent: int, status: str) -> dict[str, Any]:
+        """The record of one upload; `sent` in bytes."""
+        return {
+            "to": str(self.target),
+            "repo_id": snapshot.repo_id,
+            "commit": snapshot.commit,
+            "dtype": snapshot.dtype,
+            "files": len(snapshot.manifest.files),
+            "bytes": snapshot.size_bytes,
+            "uploaded_bytes": sent,
+            "status": status,
+        }
+
     def record_commit(self, layout: Layout, snapshot: Snapshot, revision: str) -> None:
         """Let workers on that volume use this commit for the revision."""
         path = layout.ref(snapshot.repo_id, revision)
@@ -434,17 +447,3 @@ def _all_of(pool: ThreadPoolExecutor, jobs: list[Callable[[], None]]) -> None:
 
 def _md5(data: bytes) -> str:
     return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
-
-
-def as_json(snapshot: Snapshot, target: Target, *, sent: int, status: str) -> dict[str, Any]:
-    """The record of one upload."""
-    return {
-        "to": str(target),
-        "repo_id": snapshot.repo_id,
-        "commit": snapshot.commit,
-        "dtype": snapshot.dtype,
-        "files": len(snapshot.manifest.files),
-        "bytes": snapshot.size_bytes,
-        "uploaded_bytes": sent,
-        "status": status,
-    }

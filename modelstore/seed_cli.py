@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, cast
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from modelstore import aliases, look, pins, s3
+from modelstore import aliases, look, pins
 from modelstore.claim import Holder
 from modelstore.console import (
     DTYPE,
@@ -38,10 +38,12 @@ from modelstore.manifest import FileRecord
 from modelstore.observer import Observer
 from modelstore.progress import Progress
 from modelstore.reference import parse_reference
-from modelstore.s3 import parse_target
-from modelstore.settings import parse_dtype
+from modelstore.settings import Settings, parse_dtype
 from modelstore.store import ModelStore
 from modelstore.wanted import Wanted, read_list
+
+if TYPE_CHECKING:
+    from modelstore.s3 import Target, Volume
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +94,7 @@ def seed(
         raise UsageError("--wait-s must be a number of seconds, at least 0")
     if prune and listed is None:
         raise UsageError("--prune makes the volume equal a list: name it with --from")
-    targets = [parse_target(text) for text in to or ()]
+    targets = _targets(to) if to else []
     if prune and targets:
         raise UsageError("--prune removes from the volume that is mounted, and --to fills others: use one of them")
     if listed is not None and not references and (dtype or revision or overflow != "stop"):
@@ -105,7 +107,7 @@ def seed(
     models += read_list(listed) if listed is not None else ()
     if not models:
         raise UsageError("REF is missing: name a model, as in `modelstore seed org/name`, or a list with --from")
-    volumes = [s3.Volume(target, endpoint=store.settings.s3_endpoint) for target in targets] if not dry_run else []
+    volumes = _volumes(targets, store.settings) if not dry_run else []
     if dry_run:
         _preview(context, store, models, prune=prune)
         return
@@ -208,10 +210,24 @@ def _end_at_once() -> NoReturn:
     os._exit(130)
 
 
+def _targets(texts: Sequence[str]) -> list[Target]:
+    from modelstore.s3 import parse_target  # most commands never need it
+
+    return [parse_target(text) for text in texts]
+
+
+def _volumes(targets: Sequence[Target], settings: Settings) -> list[Volume]:
+    if not targets:
+        return []
+    from modelstore.s3 import Volume
+
+    return [Volume(target, endpoint=settings.s3_endpoint) for target in targets]
+
+
 def _uploaded(
     context: Context,
     store: ModelStore,
-    volumes: Sequence[s3.Volume],
+    volumes: Sequence[Volume],
     models: Sequence[Wanted],
     records: Sequence[dict[str, Any]],
     worst: int,
@@ -234,11 +250,11 @@ def _uploaded(
                     if wanted.reference.kind == "hub":
                         volume.record_commit(store.layout, snapshot, wanted.reference.revision)
                 status = "uploaded" if sent else "present"
-                said.append(s3.as_json(snapshot, volume.target, sent=sent, status=status))
+                said.append(volume.record(snapshot, sent=sent, status=status))
             except ModelStoreError as error:
                 report_error(error, context)
                 worst = worst or error.exit_code
-                failed = s3.as_json(snapshot, volume.target, sent=0, status="failed")
+                failed = volume.record(snapshot, sent=0, status="failed")
                 said.append(failed | {"error": str(error), "exit_code": error.exit_code})
     return said, worst
 

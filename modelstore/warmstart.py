@@ -12,7 +12,6 @@ import gc
 import logging
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,22 +22,20 @@ from modelstore import gpu, host
 from modelstore.catalog import Catalog, Snapshot, Status
 from modelstore.errors import DigestMismatch, DoesNotFit, InvalidSetting, ModelStoreError, SnapshotNotFound
 from modelstore.layout import Layout, SnapshotKey
-from modelstore.observer import Observer
+from modelstore.observer import LogObserver, Observer
 from modelstore.pins import InUse, wait_while_evicting
-from modelstore.progress import Progress
 from modelstore.reader import RING_BYTES, Reading, start_reading
 from modelstore.settings import Settings
 from modelstore.timeline import Outcome, Timeline
 
 if TYPE_CHECKING:
-    from modelstore.claim import Holder
+    pass
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Into = Literal["device", "host", "shared"]
 
-_LOG_EVERY_S = 5.0
 _LOOKS = 5
 _KEPT_BYTES = RING_BYTES // 2  # of what is written here, beside the ring: a start takes 2 GB of host memory
 _SWITCH_S = 0.0005  # imports hold the interpreter's lock; a download asks for it a few times for each 256 KiB
@@ -104,30 +101,6 @@ class Begun:
         self.in_use = InUse(store.layout, fresh.key, self.settings.worker_id)
         self.timeline.commit, self.timeline.dtype = fresh.commit, fresh.dtype
         self.snapshot, self.reading = fresh, start_reading(fresh, ring_bytes=self.ring_bytes)
-
-
-class LogObserver(Observer):
-    """Progress as log lines, a few a minute: a billed GPU that waits says for what."""
-
-    def __init__(self, doing: str = "downloading") -> None:
-        self._doing = doing
-        self._last = 0.0
-
-    def filling(self, key: SnapshotKey, progress: Progress) -> None:
-        if self._due():
-            eta = f", about {progress.eta_s:.0f} s left" if progress.eta_s is not None else ""
-            logger.info("%s %s: %.2f of %.2f GB%s", self._doing, key, progress.done / 1e9, progress.total / 1e9, eta)
-
-    def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
-        if self._due():
-            logger.info("waiting for %s from %s; giving up in %.0f s", key, holder.describe(), left_s)
-
-    def _due(self) -> bool:
-        now = time.monotonic()
-        if now - self._last < _LOG_EVERY_S:
-            return False
-        self._last = now
-        return True
 
 
 @contextmanager

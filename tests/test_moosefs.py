@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -418,22 +419,25 @@ def test_a_thousand_snapshots_do_not_slow_a_hit(fleet: Fleet, hub: Hub) -> None:
     ls_s = time.monotonic() - began
     assert len(found) == 1000
     assert sum(len(each.manifest.files) + 1 for each in found) >= 20_000
-    began = time.monotonic()
-    listed = subprocess.run(
-        [sys.executable, "-m", "modelstore", "ls", "--json", "--root", str(there.layout.root)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    command_s = time.monotonic() - began
-    assert len(json.loads(listed.stdout)) == 1000
+    took = []
+    for _ in range(5):
+        began = time.monotonic()
+        listed = subprocess.run(
+            [sys.executable, "-m", "modelstore", "ls", "--json", "--root", str(there.layout.root)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        took.append(time.monotonic() - began)
+        assert len(json.loads(listed.stdout)) == 1000
+    command_s = statistics.median(took)
     began = time.monotonic()
     find_garbage(there.layout)
     gc_s = time.monotonic() - began
     among_many_s = hit_s(replace(settings, root=fleet.root(fleet.hosts[1])))
-    figure = f"`modelstore ls` {command_s:.1f} s, looking at every file {ls_s:.1f} s, `gc --dry-run` {gc_s:.1f} s, a hit {1e3 * among_many_s:.1f} ms, in a store of one {1e3 * alone_s:.1f} ms"
+    figure = f"`modelstore ls` {command_s:.2f} s (median of 5), looking at every file {ls_s:.1f} s, `gc --dry-run` {gc_s:.1f} s, a hit {1e3 * among_many_s:.1f} ms, in a store of one {1e3 * alone_s:.1f} ms"
     note("Scale", "1,000 snapshots, 20,000 files", tried=1000, survived=len(found), where=MOOSEFS, figure=figure)
     assert among_many_s < 2 * alone_s + 0.005
     assert ls_s < 30
-    assert command_s < 5
+    assert command_s < 3
     assert gc_s < 30
 
 
