@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 
 from typer.main import get_command
@@ -10,6 +19,9 @@ from typer.main import get_command
 from modelstore import errors
 from modelstore.cli import app
 from modelstore.settings import FIELDS
+from tests.checkpoints import random_tensors, write_repo
+from tests.hub import Hub
+from tests.test_loader import MODELS, save
 
 HERE = Path(__file__).parent.parent
 README = (HERE / "README.md").read_text()
@@ -25,6 +37,63 @@ def test_the_settings_table_is_the_one_of_the_code() -> None:
 def test_every_command_that_is_shown_exists_and_every_command_is_shown() -> None:
     commands = set(get_command(app).commands)  # type: ignore[attr-defined]
     assert set(re.findall(r"^modelstore (\w+)", README, re.MULTILINE)) == commands
+
+
+def test_the_command_lines_that_are_shown_work_one_after_the_other(
+    hub: Hub, store_env: dict[str, str], tmp_path: Path
+) -> None:
+    """As written, but for the volume's place and a port that is free; `bench` takes minutes, and test_bench.py runs it."""
+    save(MODELS["llama"](), hub.folder / "org" / "name", shards=False)
+    write_repo(hub.folder / "org" / "new", random_tensors(4, (64, 64)))
+    shutil.copytree(hub.folder / "org" / "new", tmp_path / "volume" / "my-model")
+    (tmp_path / "models.toml").write_text('[[model]]\nreference = "org/name"\n\n[[model]]\nreference = "org/new"\n')
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    places = {"/workspace": "volume", "/runpod-volume": "volume", "9400": port}
+    block = re.search(r"## The command line\n\n```bash\n(.*?)```", README, re.DOTALL)
+    assert block is not None
+
+    def run(line: str) -> None:
+        """On a terminal, whose user says yes, and who has seen enough of what does not end by itself."""
+        for written, here in places.items():
+            line = line.replace(written, str(tmp_path / here) if here == "volume" else here)
+        main, side = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "-m", *shlex.split(line, comments=True)],
+            env=os.environ | store_env | {"TERM": "xterm"}, cwd=tmp_path, stdin=side, stdout=side, stderr=side,
+        )  # fmt: skip
+        os.close(side)
+        shown, asked, seen = "", False, False
+        try:
+            while True:
+                try:
+                    shown += os.read(main, 1 << 16).decode(errors="replace")
+                except OSError:  # the last writer has gone
+                    break
+                if "[y/N]" in shown and not asked:
+                    asked = True
+                    os.write(main, b"y\n")
+                if not seen and (("watch" in line and "models, " in shown) or "until Ctrl-C" in shown):
+                    seen = True
+                    if "metrics" in line:
+                        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
+                            assert b"modelstore_starts" in page.read()
+                    process.send_signal(signal.SIGINT)
+            code = process.wait(10)
+        finally:
+            process.kill()
+            os.close(main)
+        assert code == (130 if "metrics" in line else 0), f"{line}: {shown}"
+        assert seen == (line.split()[1] in ("watch", "metrics")), line
+        asks = line.startswith(("modelstore rm", "modelstore alias")) and "--yes" not in line
+        assert asked == asks or " gc " in line, line
+
+    run("modelstore seed org/name --dtype keep")
+    for line in block[1].splitlines():
+        if not line.startswith("modelstore bench"):
+            run(line)
+        if line.startswith("modelstore rm"):
+            run("modelstore alias set chat org/name --yes")
 
 
 def test_the_exit_codes_are_those_of_the_errors() -> None:
