@@ -101,8 +101,9 @@ class Catalog:
         return self.published(SnapshotKey(repo_id_of(wanted), commit, dtype)) if commit else None
 
     def keys(self) -> Iterator[SnapshotKey]:
-        """Whatever stands where a snapshot belongs, damaged or not."""
+        """Whatever stands where a snapshot belongs, damaged or not. Raises UnsafeName where `models` is a link."""
         self.check_format()
+        durable.check_no_links(self._layout.root, self._layout.models)
         repos = _folders(self._layout.models)
         for repo, variants in zip(repos, durable.at_once(_folders, repos), strict=True):
             for variant in variants:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,9 +30,9 @@ from rich.table import Column, Table
 
 from modelstore.catalog import Snapshot
 from modelstore.claim import Holder
-from modelstore.errors import ModelStoreError, Refused, RootUnusable
+from modelstore.errors import ModelStoreError, Refused
 from modelstore.layout import SnapshotKey
-from modelstore.look import size
+from modelstore.look import check_place, size
 from modelstore.observer import LogObserver, Observer
 from modelstore.progress import Progress
 from modelstore.settings import Settings
@@ -86,11 +86,9 @@ class Context:
 
     def volume(self) -> ModelStore:
         """The same, to look at what is there. Raises RootUnusable where there is no place for a store: an empty list
-        for a mistyped folder would be believed."""
+        for a volume that is not mounted would be believed."""
         store = self.store()
-        place = store.settings.root.parent
-        if not place.is_dir():
-            raise RootUnusable(f"there is no folder {place}: mount the volume, or set MODELSTORE_ROOT or --root")
+        check_place(store.settings.root)
         return store
 
     def print(self, record: object, text: Callable[[Console], None]) -> None:
@@ -142,9 +140,10 @@ def _errors(context: Context) -> Iterator[None]:
     level = logging.DEBUG if context.debug else logging.ERROR if context.quiet else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
     before = signal.getsignal(signal.SIGINT)
-    if before in (signal.default_int_handler, signal.SIG_DFL):
-        signal.signal(signal.SIGINT, _interrupted)
+    ours = before in (signal.default_int_handler, signal.SIG_DFL)
     try:
+        if ours:
+            signal.signal(signal.SIGINT, _interrupted)
         yield
     except BrokenPipeError as error:  # whoever read this, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -163,7 +162,8 @@ def _errors(context: Context) -> Iterator[None]:
         print(INTERRUPTED, file=sys.stderr)
         raise typer.Exit(130) from error
     finally:
-        signal.signal(signal.SIGINT, before)
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 def _interrupted(_signum: int, _frame: object) -> None:
@@ -203,8 +203,7 @@ class _BarObserver(Observer):
         with self._lock:
             self._draw(self._models, key, f"{self._verb}{key}", (str(key),), progress.done, progress.total)
             under_way = {(key, path): amounts for path, amounts in progress.files.items()}
-            for done in [one for one in self._files if one[0] == key and one not in under_way]:
-                self._bars.remove_task(self._files.pop(done))
+            self._drop_files(key, but=under_way)
             for one, (there, size_bytes) in under_way.items():
                 self._draw(self._files, one, f"  {one[1]}", (str(key), one[1]), there, size_bytes)
             self._sum_up()
@@ -213,10 +212,15 @@ class _BarObserver(Observer):
         record = holder.record
         what = f"waiting for {record.worker if record else 'another worker'}: {key}"
         with self._lock:
+            self._drop_files(key)
             self._draw(
                 self._models, key, what, (str(key),), record.done if record else 0, record.total if record else 0
             )
             self._sum_up()
+
+    def _drop_files(self, key: SnapshotKey, but: Container[tuple[SnapshotKey, str]] = ()) -> None:
+        for done in [one for one in self._files if one[0] == key and one not in but]:
+            self._bars.remove_task(self._files.pop(done))
 
     def _draw(self, tasks: dict[T, TaskID], one: T, what: str, place: tuple[str, ...], done: int, total: int) -> None:
         if one not in tasks:

@@ -19,15 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from modelstore import durable, look
+from modelstore import aliases, durable, look
 from modelstore.catalog import Catalog
-from modelstore.errors import FormatTooNew, ModelStoreError, NoSpace, SnapshotNotFound
+from modelstore.errors import FormatTooNew, ModelStoreError, NoSpace, NotFound, RootUnusable, SnapshotNotFound
 from modelstore.gc import plan
 from modelstore.layout import Layout
 from modelstore.look import size
-from modelstore.reference import parse_reference
+from modelstore.reference import Reference, parse_reference
 from modelstore.settings import NETWORK_FILE_SYSTEMS, Settings, mount_of, read_mounts
-from modelstore.sources import FolderSource
+from modelstore.sources import HfCacheSource
 
 Level = Literal["ok", "warning", "error"]
 PROBE_BYTES = 64 << 20
@@ -61,10 +61,11 @@ def diagnose(
 ) -> Iterator[Finding]:
     """Look at one thing after another. `peer`: the store's root on another mount of the same volume. `reference`: a
     model that shall be within reach."""
-    layout, place = Layout(settings.root), settings.root.parent
-    if not place.is_dir():
-        what, do = f"there is no folder {place}", "mount the volume, or set MODELSTORE_ROOT or --root"
-        yield _error("mount", what, "the store has no place", do)
+    layout = Layout(settings.root)
+    try:
+        look.check_place(settings.root)
+    except RootUnusable as error:
+        yield _error("mount", str(error), "the store has no place", "see above")
         return
     yield _mounted(settings.root)
     store = _format(layout)
@@ -327,17 +328,27 @@ def _hub(settings: Settings) -> Iterator[Finding]:
 
 
 def _access(layout: Layout, settings: Settings, reference: str) -> Finding:
-    """Whether a worker that is told to serve `reference` finds it: on the volume, in a folder, or on the Hub."""
+    """Whether a worker that is told to serve `reference` comes by it, in the order in which it looks: published, a
+    folder, an HF cache on the volume, the Hub."""
     from modelstore.hub import HubSource
 
     try:
         wanted = parse_reference(reference)
-        if wanted.kind == "alias" or settings.offline:
-            snapshot = Catalog(layout).find(wanted, settings.dtype)
-            if snapshot is None:
-                raise SnapshotNotFound(f"{reference} is not on the volume as {settings.dtype}")
-            return _ok("access", f"{reference} is {snapshot.key}, and published")
-        source = FolderSource(wanted) if wanted.kind == "file" else HubSource(wanted, settings)
-        return _ok("access", f"{reference} is within reach, at {source.resolve().commit[:12]}")
+        if (snapshot := Catalog(layout).find(wanted, settings.dtype)) is not None:
+            return _ok("access", f"{reference} is published, {snapshot.key}: a start asks nobody")
+        if wanted.kind == "alias":  # its snapshot was evicted, and is made again
+            key = aliases.target(layout, wanted.name)
+            wanted = Reference("hub", key.repo_id, key.commit)
+        if wanted.kind == "file":
+            if not Path(wanted.name).is_dir():
+                raise NotFound(f"{reference} is not a folder: give the folder that holds the model's files")
+            return _ok("access", f"{reference} is a folder")
+        if any(HfCacheSource(cache, wanted).whole() for cache in settings.hf_caches):
+            return _ok("access", f"{reference} lies in an HF cache on the volume")
+        if settings.offline:
+            raise SnapshotNotFound(f"{reference} is not on the volume as {settings.dtype}")
+        return _ok("access", f"{reference} is within reach, at {HubSource(wanted, settings).resolve().commit[:12]}")
     except ModelStoreError as error:
         return _error("access", str(error), "a worker cannot serve it", "seed another, or see above", error.exit_code)
+    except OSError as error:
+        return _error("access", f"{error}", "a worker cannot serve it", "check the folder")

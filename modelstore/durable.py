@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,6 @@ _FILE_MODE = 0o644
 _STALE_ATTEMPTS = 3
 _STALE_S = 1.0
 _AT_ONCE = 16
-_READ_BYTES = 64 << 10
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -86,10 +86,13 @@ def read_file(path: Path, limit_bytes: int = -1) -> bytes:
     """The bytes of a small regular file, or its first `limit_bytes`."""
     fd = open_for_read(path)
     try:
-        data = bytearray()
-        while (left := _READ_BYTES if limit_bytes < 0 else limit_bytes - len(data)) and (more := os.read(fd, left)):
-            data += more
-        return bytes(data)
+        size = os.fstat(fd).st_size + 1  # asked for more than it believes to have, a file system looks again
+        left = limit_bytes if limit_bytes >= 0 else sys.maxsize
+        parts = []
+        while left and (part := os.read(fd, min(left, size))):
+            parts.append(part)
+            left -= len(part)
+        return b"".join(parts)
     finally:
         os.close(fd)
 

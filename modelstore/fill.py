@@ -364,6 +364,7 @@ class Fill:
                 raise
         for job in jobs:
             job.result()
+        self._observer.filling(self._key, self._progress)
         if self._convert_began is not None:
             self._timeline.add(Span("convert", self._convert_began, self._timeline.now()))
 

@@ -8,17 +8,29 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from modelstore import aliases, durable, pins
 from modelstore.catalog import Catalog, keyed_folders
 from modelstore.claim import ClaimRecord, current_record
+from modelstore.errors import RootUnusable
 from modelstore.evict import survey
 from modelstore.layout import MANIFEST, Layout, SnapshotKey
 from modelstore.settings import Settings
 from modelstore.space import Space
 
 _LOOK_AGAIN_S = 1.5
+
+
+def check_place(root: Path) -> None:
+    """Raise RootUnusable where the folder that a store would lie in is not there. A mounted volume or the user's home
+    is place enough, because whoever fills the store makes what is between."""
+    if root.parent.is_dir() or root.is_relative_to(Path.home()):
+        return
+    there = next(folder for folder in root.parents if folder.exists())
+    if there == Path("/") or not there.is_mount():
+        raise RootUnusable(f"there is no folder {root.parent}: mount the volume, or set MODELSTORE_ROOT or --root")
 
 
 def models(layout: Layout) -> list[dict[str, Any]]:
@@ -148,8 +160,9 @@ def ago(seconds: float) -> str:
 
 
 def _changed(folder: str) -> set[str] | None:
-    """What lies in a snapshot's folder; None where nothing was put or removed since its manifest was written, so that
-    all that it names is there: a listing is a round trip."""
+    """What lies in a snapshot's folder; None where its time says that nothing was put or removed since its manifest was
+    written. That saves a round trip on MooseFS, whose times are whole seconds; where they are finer, the folder is
+    always later. A copy that left files out and restored the times is not seen: that takes `verify`."""
     try:
         if os.lstat(folder).st_mtime_ns <= os.lstat(f"{folder}/{MANIFEST}").st_mtime_ns:
             return None

@@ -56,7 +56,8 @@ class LogObserver(Observer):
 
     def filling(self, key: SnapshotKey, progress: Progress) -> None:
         if self._due():
-            eta = f", about {progress.eta_s:.0f} s left" if progress.eta_s is not None else ""
+            left_s = progress.eta_s  # once: others count on meanwhile
+            eta = f", about {left_s:.0f} s left" if left_s is not None else ""
             logger.info("%s %s: %.2f of %.2f GB%s", self._doing, key, progress.done / 1e9, progress.total / 1e9, eta)
 
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from modelstore import gpu, host
 from modelstore.catalog import Catalog, Snapshot, Status
@@ -27,9 +27,6 @@ from modelstore.pins import InUse, wait_while_evicting
 from modelstore.reader import RING_BYTES, Reading, start_reading
 from modelstore.settings import Settings
 from modelstore.timeline import Outcome, Timeline
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 

@@ -55,7 +55,7 @@ COMMANDS: dict[str, str] = {
     "bench": "--size 1MB --runs 1 --device cpu --folder {tmp}/volume",
 }
 SHORT = [name for name in COMMANDS if name not in ("warm", "bench")]  # those two take longer than all others together
-ASK_THE_HUB = {"doctor", "seed", "alias set"}
+ASK_THE_HUB = {"seed", "alias set"}
 WRITE = {
     "doctor", "pin", "unpin", "export", "adopt", "seed", "alias set", "alias rollback", "rm", "bench",
 }  # fmt: skip

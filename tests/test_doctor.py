@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from modelstore import doctor, durable
+from modelstore import doctor, durable, look
 from modelstore.doctor import Finding, diagnose, exit_code
+from modelstore.errors import RootUnusable
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from tests.checkpoints import write_repo
-from tests.conftest import Cli
+from tests.conftest import Cli, MakeStore
 from tests.hub import Hub
 
 MFS = "mfs#10.0.0.1:9421 {} fuse {} 0 0\n"
@@ -151,6 +152,36 @@ def test_exit_codes_are_those_of_the_errors(hub: Hub, cli: Cli, store: ModelStor
     assert "has store format '99'" in cli("doctor", code=8).stdout
     assert cli("doctor", "--root", "/dev/null/x", code=1).stdout.count("error") >= 1
     assert "full path" in cli("doctor", "--peer", "x", code=2).stderr
+
+
+def test_access_is_what_a_start_would_find(hub: Hub, store: ModelStore, make_store: MakeStore, tmp_path: Path) -> None:
+    write_repo(hub.folder / "org" / "name")
+    write_repo(hub.folder / "org" / "other")
+
+    def access(reference: str, **changes: Any) -> tuple[str, str]:
+        finding = found(make_store(**changes).settings, reference=reference)["access"]
+        return finding.level, finding.what
+
+    assert access("org/name")[0] == "ok"
+    assert access("org/name", offline=True)[0] == "error"
+    store.set_alias("chat", "org/name")
+    assert "is published" in access("org/name", offline=True)[1]
+    assert "is published" in access("@chat")[1]
+    assert access("@nobody")[0] == "error"
+    assert access(f"file://{hub.folder / 'org' / 'name'}", offline=True)[0] == "ok"
+    assert "is not a folder" in access("file:///nowhere")[1]
+    assert access("org/other")[0] == "ok"
+    assert access("org/missing")[0] == "error"
+
+
+def test_a_place_for_a_store(hub: Hub, store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store's parents may be missing on a mounted volume and below the user's home; elsewhere that is a mistake."""
+    look.check_place(tmp_path / "modelstore")
+    look.check_place(Path("/dev/shm/team/modelstore"))
+    with pytest.raises(RootUnusable, match="there is no folder"):
+        look.check_place(tmp_path / "mistyped" / "modelstore")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    look.check_place(tmp_path / ".cache" / "modelstore")
 
 
 def test_leftovers_and_a_quota_that_is_nearly_used(hub: Hub, store: ModelStore) -> None:

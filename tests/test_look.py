@@ -60,6 +60,31 @@ def test_ls_says_what_is_damaged(filled: ModelStore, cli: Cli) -> None:
     assert "org/two (damaged)" in cli("ls").stdout
 
 
+def test_ls_lists_a_folder_only_where_it_changed_after_its_manifest(
+    filled: ModelStore, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = []
+    real = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: listed.append(str(path)) or real(path))
+    one, two = filled.lookup("org/one"), filled.lookup("org/two")
+    assert one is not None
+    assert two is not None
+    for snapshot, later_s in ((one, 0), (two, 1)):
+        (snapshot.path / snapshot.weights[0].path).unlink()
+        written = (snapshot.path / "manifest.json").stat().st_mtime_ns
+        os.utime(snapshot.path, ns=(written, written + later_s * 10**9))
+    assert [record["complete"] for record in look.models(filled.layout)] == [True, False]
+    assert str(two.path) in listed
+    assert str(one.path) not in listed
+
+
+def test_models_in_the_place_of_a_link_are_not_listed(filled: ModelStore, cli: Cli, tmp_path: Path) -> None:
+    filled.layout.models.rename(tmp_path / "elsewhere")
+    filled.layout.models.symlink_to(tmp_path / "elsewhere")
+    for command in ("ls", "verify", "du"):
+        assert "is a link" in cli(command, code=8).stderr
+
+
 def test_du_adds_up_and_says_what_may_go(filled: ModelStore, cli: Cli) -> None:
     one, two = filled.lookup("org/one"), filled.lookup("org/two")
     assert one is not None
