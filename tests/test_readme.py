@@ -96,6 +96,23 @@ def test_the_command_lines_that_are_shown_work_one_after_the_other(
             run("modelstore alias set chat org/name --yes")
 
 
+def test_every_script_that_is_shown_has_the_options_it_is_shown_with() -> None:
+    """Most of them measure for minutes; what they do, other tests try on less."""
+    shown = "\n".join(
+        [README, *(path.read_text() for path in (HERE / "docs").glob("*.md")), (HERE / "scripts" / "bench").read_text()]
+    )
+    lines = re.findall(r"(scripts/\w+(?:\.py)?)((?: (?:--)?[\w.,'\"/…:@-]+)+)", shown)
+    assert len(lines) > 10
+    for script, arguments in lines:
+        for option in re.findall(r"--[a-z0-9-]+", arguments):
+            assert f'"{option}"' in "".join(path.read_text() for path in scripts_of(script)), f"{script} {option}"
+
+
+def scripts_of(script: str) -> list[Path]:
+    """A script, and the one that it hands its arguments to."""
+    return [path for path in (HERE / script, HERE / f"{script}.py") if path.exists()]
+
+
 def test_the_exit_codes_are_those_of_the_errors() -> None:
     listed = {int(code) for code in re.findall(r"^\| (\d) \|", README, re.MULTILINE)}
     raised = {getattr(errors, name).exit_code for name in errors.__all__}
