@@ -59,7 +59,7 @@ def test_the_command_lines_that_are_shown_work_one_after_the_other(
             line = line.replace(written, str(tmp_path / here) if here == "volume" else here)
         main, side = pty.openpty()
         process = subprocess.Popen(
-            [sys.executable, "-m", *shlex.split(line, comments=True)],
+            ["env", "--default-signal=INT", sys.executable, "-m", *shlex.split(line, comments=True)],
             env=os.environ | store_env | {"TERM": "xterm"}, cwd=tmp_path, stdin=side, stdout=side, stderr=side,
         )  # fmt: skip
         os.close(side)
@@ -82,6 +82,7 @@ def test_the_command_lines_that_are_shown_work_one_after_the_other(
             code = process.wait(10)
         finally:
             process.kill()
+            process.wait()
             os.close(main)
         assert code == (130 if "metrics" in line else 0), f"{line}: {shown}"
         assert seen == (line.split()[1] in ("watch", "metrics")), line
