@@ -15,11 +15,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from modelstore import history
+from modelstore.collector import without_collecting
 from modelstore.errors import ModelStoreError, NotFound
 from modelstore.layout import Layout
 from modelstore.settings import EngineName, Settings
 from modelstore.timeline import Timeline
-from modelstore.warmstart import Begun, begin, without_collecting
+from modelstore.warmstart import Begun, begin
 
 if TYPE_CHECKING:
     from handler.engines import Engine

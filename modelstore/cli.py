@@ -71,7 +71,8 @@ def warm(
     device: Annotated[str | None, typer.Option("--device", help="cuda or cpu; cuda where there is one.")] = None,
 ) -> None:
     """Start as a worker would, up to the model in memory, and print the timeline."""
-    from modelstore.warmstart import begin, without_collecting
+    from modelstore.collector import without_collecting
+    from modelstore.warmstart import begin
 
     changes: dict[str, Any] = {"model": parse_reference(reference, revision=revision)}
     if dtype is not None:

@@ -101,18 +101,6 @@ class Begun:
 
 
 @contextmanager
-def without_collecting() -> Iterator[None]:
-    """Start without Python's cyclic garbage collector: while modules are imported it looks at all of them again and
-    again, finds nothing, and takes a fifth of the time. What is there at the end is never looked at again."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-@contextmanager
 def _beside(work: Callable[[], object]) -> Iterator[list[object]]:
     """Run the block with `work` in a thread beside it, to its end. Yields a list that then holds what `work` returned;
     what it raises is for whoever does it again."""
