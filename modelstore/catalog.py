@@ -13,6 +13,7 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,13 +103,18 @@ class Catalog:
 
     def keys(self) -> Iterator[SnapshotKey]:
         """Whatever stands where a snapshot belongs, damaged or not. Raises UnsafeName where `models` is a link."""
+        return chain.from_iterable(durable.at_once(self.keys_in, self.repos()))
+
+    def repos(self) -> list[Path]:
+        """The folders of the models that have snapshots, whatever their commit and dtype. Raises as `keys`."""
         self.check_format()
         durable.check_no_links(self._layout.root, self._layout.models)
-        repos = _folders(self._layout.models)
-        for repo, variants in zip(repos, durable.at_once(_folders, repos), strict=True):
-            for variant in variants:
-                if (key := key_from_parts(repo.name, variant.name)) is not None:
-                    yield key
+        return _folders(self._layout.models)
+
+    def keys_in(self, repo: Path) -> list[SnapshotKey]:
+        """Those of `keys` that lie in one of `repos`."""
+        keys = (key_from_parts(repo.name, variant.name) for variant in _folders(repo))
+        return [key for key in keys if key is not None]
 
     def snapshots(self) -> Iterator[Snapshot]:
         """Every published snapshot, by repo and commit; damaged ones are left out, with a warning."""
@@ -128,8 +134,9 @@ class Catalog:
     def published(self, key: SnapshotKey) -> Snapshot | None:
         """The snapshot, if its manifest is there and every file that it names is there with its size."""
         path = self._layout.snapshot(key)
-        manifest = self.manifest(key)
-        if manifest is None:
+        read = self._read_plain(key)
+        manifest = self.parse(key, read)
+        if read is None or manifest is None:
             return None
         for folder in {os.path.dirname(file.path) for file in manifest.files} - {""}:
             if not _is_plain(path, folder):
@@ -145,10 +152,7 @@ class Catalog:
             if state is None or not stat.S_ISREG(state.st_mode) or state.st_size != file.size_bytes:
                 logger.warning("%s is passed over: %s is missing or has another size", path, file.path)
                 return None
-        try:
-            return Snapshot(path, manifest, os.lstat(path / MANIFEST).st_ino)
-        except FileNotFoundError:  # evicted while we looked
-            return None
+        return Snapshot(path, manifest, read[1].st_ino)
 
     def check_unchanged(self, snapshot: Snapshot) -> None:
         """Raise IntegrityError where what is published is not any more what this snapshot's manifest says."""
@@ -158,17 +162,20 @@ class Catalog:
 
     def manifest(self, key: SnapshotKey) -> Manifest | None:
         """What stands where the snapshot belongs says that it is; None where it says nothing that can be trusted."""
+        return self.parse(key, self._read_plain(key))
+
+    def _read_plain(self, key: SnapshotKey) -> tuple[bytes, os.stat_result] | None:
         path = self._layout.snapshot(key)
         if not _is_plain(self._layout.root, str(path.relative_to(self._layout.root))):
             logger.warning("%s is passed over: a folder on its way is a link", path)
             return None
-        return self.parse(key, self.read(key))
+        return self.read(key)
 
-    def read(self, key: SnapshotKey) -> bytes | None:
-        """The manifest's bytes for one of `keys`, which pass no link; None where there is no such file."""
+    def read(self, key: SnapshotKey) -> tuple[bytes, os.stat_result] | None:
+        """The manifest's bytes and state for one of `keys`, which pass no link; None where there is no such file."""
         path = self._layout.snapshot(key) / MANIFEST
         try:
-            return durable.read_file(path)
+            return durable.read_with_state(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -177,11 +184,11 @@ class Catalog:
             logger.warning("%s is passed over: its manifest is no regular file", path.parent)
             return None
 
-    def parse(self, key: SnapshotKey, data: bytes | None) -> Manifest | None:
+    def parse(self, key: SnapshotKey, read: tuple[bytes, os.stat_result] | None) -> Manifest | None:
         """The manifest; None where it cannot be trusted."""
         path = self._layout.snapshot(key)
         try:
-            manifest = parse_manifest(data, where=str(path / MANIFEST)) if data is not None else None
+            manifest = parse_manifest(read[0], where=str(path / MANIFEST)) if read is not None else None
         except BadManifest as error:
             logger.warning("%s", error)
             return None

@@ -92,8 +92,10 @@ class Context:
         return store
 
     def print(self, record: object, text: Callable[[Console], None]) -> None:
-        """A result: `record` with --json, else what `text` draws."""
-        if self.json:
+        """A result: `record` with --json, a list with one entry a line; else what `text` draws."""
+        if self.json and isinstance(record, list):
+            print("[" + ",\n ".join(map(json.dumps, record)) + "]")
+        elif self.json:
             print(json.dumps(record, indent=2))
         elif not self.quiet:
             text(Console(highlight=False, markup=False, soft_wrap=True))

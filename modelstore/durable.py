@@ -84,15 +84,21 @@ def open_for_read(path: Path) -> int:
 
 def read_file(path: Path, limit_bytes: int = -1) -> bytes:
     """The bytes of a small regular file, or its first `limit_bytes`."""
+    return read_with_state(path, limit_bytes)[0]
+
+
+def read_with_state(path: Path, limit_bytes: int = -1) -> tuple[bytes, os.stat_result]:
+    """The same, and the state of the file that was read, which asks the file system nothing more."""
     fd = open_for_read(path)
     try:
-        size = os.fstat(fd).st_size + 1  # asked for more than it believes to have, a file system looks again
+        state = os.fstat(fd)
+        size = state.st_size + 1  # asked for more than it believes to have, a file system looks again
         left = limit_bytes if limit_bytes >= 0 else sys.maxsize
         parts = []
         while left and (part := os.read(fd, min(left, size))):
             parts.append(part)
             left -= len(part)
-        return b"".join(parts)
+        return b"".join(parts), state
     finally:
         os.close(fd)
 

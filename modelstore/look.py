@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from modelstore.catalog import Catalog, keyed_folders
 from modelstore.claim import ClaimRecord, current_record
 from modelstore.errors import RootUnusable
 from modelstore.evict import survey
-from modelstore.layout import MANIFEST, Layout, SnapshotKey
+from modelstore.layout import Layout, SnapshotKey
 from modelstore.settings import Settings
 from modelstore.space import Space
 
 _LOOK_AGAIN_S = 1.5
+
+_Seen = tuple[SnapshotKey, tuple[bytes, os.stat_result] | None, set[str] | None, tuple[pins.Mark, ...]]
 
 
 def check_place(root: Path) -> None:
@@ -40,17 +43,18 @@ def models(layout: Layout) -> list[dict[str, Any]]:
     bytes are what `verify` compares.
     """
     catalog = Catalog(layout)
-    keys = list(catalog.keys())
-    now = pins.volume_time(layout) if keys else 0.0
+    repos = catalog.repos()
+    now = pins.volume_time(layout) if repos else 0.0
     aliased, pinned = aliases.targets(layout), pins.pinned(layout)
 
-    def read(key: SnapshotKey) -> tuple[bytes | None, tuple[pins.Mark, ...], set[str] | None]:
-        return catalog.read(key), pins.marks(layout, key), _changed(str(layout.snapshot(key)))
+    def look(repo: Path) -> list[_Seen]:
+        """All about one model while the mount, which remembers names for a second, still knows its folder."""
+        return [_seen(catalog, layout, key, now) for key in catalog.keys_in(repo)]
 
     records = []
     # What is read is parsed after all was read: a thread that computes holds up those that read.
-    for key, (data, marks, names) in zip(keys, durable.at_once(read, keys), strict=True):
-        manifest = catalog.parse(key, data)
+    for key, file, names, marks in chain.from_iterable(durable.at_once(look, repos)):
+        manifest = catalog.parse(key, file)
         tops = {file.path.split("/")[0] for file in manifest.files} if manifest else set()
         records.append(
             {
@@ -159,13 +163,18 @@ def ago(seconds: float) -> str:
     return f"{seconds:.0f} s ago"
 
 
-def _changed(folder: str) -> set[str] | None:
-    """What lies in a snapshot's folder; None where its time says that nothing was put or removed since its manifest was
-    written. That saves a round trip on MooseFS, whose times are whole seconds; where they are finer, the folder is
-    always later. A copy that left files out and restored the times is not seen: that takes `verify`."""
+def _seen(catalog: Catalog, layout: Layout, key: SnapshotKey, now: float) -> _Seen:
+    """A snapshot's manifest, what lies in its folder, and its marks.
+
+    The names are None where the folder's time says that nothing was put or removed since the manifest was written. That
+    saves a round trip on MooseFS, whose times are whole seconds; where they are finer, the folder is always later. A
+    copy that left files out and restored the times is not seen: that takes `verify`.
+    """
+    file, folder = catalog.read(key), layout.snapshot(key)
+    names: set[str] | None = None
     try:
-        if os.lstat(folder).st_mtime_ns <= os.lstat(f"{folder}/{MANIFEST}").st_mtime_ns:
-            return None
-        return set(os.listdir(folder))
-    except FileNotFoundError:  # evicted while we looked, or it has no manifest
-        return set()
+        if file is None or os.lstat(folder).st_mtime_ns > file[1].st_mtime_ns:
+            names = set(os.listdir(folder))
+    except FileNotFoundError:  # evicted while we looked
+        names = set()
+    return key, file, names, pins.recent_marks(layout, key, now)

@@ -2,7 +2,7 @@
 
     pins/<org>--<name>/<commit>.<dtype>.json        {"by": "alice"}; until a person takes it away
     used/<org>--<name>/<commit>.<dtype>/<worker>.<random>    empty; touched at a worker's start and every minute
-    used/<org>--<name>/<commit>.<dtype>/.last       empty; touched by whoever asked for the snapshot without serving it
+    used/<org>--<name>/<commit>.<dtype>/.last       empty; touched with every mark, and by whoever asks without serving
     used/<org>--<name>/<commit>.<dtype>/.evicting   somebody is about to move the snapshot away
 
 A worker's mark that was touched in the last five minutes says "in use"; the newest of all is the last use. Ages are
@@ -68,9 +68,11 @@ class InUse:
             durable.remove_file(self._path)
 
     def _keep_fresh(self) -> None:
+        mark_used(self._layout, self.key)
         while not self._over.wait(_TOUCH_EVERY_S):
             try:
                 durable.touch(self._path)
+                mark_used(self._layout, self.key)
                 self._remove_old_marks()
             except (ModelStoreError, OSError) as error:  # five minutes are long enough to get through once
                 logger.warning("the mark of use was not refreshed: %s", error)
@@ -112,6 +114,16 @@ def marks(layout: Layout, key: SnapshotKey) -> tuple[Mark, ...]:
         except FileNotFoundError:
             continue
     return tuple(sorted(found, key=lambda mark: -mark.touched_at))
+
+
+def recent_marks(layout: Layout, key: SnapshotKey, now: float) -> tuple[Mark, ...]:
+    """The same for who looks at many, at `now` in seconds of the volume's clock: a snapshot that nobody uses has one,
+    of its last use, which saves the listing of a folder."""
+    try:
+        touched_at = os.lstat(layout.used(key) / _LAST).st_mtime
+    except (FileNotFoundError, NotADirectoryError):
+        return marks(layout, key)
+    return marks(layout, key) if now - touched_at < IN_USE_S else (Mark("", touched_at),)
 
 
 def users(layout: Layout, key: SnapshotKey, now: float) -> tuple[str, ...]:
