@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -72,22 +71,7 @@ def diagnose(
     yield store
     if store.level == "error":
         return
-    with _probe_folder(layout) as (folder, problem):
-        if folder is None:
-            yield problem
-            return
-        other = (peer or settings.root) / folder.relative_to(settings.root)
-        if not other.is_dir():
-            yield _error("peer", f"{other} is not there", "--peer is another volume", "mount the same volume there")
-            other = folder
-        yield _exclusive(folder, other)
-        yield _renames(folder)
-        yield _hard_links(folder)
-        yield _locks(folder, other)
-        if other != folder:
-            yield _visible(folder, other)
-        yield _clock(folder)
-        yield from _rates(folder, probe_bytes)
+    yield from _probed(layout, peer, probe_bytes)
     yield _quota(layout, settings)
     yield _leftovers(layout, settings)
     yield from _hub(settings)
@@ -144,19 +128,37 @@ def _format(layout: Layout) -> Finding:
     return _ok("format", "the store's format is known" if there else "no store yet: the first download makes it")
 
 
-@contextmanager
-def _probe_folder(layout: Layout) -> Iterator[tuple[Path | None, Finding]]:
+def _probed(layout: Layout, peer: Path | None, probe_bytes: int) -> Iterator[Finding]:
+    """What has to be tried; the first thing that the volume does not take ends it."""
     folder = layout.trash / f"doctor-{secrets.token_hex(4)}"
     try:
         durable.make_folder(folder)
+        try:
+            yield from _probes(folder, (peer or layout.root) / folder.relative_to(layout.root), probe_bytes)
+        finally:
+            durable.remove_tree(folder)
+    except NoSpace as error:
+        yield _error("space", str(error), "no model can be published", "remove one, or run gc", error.exit_code)
+    except FileNotFoundError:
+        what = "the doctor's folder is gone: a download that needed room has emptied the trash"
+        yield _warning("write", what, "the rest was not tried", "run it again")
     except (ModelStoreError, OSError) as error:
         code = error.exit_code if isinstance(error, ModelStoreError) else 1
-        yield None, _error("write", str(error), "nothing can be published", "check MODELSTORE_ROOT and the mount", code)
-        return
-    try:
-        yield folder, _ok("write", "a folder can be made")
-    finally:
-        durable.remove_tree(folder)
+        yield _error("write", str(error), "nothing can be published", "check MODELSTORE_ROOT and the mount", code)
+
+
+def _probes(folder: Path, other: Path, probe_bytes: int) -> Iterator[Finding]:
+    if not other.is_dir():
+        yield _error("peer", f"{other} is not there", "--peer is another volume", "mount the same volume there")
+        other = folder
+    yield _exclusive(folder, other)
+    yield _renames(folder)
+    yield _hard_links(folder)
+    yield _locks(folder, other)
+    if other != folder:
+        yield _visible(folder, other)
+    yield _clock(folder)
+    yield from _rates(folder, probe_bytes)
 
 
 def _exclusive(folder: Path, other: Path) -> Finding:
@@ -248,28 +250,24 @@ def _clock(folder: Path) -> Finding:
 def _rates(folder: Path, probe_bytes: int) -> Iterator[Finding]:
     """Write and read once, past this host's cache where the file system lets it."""
     path, block = folder / "rate", os.urandom(1 << 20)
+    began = time.monotonic()
+    fd = durable.open_for_write(path)
     try:
+        for offset in range(0, probe_bytes, len(block)):
+            durable.write_at(fd, block, offset, path=path)
+        durable.sync(fd, path=path)
+    finally:
+        durable.close(fd, path=path)
+    wrote = probe_bytes / (time.monotonic() - began)
+    fd = durable.open_for_read(path)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         began = time.monotonic()
-        fd = durable.open_for_write(path)
-        try:
-            for offset in range(0, probe_bytes, len(block)):
-                durable.write_at(fd, block, offset, path=path)
-            durable.sync(fd, path=path)
-        finally:
-            durable.close(fd, path=path)
-        wrote = probe_bytes / (time.monotonic() - began)
-        fd = durable.open_for_read(path)
-        try:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            began = time.monotonic()
-            while os.read(fd, 8 << 20):
-                pass
-            read = probe_bytes / (time.monotonic() - began)
-        finally:
-            os.close(fd)
-    except NoSpace as error:
-        yield _error("space", str(error), "no model can be published", "remove one, or run gc", error.exit_code)
-        return
+        while os.read(fd, 8 << 20):
+            pass
+        read = probe_bytes / (time.monotonic() - began)
+    finally:
+        os.close(fd)
     for name, rate in (("write rate", wrote), ("read rate", read)):
         if rate < _SLOW_BYTES_PER_S:
             minutes = 16e9 / rate / 60

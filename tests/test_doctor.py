@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -132,6 +133,21 @@ def test_a_peer_of_the_same_volume(store: ModelStore, tmp_path: Path) -> None:
     findings = found(store.settings, peer=tmp_path / "second")
     assert findings["visibility"].level == "ok"
     assert "another mount" in findings["locks"].what
+
+
+def test_a_download_that_empties_the_trash_meanwhile(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = doctor._clock
+
+    def emptied(folder: Path) -> Finding:
+        told = clock(folder)
+        shutil.rmtree(folder)
+        return told
+
+    monkeypatch.setattr(doctor, "_clock", emptied)
+    findings = found(store.settings)
+    assert findings["write"].level == "warning"
+    assert "emptied the trash" in findings["write"].what
+    assert "quota" in findings, "it goes on with what needs no folder"
 
 
 def test_exit_codes_are_those_of_the_errors(hub: Hub, cli: Cli, store: ModelStore) -> None:
