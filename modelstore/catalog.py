@@ -231,6 +231,16 @@ class Catalog:
             )
 
 
+def check_place(root: Path) -> None:
+    """Raise RootUnusable where the folder that a store would lie in is not there. A mounted volume or the user's home
+    is place enough, because whoever fills the store makes what is between."""
+    if root.parent.is_dir() or root.is_relative_to(Path.home()):
+        return
+    there = next(folder for folder in root.parents if folder.exists())
+    if there == Path("/") or not there.is_mount():
+        raise RootUnusable(f"there is no folder {root.parent}: mount the volume, or set MODELSTORE_ROOT or --root")
+
+
 def keyed_folders(folder: Path) -> Iterator[tuple[SnapshotKey, Path]]:
     """What belongs to a snapshot below `staging/`, `claims/` or `used/`, with its key."""
     for repo in durable.entries(folder):

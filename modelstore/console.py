@@ -28,11 +28,11 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.table import Column, Table
 
-from modelstore.catalog import Snapshot
+from modelstore.catalog import Snapshot, check_place
 from modelstore.claim import Holder
 from modelstore.errors import ModelStoreError, Refused
 from modelstore.layout import SnapshotKey
-from modelstore.look import check_place, size
+from modelstore.look import size
 from modelstore.observer import LogObserver, Observer
 from modelstore.progress import Progress
 from modelstore.settings import Settings

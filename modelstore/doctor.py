@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from modelstore import aliases, durable, look
-from modelstore.catalog import Catalog
+from modelstore.catalog import Catalog, check_place
 from modelstore.errors import FormatTooNew, ModelStoreError, NoSpace, NotFound, RootUnusable, SnapshotNotFound
 from modelstore.gc import plan
 from modelstore.layout import Layout
@@ -62,7 +62,7 @@ def diagnose(
     model that shall be within reach."""
     layout = Layout(settings.root)
     try:
-        look.check_place(settings.root)
+        check_place(settings.root)
     except RootUnusable as error:
         yield _error("mount", str(error), "the store has no place", "see above")
         return

@@ -15,7 +15,6 @@ from typing import Any
 from modelstore import aliases, durable, pins
 from modelstore.catalog import Catalog, keyed_folders
 from modelstore.claim import ClaimRecord, current_record
-from modelstore.errors import RootUnusable
 from modelstore.evict import survey
 from modelstore.layout import Layout, SnapshotKey
 from modelstore.settings import Settings
@@ -24,16 +23,6 @@ from modelstore.space import Space
 _LOOK_AGAIN_S = 1.5
 
 _Seen = tuple[SnapshotKey, tuple[bytes, os.stat_result] | None, set[str] | None, tuple[pins.Mark, ...]]
-
-
-def check_place(root: Path) -> None:
-    """Raise RootUnusable where the folder that a store would lie in is not there. A mounted volume or the user's home
-    is place enough, because whoever fills the store makes what is between."""
-    if root.parent.is_dir() or root.is_relative_to(Path.home()):
-        return
-    there = next(folder for folder in root.parents if folder.exists())
-    if there == Path("/") or not there.is_mount():
-        raise RootUnusable(f"there is no folder {root.parent}: mount the volume, or set MODELSTORE_ROOT or --root")
 
 
 def models(layout: Layout) -> list[dict[str, Any]]:

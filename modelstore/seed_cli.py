@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from modelstore import aliases, look, pins
+from modelstore.catalog import check_place
 from modelstore.claim import Holder
 from modelstore.console import (
     DTYPE,
@@ -109,6 +110,7 @@ def seed(
         raise UsageError("REF is missing: name a model, as in `modelstore seed org/name`, or a list with --from")
     volumes = _volumes(targets, store.settings) if not dry_run else []
     if dry_run:
+        check_place(store.settings.root)
         _preview(context, store, models, prune=prune)
         return
     # Asked before the hours of a download, not after.

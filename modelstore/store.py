@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelstore import aliases, durable, history
-from modelstore.catalog import Catalog, Snapshot
+from modelstore.catalog import Catalog, Snapshot, check_place
 from modelstore.claim import Claim, Contender, Holder
 from modelstore.errors import (
     BadManifest,
     ClaimLost,
     Float16Overflow,
     NoSpace,
+    RootUnusable,
     SnapshotNotFound,
     WaitTimeout,
 )
@@ -348,6 +349,10 @@ class ModelStore:
 
     def _prepare_root(self) -> None:
         if not self.layout.format_file.exists():
+            try:
+                check_place(self.layout.root)
+            except RootUnusable as error:  # the first who fills a store makes its place, but may not have meant to
+                logger.warning("%s; until then it is made here", error)
             durable.write_atomic(self.layout.format_file, b"%d\n" % FORMAT_VERSION)
 
     def _quarantine(self, key: SnapshotKey, claim: Claim) -> Snapshot | None:

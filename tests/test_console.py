@@ -153,6 +153,16 @@ def test_a_mistyped_root_is_not_an_empty_store(cli: Cli, tmp_path: Path, name: s
     assert not (tmp_path / "mistyped").exists()
 
 
+def test_seeding_below_a_mistyped_root_says_so(volume: ModelStore, cli: Cli, tmp_path: Path) -> None:
+    """The first who fills a store makes its place, so it is no error; a plan changes nothing, so there it is one."""
+    mistyped = ["org/name", "--root", str(tmp_path / "mistyped" / "modelstore")]
+    done = cli("seed", *mistyped, "--dry-run", code=1)
+    assert "there is no folder" in errors_of(done)[0]
+    assert not (tmp_path / "mistyped").exists()
+    assert "there is no folder" in cli("seed", *mistyped).stderr
+    assert "there is no folder" not in cli("seed", *mistyped).stderr
+
+
 def on_each(names: Iterable[str], tmp_path: Path) -> list[str]:
     """A shell that runs one command after the other, and prints what each said and its code as one JSON line."""
     code = (
@@ -201,7 +211,9 @@ def test_a_full_volume(volume: ModelStore, on_mount: OnMount, tmp_path: Path) ->
         assert said["code"] in (0, 6), said
         if said["code"]:
             assert said["name"] in WRITE, said
-            if said["name"] == "doctor":  # its findings are what it prints, those that need no room after the one that did
+            if (
+                said["name"] == "doctor"
+            ):  # its findings are what it prints, those that need no room after the one that did
                 assert re.search(r"error +space.*ok +access", said["out"], re.DOTALL), said
                 continue
             assert "space" in said["err"] + said["out"], said

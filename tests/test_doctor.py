@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from modelstore import doctor, durable, look
+from modelstore import doctor, durable
+from modelstore.catalog import check_place
 from modelstore.doctor import Finding, diagnose, exit_code
 from modelstore.errors import RootUnusable
 from modelstore.settings import Settings
@@ -192,12 +193,12 @@ def test_access_is_what_a_start_would_find(hub: Hub, store: ModelStore, make_sto
 
 def test_a_place_for_a_store(hub: Hub, store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store's parents may be missing on a mounted volume and below the user's home; elsewhere that is a mistake."""
-    look.check_place(tmp_path / "modelstore")
-    look.check_place(Path("/dev/shm/team/modelstore"))
+    check_place(tmp_path / "modelstore")
+    check_place(Path("/dev/shm/team/modelstore"))
     with pytest.raises(RootUnusable, match="there is no folder"):
-        look.check_place(tmp_path / "mistyped" / "modelstore")
+        check_place(tmp_path / "mistyped" / "modelstore")
     monkeypatch.setenv("HOME", str(tmp_path))
-    look.check_place(tmp_path / ".cache" / "modelstore")
+    check_place(tmp_path / ".cache" / "modelstore")
 
 
 def test_leftovers_and_a_quota_that_is_nearly_used(hub: Hub, store: ModelStore) -> None:
