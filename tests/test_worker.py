@@ -145,12 +145,12 @@ def test_a_long_job_says_how_far_it_is_and_never_after_its_end(monkeypatch: pyte
 
 
 def test_a_job_that_takes_too_long_ends_with_an_error() -> None:
-    engine = Engine(takes_s=5)
+    engine = Engine(takes_s=60)
     began = time.monotonic()
     output = answer(engine, max_job_s=0.1)
     assert output["code"] == "TIMEOUT"
     assert "MODELSTORE_MAX_JOB_S" in output["error"]
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     assert engine.left == ["early"]
 
 
