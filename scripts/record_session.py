@@ -43,6 +43,7 @@ def environment() -> Iterator[tuple[Path, dict[str, str]]]:
         write_repo(hub.folder / "org" / "chat-next", random_tensors(4, (1024, 1024), seed=2))
         write_repo(hub.folder / "org" / "embedding", random_tensors(4))
         write_repo(folder / "my-model", random_tensors(2, seed=5))
+        (folder / "volume").mkdir()
         found = re.search(r"```toml\n# models.toml\n(.*?)```", PAGE.read_text(), re.DOTALL)
         assert found is not None
         (folder / "models.toml").write_text(found[1])
