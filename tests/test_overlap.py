@@ -28,7 +28,7 @@ SEED = int(os.environ.get("OVERLAP_SEED", random.SystemRandom().randrange(2**32)
 LEASE_S = 0.6
 
 CONTENDER = """
-import json, os, sys, time
+import faulthandler, json, os, sys, time
 from pathlib import Path
 from modelstore import claim as claims
 from modelstore.claim import Claim, Contender
@@ -36,6 +36,7 @@ from modelstore.errors import ClaimLost
 
 folder, log, plan = Path(sys.argv[1]), open(sys.argv[2], "w"), json.loads(sys.argv[3])
 claims.DEAD_AFTER_S = 0.3
+faulthandler.dump_traceback_later(55, exit=True)  # it should have ended long since: say where it is
 
 def say(event, generation):
     log.write(json.dumps([event, generation, time.monotonic()]) + "\\n")
@@ -132,7 +133,7 @@ def contend(folders: list[Path], logs: Path, plans: list[Plan]) -> list[list[Any
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
         for process in processes:
-            process.wait(20)
+            process.wait(60)
     finally:
         for process in processes:
             if process.poll() is None:
