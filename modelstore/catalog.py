@@ -105,15 +105,16 @@ class Catalog:
         """Whatever stands where a snapshot belongs, damaged or not. Raises UnsafeName where `models` is a link."""
         return chain.from_iterable(durable.at_once(self.keys_in, self.repos()))
 
-    def repos(self) -> list[Path]:
-        """The folders of the models that have snapshots, whatever their commit and dtype. Raises as `keys`."""
+    def repos(self) -> list[str]:
+        """The names of the folders of the models that have snapshots, whatever their commit and dtype. Raises as
+        `keys`."""
         self.check_format()
         durable.check_no_links(self._layout.root, self._layout.models)
         return _folders(self._layout.models)
 
-    def keys_in(self, repo: Path) -> list[SnapshotKey]:
+    def keys_in(self, repo: str) -> list[SnapshotKey]:
         """Those of `keys` that lie in one of `repos`."""
-        keys = (key_from_parts(repo.name, variant.name) for variant in _folders(repo))
+        keys = (key_from_parts(repo, variant) for variant in _folders(f"{self._layout.models}/{repo}"))
         return [key for key in keys if key is not None]
 
     def snapshots(self) -> Iterator[Snapshot]:
@@ -262,9 +263,9 @@ def _is_plain(path: Path, folder: str) -> bool:
     return True
 
 
-def _folders(folder: Path) -> list[Path]:
+def _folders(folder: str | Path) -> list[str]:
     try:
-        return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
     except FileNotFoundError:
         return []
     except OSError as error:

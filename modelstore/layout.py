@@ -147,7 +147,7 @@ class Layout:
         return self.root / "models"
 
     def snapshot(self, key: SnapshotKey) -> Path:
-        return self.models.joinpath(*key.parts)
+        return self.root.joinpath("models", *key.parts)
 
     def staging(self, key: SnapshotKey) -> Path:
         return self.root.joinpath("staging", *key.parts)

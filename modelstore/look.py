@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from modelstore import aliases, durable, pins
@@ -36,7 +35,7 @@ def models(layout: Layout) -> list[dict[str, Any]]:
     now = pins.volume_time(layout) if repos else 0.0
     aliased, pinned = aliases.targets(layout), pins.pinned(layout)
 
-    def look(repo: Path) -> list[_Seen]:
+    def look(repo: str) -> list[_Seen]:
         """All about one model while the mount, which remembers names for a second, still knows its folder."""
         return [_seen(catalog, layout, key, now) for key in catalog.keys_in(repo)]
 
