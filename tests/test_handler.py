@@ -29,8 +29,8 @@ TEMPLATE = "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception(
 WORDS = ["<unk>", "<end>", "<user>", "hello", "world", "what", "is", "the", "capital", "of", "france", "paris"]
 
 
-def write_model(folder: Path, *, seed: int, template: bool = True, context: int = 64) -> None:
-    """A tiny causal model whose tokenizer knows a few words."""
+def write_model(folder: Path, *, seed: int, template: bool = True, context: int = 64, ends: bool = True) -> None:
+    """A tiny causal model whose tokenizer knows a few words; one that does not end goes on until its limit."""
     torch.manual_seed(seed)
     config = tf.LlamaConfig(
         vocab_size=len(WORDS),
@@ -40,13 +40,15 @@ def write_model(folder: Path, *, seed: int, template: bool = True, context: int 
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=context,
-        eos_token_id=1,
+        eos_token_id=1 if ends else None,
         bos_token_id=None,
     )
     tf.LlamaForCausalLM(config).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>")
+    tokenizer = tf.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="<end>" if ends else None
+    )
     if template:
         tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)

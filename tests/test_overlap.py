@@ -133,7 +133,7 @@ def contend(folders: list[Path], logs: Path, plans: list[Plan]) -> list[list[Any
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
         for process in processes:
-            process.wait(60)
+            assert process.wait(60) in (0, -signal.SIGKILL)
     finally:
         for process in processes:
             if process.poll() is None:

@@ -29,7 +29,7 @@ def runpod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunPod]:
     """A stand-in with one worker that serves a tiny model."""
     folder = tmp_path_factory.mktemp("runpod")
     with running_hub(folder / "hub") as hub, RunPod().running() as runpod:
-        write_model(hub.folder / "org" / "name", seed=1, context=512)
+        write_model(hub.folder / "org" / "name", seed=1, context=512, ends=False)
         env = {"HF_ENDPOINT": hub.url, "MODELSTORE_ROOT": str(folder / "volume" / "modelstore"), "HF_HOME": str(folder)}
         with serving(env | {"MODEL_ID": "org/name"} | runpod.env):
             yield runpod
@@ -80,9 +80,11 @@ def test_jobs_run_beside_each_other_and_a_cancelled_one_ends(endpoint: Any, runp
     long = endpoint.run({"input": {"prompt": "hello", "max_tokens": 480, "temperature": 2, "top_p": 1, "stream": True}})
     record = runpod.jobs[long.job_id]
     assert runpod.wait(lambda: record.stream)
-    endpoint.run_sync({"prompt": "hello world"} | GREEDY)
+    short = runpod.submit("short", {"prompt": "hello world"} | GREEDY)  # the SDK's client would look a second later
+    assert runpod.wait(lambda: short.status == "COMPLETED")
     assert record.status == "IN_PROGRESS"
     long.cancel()
+    assert record.status == "CANCELLED"
     deadline = time.monotonic() + 30
     while endpoint.run_sync({"op": "status"})["jobs"]["running"] > 1:  # the status job itself is one
         assert time.monotonic() < deadline, "it goes on"
@@ -216,7 +218,7 @@ def test_a_failed_job_is_one_line_with_its_code(runpod: RunPod) -> None:
 
 def test_a_worker_that_is_told_to_end_finishes_its_jobs(store_env: dict[str, str], tmp_path: Path) -> None:
     with running_hub(tmp_path / "hub2") as hub, RunPod().running() as runpod:
-        write_model(hub.folder / "org" / "name", seed=1, context=2048)
+        write_model(hub.folder / "org" / "name", seed=1, context=2048, ends=False)
         env = store_env | {"HF_ENDPOINT": hub.url, "MODEL_ID": "org/name"} | runpod.env
         with serving(env) as process:
             job = runpod.submit(
