@@ -77,6 +77,13 @@ class _BarObserver(Observer):
             )
             self._sum_up()
 
+    def failed(self, key: SnapshotKey) -> None:
+        with self._lock:
+            self._drop_files(key)
+            if key in self._models:
+                self._bars.remove_task(self._models.pop(key))
+            self._sum_up()
+
     def _drop_files(self, key: SnapshotKey, but: Container[tuple[SnapshotKey, str]] = ()) -> None:
         for done in [one for one in self._files if one[0] == key and one not in but]:
             self._bars.remove_task(self._files.pop(done))

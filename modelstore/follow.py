@@ -77,6 +77,9 @@ class Following(Observer):
             except (ModelStoreError, OSError) as error:  # it moves under us, when it is published or taken over
                 logger.debug("the staging of %s cannot be followed just now: %s", key, error)
 
+    def failed(self, key: SnapshotKey) -> None:
+        self._observer.failed(key)
+
     def memory(self, key: SnapshotKey, path: str, size_bytes: int) -> memoryview | None:
         with self._lock:
             self._left += len(self._kept.pop(path, b""))

@@ -34,6 +34,9 @@ class Observer:
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
         """Somebody else fills `key`; this process gives up in `left_s` seconds."""
 
+    def failed(self, key: SnapshotKey) -> None:
+        """This process neither fills `key` nor waits for it any more, because something was raised."""
+
     def memory(self, key: SnapshotKey, path: str, size_bytes: int) -> memoryview | None:
         """Host memory, at least as long as the file, that the bytes of a weights file shall go to beside the volume;
         None for none. Asked again where the file is begun again. Called by several threads."""

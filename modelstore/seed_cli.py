@@ -136,6 +136,8 @@ def seed(
                 _name(store, wanted, snapshot.key)
                 return snapshot.as_json()
             except ModelStoreError as error:
+                if len(models) > 1:  # said now, not after the hours that the others take
+                    report_error(error, context)
                 return error
 
         done = _each(one, models, parallel, observer)
@@ -144,7 +146,6 @@ def seed(
         if isinstance(result, ModelStoreError):
             if len(models) == 1:
                 raise result
-            report_error(result, context)
             worst = worst or result.exit_code
             records.append({"reference": str(wanted.reference), "error": str(result), "exit_code": result.exit_code})
         else:
@@ -180,6 +181,9 @@ class _Stoppable(Observer):
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
         self._go_on()
         self._observer.waiting(key, holder, left_s=left_s)
+
+    def failed(self, key: SnapshotKey) -> None:
+        self._observer.failed(key)
 
     def finished(self, key: SnapshotKey, folder: Path, record: FileRecord) -> None:
         self._observer.finished(key, folder, record)

@@ -246,10 +246,14 @@ class ModelStore:
                     logger.warning("%s", error)
                     contender, waited_from = None, timeline.now()
                     continue
+                except BaseException:
+                    observer.failed(key)
+                    raise
             if waited_from is None:
                 waited_from = timeline.now()
             left_s = deadline - self._clock()
             if left_s <= 0:
+                observer.failed(key)
                 raise _waited_too_long(key, outcome, limit_s)
             timeline.waited_for = outcome.record.worker if outcome.record else timeline.waited_for
             observer.waiting(key, outcome, left_s=left_s)
@@ -348,12 +352,16 @@ class ModelStore:
         return parse_dtype("dtype", dtype) if dtype else self.settings.dtype
 
     def _prepare_root(self) -> None:
-        if not self.layout.format_file.exists():
-            try:
-                check_place(self.layout.root)
-            except RootUnusable as error:  # the first who fills a store makes its place, but may not have meant to
-                logger.warning("%s; until then it is made here", error)
-            durable.write_atomic(self.layout.format_file, b"%d\n" % FORMAT_VERSION)
+        if self.layout.format_file.exists():
+            return
+        missing = ""
+        try:
+            check_place(self.layout.root)
+        except RootUnusable as error:  # the first who fills a store makes its place, but may not have meant to
+            missing = str(error)
+        durable.write_atomic(self.layout.format_file, b"%d\n" % FORMAT_VERSION)
+        if missing:
+            logger.warning("%s; until then it is made here", missing)
 
     def _quarantine(self, key: SnapshotKey, claim: Claim) -> Snapshot | None:
         """Move what stands where the snapshot belongs and is none, or a damaged one, out of the way; it is kept, and

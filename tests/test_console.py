@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyte
 import pytest
 
@@ -269,7 +270,7 @@ def test_ctrl_c_and_then_again(
     cli("verify")
 
 
-def screens(command: list[str], env: dict[str, str], columns: int) -> Iterator[list[str]]:
+def screens(command: list[str], env: dict[str, str], columns: int, code: int = 0) -> Iterator[list[str]]:
     """The lines that a terminal shows, each time when the command has written something."""
     screen = pyte.Screen(columns, 24)
     stream = pyte.ByteStream(screen)
@@ -286,7 +287,7 @@ def screens(command: list[str], env: dict[str, str], columns: int) -> Iterator[l
             except OSError:  # the last writer has gone
                 break
             yield [line.rstrip() for line in screen.display if line.strip()]
-        assert process.wait(10) == 0
+        assert process.wait(10) == code
     finally:
         process.kill()
         process.wait()
@@ -309,11 +310,32 @@ def test_a_terminal_shows_bars_for_all_for_each_model_and_for_its_files(
     assert any(name.startswith("org/name@") for name in names), shown
     assert "model-" in names
     assert ("all" in names) == several
-    order = max(rows, key=len)  # the files of a model stand below it
-    assert order.index("model-") == 1 + next(n for n, name in enumerate(order) if name.startswith("org/name@"))
+    both = [row for row in rows if "model-" in row and any(name.startswith("org/name@") for name in row)]
+    assert both, rows
+    for row in both:  # the files of a model stand below it
+        assert row[row.index("model-") - 1].startswith("org/name@"), row
     assert all(len(line) > 10 for lines in shown[:-1] for line in lines), "names are folded"
     assert "downloaded: org/name" in "".join(shown[-1])
     assert "━" not in "".join(shown[-1])
+
+
+def test_a_model_that_fails_says_so_at_once_and_its_bar_goes(hub: Hub, store_env: dict[str, str]) -> None:
+    """It fails when its one tensor has arrived, while most of the other one's is still on its way."""
+    large = {"layers.0.weight": np.full((512, 512), 1e6, np.float32)}  # more than float16 holds
+    write_repo(hub.folder / "org" / "large", large)
+    write_repo(hub.folder / "org" / "name", random_tensors(12, (512, 512)))
+    hub.faults.bytes_per_s = 3e6
+    command = [sys.executable, "-m", "modelstore", "seed", "org/large", "org/name"]
+    shown = list(screens(command, store_env, 120, code=8))
+    failing = [lines for lines in shown if any(line.startswith("org/large@") and "━" in line for line in lines)]
+    told = [
+        lines for lines in shown
+        if any("error: float16 ends at 65504" in line for line in lines) and any("━" in line for line in lines)
+    ]  # fmt: skip
+    assert failing, shown
+    assert told, shown
+    assert not any(line.startswith("org/large@") for lines in told[1:] for line in lines), told
+    assert "downloaded: org/name" in "".join(shown[-1])
 
 
 def test_colours_are_for_terminals(volume: ModelStore, cli: Cli, store_env: dict[str, str]) -> None:
