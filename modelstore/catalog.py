@@ -13,7 +13,6 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,19 +102,15 @@ class Catalog:
 
     def keys(self) -> Iterator[SnapshotKey]:
         """Whatever stands where a snapshot belongs, damaged or not. Raises UnsafeName where `models` is a link."""
-        return chain.from_iterable(durable.at_once(self.keys_in, self.repos()))
-
-    def repos(self) -> list[str]:
-        """The names of the folders of the models that have snapshots, whatever their commit and dtype. Raises as
-        `keys`."""
         self.check_format()
-        durable.check_no_links(self._layout.root, self._layout.models)
-        return _folders(self._layout.models)
-
-    def keys_in(self, repo: str) -> list[SnapshotKey]:
-        """Those of `keys` that lie in one of `repos`."""
-        keys = (key_from_parts(repo, variant) for variant in _folders(f"{self._layout.models}/{repo}"))
-        return [key for key in keys if key is not None]
+        models = self._layout.models
+        durable.check_no_links(self._layout.root, models)
+        repos = _folders(models)
+        variants = durable.at_once(lambda repo: _folders(f"{models}/{repo}"), repos)
+        for repo, names in zip(repos, variants, strict=True):
+            for name in names:
+                if (key := key_from_parts(repo, name)) is not None:
+                    yield key
 
     def snapshots(self) -> Iterator[Snapshot]:
         """Every published snapshot, by repo and commit; damaged ones are left out, with a warning."""
@@ -235,7 +230,7 @@ class Catalog:
 def check_place(root: Path) -> None:
     """Raise RootUnusable where the folder that a store would lie in is not there. A mounted volume or the user's home
     is place enough, because whoever fills the store makes what is between."""
-    if root.parent.is_dir() or root.is_relative_to(Path.home()):
+    if root.parent.is_dir() or root.is_relative_to(os.path.expanduser("~")):
         return
     there = next(folder for folder in root.parents if folder.exists())
     if there == Path("/") or not there.is_mount():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import secrets
 import subprocess
@@ -27,6 +28,8 @@ from modelstore.look import size
 from modelstore.reference import Reference, parse_reference
 from modelstore.settings import NETWORK_FILE_SYSTEMS, Settings, mount_of, read_mounts
 from modelstore.sources import HfCacheSource
+
+logger = logging.getLogger(__name__)
 
 Level = Literal["ok", "warning", "error"]
 PROBE_BYTES = 64 << 20
@@ -136,7 +139,7 @@ def _probed(layout: Layout, peer: Path | None, probe_bytes: int) -> Iterator[Fin
         try:
             yield from _probes(folder, (peer or layout.root) / folder.relative_to(layout.root), probe_bytes)
         finally:
-            durable.remove_tree(folder)
+            _remove(folder)
     except NoSpace as error:
         yield _error("space", str(error), "no model can be published", "remove one, or run gc", error.exit_code)
     except FileNotFoundError:
@@ -145,6 +148,13 @@ def _probed(layout: Layout, peer: Path | None, probe_bytes: int) -> Iterator[Fin
     except (ModelStoreError, OSError) as error:
         code = error.exit_code if isinstance(error, ModelStoreError) else 1
         yield _error("write", str(error), "nothing can be published", "check MODELSTORE_ROOT and the mount", code)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        durable.remove_tree(folder)
+    except (ModelStoreError, OSError) as error:  # says nothing of what was found
+        logger.warning("%s stays until the next gc: %s", folder, error)
 
 
 def _probes(folder: Path, other: Path, probe_bytes: int) -> Iterator[Finding]:
@@ -180,6 +190,8 @@ def _renames(folder: Path) -> Finding:
         durable.write_atomic(folder / name / "file", name.encode())
     try:
         durable.rename(folder / "staged", folder / "published")
+    except FileNotFoundError:
+        raise
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             return _ok("renames", "a folder that is there is not replaced")
@@ -195,6 +207,8 @@ def _hard_links(folder: Path) -> Finding:
     durable.write_atomic(folder / "one", b"1")
     try:
         durable.link(folder / "one", folder / "two")
+    except FileNotFoundError:
+        raise
     except (ModelStoreError, OSError) as error:
         return _warning("hard links", str(error), "files of two variants are stored twice", "plan more space")
     return _ok("hard links", "they work")
@@ -281,7 +295,7 @@ def _quota(layout: Layout, settings: Settings) -> Finding:
     try:
         found = look.space(layout, settings)
     except (ModelStoreError, OSError) as error:
-        return _error("quota", str(error), "what is there cannot be counted", "check the mount")
+        return _unread("quota", error)
     taken = f"the store takes {size(found['taken'])}"
     if found["quota"] is None:
         return _warning(
@@ -296,8 +310,11 @@ def _quota(layout: Layout, settings: Settings) -> Finding:
 
 
 def _leftovers(layout: Layout, settings: Settings) -> Finding:
-    wanted = plan(layout, settings)
-    damaged = [record for record in look.models(layout) if not record["complete"]]
+    try:
+        wanted = plan(layout, settings)
+        damaged = [record for record in look.models(layout) if not record["complete"]]
+    except (ModelStoreError, OSError) as error:
+        return _unread("leftovers", error)
     if damaged:
         names = ", ".join(record["repo_id"] for record in damaged[:3])
         return _error(
@@ -308,6 +325,11 @@ def _leftovers(layout: Layout, settings: Settings) -> Finding:
         what = f"{len(wanted.garbage)} leftovers, {size(sum(item.size_bytes for item in wanted.garbage))}"
         return _warning("leftovers", what, "they take space", "run `modelstore gc`")
     return _ok("leftovers", "nothing that nobody needs")
+
+
+def _unread(check: str, error: ModelStoreError | OSError) -> Finding:
+    code = error.exit_code if isinstance(error, ModelStoreError) else 1
+    return _error(check, str(error), "what is there cannot be counted", "see above, or check the mount", code)
 
 
 def _hub(settings: Settings) -> Iterator[Finding]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 from modelstore import aliases, durable, pins
@@ -31,17 +30,13 @@ def models(layout: Layout) -> list[dict[str, Any]]:
     bytes are what `verify` compares.
     """
     catalog = Catalog(layout)
-    repos = catalog.repos()
-    now = pins.volume_time(layout) if repos else 0.0
+    keys = list(catalog.keys())
+    now = pins.volume_time(layout) if keys else 0.0
     aliased, pinned = aliases.targets(layout), pins.pinned(layout)
-
-    def look(repo: str) -> list[_Seen]:
-        """All about one model while the mount, which remembers names for a second, still knows its folder."""
-        return [_seen(catalog, layout, key, now) for key in catalog.keys_in(repo)]
 
     records = []
     # What is read is parsed after all was read: a thread that computes holds up those that read.
-    for key, file, names, marks in chain.from_iterable(durable.at_once(look, repos)):
+    for key, file, names, marks in durable.at_once(lambda key: _seen(catalog, layout, key, now), keys):
         manifest = catalog.parse(key, file)
         tops = {file.path.split("/")[0] for file in manifest.files} if manifest else set()
         records.append(

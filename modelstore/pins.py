@@ -28,7 +28,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from modelstore import durable
-from modelstore.errors import ModelStoreError
+from modelstore.errors import ModelStoreError, RootUnusable
 from modelstore.layout import Layout, SnapshotKey, key_from_parts
 
 IN_USE_S = 300.0
@@ -72,7 +72,7 @@ class InUse:
         while not self._over.wait(_TOUCH_EVERY_S):
             try:
                 durable.touch(self._path)
-                mark_used(self._layout, self.key)
+                durable.touch(self._path.with_name(_LAST))
                 self._remove_old_marks()
             except (ModelStoreError, OSError) as error:  # five minutes are long enough to get through once
                 logger.warning("the mark of use was not refreshed: %s", error)
@@ -137,10 +137,13 @@ def users_of(found: Sequence[Mark], now: float) -> tuple[str, ...]:
 
 
 def volume_time(layout: Layout) -> float:
-    """Now, in seconds, as the volume tells it; as this host does where the volume is read-only or empty."""
+    """Now, in seconds, as the volume tells it; as this host does where the volume is empty or not ours to write."""
     if not layout.format_file.exists() or os.statvfs(layout.root).f_flag & os.ST_RDONLY:
         return time.time()
-    return durable.touch(layout.root / "used" / ".clock")
+    try:
+        return durable.touch(layout.root / "used" / ".clock")
+    except RootUnusable:  # whoever cannot write there evicts nothing either
+        return time.time()
 
 
 def pin(layout: Layout, key: SnapshotKey, by: str) -> None:

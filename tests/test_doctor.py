@@ -17,7 +17,7 @@ import pytest
 from modelstore import doctor, durable
 from modelstore.catalog import check_place
 from modelstore.doctor import Finding, diagnose, exit_code
-from modelstore.errors import RootUnusable
+from modelstore.errors import NoSpace, RootUnusable
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from tests.checkpoints import write_repo
@@ -136,19 +136,37 @@ def test_a_peer_of_the_same_volume(store: ModelStore, tmp_path: Path) -> None:
     assert "another mount" in findings["locks"].what
 
 
-def test_a_download_that_empties_the_trash_meanwhile(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = doctor._clock
+@pytest.mark.parametrize("name", ["rename", "link", "open_for_write"])
+def test_a_download_that_empties_the_trash_meanwhile(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    call = getattr(durable, name)
 
-    def emptied(folder: Path) -> Finding:
-        told = clock(folder)
-        shutil.rmtree(folder)
-        return told
+    def emptied(path: Path, *rest: Any, **options: Any) -> Any:
+        if path.name in ("staged", "one", "rate"):
+            shutil.rmtree(store.layout.trash, ignore_errors=True)
+        return call(path, *rest, **options)
 
-    monkeypatch.setattr(doctor, "_clock", emptied)
+    monkeypatch.setattr(durable, name, emptied)
     findings = found(store.settings)
     assert findings["write"].level == "warning"
     assert "emptied the trash" in findings["write"].what
     assert "quota" in findings, "it goes on with what needs no folder"
+
+
+def test_a_volume_that_is_full_before_its_clock_was_made(
+    hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_repo(hub.folder / "org" / "name")
+    store.ensure("org/name")
+
+    def full(path: Path) -> float:
+        raise NoSpace(f"no space for {path}")
+
+    monkeypatch.setattr(durable, "touch", full)
+    findings = {finding.check: finding for finding in diagnose(store.settings, reference="org/name")}
+    assert findings["space"].exit_code == findings["leftovers"].exit_code == 6
+    assert findings["access"].level == "ok", "what needs no room was looked at all the same"
 
 
 def test_exit_codes_are_those_of_the_errors(hub: Hub, cli: Cli, store: ModelStore) -> None:

@@ -72,6 +72,25 @@ def test_a_worker_that_is_gone_keeps_nothing_after_five_minutes(hub: Hub, store:
     assert pins.users(store.layout, snapshot.key, mark.touched_at + 301) == ()
 
 
+def test_a_worker_says_every_minute_that_it_is_there(
+    hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (snapshot,) = seeded(hub, store, "a")
+    monkeypatch.setattr(pins, "_TOUCH_EVERY_S", 0.1)
+    use = pins.InUse(store.layout, snapshot.key, "worker-1")
+    folder = store.layout.used(snapshot.key)
+    for _again in range(2):
+        for path in folder.iterdir():
+            os.utime(path, (0, path.stat().st_mtime - 1000))
+        deadline = time.monotonic() + 10
+        while any(time.time() - path.stat().st_mtime > 500 for path in folder.iterdir()):
+            assert time.monotonic() < deadline, "the mark and .last are both touched"
+            time.sleep(0.02)
+    now = pins.volume_time(store.layout)
+    assert pins.users_of(pins.recent_marks(store.layout, snapshot.key, now), now) == ("worker-1",)
+    use.end()
+
+
 def test_of_a_worker_and_an_eviction_one_sees_the_other(
     hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
