@@ -113,19 +113,15 @@ class _Proxy(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def running_s3() -> Iterator[S3]:
-    """A server with one empty volume."""
+def moto(*options: str) -> Iterator[int]:
+    """moto's server, in a process of its own; its port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port: int = free.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port), *options],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    s3 = S3("", port)
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), type("Proxy", (_Proxy,), {"s3": s3}))
-    s3.url = f"http://127.0.0.1:{proxy.server_address[1]}"
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
     try:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
@@ -134,10 +130,27 @@ def running_s3() -> Iterator[S3]:
                 break
             except OSError:
                 time.sleep(0.1)
-        s3.client().create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": "EU-RO-1"})
-        yield s3
+        yield port
     finally:
-        proxy.shutdown()
-        proxy.server_close()
         process.terminate()
         process.wait()
+
+
+def create_volume(client: Any) -> None:
+    client.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": "EU-RO-1"})
+
+
+@contextmanager
+def running_s3() -> Iterator[S3]:
+    """A server with one empty volume."""
+    with moto() as port:
+        s3 = S3("", port)
+        proxy = ThreadingHTTPServer(("127.0.0.1", 0), type("Proxy", (_Proxy,), {"s3": s3}))
+        s3.url = f"http://127.0.0.1:{proxy.server_address[1]}"
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        try:
+            create_volume(s3.client())
+            yield s3
+        finally:
+            proxy.shutdown()
+            proxy.server_close()
