@@ -30,11 +30,11 @@ T = TypeVar("T")
 @contextmanager
 def bars(models: int, verb: str) -> Iterator[Observer]:
     """What draws the progress of so many models on stderr; `verb` goes before their names."""
-    with _Table(Console(stderr=True, markup=False)) as table:
-        yield _BarObserver(table, models, verb)
+    with _Bars(Console(stderr=True, markup=False)) as drawn:
+        yield _BarObserver(drawn, models, verb)
 
 
-class _Table(Bars):
+class _Bars(Bars):
     """Progress bars with names that are cut rather than wrapped, in the order of their `place`."""
 
     def __init__(self, console: Console) -> None:

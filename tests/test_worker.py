@@ -130,17 +130,17 @@ def test_streams_of_several_prompts_say_whose_each_chunk_is() -> None:
 
 
 def test_a_long_job_says_how_far_it_is_and_never_after_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("handler.worker._PROGRESS_EVERY_S", 0.05)
+    monkeypatch.setattr("handler.worker._PROGRESS_EVERY_S", 0.25)
     told = Told()
     pieces = [*(Piece(0, "", 32) for _ in range(10)), Piece(0, "x", 1, "stop")]
-    output = answer(Engine(*pieces, takes_s=0.02), JOB, told)
+    output = answer(Engine(*pieces, takes_s=0.1), JOB, told)
     assert output["tokens_generated"] == 321
     assert 2 <= len(told.updates) <= 5
     assert all(0 < update["tokens_generated"] < 321 for update in told.updates)
     told = Told()
     assert answer(Engine(takes_s=0.01), JOB, told)
     assert told.updates == [], "a short job has nothing to say"
-    assert answer(Engine(Piece(0, "late", 9, "stop"), takes_s=0.2), JOB, told)
+    assert answer(Engine(Piece(0, "late", 9, "stop"), takes_s=0.5), JOB, told)
     assert told.updates == [], "nor has one whose result is next"
 
 
