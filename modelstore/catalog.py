@@ -148,7 +148,7 @@ class Catalog:
             if state is None or not stat.S_ISREG(state.st_mode) or state.st_size != file.size_bytes:
                 logger.warning("%s is passed over: %s is missing or has another size", path, file.path)
                 return None
-        return Snapshot(path, manifest, read[1].st_ino)
+        return Snapshot(path, manifest, read.state.st_ino)
 
     def check_unchanged(self, snapshot: Snapshot) -> None:
         """Raise IntegrityError where what is published is not any more what this snapshot's manifest says."""
@@ -160,14 +160,14 @@ class Catalog:
         """What stands where the snapshot belongs says that it is; None where it says nothing that can be trusted."""
         return self.parse(key, self._read_plain(key))
 
-    def _read_plain(self, key: SnapshotKey) -> tuple[bytes, os.stat_result] | None:
+    def _read_plain(self, key: SnapshotKey) -> durable.Contents | None:
         path = self._layout.snapshot(key)
         if not _is_plain(self._layout.root, str(path.relative_to(self._layout.root))):
             logger.warning("%s is passed over: a folder on its way is a link", path)
             return None
         return self.read(key)
 
-    def read(self, key: SnapshotKey) -> tuple[bytes, os.stat_result] | None:
+    def read(self, key: SnapshotKey) -> durable.Contents | None:
         """The manifest's bytes and state for one of `keys`, which pass no link; None where there is no such file."""
         path = self._layout.snapshot(key) / MANIFEST
         try:
@@ -180,11 +180,11 @@ class Catalog:
             logger.warning("%s is passed over: its manifest is no regular file", path.parent)
             return None
 
-    def parse(self, key: SnapshotKey, read: tuple[bytes, os.stat_result] | None) -> Manifest | None:
+    def parse(self, key: SnapshotKey, read: durable.Contents | None) -> Manifest | None:
         """The manifest; None where it cannot be trusted."""
         path = self._layout.snapshot(key)
         try:
-            manifest = parse_manifest(read[0], where=str(path / MANIFEST)) if read is not None else None
+            manifest = parse_manifest(read.data, where=str(path / MANIFEST)) if read is not None else None
         except BadManifest as error:
             logger.warning("%s", error)
             return None

@@ -36,6 +36,7 @@ PROBE_BYTES = 64 << 20
 _VISIBLE_S = 2.0
 _SLOW_BYTES_PER_S = 100e6
 _CLOCK_OFF_S = 60.0
+_UNCOUNTED = ("what is there cannot be counted", "see above, or check the mount")
 _LOCAL_LOCKS = ("mfsnobsdlocks", "nolock", "local_lock=all", "local_lock=flock")
 _LOCKER = (
     "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); "
@@ -99,6 +100,10 @@ def _error(check: str, what: str, why: str, do: str, code: int = 1) -> Finding:
     return Finding(check, "error", what, why, do, code)
 
 
+def _failed(check: str, error: ModelStoreError | OSError, why: str, do: str) -> Finding:
+    return _error(check, str(error), why, do, error.exit_code if isinstance(error, ModelStoreError) else 1)
+
+
 def _mounted(root: Path) -> Finding:
     """By the mount table: RunPod's cached models make `/runpod-volume` a folder without a volume."""
     mount = mount_of(root, read_mounts())
@@ -124,9 +129,9 @@ def _format(layout: Layout) -> Finding:
     try:
         Catalog(layout).check_format()
     except FormatTooNew as error:
-        return _error("format", str(error), "this version would misread it", "upgrade modelstore", error.exit_code)
+        return _failed("format", error, "this version would misread it", "upgrade modelstore")
     except ModelStoreError as error:
-        return _error("format", str(error), "nothing can be found there", "check the mount", error.exit_code)
+        return _failed("format", error, "nothing can be found there", "check the mount")
     there = layout.format_file.exists()
     return _ok("format", "the store's format is known" if there else "no store yet: the first download makes it")
 
@@ -141,13 +146,12 @@ def _probed(layout: Layout, peer: Path | None, probe_bytes: int) -> Iterator[Fin
         finally:
             _remove(folder)
     except NoSpace as error:
-        yield _error("space", str(error), "no model can be published", "remove one, or run gc", error.exit_code)
+        yield _failed("space", error, "no model can be published", "remove one, or run gc")
     except FileNotFoundError:
         what = "the doctor's folder is gone: a download that needed room has emptied the trash"
         yield _warning("write", what, "the rest was not tried", "run it again")
     except (ModelStoreError, OSError) as error:
-        code = error.exit_code if isinstance(error, ModelStoreError) else 1
-        yield _error("write", str(error), "nothing can be published", "check MODELSTORE_ROOT and the mount", code)
+        yield _failed("write", error, "nothing can be published", "check MODELSTORE_ROOT and the mount")
 
 
 def _remove(folder: Path) -> None:
@@ -295,7 +299,7 @@ def _quota(layout: Layout, settings: Settings) -> Finding:
     try:
         found = look.space(layout, settings)
     except (ModelStoreError, OSError) as error:
-        return _unread("quota", error)
+        return _failed("quota", error, *_UNCOUNTED)
     taken = f"the store takes {size(found['taken'])}"
     if found["quota"] is None:
         return _warning(
@@ -314,7 +318,7 @@ def _leftovers(layout: Layout, settings: Settings) -> Finding:
         wanted = plan(layout, settings)
         damaged = [record for record in look.models(layout) if not record["complete"]]
     except (ModelStoreError, OSError) as error:
-        return _unread("leftovers", error)
+        return _failed("leftovers", error, *_UNCOUNTED)
     if damaged:
         names = ", ".join(record["repo_id"] for record in damaged[:3])
         return _error(
@@ -325,11 +329,6 @@ def _leftovers(layout: Layout, settings: Settings) -> Finding:
         what = f"{len(wanted.garbage)} leftovers, {size(sum(item.size_bytes for item in wanted.garbage))}"
         return _warning("leftovers", what, "they take space", "run `modelstore gc`")
     return _ok("leftovers", "nothing that nobody needs")
-
-
-def _unread(check: str, error: ModelStoreError | OSError) -> Finding:
-    code = error.exit_code if isinstance(error, ModelStoreError) else 1
-    return _error(check, str(error), "what is there cannot be counted", "see above, or check the mount", code)
 
 
 def _hub(settings: Settings) -> Iterator[Finding]:
@@ -344,7 +343,7 @@ def _hub(settings: Settings) -> Iterator[Finding]:
         try:
             yield _ok("token", f"HF_TOKEN belongs to {check_token(settings)}")
         except ModelStoreError as error:
-            yield _error("token", str(error), "gated and private models are refused", "set another", error.exit_code)
+            yield _failed("token", error, "gated and private models are refused", "set another")
 
 
 def _access(layout: Layout, settings: Settings, reference: str) -> Finding:
@@ -369,6 +368,6 @@ def _access(layout: Layout, settings: Settings, reference: str) -> Finding:
             raise SnapshotNotFound(f"{reference} is not on the volume as {settings.dtype}")
         return _ok("access", f"{reference} is within reach, at {HubSource(wanted, settings).resolve().commit[:12]}")
     except ModelStoreError as error:
-        return _error("access", str(error), "a worker cannot serve it", "seed another, or see above", error.exit_code)
+        return _failed("access", error, "a worker cannot serve it", "seed another, or see above")
     except OSError as error:
-        return _error("access", f"{error}", "a worker cannot serve it", "check the folder")
+        return _failed("access", error, "a worker cannot serve it", "check the folder")

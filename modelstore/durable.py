@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from modelstore.errors import ModelStoreError, NoSpace, RootUnusable, UnsafeName
 
@@ -84,10 +84,17 @@ def open_for_read(path: Path) -> int:
 
 def read_file(path: Path, limit_bytes: int = -1) -> bytes:
     """The bytes of a small regular file, or its first `limit_bytes`."""
-    return read_with_state(path, limit_bytes)[0]
+    return read_with_state(path, limit_bytes).data
 
 
-def read_with_state(path: Path, limit_bytes: int = -1) -> tuple[bytes, os.stat_result]:
+class Contents(NamedTuple):
+    """A small file as it was read, and its state then."""
+
+    data: bytes
+    state: os.stat_result
+
+
+def read_with_state(path: Path, limit_bytes: int = -1) -> Contents:
     """The same, and the state of the file that was read, which asks the file system nothing more."""
     fd = open_for_read(path)
     try:
@@ -98,7 +105,7 @@ def read_with_state(path: Path, limit_bytes: int = -1) -> tuple[bytes, os.stat_r
         while left and (part := os.read(fd, min(left, size))):
             parts.append(part)
             left -= len(part)
-        return b"".join(parts), state
+        return Contents(b"".join(parts), state)
     finally:
         os.close(fd)
 

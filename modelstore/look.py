@@ -20,7 +20,7 @@ from modelstore.space import Space
 
 _LOOK_AGAIN_S = 1.5
 
-_Seen = tuple[SnapshotKey, tuple[bytes, os.stat_result] | None, set[str] | None, tuple[pins.Mark, ...]]
+_Seen = tuple[SnapshotKey, durable.Contents | None, set[str] | None, tuple[pins.Mark, ...]]
 
 
 def models(layout: Layout) -> list[dict[str, Any]]:
@@ -156,7 +156,7 @@ def _seen(catalog: Catalog, layout: Layout, key: SnapshotKey, now: float) -> _Se
     file, folder = catalog.read(key), layout.snapshot(key)
     names: set[str] | None = None
     try:
-        if file is None or os.lstat(folder).st_mtime_ns > file[1].st_mtime_ns:
+        if file is None or os.lstat(folder).st_mtime_ns > file.state.st_mtime_ns:
             names = set(os.listdir(folder))
     except FileNotFoundError:  # evicted while we looked
         names = set()
