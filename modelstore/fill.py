@@ -9,12 +9,11 @@ source, and nothing reaches `models/` but by `durable.publish_folder`.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +34,6 @@ from modelstore.convert import (
 )
 from modelstore.download import Download
 from modelstore.errors import (
-    BadSafetensors,
     ClaimLost,
     CodeRefused,
     DigestMismatch,
@@ -47,13 +45,11 @@ from modelstore.errors import (
 from modelstore.estimate import named_dtype, stored_ratio
 from modelstore.finished import FinishedFiles
 from modelstore.header import Header
+from modelstore.indexes import check_index, index_of_converted, index_with_total_size, parse_json
 from modelstore.layout import MANIFEST, Layout, SnapshotKey, StagingLayout
-from modelstore.manifest import (
-    FileRecord,
-    Manifest,
-    Origin,
-)
+from modelstore.manifest import FileRecord, Manifest, Origin
 from modelstore.observer import Observer
+from modelstore.peak import Peak
 from modelstore.progress import Progress
 from modelstore.reference import is_commit
 from modelstore.selection import Selection, code_in, is_pickle, select_files, stored_path
@@ -76,42 +72,6 @@ class Filled:
     manifest: Manifest
     reused: int
     network: int
-
-
-class Peak:
-    """Keeps what a fill takes on the volume at `limit`: all that will be stored, and once the largest original.
-
-    `sizes`: by file, in bytes, what is stored of it and what it takes beside that while it is in work.
-    """
-
-    def __init__(self, sizes: Mapping[str, tuple[int, int]]) -> None:
-        self.limit = sum(stored for stored, _ in sizes.values()) + max(
-            (beside for _, beside in sizes.values()), default=0
-        )
-        self._sizes = sizes
-        self._taken = 0
-        self._in_work: set[str] = set()
-        self._lock = threading.Lock()
-
-    def needs_nothing_beside(self, path: str) -> bool:
-        """Whether a weights file is to be stored as it comes; False for other files."""
-        return path in self._sizes and self._sizes[path][1] == 0
-
-    def begin(self, path: str) -> bool:
-        """Count a file as in work; False where it has to wait for another one's end."""
-        taken = sum(self._sizes[path])
-        with self._lock:
-            if self._in_work and self._taken + taken > self.limit:
-                return False
-            self._in_work.add(path)
-            self._taken += taken
-            return True
-
-    def end(self, path: str) -> None:
-        """The file is stored, and nothing else of it is left."""
-        with self._lock:
-            self._in_work.discard(path)
-            self._taken -= self._sizes[path][1]
 
 
 class Fill:
@@ -278,7 +238,7 @@ class Fill:
                 return self._configs.setdefault(path, {})
             rewritten = self._finished.records[path].origin is not None
             data = self._read_small(file) if rewritten else self._staging.snapshot_file(path).read_bytes()
-            config = _json(data, path)
+            config = parse_json(data, path)
             self._configs[path] = config if isinstance(config, dict) else {}
         return self._configs[path]
 
@@ -433,15 +393,15 @@ class Fill:
         before = after = b""
         if stored != file.path:
             before = path.read_bytes()
-            after = _index_of_converted(_json(before, file.path))
+            after = index_of_converted(parse_json(before, file.path))
         elif PurePosixPath(file.path).name == "config.json":
             before = after = path.read_bytes()
-            config = _json(before, file.path)
+            config = parse_json(before, file.path)
             if isinstance(config, dict):
                 self._configs[file.path] = config
                 if not storage_policy(self._dtype, config).unchanged_because:
                     after = config_in_dtype(before, self._dtype)
-        if after == before or _json(after, stored) == _json(before, file.path):
+        if after == before or parse_json(after, stored) == parse_json(before, file.path):
             durable.sync_path(path)
             durable.rename(path, target)
             self._finished.add(file, FileRecord(stored, file.size_bytes, digests.sha256, digests.blocks))
@@ -491,34 +451,21 @@ class Fill:
     def _finish_indexes(self, selection: Selection) -> None:
         """Check each index against the shards' headers, and correct its total size where shards were converted."""
         for path, weight_map in selection.indexes.items():
-            folder = _folder_of(path)
-            held = {
-                name: {tensor.name for tensor in header.tensors}
-                for name, header in self._headers.items()
-                if _folder_of(name) == folder
-            }
-            for tensor, shard in weight_map.items():
-                if tensor not in held[stored_path(f"{folder}/{shard}" if folder else shard)]:
-                    raise BadSafetensors(
-                        f"{path} places {tensor[:80]!r} in {shard}, which does not hold it: name another revision"
-                    )
-            self._correct_total_size(stored_path(path))
+            folder, stored = _folder_of(path), stored_path(path)
+            shards = {name: header for name, header in self._headers.items() if _folder_of(name) == folder}
+            check_index(path, weight_map, shards)
+            if not any(self._finished.records[name].origin for name in shards):
+                continue
+            target = self._staging.snapshot_file(stored)
+            data = target.read_bytes()
+            corrected = index_with_total_size(data, partial(self._stored_size, shards), where=stored)
+            if corrected != data:
+                durable.write_atomic(target, corrected)
+                self._finished.records[stored] = _rewritten(stored, corrected, self._finished.records[stored].original)
 
-    def _correct_total_size(self, path: str) -> None:
-        target = self._staging.snapshot_file(path)
-        record = self._finished.records[path]
-        index = _json(target.read_bytes(), path)
-        metadata = index.get("metadata")
-        if not isinstance(metadata, dict) or "total_size" not in metadata:
-            return
-        shards = {name for name in self._headers if _folder_of(name) == _folder_of(path)}
-        total = sum(read_header(self._staging.snapshot_file(name), where=name).tensors[-1].end for name in shards)
-        if metadata["total_size"] == total or not any(self._finished.records[name].origin for name in shards):
-            return
-        metadata["total_size"] = total
-        data = json.dumps(index, indent=2).encode() + b"\n"
-        durable.write_atomic(target, data)
-        self._finished.records[path] = _rewritten(path, data, record.original)
+    def _stored_size(self, shards: Iterable[str]) -> int:
+        """Bytes of all tensors of these stored files."""
+        return sum(read_header(self._staging.snapshot_file(name), where=name).tensors[-1].end for name in shards)
 
     def _publish(self) -> Manifest:
         manifest = Manifest(
@@ -583,18 +530,5 @@ def _keep_only(folder: Path, names: set[str]) -> None:
                 durable.remove_file(path)
 
 
-def _index_of_converted(index: Mapping[str, Any]) -> bytes:
-    """The index of a pickled checkpoint, for the files that its shards become."""
-    weight_map = {tensor: stored_path(shard) for tensor, shard in index["weight_map"].items()}
-    return json.dumps({**index, "weight_map": weight_map}, indent=2).encode() + b"\n"
-
-
 def _folder_of(path: str) -> str:
     return path.rpartition("/")[0]
-
-
-def _json(data: bytes, where: str) -> Mapping[str, Any] | Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadSafetensors(f"{where} is not JSON ({error}): name another revision") from error

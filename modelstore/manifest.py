@@ -30,7 +30,7 @@ BLOCK_BYTES = 8 << 20
 CHECKSUM_HEX = 16
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_BLOCKS = re.compile(rf"(?:[0-9a-f]{{{CHECKSUM_HEX}}})*")
+_HEX = re.compile(r"[0-9a-f]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,18 +167,14 @@ def _manifest(record: Mapping[str, Any]) -> Manifest:
 
 def parse_file_record(record: Mapping[str, Any], block_bytes: int) -> FileRecord:
     """The inverse of `file_as_json`. Raises KeyError, TypeError or ValueError; names are checked by the caller."""
-    size_bytes, sha256, blocks = _count(record["size"]), _text(record["sha256"]), _text(record["blocks"])
+    path, size_bytes, sha256, blocks = _text(record["path"]), _count(record["size"]), record["sha256"], record["blocks"]
     expected = -(-size_bytes // block_bytes) * CHECKSUM_HEX
-    if not _SHA256.fullmatch(sha256) or not _BLOCKS.fullmatch(blocks) or len(blocks) != expected:
-        raise ValueError(f"the digests of {record['path']!r} are not complete")
-    origin = record.get("origin")
-    return FileRecord(
-        path=_text(record["path"]),
-        size_bytes=size_bytes,
-        sha256=sha256,
-        blocks=blocks,
-        origin=Origin(_count(origin["size"]), _text(origin["sha256"])) if origin is not None else None,
-    )
+    # What is no string is a TypeError of `fullmatch`.
+    if not _SHA256.fullmatch(sha256) or not _HEX.fullmatch(blocks) or len(blocks) != expected:
+        raise ValueError(f"the digests of {path!r} are not complete")
+    if (origin := record.get("origin")) is None:
+        return FileRecord(path, size_bytes, sha256, blocks)
+    return FileRecord(path, size_bytes, sha256, blocks, Origin(_count(origin["size"]), _text(origin["sha256"])))
 
 
 def _text(value: object) -> str:

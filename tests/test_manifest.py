@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from modelstore.errors import BadManifest, FormatTooNew
 from modelstore.layout import SnapshotKey
-from modelstore.manifest import FileRecord, Manifest, Origin, SourceRecord, parse_manifest
+from modelstore.manifest import FileRecord, Manifest, Origin, SourceRecord, digest_of, parse_manifest
 
 MANIFEST = Manifest(
     key=SnapshotKey("org/name", "a" * 40, "float16"),
@@ -59,3 +60,15 @@ def test_a_name_that_leaves_the_folder_is_refused_even_with_a_right_digest() -> 
     hostile = replace(MANIFEST, files=(FileRecord("../../etc/passwd", 3, "b" * 64, "c" * 16),))
     with pytest.raises(BadManifest, match="refused"):
         parse_manifest(hostile.encode(), where="x")
+
+
+@pytest.mark.parametrize("field", ["path", "size", "sha256", "blocks"])
+@pytest.mark.parametrize("value", [None, True, -1, 1.5, [], {}, ["a"], "x"])
+def test_a_field_of_a_file_that_is_something_else_is_refused_even_with_a_right_digest(field: str, value: Any) -> None:
+    record = json.loads(MANIFEST.encode())
+    del record["digest"]
+    record["files"][0][field] = value
+    if field == "path" and value == "x":
+        record["files"].append(record["files"][0])
+    with pytest.raises(BadManifest, match="is damaged"):
+        parse_manifest(json.dumps(record | {"digest": digest_of(record)}).encode(), where="x")

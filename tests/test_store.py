@@ -38,10 +38,10 @@ from modelstore.errors import (
     UnsafeName,
     WaitTimeout,
 )
-from modelstore.fill import Peak
 from modelstore.layout import SnapshotKey
 from modelstore.manifest import parse_manifest
 from modelstore.observer import Observer
+from modelstore.peak import Peak
 from modelstore.progress import Progress
 from modelstore.store import ModelStore
 from modelstore.timeline import Timeline
