@@ -37,6 +37,7 @@ from filelock import FileLock, Timeout
 
 from modelstore import durable
 from modelstore.errors import ClaimLost, ModelStoreError
+from modelstore.units import size
 
 DEAD_AFTER_S = 1.25
 _HEARTBEAT_S = 0.5
@@ -96,7 +97,7 @@ class Holder:
             return f"generation {self.generation}, not started yet"
         text = f"worker {self.record.worker} ({self.record.phase or 'starting'}"
         if self.record.total:
-            text += f", {self.record.done / self.record.total:.0%} of {self.record.total / 1e9:.2f} GB"
+            text += f", {self.record.done / self.record.total:.0%} of {size(self.record.total)}"
         if self.record.eta_s is not None:
             text += f", about {self.record.eta_s:.0f} s left"
         return text + (f"; silent for {self.silent_s:.0f} s)" if self.silent_s > 3 else ")")

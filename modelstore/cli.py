@@ -42,6 +42,7 @@ from modelstore.reference import parse_reference
 from modelstore.settings import parse_dtype, parse_size
 from modelstore.space import Space
 from modelstore.store import ModelStore
+from modelstore.units import size
 from modelstore.verify import parse_sample, save_position, saved_position, verify_folder
 
 app.add_typer(alias_cli.app, name="alias", rich_help_panel=None)
@@ -213,7 +214,7 @@ def remove(
         raise Refused(f"@{found.aliases[0]} points to {key}: repoint it first, or add --force")
     users = f", in use by {', '.join(found.users)}" if found.users else ""
     if not dry_run:
-        context.confirm(f"remove {key}, {found.size_bytes / 1e9:.2f} GB, {folder}{users}", yes=yes)
+        context.confirm(f"remove {key}, {size(found.size_bytes)}, {folder}{users}", yes=yes)
         evict(store.layout, key, force=True)
     record = _key_record(key, folder) | {"bytes": found.size_bytes, "removed": not dry_run}
     context.print(record, lambda console: console.print(f"{'would remove' if dry_run else 'removed'} {folder}"))
@@ -239,7 +240,7 @@ def collect_garbage(
     wanted = plan(layout, settings, grace_s=grace_s, limit_bytes=limit)
     if not dry_run and (wanted.garbage or wanted.evicted):
         what = f"{len(wanted.garbage)} leftovers and {len(wanted.evicted)} models"
-        context.confirm(f"remove {what}, {wanted.size_bytes / 1e9:.2f} GB", yes=yes)
+        context.confirm(f"remove {what}, {size(wanted.size_bytes)}", yes=yes)
         wanted = wanted.run(layout, settings, grace_s=grace_s)
     record = {
         "bytes": wanted.size_bytes,

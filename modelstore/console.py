@@ -20,10 +20,10 @@ from rich.table import Table
 
 from modelstore.catalog import Snapshot, check_place
 from modelstore.errors import ModelStoreError, Refused
-from modelstore.look import size
 from modelstore.observer import LogObserver, Observer
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
+from modelstore.units import size
 
 INTERRUPTED = "interrupted: what was downloaded is kept, the same command goes on from there"
 

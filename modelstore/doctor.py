@@ -24,10 +24,10 @@ from modelstore.catalog import Catalog, check_place
 from modelstore.errors import FormatTooNew, ModelStoreError, NoSpace, NotFound, RootUnusable, SnapshotNotFound
 from modelstore.gc import plan
 from modelstore.layout import Layout
-from modelstore.look import size
 from modelstore.reference import Reference, parse_reference
 from modelstore.settings import NETWORK_FILE_SYSTEMS, Settings, mount_of, read_mounts
 from modelstore.sources import HfCacheSource
+from modelstore.units import size
 
 logger = logging.getLogger(__name__)
 

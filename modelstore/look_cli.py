@@ -17,7 +17,7 @@ from rich.table import Table
 from modelstore import durable, history, look
 from modelstore.console import Context, app, command
 from modelstore.errors import NotFound, UsageError
-from modelstore.look import ago, size
+from modelstore.units import ago, size
 
 _LIMIT = Annotated[int, typer.Option("--limit", min=1, help="At most so many, the latest.")]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from modelstore.layout import SnapshotKey
 from modelstore.manifest import FileRecord
 from modelstore.progress import Progress
+from modelstore.units import size
 
 if TYPE_CHECKING:
     from modelstore.claim import Holder
@@ -61,7 +62,7 @@ class LogObserver(Observer):
         if self._due():
             left_s = progress.eta_s  # once: others count on meanwhile
             eta = f", about {left_s:.0f} s left" if left_s is not None else ""
-            logger.info("%s %s: %.2f of %.2f GB%s", self._doing, key, progress.done / 1e9, progress.total / 1e9, eta)
+            logger.info("%s %s: %s of %s%s", self._doing, key, size(progress.done), size(progress.total), eta)
 
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
         if self._due():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
+_SETTLES_S = 0.5
+
 
 class Progress:
     """Counts of one fill, in bytes of the source; `reused` was there already, `network` went over the wire, repeats
@@ -21,9 +23,9 @@ class Progress:
 
     @property
     def eta_s(self) -> float | None:
-        """The seconds that are left at the rate so far; None before anything has arrived."""
-        fetched = self.done - self.reused
-        return (self.total - self.done) * (time.monotonic() - self._began) / fetched if fetched > 0 else None
+        """The seconds that are left at the rate so far; None while there is no rate to speak of."""
+        fetched, took_s = self.done - self.reused, time.monotonic() - self._began
+        return (self.total - self.done) * took_s / fetched if fetched > 0 and took_s > _SETTLES_S else None
 
     @property
     def files(self) -> dict[str, tuple[int, int]]:

@@ -11,8 +11,8 @@ from html import escape
 from typing import Any
 
 from modelstore import history
-from modelstore.look import ago, size
 from modelstore.timeline import waterfall
+from modelstore.units import ago, size
 
 _WATERFALLS = 40
 _COLOURS: Mapping[str, str] = {

@@ -34,13 +34,13 @@ from modelstore.console import (
 from modelstore.errors import ModelStoreError, SnapshotNotFound, UsageError
 from modelstore.evict import evict, survey
 from modelstore.layout import SnapshotKey
-from modelstore.look import size
 from modelstore.manifest import FileRecord
 from modelstore.observer import Observer
 from modelstore.progress import Progress
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings, parse_dtype
 from modelstore.store import ModelStore
+from modelstore.units import size
 from modelstore.wanted import Wanted, read_list
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from modelstore.errors import NoSpace
 from modelstore.evict import evict, least_recently_used, survey
 from modelstore.layout import Layout, SnapshotKey
 from modelstore.settings import Settings
+from modelstore.units import size
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Space:
             return
         if needed_bytes > quota:
             raise NoSpace(
-                f"{key} takes up to {_text(needed_bytes)} while it is made and MODELSTORE_QUOTA is {_text(quota)}: "
+                f"{key} takes up to {size(needed_bytes)} while it is made and MODELSTORE_QUOTA is {size(quota)}: "
                 "raise it, or choose a smaller model",
                 free_bytes=quota,
             )
@@ -71,8 +72,8 @@ class Space:
             free = max(needed_bytes - missing, 0)
             hint = "remove a model" if self._settings.evict else "remove a model, run gc, set MODELSTORE_EVICT=1"
             raise NoSpace(
-                f"{key} takes up to {_text(needed_bytes)} while it is made and {_text(free)} of "
-                f"MODELSTORE_QUOTA={_text(quota)} are free: {hint}, or raise the quota",
+                f"{key} takes up to {size(needed_bytes)} while it is made and {size(free)} of "
+                f"MODELSTORE_QUOTA={size(quota)} are free: {hint}, or raise the quota",
                 free_bytes=free,
             )
 
@@ -142,7 +143,7 @@ class Space:
             return
         for candidate in chosen:
             if evict(self._layout, candidate.key):
-                logger.warning("evicted %s (%s) to make room for %s", candidate.key, _text(candidate.size_bytes), key)
+                logger.warning("evicted %s (%s) to make room for %s", candidate.key, size(candidate.size_bytes), key)
 
     def taken(self, *, apart_from: SnapshotKey | None = None, damaged: Path | None = None) -> int:
         """Bytes that the store takes or has promised to downloads that run, without the staging of `apart_from` and the
@@ -183,7 +184,7 @@ class Space:
         free = state.f_bavail * state.f_frsize
         if needed_bytes > free:
             raise NoSpace(
-                f"{key} needs {_text(needed_bytes)} more and {self._layout.root} has {_text(free)} free: "
+                f"{key} needs {size(needed_bytes)} more and {self._layout.root} has {size(free)} free: "
                 "free some, or remove a model",
                 free_bytes=free,
             )
@@ -197,7 +198,3 @@ class Space:
             self._sleep(_POLL_S)
         with held:
             yield
-
-
-def _text(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"

@@ -92,7 +92,7 @@ def on_mount(tmp_path: Path, store_env: dict[str, str]) -> OnMount:
             cwd=Path(__file__).parent.parent,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
 

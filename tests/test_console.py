@@ -170,7 +170,7 @@ def on_each(names: Iterable[str], tmp_path: Path) -> list[str]:
         "import json, subprocess, sys\n"
         "for name, command in json.loads(sys.argv[1]).items():\n"
         "    done = subprocess.run([sys.executable, '-m', 'modelstore', *command], capture_output=True, text=True)\n"
-        "    print(json.dumps({'name': name, 'code': done.returncode, 'out': done.stdout, 'err': done.stderr}))\n"
+        "    print(json.dumps({'name': name, 'code': done.returncode, 'out': done.stdout, 'err': done.stderr}), flush=True)\n"
     )
     return [sys.executable, "-c", code, json.dumps({name: words(name, tmp_path) for name in names})]
 

@@ -1,0 +1,19 @@
+"""Figures as a person reads them."""
+
+from __future__ import annotations
+
+
+def size(count: float) -> str:
+    """Bytes for a person."""
+    for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= length:
+            return f"{count / length:.2f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
+def ago(seconds: float) -> str:
+    """A time in the past for a person."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
