@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from modelstore import aliases
 from modelstore.catalog import Catalog
@@ -20,13 +19,17 @@ from modelstore.console import (
     Context,
     command,
     observer_of,
+    table,
 )
 from modelstore.errors import InvalidReference, SnapshotNotFound, UsageError
 from modelstore.layout import SnapshotKey
 from modelstore.reference import parse_reference
 from modelstore.settings import parse_dtype
 
-app = typer.Typer(help="Names that point to models; repoint one, and workers that serve it swap.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer(help="Names that point to models. Repoint one, and workers that serve it swap.", no_args_is_help=True)
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +86,8 @@ def list_aliases(context: Context) -> None:
             logger.warning("%s", error)
     records = [{"alias": name, "history": [entry.as_json() for entry in entries]} for name, entries in found.items()]
 
-    def table() -> Table:
-        made = Table("alias", "model", "since", "by", box=None)
+    def drawn() -> Table:
+        made = table("alias", "model", "since", "by")
         for name, entries in found.items():
             shown = [aliases.stable(entries)] if entries[-1].percent == 100 else [aliases.stable(entries), entries[-1]]
             for entry in shown:
@@ -92,7 +95,7 @@ def list_aliases(context: Context) -> None:
                 made.add_row(f"@{name}", model, time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.at)), entry.by)
         return made
 
-    context.print(records, lambda console: console.print(table() if found else "there are no aliases"))
+    context.print(records, lambda console: console.print(drawn() if found else "there are no aliases"))
 
 
 @command(app)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from modelstore import __version__, alias_cli, look_cli, pins, seed_cli  # noqa: F401  each registers its commands
+from modelstore import __version__, adopt_cli, alias_cli, look_cli, pins, seed_cli  # noqa: F401  each registers its commands
 from modelstore.catalog import Snapshot
 from modelstore.console import (
     DRY_RUN,
@@ -47,6 +47,15 @@ from modelstore.verify import parse_sample, save_position, saved_position, verif
 
 app.add_typer(alias_cli.app, name="alias", rich_help_panel=None)
 
+# As `--help` lists them: fill, start, look, ask why, keep and take away; then `alias` with its own.
+ORDER = (
+    *("seed", "adopt", "export"),
+    *("warm", "bench"),
+    *("ls", "show", "path", "du", "claims", "watch"),
+    *("history", "report", "metrics", "doctor", "verify"),
+    *("rm", "gc", "pin", "unpin"),
+)
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -71,7 +80,7 @@ def warm(
     revision: REVISION = None,
     device: Annotated[str | None, typer.Option("--device", help="cuda or cpu; cuda where there is one.")] = None,
 ) -> None:
-    """Start as a worker would, up to the model in memory, and print the timeline."""
+    """Load a model as a worker would, and print the timeline."""
     from modelstore.collector import without_collecting
     from modelstore.warmstart import begin
 
@@ -111,7 +120,7 @@ def bench_volume(
     device: Annotated[str | None, typer.Option("--device", help="cuda or cpu; cuda where there is one.")] = None,
     folder: Annotated[Path | None, typer.Option("--folder", help="On the volume to measure; beside the store.")] = None,
 ) -> None:
-    """Measure loading and starting from a volume: ours, the others', and the physical floor."""
+    """Measure loading and starting on a volume, beside other loaders."""
     size_bytes = parse_size("--size", size)
     place = folder or context.store().settings.root.parent
     try:
@@ -138,7 +147,7 @@ def show(
     dtype: DTYPE = None,
     revision: REVISION = None,
 ) -> None:
-    """Show one snapshot: its files, their sizes and digests, and where it came from."""
+    """Show one snapshot: its files, sizes and digests, and its source."""
     snapshot = _found(context.store(), reference, revision, dtype)
     source = snapshot.manifest.source
     record = without_status(snapshot) | {
@@ -177,7 +186,7 @@ def verify(
     dtype: DTYPE = None,
     revision: REVISION = None,
 ) -> None:
-    """Compare a snapshot, or all, with its manifest, byte by byte; touches no network."""
+    """Compare snapshots with their manifests, byte by byte. All of them without REF; touches no network."""
     store = context.store() if reference else context.volume()
     stride = parse_sample(sample) if sample is not None else 1
     if max_seconds is not None and not max_seconds > 0:
@@ -204,7 +213,7 @@ def remove(
     yes: YES = False,
     force: Annotated[bool, typer.Option("--force", help="Also where it is pinned, or an alias points to it.")] = False,
 ) -> None:
-    """Remove one snapshot from the volume; a worker that is reading it is not hurt."""
+    """Remove one snapshot from the volume. A worker that is reading it is not hurt."""
     store = context.store()
     key = _found_key(store, reference, revision, dtype)
     (found,), folder = survey(store.layout, [key]), store.layout.snapshot(key)
@@ -230,7 +239,7 @@ def collect_garbage(
     dry_run: DRY_RUN = False,
     yes: YES = False,
 ) -> None:
-    """Remove what nobody needs: abandoned downloads, trash, quarantine; with --to also models that were not used."""
+    """Remove abandoned downloads, trash and quarantine. With --to also the models that were not used for longest."""
     store = context.volume()
     layout, settings = store.layout, store.settings
     limit = parse_size("--to", to) if to is not None else None
@@ -299,6 +308,7 @@ def unpin(
 
 def run() -> NoReturn:
     """Do what the command line says, and end the process."""
+    app.registered_commands.sort(key=lambda one: ORDER.index(str(one.name)))
     app(standalone_mode=True)
     raise SystemExit(0)
 

@@ -6,25 +6,25 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 
 from modelstore import durable, history, look
-from modelstore.console import Context, app, command
+from modelstore.console import Context, app, command, table
 from modelstore.errors import NotFound, UsageError
 from modelstore.units import ago, size
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
+    from rich.table import Table
 
 _LIMIT = Annotated[int, typer.Option("--limit", min=1, help="At most so many, the latest.")]
 
 
 @command(app, "ls")
 def list_models(context: Context) -> None:
-    """List the published models: size, last use, pins, aliases, and the workers that use them."""
+    """List the published models: size, last use, pins, aliases, users."""
     store = context.volume()
     found = look.models(store.layout)
     context.print(found, lambda console: console.print(_models_table(found, str(store.settings.root), console.width)))
@@ -32,16 +32,16 @@ def list_models(context: Context) -> None:
 
 @command(app)
 def du(context: Context) -> None:
-    """What takes the space: by model, by kind, against the quota, and what an eviction would free."""
+    """What takes the space, against the quota. By model, by kind, and what an eviction would free."""
     store = context.volume()
     found = look.space(store.layout, store.settings)
 
     def text(console: Console) -> None:
-        table = _table("size", "model", "last used", "kept because")
+        rows = table("size", "model", "last used", "kept because")
         for model in found["snapshots"]:
             name = f"{model['repo_id']} {model['commit'][:12]} {model['dtype']}"
-            table.add_row(size(model["bytes"]), name, ago(model["idle_s"]), model["kept_because"])
-        console.print(table)
+            rows.add_row(size(model["bytes"]), name, ago(model["idle_s"]), model["kept_because"])
+        console.print(rows)
         for kind, count in found["kinds"].items():
             if count and kind != "models":
                 console.print(f"{size(count)} {kind}")
@@ -54,7 +54,7 @@ def du(context: Context) -> None:
 
 @command(app)
 def claims(context: Context) -> None:
-    """Who downloads what: progress, time left, and whether the worker is alive."""
+    """Who downloads what, how far, and whether the worker is alive."""
     found = look.claims(context.volume().layout)
     context.print(found, lambda console: console.print(_claims_table(found)))
 
@@ -65,7 +65,10 @@ def watch(
     every_s: Annotated[float, typer.Option("--every-s", min=0.2, help="Seconds between two looks.")] = 2.0,
     count: Annotated[int | None, typer.Option("--count", min=1, help="Stop after so many looks.")] = None,
 ) -> None:
-    """Follow downloads and use as they change, until Ctrl-C; with --json one line for each look."""
+    """Follow downloads and use as they change, until Ctrl-C. With --json one line for each look."""
+    from rich.console import Console, Group
+    from rich.live import Live
+
     store = context.volume()
 
     def looked() -> dict[str, Any]:
@@ -113,9 +116,9 @@ def past_starts(
         if not found:
             console.print("no start has been recorded yet")
             return
-        table = _table("when", "model", "outcome", "worker", "ready", "what took longest")
+        rows = table("when", "model", "outcome", "worker", "ready", "what took longest")
         for record in found:
-            table.add_row(
+            rows.add_row(
                 time.strftime("%m-%d %H:%M", time.localtime(record["at"])),
                 record["model"],
                 "failed" if record["error"] else record["outcome"] or "",
@@ -123,7 +126,7 @@ def past_starts(
                 f"{history.total_s(record):.1f} s",
                 history.verdict(record),
             )
-        console.print(table)
+        console.print(rows)
 
     context.print(found, text)
 
@@ -135,7 +138,7 @@ def write_report(
     text: Annotated[bool, typer.Option("--text", help="The starts as bars in the terminal instead.")] = False,
     limit: _LIMIT = 200,
 ) -> None:
-    """One HTML page that needs no server: how starts went, what took them so long, what lies on the volume."""
+    """One HTML page of starts, what slowed them, and the volume. It needs no server and no network."""
     from modelstore import report
 
     store = context.volume()
@@ -160,7 +163,7 @@ def metrics(
     file: Annotated[Path | None, typer.Option("--file", help="Write them there instead, as a whole.")] = None,
     port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Answer scrapes there instead.")] = None,
 ) -> None:
-    """Prometheus metrics of the volume and its fleet: starts, seconds, bytes, events, space."""
+    """Prometheus metrics of the volume and its fleet. Starts, seconds, bytes, events, space."""
     try:
         from modelstore.metrics import as_text, serve, write
     except ModuleNotFoundError as error:
@@ -192,7 +195,7 @@ def doctor(
         Path | None, typer.Option("--peer", help="The store's folder on another mount of the same volume.")
     ] = None,
 ) -> None:
-    """Look whether a fleet can rely on this volume: mount, locks, renames, rates, space, clock, token, leftovers."""
+    """Check whether a fleet can rely on this volume. Mount, locks, renames, rates, space, clock, token, leftovers."""
     from modelstore.doctor import diagnose, exit_code
 
     if peer is not None and not peer.is_absolute():
@@ -212,36 +215,31 @@ def doctor(
     raise typer.Exit(exit_code(findings))
 
 
-def _table(*names: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in names:
-        table.add_column(name, overflow="fold", justify="right" if name in ("size", "files", "ready") else "left")
-    return table
-
-
 def _models_table(models: list[dict[str, Any]], root: str, width: int) -> Table | str:
     if not models:
         return f"no snapshots in {root}: publish one with `modelstore seed org/name`"
     wide = width >= 80
-    table = _table("model", "commit", "dtype", "files", "size", *(("last used", "kept by") if wide else ()))
+    rows = table("model", "commit", "dtype", "files", "size", *(("last used", "kept by") if wide else ()))
     for model in models:
         kept = [f"@{name}" for name in model["aliases"]] + (["pin"] if model["pinned"] else []) + model["in_use_by"]
         used = "never" if model["idle_s"] is None else ago(model["idle_s"])
         name = model["repo_id"] if model["complete"] else f"{model['repo_id']} (damaged)"
         row = (name, model["commit"][:12], model["dtype"], str(model["files"]), size(model["bytes"]))
-        table.add_row(*row, *((used, ", ".join(kept)) if wide else ()))
-    return table
+        rows.add_row(*row, *((used, ", ".join(kept)) if wide else ()))
+    return rows
 
 
 def _claims_table(found: list[dict[str, Any]]) -> Table | str:
     if not found:
         return "nobody downloads anything"
-    table = _table("model", "worker", "phase", "", "left", "")
+    from rich.progress_bar import ProgressBar
+
+    rows = table("model", "worker", "phase", "", "left", "")
     for one in found:
         share = ProgressBar(one["total"] or 1, one["done"], width=16)
         done = f"{one['done'] / one['total']:.0%} of {size(one['total'])}" if one["total"] else ""
         left = f"{one['eta_s']:.0f} s" if one["eta_s"] is not None else ""
         state = done if one["alive"] else f"{done} gone" if done else "gone"
         name = f"{one['repo_id']} {one['commit'][:12]} {one['dtype']}"
-        table.add_row(name, f"{one['worker']} ({one['host']})", one["phase"], share, left, state)
-    return table
+        rows.add_row(name, f"{one['worker']} ({one['host']})", one["phase"], share, left, state)
+    return rows

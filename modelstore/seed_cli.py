@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, cast
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from modelstore import aliases, look, pins
 from modelstore.catalog import check_place
@@ -21,7 +19,6 @@ from modelstore.claim import Holder
 from modelstore.console import (
     DTYPE,
     INTERRUPTED,
-    REF,
     REVISION,
     YES,
     Context,
@@ -30,8 +27,9 @@ from modelstore.console import (
     observer_of,
     print_seeded,
     report_error,
+    table,
 )
-from modelstore.errors import ModelStoreError, SnapshotNotFound, UsageError
+from modelstore.errors import ModelStoreError, UsageError
 from modelstore.evict import evict, survey
 from modelstore.layout import SnapshotKey
 from modelstore.manifest import FileRecord
@@ -44,6 +42,8 @@ from modelstore.units import size
 from modelstore.wanted import Wanted, read_list
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from modelstore.s3 import Target, Volume
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def seed(
     ] = False,
     yes: YES = False,
 ) -> None:
-    """Publish models before any worker needs them; fetches only what is missing."""
+    """Publish models before any worker needs them. Fetches only what is missing."""
     if overflow not in ("stop", "bfloat16"):
         raise typer.BadParameter("use stop or bfloat16", param_hint="--overflow")
     if wait_s is not None and not wait_s >= 0:
@@ -327,13 +327,11 @@ def _preview(context: Context, store: ModelStore, models: list[Wanted], *, prune
     }
 
     def text(console: Console) -> None:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("model", "commit", "dtype", "size", "download", ""):
-            table.add_column(name, overflow="fold", justify="right" if name in ("size", "download") else "left")
+        rows = table("model", "commit", "dtype", "size", "download", "")
         for record in records:
             sizes = (size(record["bytes"]), size(record["downloaded_bytes"]))
-            table.add_row(record["repo_id"], record["commit"][:12], record["dtype"], *sizes, record["status"])
-        console.print(table)
+            rows.add_row(record["repo_id"], record["commit"][:12], record["dtype"], *sizes, record["status"])
+        console.print(rows)
         for name in plan["aliases_moved"]:
             console.print(f"would point @{name} somewhere else than now")
         for one in others:
@@ -359,57 +357,3 @@ def _print_done(console: Console, records: list[dict[str, Any]]) -> None:
             console.print(f"{what} on {record['to']}, {size(record['uploaded_bytes'])} sent")
         else:
             console.print(f"{what}, {size(record['bytes'])}")
-
-
-@command(app)
-def adopt(
-    context: Context,
-    path: Annotated[Path, typer.Argument(help="An HF cache, a model's folder, or a mirror by the SDK's VolumeCache.")],
-    name: Annotated[
-        str | None, typer.Option("--as", metavar="ORG/NAME", help="What to call a model whose folder has no such name.")
-    ] = None,
-    dtype: DTYPE = None,
-) -> None:
-    """Make snapshots of models that lie on this volume already: no download, and links where nothing is converted."""
-    from modelstore.adopt import find
-
-    store = context.store()
-    records: list[dict[str, Any]] = []
-    worst = 0
-    for found in find(path.absolute(), store.settings, repo_id=name):
-        try:
-            with observer_of(context, doing="adopting") as observer:
-                snapshot = store.adopt(found.source, found.resolved, dtype=dtype, observer=observer)
-        except ModelStoreError as error:
-            report_error(error, context)
-            worst = worst or error.exit_code
-            records.append({"from": found.what, "error": str(error), "exit_code": error.exit_code})
-            continue
-        linked = sum(os.lstat(snapshot.path / file.path).st_nlink > 1 for file in snapshot.weights)
-        records.append(snapshot.as_json() | {"from": found.what, "linked_files": linked})
-    context.print(records, lambda console: print_seeded(console, records))
-    raise typer.Exit(worst)
-
-
-@command(app)
-def export(
-    context: Context,
-    reference: REF,
-    hf_cache: Annotated[
-        Path, typer.Option("--hf-cache", help="The cache's folder, such as /runpod-volume/huggingface-cache/hub.")
-    ],
-    revision: REVISION = None,
-) -> None:
-    """Lay a snapshot that was seeded with --dtype keep out as an HF cache, by links, for worker-vllm and others."""
-    from modelstore.adopt import export_to_hf_cache
-
-    store = context.store()
-    wanted = parse_reference(reference, revision=revision)
-    snapshot = store.lookup(wanted, dtype="keep")
-    if snapshot is None:
-        raise SnapshotNotFound(
-            f"{reference} is not on the volume as the repo has it: run `modelstore seed {reference} --dtype keep` first"
-        )
-    folder = export_to_hf_cache(snapshot, hf_cache.absolute(), revision=wanted.revision or "main")
-    record = {"repo_id": snapshot.repo_id, "commit": snapshot.commit, "path": str(folder)}
-    context.print(record, lambda console: console.print(str(folder)))

@@ -20,7 +20,7 @@ import pyte
 import pytest
 
 from modelstore import pins
-from modelstore.cli import app
+from modelstore.cli import ORDER, app
 from modelstore.layout import SnapshotKey
 from modelstore.store import ModelStore
 from tests.checkpoints import random_tensors, write_repo
@@ -111,6 +111,13 @@ def test_every_command_is_in_the_table() -> None:
         assert group is not None
         found |= {prefix + str(command.name) for command in group.registered_commands}
     assert found == set(COMMANDS)
+
+
+def test_help_says_what_each_command_does_in_a_line(cli: Cli) -> None:
+    cli.env["COLUMNS"] = "80"
+    commands = cli("--help").stdout.partition("Commands:")[2].split("\n  ")[1:]
+    assert [line.split()[0] for line in commands] == [*ORDER, "alias"]
+    assert not [line for line in commands if "..." in line or len(line.split()) < 3]
 
 
 def test_they_follow_each_other_and_json_is_one_document(volume: ModelStore, run: Run) -> None:
