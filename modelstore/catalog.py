@@ -105,8 +105,8 @@ class Catalog:
         self.check_format()
         models = self._layout.models
         durable.check_no_links(self._layout.root, models)
-        repos = _folders(models)
-        variants = durable.at_once(lambda repo: _folders(f"{models}/{repo}"), repos)
+        repos = durable.folder_names(models)
+        variants = durable.at_once(lambda repo: durable.folder_names(f"{models}/{repo}"), repos)
         for repo, names in zip(repos, variants, strict=True):
             for name in names:
                 if (key := key_from_parts(repo, name)) is not None:
@@ -256,12 +256,3 @@ def _is_plain(path: Path, folder: str) -> bool:
     except UnsafeName:
         return False
     return True
-
-
-def _folders(folder: str | Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise RootUnusable(f"cannot read {folder}: {error.strerror}; check the mount and MODELSTORE_ROOT") from error

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -270,6 +270,27 @@ def names(folder: str | Path) -> list[str]:
         return sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def folder_names(folder: str | Path) -> list[str]:
+    """The names of the folders in a folder, links left out, sorted; none where it does not exist. Raises RootUnusable.
+
+    Each is asked for its state, because a file system that sees this sends the states of the next ones with their names
+    (FUSE's and NFS's readdirplus), and whoever looks below one of them within a second saves a round trip.
+    """
+    found = []
+    try:
+        with os.scandir(folder) as listing:
+            for entry in listing:
+                if entry.is_dir(follow_symlinks=False):
+                    found.append(entry.name)
+                    with suppress(OSError):  # it may be gone by now
+                        entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RootUnusable(f"cannot read {folder}: {error.strerror}; check the mount and MODELSTORE_ROOT") from error
+    return sorted(found)
 
 
 def at_once(look: Callable[[T], R], things: Iterable[T]) -> list[R]:

@@ -32,11 +32,14 @@ def models(layout: Layout) -> list[dict[str, Any]]:
     catalog = Catalog(layout)
     keys = list(catalog.keys())
     now = pins.volume_time(layout) if keys else 0.0
-    aliased, pinned = aliases.targets(layout), pins.pinned(layout)
+    aliased, pinned, marked = aliases.targets(layout), pins.pinned(layout), pins.marked_repos(layout)
 
     records = []
     # What is read is parsed after all was read: a thread that computes holds up those that read.
-    for key, file, names, marks in durable.at_once(lambda key: _seen(catalog, layout, key, now), keys):
+    for seen in durable.at_once(lambda key: _seen(catalog, layout, key, now, marked), keys):
+        if seen is None:
+            continue
+        key, file, names, marks = seen
         manifest = catalog.parse(key, file)
         tops = {file.path.split("/")[0] for file in manifest.files} if manifest else set()
         records.append(
@@ -130,8 +133,8 @@ def claims(layout: Layout, *, sleep: Callable[[float], None] = time.sleep) -> li
     return records
 
 
-def _seen(catalog: Catalog, layout: Layout, key: SnapshotKey, now: float) -> _Seen:
-    """A snapshot's manifest, what lies in its folder, and its marks.
+def _seen(catalog: Catalog, layout: Layout, key: SnapshotKey, now: float, marked: frozenset[str]) -> _Seen | None:
+    """A snapshot's manifest, what lies in its folder, and its marks; None where it was evicted meanwhile.
 
     The names are None where the folder's time says that nothing was put or removed since the manifest was written. That
     saves a round trip on MooseFS, whose times are whole seconds; where they are finer, the folder is always later. A
@@ -142,6 +145,6 @@ def _seen(catalog: Catalog, layout: Layout, key: SnapshotKey, now: float) -> _Se
     try:
         if file is None or os.lstat(folder).st_mtime_ns > file.state.st_mtime_ns:
             names = set(os.listdir(folder))
-    except FileNotFoundError:  # evicted while we looked
-        names = set()
-    return key, file, names, pins.recent_marks(layout, key, now)
+    except FileNotFoundError:
+        return None
+    return key, file, names, pins.recent_marks(layout, key, now) if key.parts[0] in marked else ()

@@ -101,6 +101,12 @@ def _touched(layout: Layout, key: SnapshotKey, path: Path) -> bool:
     return True
 
 
+def marked_repos(layout: Layout) -> frozenset[str]:
+    """The names of the folders under `used/`: no other repo has marks. After it `recent_marks` asks for less."""
+    used = layout.root / "used"
+    return frozenset(durable.folder_names(used)) if used.is_dir() else frozenset()
+
+
 def marks(layout: Layout, key: SnapshotKey) -> tuple[Mark, ...]:
     """The marks on a snapshot, the latest first."""
     found = []

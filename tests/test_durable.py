@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,33 @@ def test_hard_links_are_counted_once(tmp_path: Path) -> None:
     assert durable.tree_bytes(tmp_path / "nowhere") == 0
     with pytest.raises(FileExistsError):
         durable.link(tmp_path / "c", tmp_path / "sub" / "b")
+
+
+def test_a_folder_that_goes_while_its_siblings_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("a")
+    scandir, asked = os.scandir, []
+
+    class Entry:
+        """One that tells whether it was asked for its state."""
+
+        def __init__(self, real: os.DirEntry[str]) -> None:
+            self.name, self.is_dir, self._real = real.name, real.is_dir, real
+
+        def stat(self, *, follow_symlinks: bool) -> os.stat_result:
+            asked.append(self.name)
+            return self._real.stat(follow_symlinks=follow_symlinks)
+
+    def scan(folder: Path) -> Any:
+        entries = [Entry(entry) for entry in scandir(folder)]
+        (tmp_path / "b").rmdir()
+        return nullcontext(entries)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert durable.folder_names(tmp_path) == ["a", "b", "c"], "whoever looks below finds nothing there"
+    assert sorted(asked) == ["a", "b", "c"], "this makes the file system send the states of the next ones, too"
+    monkeypatch.undo()
+    assert durable.folder_names(tmp_path) == ["a", "c"]
+    assert durable.folder_names(tmp_path / "b") == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from modelstore import aliases, look, pins
+from modelstore import aliases, durable, look, pins
+from modelstore.catalog import Catalog
 from modelstore.claim import Claim, Contender
+from modelstore.layout import SnapshotKey
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from tests.checkpoints import random_tensors, write_repo
@@ -30,6 +33,26 @@ def filled(hub: Hub, store: ModelStore) -> ModelStore:
     pins.pin(store.layout, one.key, "alice")
     aliases.point(store.layout, "chat", one.key, "alice")
     return store
+
+
+def test_a_model_that_is_evicted_while_ls_looks_is_not_listed(
+    filled: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Catalog.read
+
+    def after_an_eviction(catalog: Catalog, key: SnapshotKey) -> durable.Contents | None:
+        if key.repo_id == "org/one":
+            shutil.rmtree(filled.layout.snapshot(key))
+        return read(catalog, key)
+
+    monkeypatch.setattr(Catalog, "read", after_an_eviction)
+    assert [model["repo_id"] for model in look.models(filled.layout)] == ["org/two"]
+
+
+def test_ls_goes_on_where_there_can_be_no_marks(filled: ModelStore, cli: Cli) -> None:
+    shutil.rmtree(filled.layout.root / "used")
+    (filled.layout.root / "used").touch()
+    assert [(model["repo_id"], model["idle_s"]) for model in cli.json("ls")] == [("org/one", None), ("org/two", None)]
 
 
 def test_ls_tells_use_pins_and_aliases(filled: ModelStore, cli: Cli) -> None:
@@ -188,7 +211,7 @@ def test_tables_fit_the_terminal(filled: ModelStore, cli: Cli, columns: str) -> 
         assert "\x1b" not in "".join(lines), "no colours where it is no terminal"
 
 
-@pytest.mark.parametrize("command", ["--help", "ls", "du", "history", "claims", "path org/one"])
+@pytest.mark.parametrize("command", ["--help", "ls --json", "ls", "du", "history", "claims", "path org/one"])
 def test_looking_imports_neither_torch_nor_http(filled: ModelStore, store_env: dict[str, str], command: str) -> None:
     code = (
         "import sys, modelstore.__main__\n"
@@ -202,10 +225,9 @@ def test_looking_imports_neither_torch_nor_http(filled: ModelStore, store_env: d
         text=True,
         check=True,
     )
-    heavy = {"torch", "transformers", "numpy", "huggingface_hub", "httpx", "httpx2", "runpod"} & set(
-        done.stderr.split()
-    )
-    assert not heavy
+    imported = set(done.stderr.split())
+    assert not imported & {"torch", "transformers", "numpy", "huggingface_hub", "httpx", "httpx2", "runpod"}
+    assert ("rich" in imported) == (command in ("ls", "du", "history", "claims")), "what draws nothing does without"
 
 
 def test_help_is_there_at_once() -> None:
