@@ -41,10 +41,14 @@ class _Bars(Bars):
         bar = max(8, min(40, console.width - 70))
         named = TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True))
         columns = (named, BarColumn(bar), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(compact=True))
+        self._terminal = console  # rich's own is not there yet when it first asks for what to draw
         super().__init__(*columns, console=console, transient=True, expand=True)
 
     def get_renderables(self) -> Iterator[Table]:
-        yield self.make_tasks_table(sorted(self.tasks, key=lambda task: task.fields["place"]))
+        rows = sorted(self.tasks, key=lambda task: task.fields["place"])
+        if len(rows) > self._terminal.height:  # what is under way is shown rather than what is done
+            rows = rows[:1] + [task for task in rows[1:] if task.remaining != 0]
+        yield self.make_tasks_table(rows)
 
 
 class _BarObserver(Observer):

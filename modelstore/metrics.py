@@ -73,7 +73,7 @@ def _of_starts(starts: list[dict[str, Any]]) -> Iterator[Metric]:
 def _counted(name: str, meaning: str, label: str, values: Counter[Any]) -> Metric:
     metric = GaugeMetricFamily(name, meaning, labels=[label])
     for value, count in sorted(values.items()):
-        metric.add_metric([value], count)
+        metric.add_metric([value], round(count, 6))
     return metric
 
 

@@ -23,6 +23,7 @@ from modelstore.header import Header, TensorInfo
 from modelstore.reader import RING_BYTES, Arrival, Reading, start_reading
 from modelstore.timeline import Span, Timeline
 from modelstore.transfer import transfer
+from modelstore.units import size
 
 Place = Callable[[str], torch.device]
 
@@ -79,7 +80,7 @@ def check_fits(snapshot: Snapshot, devices: Sequence[torch.device]) -> None:
     if needed > free:
         names = ", ".join(str(device) for device in devices)
         raise DoesNotFit(
-            f"{snapshot.key} takes {needed / 1e9:.1f} GB and {names} has {free / 1e9:.1f} GB free: "
+            f"{snapshot.key} takes {size(needed)} and {names} has {size(free)} free: "
             "use a larger GPU, or a smaller or quantized model"
         )
 
@@ -95,7 +96,7 @@ def check_room(model: torch.nn.Module, device: torch.device, *, besides: torch.n
     free = _free_bytes(device) + leaving
     if needed > free:
         raise DoesNotFit(
-            f"the model takes {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB, the one before left out: "
+            f"the model takes {size(needed)} and {device} has {size(free)}, the one before left out: "
             "use a larger GPU, or a smaller or quantized model"
         )
 
@@ -204,8 +205,8 @@ class Weights:
             self._thread.join()
             if self._error is not None:
                 raise self._error
-            size = sum(reading.record(path).size_bytes for path in self._slabs)
-            timeline.add(Span("transfer", self._began, timeline.now(), size))
+            size_bytes = sum(reading.record(path).size_bytes for path in self._slabs)
+            timeline.add(Span("transfer", self._began, timeline.now(), size_bytes))
         reading.wait_all()
         ended = reading.ended or reading.began
         timeline.add(Span("read", reading.began - timeline.began, ended - timeline.began, reading.size_bytes))
@@ -235,8 +236,8 @@ class Weights:
 
     def _found(self, tensor: torch.Tensor) -> tuple[str, int] | None:
         address = tensor.data_ptr()
-        for base, size, path in self._bases:
-            if base <= address < base + size:
+        for base, length, path in self._bases:
+            if base <= address < base + length:
                 return path, address - base
         return None
 

@@ -8,7 +8,7 @@ def size(count: float) -> str:
     for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= length:
             return f"{count / length:.2f} {unit}"
-    return f"{count / 1e3:.1f} kB"
+    return f"{count / 1e3:.1f} kB" if count >= 1e3 else f"{count:.0f} B"
 
 
 def ago(seconds: float) -> str:

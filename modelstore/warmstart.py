@@ -27,6 +27,7 @@ from modelstore.pins import InUse, wait_while_evicting
 from modelstore.reader import RING_BYTES, Reading, start_reading
 from modelstore.settings import Settings
 from modelstore.timeline import Outcome, Timeline
+from modelstore.units import size
 
 logger = logging.getLogger(__name__)
 
@@ -242,6 +243,5 @@ def _check_fits(gpus: list[int] | None, host_bytes: int | None, key: SnapshotKey
     where = "this machine has" if gpus is None else f"{len(gpus)} GPU(s) have"
     what = "use a larger machine" if gpus is None else "use larger GPUs"
     raise DoesNotFit(
-        f"{key} takes {weights_bytes / 1e9:.1f} GB and {where} {free / 1e9:.1f} GB free: "
-        f"{what}, or a smaller or quantized model"
+        f"{key} takes {size(weights_bytes)} and {where} {size(free)} free: {what}, or a smaller or quantized model"
     )

@@ -326,6 +326,21 @@ def test_a_terminal_shows_bars_for_all_for_each_model_and_for_its_files(
     assert "━" not in "".join(shown[-1])
 
 
+def test_what_is_under_way_is_shown_where_there_are_more_bars_than_rows(hub: Hub, store_env: dict[str, str]) -> None:
+    small = [f"org/small-{number:02}" for number in range(26)]
+    for name in small:
+        write_repo(hub.folder / name, random_tensors(1, (8, 8)))
+    write_repo(hub.folder / "org" / "the-last", random_tensors(8, (512, 512)))
+    hub.faults.bytes_per_s = 2e6
+    shown = list(screens([sys.executable, "-m", "modelstore", "seed", *small, "org/the-last"], store_env, 120))
+    drawn = [[line.split()[0] for line in lines if "━" in line] for lines in shown]
+    late = [names for names in drawn if any(name.startswith("org/the-last@") for name in names)]
+    assert late
+    for names in late:
+        assert names[0] == "all"
+        assert len(names) < 24
+
+
 def test_a_model_that_fails_says_so_at_once_and_its_bar_goes(hub: Hub, store_env: dict[str, str]) -> None:
     """It fails when its one tensor has arrived, while most of the other one's is still on its way."""
     large = {"layers.0.weight": np.full((512, 512), 1e6, np.float32)}  # more than float16 holds

@@ -249,7 +249,7 @@ def test_a_model_too_large_for_the_gpus_is_not_downloaded(
     save(MODELS["llama"](), hub.folder / "org" / "name", shards=False)
     monkeypatch.setattr("modelstore.gpu.free_bytes", lambda _visible: [1000, 1000])
     before = children()
-    with pytest.raises(DoesNotFit, match=r"2 GPU\(s\) have 0.0 GB free"):
+    with pytest.raises(DoesNotFit, match=r"2 GPU\(s\) have 2.0 kB free"):
         begin(replace(store.settings, model=parse_reference("org/name")))
     assert not [request for request in hub.served.requests if "safetensors" in str(request)]
     assert children() == before
