@@ -69,14 +69,14 @@ def _keep(layout: Layout, folder: Path, what: str, record: dict[str, Any]) -> No
         logger.warning("this is not in the volume's history: %s", failed)
 
 
-def starts(layout: Layout, *, limit: int = 1000) -> list[dict[str, Any]]:
-    """The latest records, the oldest of them first; what cannot be read is left out."""
+def starts(layout: Layout, *, limit: int, model: str | None = None) -> list[dict[str, Any]]:
+    """The latest records, or the latest of one model, the oldest of them first; what cannot be read is left out."""
     found: list[dict[str, Any]] = []
     for day in reversed(_days(layout.starts)):
         for path in reversed(durable.entries(day)):  # their names begin with the time
             if len(found) == limit:
                 break
-            if (record := _read(path)) is not None:
+            if (record := _read(path)) is not None and model in (None, record["model"]):
                 found.append(record)
     return sorted(found, key=lambda record: record["at"])
 

@@ -108,13 +108,11 @@ def past_starts(
     model: Annotated[str | None, typer.Option("--model", help="Only starts of this one, as MODEL_ID names it.")] = None,
 ) -> None:
     """The starts of the fleet: when, how long, and what took longest."""
-    found = [record for record in history.starts(context.volume().layout) if model is None or record["model"] == model][
-        -limit:
-    ]
+    found = history.starts(context.volume().layout, limit=limit, model=model)
 
     def text(console: Console) -> None:
         if not found:
-            console.print("no start has been recorded yet")
+            console.print(f"no start{f' of {model}' if model else ''} has been recorded yet")
             return
         rows = table("when", "model", "outcome", "worker", "ready", "what took longest")
         for record in found:
