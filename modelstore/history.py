@@ -73,11 +73,11 @@ def starts(layout: Layout, *, limit: int, model: str | None = None) -> list[dict
     """The latest records, or the latest of one model, the oldest of them first; what cannot be read is left out."""
     found: list[dict[str, Any]] = []
     for day in reversed(_days(layout.starts)):
-        for path in reversed(durable.entries(day)):  # their names begin with the time
-            if len(found) == limit:
-                break
-            if (record := _read(path)) is not None and model in (None, record["model"]):
-                found.append(record)
+        left = durable.entries(day)  # their names begin with the time
+        while left and (missing := limit - len(found)):
+            read = durable.at_once(_read, left[-missing:])
+            found += [record for record in read if record is not None and model in (None, record["model"])]
+            del left[-missing:]
     return sorted(found, key=lambda record: record["at"])
 
 
