@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from modelstore import durable
 from modelstore.errors import InvalidReference, ModelStoreError, SnapshotNotFound
 from modelstore.layout import DTYPES, Layout, SnapshotKey
 from modelstore.reference import is_alias, is_commit, is_repo_id
+from modelstore.units import printable
 
 _KEPT = 100
 
@@ -70,37 +71,52 @@ def history(layout: Layout, name: str) -> tuple[Pointed, ...]:
             Pointed(
                 SnapshotKey(one["repo_id"], one["commit"], one["dtype"]),
                 int(one["at"]),
-                str(one["by"]),
+                printable(str(one["by"])),
                 int(one.get("percent", 100)),
             )
             for one in json.loads(data)["history"]
         ]
-        if all(
+        if entries and all(
             isinstance(e.key.repo_id, str)
             and is_repo_id(e.key.repo_id)
             and is_commit(e.key.commit)
             and e.key.dtype in DTYPES
             and 1 <= e.percent <= 100
+            and 0 <= e.at < 1e11
             for e in entries
         ):
             return tuple(entries)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         pass
     raise InvalidReference(f"{path} is damaged: point @{name} anew")
 
 
-def targets(layout: Layout) -> dict[SnapshotKey, tuple[str, ...]]:
-    """The aliases that point to each snapshot; a damaged record points nowhere."""
-    found: dict[SnapshotKey, tuple[str, ...]] = {}
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The aliases that point to each snapshot, and those whose record is damaged: they may point to any."""
+
+    known: Mapping[SnapshotKey, tuple[str, ...]]
+    damaged: tuple[str, ...]
+
+    def keeping(self, key: SnapshotKey) -> tuple[str, ...]:
+        """The aliases for whose sake a snapshot must stay."""
+        return self.known.get(key, ()) + self.damaged
+
+
+def targets(layout: Layout) -> Targets:
+    """Where all aliases point; a damaged record is a warning."""
+    known: dict[SnapshotKey, tuple[str, ...]] = {}
+    damaged = []
     for name in names(layout):
         try:
             entries = history(layout, name)
         except InvalidReference as error:
             logger.warning("%s", error)
+            damaged.append(name)
             continue
         for key in {entries[-1].key, stable(entries).key} if entries else ():
-            found[key] = (*found.get(key, ()), name)
-    return found
+            known[key] = (*known.get(key, ()), name)
+    return Targets(known, tuple(damaged))
 
 
 def checked(name: str) -> str:
@@ -124,6 +140,13 @@ def target(layout: Layout, name: str, *, worker: str | None = None) -> SnapshotK
 def stable(entries: Sequence[Pointed]) -> Pointed:
     """The last entry that is for the whole fleet; where there is none, the last."""
     return next((entry for entry in reversed(entries) if entry.percent == 100), entries[-1])
+
+
+def remove(layout: Layout, name: str) -> None:
+    """Take an alias away, with its history."""
+    path = layout.alias(name)
+    durable.check_no_links(layout.root, path)
+    durable.remove_file(path)
 
 
 def share_of(name: str, worker: str) -> int:

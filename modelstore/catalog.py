@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from modelstore import aliases, durable
 from modelstore.errors import BadManifest, FormatTooNew, IntegrityError, RootUnusable, UnsafeName
-from modelstore.layout import FORMAT_VERSION, MANIFEST, Layout, SnapshotKey, key_from_parts
+from modelstore.layout import FORMAT_VERSION, MANIFEST, Layout, SnapshotKey, is_aside, key_from_parts, repo_folder
 from modelstore.manifest import FileRecord, Manifest, parse_manifest
-from modelstore.reference import Reference, is_commit, local_repo_id
+from modelstore.reference import DEFAULT_REVISION, Reference, is_commit, is_local, local_repo_id
 
 logger = logging.getLogger(__name__)
 
@@ -100,12 +100,13 @@ class Catalog:
         commit = self.recorded_commit(wanted)
         return self.published(SnapshotKey(repo_id_of(wanted), commit, dtype)) if commit else None
 
-    def keys(self) -> Iterator[SnapshotKey]:
-        """Whatever stands where a snapshot belongs, damaged or not. Raises UnsafeName where `models` is a link."""
+    def keys(self, repo_id: str | None = None) -> Iterator[SnapshotKey]:
+        """Whatever stands where a snapshot belongs, damaged or not, of all repos or of one. Raises UnsafeName where
+        `models` is a link."""
         self.check_format()
         models = self._layout.models
         durable.check_no_links(self._layout.root, models)
-        repos = durable.folder_names(models)
+        repos = durable.folder_names(models) if repo_id is None else [repo_folder(repo_id)]
         variants = durable.at_once(lambda repo: durable.folder_names(f"{models}/{repo}"), repos)
         for repo, names in zip(repos, variants, strict=True):
             for name in names:
@@ -122,10 +123,10 @@ class Catalog:
         """What `find` would look at, if anything stands there, damaged or not."""
         self.check_format()
         if wanted.kind == "alias":
-            return aliases.target(self._layout, wanted.name)
-        commit = self.recorded_commit(wanted)
-        key = SnapshotKey(repo_id_of(wanted), commit, dtype)
-        return key if commit and self._layout.snapshot(key).is_dir() else None
+            key = aliases.target(self._layout, wanted.name)
+        else:
+            key = SnapshotKey(repo_id_of(wanted), self.recorded_commit(wanted), dtype)
+        return key if key.commit and self._layout.snapshot(key).is_dir() else None
 
     def published(self, key: SnapshotKey) -> Snapshot | None:
         """The snapshot, if its manifest is there and every file that it names is there with its size."""
@@ -197,8 +198,7 @@ class Catalog:
         """The commit that this fleet uses for the reference; empty where none was recorded."""
         if is_commit(wanted.revision):
             return wanted.revision
-        revision = wanted.name if wanted.kind == "file" else wanted.revision
-        return self.ref_commit(self._layout.ref(repo_id_of(wanted), revision))
+        return self.ref_commit(self._layout.ref(repo_id_of(wanted), revision_of(wanted)))
 
     def ref_commit(self, path: Path) -> str:
         """The commit in one record under `refs/`; empty where there is none."""
@@ -243,6 +243,22 @@ def keyed_folders(folder: Path) -> Iterator[tuple[SnapshotKey, Path]]:
         for variant in durable.entries(repo):
             if (key := key_from_parts(repo.name, variant.name)) is not None:
                 yield key, variant
+
+
+def moved_aside(folder: Path) -> list[Path]:
+    """What the store has put in its trash or its quarantine; whatever else lies there is somebody's."""
+    return [path for path in durable.entries(folder) if is_aside(path.name) and path.is_dir()]
+
+
+def revision_of(wanted: Reference) -> str:
+    """What a reference's commit is recorded as under `refs/`: a folder's path is its revision; an alias has none."""
+    return wanted.name if wanted.kind == "file" else wanted.revision
+
+
+def recorded_revisions(repo_id: str, revision: str) -> tuple[str, ...]:
+    """All that its commit is recorded as: for a folder also `main`, so that its name in `ls` means what was seeded
+    last."""
+    return (revision, DEFAULT_REVISION) if is_local(repo_id) else (revision,)
 
 
 def repo_id_of(wanted: Reference) -> str:

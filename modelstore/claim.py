@@ -37,12 +37,13 @@ from filelock import FileLock, Timeout
 
 from modelstore import durable
 from modelstore.errors import ClaimLost, ModelStoreError
-from modelstore.units import size
+from modelstore.units import printable, size
 
 DEAD_AFTER_S = 1.25
 _HEARTBEAT_S = 0.5
 _LOCK_TIMEOUT_S = 1.0
 _RECORD_BYTES = 1024
+_ENDLESS = 1e18  # no number of bytes, seconds or beats is as large
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,15 @@ def parse_record(data: bytes) -> ClaimRecord | None:
     texts = (record.worker, record.host, record.state, record.phase)
     if not all(isinstance(each, str) for each in texts) or not all(type(each) is int for each in numbers):
         return None
-    return record if record.eta_s is None or isinstance(record.eta_s, int | float) else None
+    amounts = numbers if record.eta_s is None else (*numbers, record.eta_s)
+    if not all(isinstance(each, int | float) and 0 <= each < _ENDLESS for each in amounts):
+        return None
+    return replace(
+        record,
+        worker=printable(record.worker),
+        host=printable(record.host),
+        phase=printable(record.phase),
+    )
 
 
 @dataclass(frozen=True, slots=True)

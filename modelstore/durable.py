@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -31,6 +32,7 @@ _FILE_MODE = 0o644
 _STALE_ATTEMPTS = 3
 _STALE_S = 1.0
 _AT_ONCE = 16
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -155,13 +157,23 @@ def write_atomic(path: Path, data: bytes) -> None:
     make_folder(path.parent)
     fd = open_for_write(temporary, exclusive=True)
     try:
-        write_at(fd, data, 0, path=temporary)
-        set_size(fd, len(data), path=temporary)
-        sync(fd, path=temporary)
-    finally:
-        close(fd, path=temporary)
-    rename(temporary, path)
+        try:
+            write_at(fd, data, 0, path=temporary)
+            set_size(fd, len(data), path=temporary)
+            sync(fd, path=temporary)
+        finally:
+            close(fd, path=temporary)
+        rename(temporary, path)
+    except BaseException:
+        with suppress(ModelStoreError, OSError):
+            remove_file(temporary)
+        raise
     sync_path(path.parent)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether `write_atomic` gave this name to a file, and was killed before it was done."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def rename(source: Path, target: Path) -> None:

@@ -55,7 +55,7 @@ def survey(layout: Layout, keys: Sequence[SnapshotKey] | None = None) -> tuple[C
         touched_at = marks[0].touched_at if marks else durable.newest_mtime(folder)
         users = pins.users_of(marks, now)
         size, pinned = durable.tree_bytes(folder, unshared=True), pins.is_pinned(layout, key)
-        found.append(Candidate(key, size, now - touched_at, pinned, users, aliased.get(key, ())))
+        found.append(Candidate(key, size, now - touched_at, pinned, users, aliased.keeping(key)))
     return tuple(sorted(found, key=lambda candidate: -candidate.idle_s))
 
 
@@ -85,7 +85,7 @@ def evict(
     with pins.evicting(layout, key, sleep=sleep) as in_time:
         if not force:
             now = pins.volume_time(layout)
-            spared = pins.is_pinned(layout, key) or key in aliases.targets(layout)
+            spared = pins.is_pinned(layout, key) or aliases.targets(layout).keeping(key)
             if spared or pins.users(layout, key, now) or not in_time():
                 return False
         durable.touch_folder(path)
@@ -93,10 +93,14 @@ def evict(
             durable.rename(path, aside)
         except FileNotFoundError:
             return False
-        durable.sync_path(path.parent)
-        sleep(SETTLE_S)
-    if force:
-        pins.unpin(layout, key)
+        try:
+            durable.sync_path(path.parent)
+            if force:
+                pins.unpin(layout, key)
+            sleep(SETTLE_S)
+        except BaseException:  # somebody pressed Ctrl-C meanwhile: it is unpublished, so it goes
+            durable.remove_tree(aside)
+            raise
     durable.remove_tree(aside)
     logger.info("evicted %s", key)
     history.note(layout, "evicted", key)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from modelstore import durable, pins
-from modelstore.catalog import keyed_folders
+from modelstore.catalog import keyed_folders, moved_aside
 from modelstore.claim import Claim, Contender, highest_generation
 from modelstore.errors import ModelStoreError
 from modelstore.evict import Candidate, evict, least_recently_used, survey
@@ -121,9 +121,9 @@ def _candidates(layout: Layout, now: float) -> Iterator[Garbage]:
         # A live claim beats every half second, whatever its download does.
         touched_at = max(durable.newest_mtime(variant), _claimed_at(layout, key))
         yield Garbage("staging", variant, durable.tree_bytes(variant, unshared=True), now - touched_at, key)
-    moved_aside: dict[Kind, Path] = {"trash": layout.trash, "quarantine": layout.quarantine}
-    for kind, folder in moved_aside.items():
-        for path in durable.entries(folder):
+    aside: dict[Kind, Path] = {"trash": layout.trash, "quarantine": layout.quarantine}
+    for kind, folder in aside.items():
+        for path in moved_aside(folder):
             yield replace(_file(kind, path, now), size_bytes=durable.tree_bytes(path, unshared=True))
     for folder in (layout.space_claim, *(variant for _key, variant in keyed_folders(layout.root / "claims"))):
         highest = highest_generation(folder)
@@ -140,12 +140,10 @@ def _candidates(layout: Layout, now: float) -> Iterator[Garbage]:
             key_of = key_from_parts(repo.name, path.name.removesuffix(".json"))
             if key_of is not None and not layout.snapshot(key_of).is_dir():
                 yield _file("record", path, now)
-    for folder in (
-        layout.root,
-        *(repo for name in ("pins", "verified", "refs") for repo in durable.entries(layout.root / name)),
-    ):
+    divided = (layout.root / name for name in ("pins", "verified", "refs", "starts", "events"))  # by repo, or by day
+    for folder in (layout.root, layout.aliases, *(part for whole in divided for part in durable.entries(whole))):
         for path in durable.entries(folder):
-            if path.name.startswith(".") and path.name.endswith(".tmp"):
+            if durable.is_temporary(path.name):
                 yield _file("temporary", path, now)
 
 

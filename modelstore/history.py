@@ -22,6 +22,7 @@ from modelstore.catalog import Catalog
 from modelstore.errors import ModelStoreError
 from modelstore.layout import Layout, SnapshotKey
 from modelstore.timeline import Timeline
+from modelstore.units import printable
 
 KEPT_DAYS = 30
 EVENTS = ("evicted", "quarantined")
@@ -33,7 +34,7 @@ def add(layout: Layout, timeline: Timeline, *, error: str = "") -> None:
     """Keep the record of a start, or of one that failed. A volume that does not take it fails nothing."""
     began = time.time() - timeline.now()
     record = {"at": round(began, 3), "error": error[:2000], **timeline.as_json()}
-    _keep(layout, layout.starts, quote(timeline.worker, safe="")[:100], record)
+    _keep(layout, layout.starts, quote(timeline.worker, safe="", errors="replace")[:100], record)
 
 
 def note(layout: Layout, kind: str, key: SnapshotKey) -> None:
@@ -131,8 +132,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     record = _json(path)
     try:
         spans: list[dict[str, Any]] = [
-            {"name": str(one["name"]), "start": _seconds(one["start"]), "end": _seconds(one["end"])}
-            | ({"bytes": int(one["bytes"])} if "bytes" in one else {})
+            {"name": printable(str(one["name"])), "start": _seconds(one["start"]), "end": _seconds(one["end"])}
+            | ({"bytes": _bytes(one["bytes"])} if "bytes" in one else {})
             for one in record["spans"]
         ]
         texts = {name: record[name] for name in ("worker", "model", "commit", "dtype", "reason", "error")}
@@ -140,8 +141,15 @@ def _read(path: Path) -> dict[str, Any] | None:
         at = _seconds(record["at"])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
-    usable = all(isinstance(text, str) for text in texts.values()) and all(s["start"] <= s["end"] for s in spans)
-    return {"at": at, **texts, "spans": spans} if usable else None
+    if not all(isinstance(text, str) for text in texts.values()) or not all(s["start"] <= s["end"] for s in spans):
+        return None
+    return {"at": at, **{name: printable(text) for name, text in texts.items()}, "spans": spans}
+
+
+def _bytes(value: object) -> int:
+    if not isinstance(value, int) or not 0 <= value < 1e18:
+        raise ValueError
+    return value
 
 
 def _seconds(value: object) -> float:

@@ -43,6 +43,7 @@ _MAX_REF_CHARACTERS = 200
 _DEVICE_NAMES = frozenset(
     ["con", "prn", "aux", "nul", *(f"com{i}" for i in range(10)), *(f"lpt{i}" for i in range(10))]
 )
+_ASIDE = re.compile(r"(?:.+--[0-9a-f]{40}\.[a-z0-9]+\.|doctor-)[0-9a-f]{8}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _DRIVE = re.compile(r"[A-Za-z]:")
 
@@ -129,6 +130,11 @@ def key_from_parts(folder: str, variant: str) -> SnapshotKey | None:
     if not (dashes and org and name and dot and is_commit(commit) and dtype in DTYPES):
         return None
     return SnapshotKey(f"{org}/{name}", commit, dtype)
+
+
+def is_aside(name: str) -> bool:
+    """Whether the store, or its doctor, gave this name to something in the trash or the quarantine."""
+    return _ASIDE.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ def models(layout: Layout) -> list[dict[str, Any]]:
     catalog = Catalog(layout)
     keys = list(catalog.keys())
     now = pins.volume_time(layout) if keys else 0.0
-    aliased, pinned, marked = aliases.targets(layout), pins.pinned(layout), pins.marked_repos(layout)
+    aliased, pinned, marked = aliases.targets(layout).known, pins.pinned(layout), pins.marked_repos(layout)
 
     records = []
     # What is read is parsed after all was read: a thread that computes holds up those that read.

@@ -15,6 +15,7 @@ files by path later. A volume that is mounted read-only gets no marks.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from modelstore import durable
-from modelstore.errors import ModelStoreError, RootUnusable
+from modelstore.errors import ModelStoreError, NoSpace, RootUnusable, UnsafeName
 from modelstore.layout import Layout, SnapshotKey, key_from_parts
 
 IN_USE_S = 300.0
@@ -60,9 +61,12 @@ class InUse:
         self._over = threading.Event()
         if _touched(layout, key, self._path):
             threading.Thread(target=self._keep_fresh, name="in-use", daemon=True).start()
+            atexit.register(self.end)
 
     def end(self) -> None:
-        """The snapshot is no longer in use by this worker. Without it that shows after five minutes."""
+        """The snapshot is no longer in use by this worker, as at the end of its process; of one that is killed, that
+        shows after five minutes."""
+        atexit.unregister(self.end)
         self._over.set()
         if mark_used(self._layout, self.key):
             durable.remove_file(self._path)
@@ -139,16 +143,20 @@ def users(layout: Layout, key: SnapshotKey, now: float) -> tuple[str, ...]:
 
 def users_of(found: Sequence[Mark], now: float) -> tuple[str, ...]:
     """The same, from marks that were read already."""
-    return tuple(mark.worker for mark in found if mark.worker and now - mark.touched_at < IN_USE_S)
+    using = (mark.worker for mark in found if mark.worker and now - mark.touched_at < IN_USE_S)
+    return tuple(dict.fromkeys(using))
 
 
 def volume_time(layout: Layout) -> float:
     """Now, in seconds, as the volume tells it; as this host does where the volume is empty or not ours to write."""
     if not layout.format_file.exists() or os.statvfs(layout.root).f_flag & os.ST_RDONLY:
         return time.time()
+    clock = layout.root / "used" / ".clock"
     try:
-        return durable.touch(layout.root / "used" / ".clock")
-    except RootUnusable:  # whoever cannot write there evicts nothing either
+        durable.check_no_links(layout.root, clock)
+        return durable.touch(clock)
+    except (RootUnusable, UnsafeName, NoSpace) as error:
+        logger.debug("this host's clock is used: %s", error)
         return time.time()
 
 
@@ -208,14 +216,17 @@ def evicting(
     False where it came too late."""
     path = layout.used(key) / EVICTING
     durable.check_no_links(layout.root, path)
-    durable.make_folder(path.parent)
     if path.exists():
         _wait_until_gone(path, sleep)
     began = time.monotonic()
     try:
+        durable.make_folder(path.parent)
         os.close(durable.open_for_write(path, exclusive=True))
     except FileExistsError:
         yield lambda: False
+        return
+    except NoSpace:  # not even for an empty file: whoever frees some need not be stopped by that
+        yield lambda: time.monotonic() - began < _EVICTING_S / 2
         return
     try:
         yield lambda: time.monotonic() - began < _EVICTING_S / 2
@@ -224,5 +235,5 @@ def evicting(
 
 
 def _file_name(worker: str) -> str:
-    name = quote(worker, safe="")[:200]
+    name = quote(worker, safe="", errors="replace")[:200]
     return f"%2E{name[1:]}" if name.startswith(".") else name or "worker"

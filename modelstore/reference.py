@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 from modelstore.errors import InvalidReference
 
 DEFAULT_REVISION = "main"
+_LOCAL = "local/"
 
 # The Hub's own rules for names (huggingface_hub's validate_repo_id): 96 characters, no "--", no "..". The first of
 # them is what lets `org--name` be one folder on the volume.
@@ -23,6 +24,7 @@ _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
 _REVISION = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._/+-]{0,254})")
 _ALIAS = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_CUT_COMMIT = re.compile(r"[0-9a-f]{4,39}")
 
 _FORMS = "write org/name, org/name@revision, hf://org/name or file:///folder"
 
@@ -51,6 +53,11 @@ class Reference:
 def is_commit(text: str) -> bool:
     """Whether `text` is a full 40-hex commit id."""
     return _COMMIT.fullmatch(text) is not None
+
+
+def is_cut_commit(text: str) -> bool:
+    """Whether `text` may be the beginning of a commit id."""
+    return _CUT_COMMIT.fullmatch(text) is not None
 
 
 def is_alias(text: str) -> bool:
@@ -94,6 +101,8 @@ def parse_reference(text: str, *, revision: str | None = None) -> Reference:
         hint = ""
         if text.startswith("/"):
             hint = f"; did you mean file://{text}?"
+        elif text.startswith("."):
+            hint = "; did you mean a folder, as in file:///where/it/is?"
         elif repo_id and "/" not in repo_id:
             hint = f"; did you mean an organisation's repo, as in org/{repo_id}?"
         raise InvalidReference(f"{text!r} is not a model reference: {_FORMS}{hint}")
@@ -110,8 +119,13 @@ def local_repo_id(reference: Reference) -> str:
     name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in reference.name.rpartition("/")[2])
     while "--" in name or ".." in name:
         name = name.replace("--", "-").replace("..", ".")
-    repo_id = f"local/{name.strip('-.')[:80]}"
-    return repo_id if is_repo_id(repo_id) else "local/folder"
+    repo_id = f"{_LOCAL}{name.strip('-.')[:80]}"
+    return repo_id if is_repo_id(repo_id) else f"{_LOCAL}folder"
+
+
+def is_local(repo_id: str) -> bool:
+    """Whether `local_repo_id` made it. No Hub is asked for such a name: whoever owned it there would be trusted."""
+    return repo_id.startswith(_LOCAL)
 
 
 def _no_revision(text: str, revision: str | None) -> None:
@@ -127,6 +141,6 @@ def _parse_file(text: str) -> Reference:
     path = unquote(parts.path)
     if parts.netloc not in ("", "localhost") or not path.startswith("/") or parts.query or parts.fragment:
         raise InvalidReference(f"{text!r} is not a local folder: write file:///absolute/folder")
-    if ".." in path.split("/") or "\0" in path or path.rstrip("/") == "":
-        raise InvalidReference(f"{text!r} is not a plain absolute folder: write it without '..'")
+    if ".." in path.split("/") or not path.isprintable() or path.rstrip("/") == "":
+        raise InvalidReference(f"{text!r} is not a plain absolute folder: write it without '..' and control characters")
     return Reference("file", path.rstrip("/"))

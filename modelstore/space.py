@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from modelstore import durable
-from modelstore.catalog import keyed_folders
+from modelstore.catalog import keyed_folders, moved_aside
 from modelstore.claim import DEAD_AFTER_S, Claim, Contender, reserved_bytes
 from modelstore.errors import NoSpace
 from modelstore.evict import evict, least_recently_used, survey
@@ -110,7 +110,7 @@ class Space:
         return missing
 
     def _remove_all(self, folder: Path, but: Path | None) -> None:
-        for path in durable.entries(folder):
+        for path in moved_aside(folder):
             if path != but:
                 durable.check_no_links(self._layout.root, path)
                 durable.remove_tree(path)

@@ -1,4 +1,4 @@
-"""Figures as a person reads them."""
+"""Figures and texts as a person reads them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ def size(count: float) -> str:
         if count >= length:
             return f"{count / length:.2f} {unit}"
     return f"{count / 1e3:.1f} kB" if count >= 1e3 else f"{count:.0f} B"
+
+
+def printable(text: str) -> str:
+    """A text that somebody else wrote, without what a terminal would obey or cannot show."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def ago(seconds: float) -> str:

@@ -15,7 +15,7 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modelstore import durable
@@ -105,6 +105,8 @@ def verify_folder(
         return Verified((Finding(MANIFEST, f"it is the manifest of {manifest.key}"),))
     found = {file.path: problem for file in manifest.files if (problem := _at_a_glance(folder, file))}
     blocks = list(_blocks(manifest))[position.first :: position.stride]
+    if position.done >= len(blocks):  # a run that came to the end has kept the next one's start
+        position = replace(position, done=0)
     planned = sum(_length(manifest, file, index) for file, index in blocks[position.done :])
     compared, done, said = 0, position.done, time.monotonic()
     with _Files(folder) as files:

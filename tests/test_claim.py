@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -185,9 +186,24 @@ def test_of_many_at_once_exactly_one_wins(tmp_path: Path) -> None:
     assert wins.empty()
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"worker": 1, "unknown": 2}', b"\xff" * 40, b"null"])
-def test_a_record_that_is_half_written_is_none(data: bytes) -> None:
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b'{"worker": 1, "unknown": 2}', b"\xff" * 40, b"null"]
+    + [
+        json.dumps({"worker": "a", "host": "b", "pid": 1, name: value}).encode()
+        for name in ("done", "total", "eta_s", "beat")
+        for value in (10**400, -1, float("inf"), float("nan"))
+    ],
+)
+def test_a_record_that_is_half_written_or_damaged_is_none(data: bytes) -> None:
     assert parse_record(data) is None
+
+
+def test_a_terminal_obeys_nothing_that_a_record_says() -> None:
+    record = parse_record(ClaimRecord("\x1b[31ma\ud800", "b\x07", 7, phase="c\n").encode())
+    assert record is not None
+    assert Holder(1, record, 0.0).describe() == "worker \ufffd[31ma\ufffd (c\ufffd)"
+    assert record.host == "b\ufffd"
 
 
 def test_a_record_comes_back_and_has_one_size(tmp_path: Path) -> None:

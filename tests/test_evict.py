@@ -284,6 +284,18 @@ def test_two_processes_of_one_worker_have_a_mark_each(hub: Hub, store: ModelStor
     assert not evict(store.layout, snapshot.key)
 
 
+def test_the_mark_of_a_process_that_ends_goes_with_it(hub: Hub, store: ModelStore, store_env: dict[str, str]) -> None:
+    (snapshot,) = seeded(hub, store, "a")
+    code = (
+        "import sys; from modelstore import ModelStore, pins; store = ModelStore.from_env();"
+        "pins.InUse(store.layout, store.lookup('org/a').key, 'pod');"
+        "print(pins.users(store.layout, store.lookup('org/a').key, pins.volume_time(store.layout))); sys.exit(1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | store_env, capture_output=True, text=True)
+    assert done.stdout == "('pod',)\n", done.stderr
+    assert pins.users(store.layout, snapshot.key, pins.volume_time(store.layout)) == ()
+
+
 def test_an_eviction_waits_for_another_and_takes_its_place_where_that_died(
     hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,9 +10,10 @@ import pytest
 
 from modelstore import gc, pins
 from modelstore.claim import Claim, Contender
-from modelstore.errors import HubUnavailable
+from modelstore.errors import HubUnavailable, NoSpace
 from modelstore.evict import evict
 from modelstore.gc import collect, find_garbage
+from modelstore.layout import SnapshotKey
 from modelstore.store import ModelStore
 from modelstore.verify import Position, save_position
 from tests.checkpoints import write_repo
@@ -100,14 +101,14 @@ def test_what_was_moved_aside_goes_after_the_grace(hub: Hub, store: ModelStore) 
     first = store.ensure("org/name")
     (first.path / "config.json").unlink()
     store.ensure("org/name")
-    leftover = store.layout.trash / "org--gone--0"
+    leftover = store.layout.aside(store.layout.trash, first.key)
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_bytes(bytes(1000))
     assert collected(store) == {}
     for folder in (store.layout.trash, store.layout.quarantine):
         age(folder, 2 * HOUR_S)
     found = collected(store)
-    assert found["trash"] == ["trash/org--gone--0"]
+    assert found["trash"] == [f"trash/{leftover.name}"]
     assert len(found["quarantine"]) == 1
     assert not list(store.layout.trash.iterdir())
     assert not list(store.layout.quarantine.iterdir())
@@ -158,13 +159,33 @@ def test_records_of_snapshots_that_are_gone_and_temporary_files_go(hub: Hub, sto
     key = store.ensure("org/name").key
     save_position(store.layout, key, Position(20, 1, 0))
     evict(store.layout, key)
-    temporary = store.layout.refs("org/name") / ".0123456789abcdef.tmp"
-    temporary.write_bytes(b"{")
+    store.layout.aliases.mkdir()
+    temporary = [folder / ".0123456789abcdef.tmp" for folder in (store.layout.aliases, store.layout.refs("org/name"))]
+    for path in temporary:
+        path.write_bytes(b"{")
     age(store.settings.root, 2 * HOUR_S)
     found = collected(store)
     assert found["record"] == [str(store.layout.verified(key).relative_to(store.settings.root))]
-    assert found["temporary"] == [str(temporary.relative_to(store.settings.root))]
+    assert found["temporary"] == [str(path.relative_to(store.settings.root)) for path in temporary]
     assert found["mark"] == [str((store.layout.used(key) / ".last").relative_to(store.settings.root))]
+
+
+def test_what_the_store_did_not_make_stays(hub: Hub, make_store: MakeStore) -> None:
+    """Somebody's own folders may have the same names as the store's, where the root is a folder in use."""
+    weights = write_repo(hub.folder / "org" / "name") / "model.safetensors"
+    store = make_store(quota_bytes=3 * weights.stat().st_size)
+    theirs = [
+        store.settings.root / name
+        for name in ("trash/thesis.pdf", "trash/photos/a.jpg", "quarantine/evidence.bin", ".notes.tmp", "refs/a/.b.tmp")
+    ]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(weights.stat().st_size))
+    age(store.settings.root, 100 * HOUR_S)
+    assert collected(store) == {}
+    with pytest.raises(NoSpace):
+        store.ensure("org/name")
+    assert all(path.exists() for path in theirs)
 
 
 def test_a_link_in_the_trash_is_not_followed(store: ModelStore, tmp_path: Path) -> None:
@@ -172,9 +193,10 @@ def test_a_link_in_the_trash_is_not_followed(store: ModelStore, tmp_path: Path) 
     precious.mkdir()
     (precious / "file").write_text("x")
     store.layout.trash.mkdir(parents=True)
-    (store.layout.trash / "link").symlink_to(precious)
-    os.utime(store.layout.trash / "link", (0, 0), follow_symlinks=False)
-    for item in find_garbage(store.layout, grace_s=HOUR_S):
-        with pytest.raises(gc.durable.UnsafeName):
-            collect(store.layout, item, worker="gc", lease_s=30.0, grace_s=HOUR_S)
+    link = store.layout.aside(store.layout.trash, SnapshotKey("org/name", "a" * 40, "float16"))
+    link.symlink_to(precious)
+    os.utime(link, (0, 0), follow_symlinks=False)
+    (item,) = find_garbage(store.layout, grace_s=HOUR_S)
+    with pytest.raises(gc.durable.UnsafeName):
+        collect(store.layout, item, worker="gc", lease_s=30.0, grace_s=HOUR_S)
     assert (precious / "file").exists()

@@ -142,6 +142,13 @@ def test_a_position_comes_back_for_its_own_stride_alone(tmp_path: Path) -> None:
         assert saved_position(layout, KEY, 20) == Position(20)
 
 
+def test_a_position_beyond_the_end_skips_nothing(tmp_path: Path) -> None:
+    folder = published(tmp_path / "s", FILES)
+    for position in (Position(1, 0, 10**6), Position(2, 1, 10**6)):
+        found = verify_folder(folder, KEY, position)
+        assert found.compared == found.planned > 0
+
+
 @pytest.mark.parametrize(("text", "stride"), [("1/20", 20), ("5%", 20), ("0.05", 20), ("1", 1), ("100%", 1)])
 def test_a_sample_is_written_as_people_do(text: str, stride: int) -> None:
     assert parse_sample(text) == stride
