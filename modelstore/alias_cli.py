@@ -18,6 +18,7 @@ from modelstore.console import (
     YES,
     Context,
     command,
+    complete_alias,
     observer_of,
     table,
 )
@@ -33,7 +34,12 @@ app = typer.Typer(help="Names that point to models. Repoint one, and workers tha
 
 logger = logging.getLogger(__name__)
 
-_NAME = Annotated[str, typer.Argument(metavar="NAME", help="The alias: lower-case letters, digits, '.', '_' and '-'.")]
+_NAME = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="The alias: lower-case letters, digits, '.', '_' and '-'.", autocompletion=complete_alias
+    ),
+]
 
 
 @command(app, "set")
@@ -84,7 +90,14 @@ def list_aliases(context: Context) -> None:
             found[name] = aliases.history(layout, name)
         except InvalidReference as error:
             logger.warning("%s", error)
-    records = [{"alias": name, "history": [entry.as_json() for entry in entries]} for name, entries in found.items()]
+    records = [
+        {
+            "alias": name,
+            "history": [entry.as_json() for entry in entries],
+            "published": layout.snapshot(entries[-1].key).is_dir(),
+        }
+        for name, entries in found.items()
+    ]
 
     def drawn() -> Table:
         made = table("alias", "model", "since", "by")
@@ -92,6 +105,7 @@ def list_aliases(context: Context) -> None:
             shown = [aliases.stable(entries)] if entries[-1].percent == 100 else [aliases.stable(entries), entries[-1]]
             for entry in shown:
                 model = f"{entry.key}" if entry.percent == 100 else f"{entry.key} for {entry.percent} %"
+                model += "" if layout.snapshot(entry.key).is_dir() else ", not on the volume"
                 made.add_row(f"@{name}", model, time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.at)), entry.by)
         return made
 
@@ -119,8 +133,29 @@ def rollback(
             reference = f"{earlier[-1].repo_id}@{earlier[-1].commit}"
             store.set_alias(name, reference, dtype=earlier[-1].dtype, observer=observer)
     record = _record(name, earlier[-1]) | {"before": _record(name, now), "changed": not dry_run}
-    text = f"@{name} {'would point' if dry_run else 'points'} to {earlier[-1]} again"
+    missing = "" if store.layout.snapshot(earlier[-1]).is_dir() else ", once it is published"
+    text = f"@{name} {'would point' if dry_run else 'points'} to {earlier[-1]} again{missing}"
     context.print(record, lambda console: console.print(text))
+
+
+@command(app, "rm")
+def remove(
+    context: Context,
+    name: _NAME,
+    dry_run: DRY_RUN = False,
+    yes: YES = False,
+) -> None:
+    """Remove an alias. The models that it pointed to stay."""
+    layout = context.volume().layout
+    name = aliases.checked(name.removeprefix("@"))
+    if name not in aliases.names(layout):
+        raise SnapshotNotFound(f"the store has no alias @{name}: look at `modelstore alias ls`")
+    before = _now(context, name)
+    if not dry_run:
+        context.confirm(f"remove @{name}, which points to {before or 'nothing'}", yes=yes)
+        aliases.remove(layout, name)
+    record = _record(name, before) | {"removed": not dry_run}
+    context.print(record, lambda console: console.print(f"{'would remove' if dry_run else 'removed'} @{name}"))
 
 
 def _now(context: Context, name: str) -> SnapshotKey | None:

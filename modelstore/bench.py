@@ -26,11 +26,13 @@ from typing import Any
 import numpy as np
 
 from modelstore import durable
+from modelstore.catalog import check_place
 from modelstore.contenders import LOAD
-from modelstore.errors import InvalidSetting, ModelStoreError
+from modelstore.errors import InvalidSetting, ModelStoreError, NoSpace
 from modelstore.header import TensorInfo, encode_header
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
+from modelstore.units import size
 
 NEEDS = {
     "runai": "runai_model_streamer",
@@ -41,6 +43,7 @@ NEEDS = {
 _CUDA_ONLY = ("instanttensor",)
 _PACKAGES = ("torch", "transformers", "safetensors", "runpod", "runai-model-streamer", "fastsafetensors", "numpy")
 _VOCABULARY = 32_000
+_TIMES = 7  # what is made takes, by the size of the model
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -245,12 +248,12 @@ def _write_weights(folder: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], 
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     taken = 0
     for name, shape in shapes:
-        size = int(np.prod(shape)) * _WIDTH[dtype]
-        if taken and taken + size > shard_bytes:
+        length = int(np.prod(shape)) * _WIDTH[dtype]
+        if taken and taken + length > shard_bytes:
             shards.append([])
             taken = 0
         shards[-1].append((name, shape))
-        taken += size
+        taken += length
     block = np.random.default_rng(0).standard_normal(1 << 22).astype("<f4") * np.float32(0.02)
     data = memoryview({"float32": block, "float16": block.astype("<f2"), "bfloat16": _bfloat16(block)}[dtype].tobytes())
     weight_map = {}
@@ -323,6 +326,13 @@ def bench_volume(
     be, and InvalidSetting for a size that is too small.
     """
     folder = place / f".modelstore-bench-{secrets.token_hex(4)}"
+    check_place(folder)
+    if place.is_dir() and (free := shutil.disk_usage(place).free) < _TIMES * size_bytes:
+        raise NoSpace(
+            f"{place} has {size(free)} free, and a model of {size(size_bytes)} takes {_TIMES} times that: "
+            "use a smaller --size",
+            free_bytes=free,
+        )
     durable.make_folder(folder)
     try:
         with durable.mapped_errors(folder):

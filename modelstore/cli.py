@@ -15,8 +15,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from modelstore import __version__, adopt_cli, alias_cli, look_cli, pins, seed_cli  # noqa: F401  each registers its commands
-from modelstore.catalog import Snapshot
+from modelstore import __version__, adopt_cli, alias_cli, aliases, look_cli, pins, seed_cli  # noqa: F401  each registers its commands
+from modelstore.catalog import Snapshot, repo_id_of
 from modelstore.console import (
     DRY_RUN,
     DTYPE,
@@ -27,18 +27,18 @@ from modelstore.console import (
     app,
     command,
     observer_of,
+    prepare_streams,
     print_collected,
     print_measured,
     print_snapshot,
     print_verified,
-    report_error,
     without_status,
 )
-from modelstore.errors import ModelStoreError, NotFound, Refused, SnapshotNotFound, UsageError
+from modelstore.errors import NoSpace, NotFound, Refused, SnapshotNotFound, UsageError
 from modelstore.evict import evict, survey
 from modelstore.gc import GRACE_S, plan
 from modelstore.layout import SnapshotKey
-from modelstore.reference import parse_reference
+from modelstore.reference import is_cut_commit, parse_reference
 from modelstore.settings import parse_dtype, parse_size
 from modelstore.space import Space
 from modelstore.store import ModelStore
@@ -122,7 +122,7 @@ def bench_volume(
 ) -> None:
     """Measure loading and starting on a volume, beside other loaders."""
     size_bytes = parse_size("--size", size)
-    place = folder or context.store().settings.root.parent
+    place = (folder or context.store().settings.root.parent).absolute()
     try:
         from modelstore.bench import bench_volume, environment
         from modelstore.tensors import usable_device
@@ -224,7 +224,8 @@ def remove(
     users = f", in use by {', '.join(found.users)}" if found.users else ""
     if not dry_run:
         context.confirm(f"remove {key}, {size(found.size_bytes)}, {folder}{users}", yes=yes)
-        evict(store.layout, key, force=True)
+        if not evict(store.layout, key, force=True):
+            raise Refused(f"{key} is being removed by somebody else: look at `modelstore ls`")
     record = _key_record(key, folder) | {"bytes": found.size_bytes, "removed": not dry_run}
     context.print(record, lambda console: console.print(f"{'would remove' if dry_run else 'removed'} {folder}"))
 
@@ -243,14 +244,18 @@ def collect_garbage(
     store = context.volume()
     layout, settings = store.layout, store.settings
     limit = parse_size("--to", to) if to is not None else None
+    if to is not None and to.strip().isdigit() and 0 < int(to) < 10**6:  # whoever writes 150 hardly means bytes
+        raise UsageError(f"--to {to} has no unit: write it like {to}GB, or {to}B")
     if not grace_s >= settings.lease_s:
         raise UsageError(f"--grace-s must be at least the lease, {settings.lease_s:g} s")
     store.catalog.check_format()
     wanted = plan(layout, settings, grace_s=grace_s, limit_bytes=limit)
+    taken = Space(layout, settings).taken() - wanted.size_bytes
     if not dry_run and (wanted.garbage or wanted.evicted):
-        what = f"{len(wanted.garbage)} leftovers and {len(wanted.evicted)} models"
-        context.confirm(f"remove {what}, {size(wanted.size_bytes)}", yes=yes)
+        what = f"leftovers: {len(wanted.garbage)}, models: {len(wanted.evicted)}, {size(wanted.size_bytes)} in all"
+        context.confirm(f"remove {what}", yes=yes)
         wanted = wanted.run(layout, settings, grace_s=grace_s)
+        taken = Space(layout, settings).taken()
     record = {
         "bytes": wanted.size_bytes,
         "removed": not dry_run,
@@ -268,11 +273,11 @@ def collect_garbage(
             for item in wanted.evicted
         ],
     }
-    short = limit is not None and not dry_run and Space(layout, settings).taken() > limit
     context.print(record, lambda console: print_collected(console, record))
-    if short:
-        report_error(ModelStoreError(f"{layout.root} takes more than {to}: the rest is in use or pinned"), context)
-        raise typer.Exit(6)
+    if limit is not None and taken > limit:
+        raise NoSpace(
+            f"{layout.root} takes {size(taken)} then, more than {to}: the rest is in use, pinned or an alias's"
+        )
 
 
 @command(app)
@@ -303,11 +308,14 @@ def unpin(
     was_pinned = pins.unpin(store.layout, key)
     record = _key_record(key, store.layout.snapshot(key)) | {"pinned": False}
     text = f"unpinned {key}" if was_pinned else f"{key} was not pinned"
+    others = sorted(f"{one}" for one in pins.pinned(store.layout) if one.repo_id == key.repo_id)
+    text += f"; {' and '.join(others)} still is" if others else ""
     context.print(record, lambda console: console.print(text))
 
 
 def run() -> NoReturn:
     """Do what the command line says, and end the process."""
+    prepare_streams()
     app.registered_commands.sort(key=lambda one: ORDER.index(str(one.name)))
     app(standalone_mode=True)
     raise SystemExit(0)
@@ -345,18 +353,30 @@ def _key_record(key: SnapshotKey, folder: Path) -> dict[str, Any]:
 
 
 def _found_key(store: ModelStore, reference: str, revision: str | None, dtype: str | None) -> SnapshotKey:
-    """What stands where the snapshot belongs, damaged or not."""
+    """What stands where the snapshot belongs, damaged or not; a commit may be cut, as `ls` shows it."""
     wanted = parse_reference(reference, revision=revision)
     variant = parse_dtype("--dtype", dtype) if dtype else store.settings.dtype
-    return store.catalog.find_key(wanted, variant) or _found(store, reference, revision, dtype).key
+    if (key := store.catalog.find_key(wanted, variant)) is not None:
+        return key
+    if wanted.kind == "alias":
+        key = aliases.target(store.layout, wanted.name)
+        raise SnapshotNotFound(f"{wanted} points to {key}, which is not on the volume: run `modelstore seed {wanted}`")
+    there = list(store.catalog.keys(repo_id_of(wanted)))
+    if is_cut_commit(wanted.revision):
+        meant = [key for key in there if key.commit.startswith(wanted.revision) and key.dtype == variant]
+        if len(meant) == 1:
+            return meant[0]
+    what = f"{reference} is not in {store.settings.root} as {variant}"
+    if there:
+        others = ", ".join(f"{key.repo_id}@{key.commit[:12]} --dtype {key.dtype}" for key in there[:5])
+        raise SnapshotNotFound(f"{what}, but this is: {others}")
+    option = f" --dtype {dtype}" if dtype else ""
+    raise SnapshotNotFound(f"{what}: look at `modelstore ls`, or run `modelstore seed {reference}{option}`")
 
 
 def _found(store: ModelStore, reference: str, revision: str | None, dtype: str | None) -> Snapshot:
-    snapshot = store.lookup(reference, revision=revision, dtype=dtype)
-    if snapshot is None:
-        option = f" --dtype {dtype}" if dtype else ""
-        raise SnapshotNotFound(
-            f"{reference} is not in {store.settings.root} as {dtype or store.settings.dtype}: "
-            f"run `modelstore seed {reference}{option}`, or look at `modelstore ls`"
-        )
+    key = _found_key(store, reference, revision, dtype)
+    if (snapshot := store.catalog.published(key)) is None:
+        what = "is damaged" if store.layout.snapshot(key).is_dir() else "is not there any more"
+        raise SnapshotNotFound(f"{key} {what}: run `modelstore seed` for it again")
     return snapshot

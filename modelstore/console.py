@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelstore.catalog import Snapshot, check_place
+from modelstore import aliases
+from modelstore.catalog import Catalog, Snapshot, check_place
 from modelstore.errors import ModelStoreError, Refused
+from modelstore.layout import DTYPES, Layout
 from modelstore.observer import LogObserver, Observer
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
-from modelstore.units import size
+from modelstore.units import ago, printable, size
 
 if TYPE_CHECKING:  # a fifth of the time of a command that draws nothing, as with --json
     from rich.console import Console
     from rich.table import Table
 
+_NO_TERMINAL = 1000  # columns: into a pipe lines are as long as they are, for grep and awk
 _FIGURES = ("size", "files", "ready", "download")
 INTERRUPTED = "interrupted: what was downloaded is kept, the same command goes on from there"
 
@@ -49,12 +54,36 @@ _COMMON: Mapping[str, tuple[Any, Any]] = {
     "quiet": (Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")], False),
     "debug": (Annotated[bool, typer.Option("--debug", help="Show tracebacks and every log line.")], False),
 }
-REF = Annotated[str, typer.Argument(metavar="REF", help="org/name, org/name@revision or file:///folder")]
-REFS = Annotated[list[str], typer.Argument(metavar="REF...", help="org/name, org/name@revision or file:///folder")]
+
+
+def complete_alias(incomplete: str) -> list[str]:
+    """The aliases of the store that the environment names, for the shell to go on with."""
+    with suppress(ModelStoreError):
+        return [name for name in sorted(aliases.names(Layout(Settings.from_env().root))) if name.startswith(incomplete)]
+    return []
+
+
+def complete_reference(incomplete: str) -> list[str]:
+    """The same of models and, with their @, of aliases."""
+    named = [f"@{name}" for name in complete_alias("")]
+    with suppress(ModelStoreError):
+        keys = Catalog(Layout(Settings.from_env().root)).keys()
+        named += sorted({key.repo_id for key in keys})
+    return [name for name in named if name.startswith(incomplete)]
+
+
+_REF_HELP = "org/name, org/name@revision, @alias or file:///folder"
+REF = Annotated[str, typer.Argument(metavar="REF", help=_REF_HELP, autocompletion=complete_reference)]
+REFS = Annotated[list[str], typer.Argument(metavar="REF...", help=_REF_HELP, autocompletion=complete_reference)]
 DTYPE = Annotated[
-    str | None, typer.Option("--dtype", help="float16 or fp16 (default), bfloat16 or bf16, float32, keep")
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="float16 or fp16 (default), bfloat16 or bf16, float32, keep",
+        autocompletion=lambda: list(DTYPES),
+    ),
 ]
-DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Say what would go, and leave it.")]
+DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 YES = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 REVISION = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit, where REF names none.")]
 
@@ -88,7 +117,11 @@ class Context:
         elif not self.quiet:
             from rich.console import Console
 
-            text(Console(highlight=False, markup=False, soft_wrap=True))
+            width = shutil.get_terminal_size((_NO_TERMINAL, 24)).columns
+            try:
+                text(Console(highlight=False, markup=False, soft_wrap=True, width=width))
+            except SystemExit:  # what rich makes of a reader that has gone
+                raise BrokenPipeError from None
 
     def report(self, line: str) -> None:
         """How far a long command is, on stderr."""
@@ -97,8 +130,10 @@ class Context:
 
     def confirm(self, question: str, *, yes: bool) -> None:
         """Raise Refused unless the person said yes, by the option or on a terminal."""
-        if not yes and not (sys.stdin.isatty() and typer.confirm(f"{question}?", err=True)):
+        if not yes and not sys.stdin.isatty():
             raise Refused(f"not done: {question} needs --yes")
+        if not yes and not typer.confirm(f"{question}?", err=True):
+            raise Refused("not done, as you said: nothing was changed")
 
 
 def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -126,6 +161,17 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[...
     return register
 
 
+def prepare_streams() -> None:
+    """Let output be written whatever holds it: a stream that is closed, as cron's may be, takes everything and gives
+    nothing, and a character that it cannot encode is escaped."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  for the life of the process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 @contextmanager
 def _errors(context: Context) -> Iterator[None]:
     """Set up logging; end with an error's own code and one line. A second Ctrl-C ends at once."""
@@ -137,6 +183,7 @@ def _errors(context: Context) -> Iterator[None]:
         if ours:
             signal.signal(signal.SIGINT, _interrupted)
         yield
+        sys.stdout.flush()
     except BrokenPipeError as error:  # whoever read this, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from error
@@ -210,9 +257,9 @@ def print_seeded(console: Console, records: list[dict[str, Any]]) -> None:
 def print_snapshot(console: Console, snapshot: Snapshot) -> None:
     source = snapshot.manifest.source
     console.print(f"{snapshot.repo_id} at {snapshot.commit} as {snapshot.dtype}")
-    console.print(f"{snapshot.path}\nfrom {source.kind} {source.location} {source.revision}")
+    console.print(f"{snapshot.path}\nfrom {source.kind} {printable(f'{source.location} {source.revision}')}")
     if snapshot.manifest.stored_unchanged:
-        console.print(f"stored unchanged: {snapshot.manifest.stored_unchanged}")
+        console.print(f"stored unchanged: {printable(snapshot.manifest.stored_unchanged)}")
     for file in snapshot.manifest.files:
         console.print(f"{file.size_bytes:>15,}  {file.sha256[:12]}  {file.path}")
 
@@ -224,7 +271,7 @@ def print_collected(console: Console, record: Mapping[str, Any]) -> None:
     for item in record["evicted"]:
         console.print(
             f"{verb} {item['repo_id']} {item['commit'][:12]} {item['dtype']}, {size(item['bytes'])}, "
-            f"last used {item['idle_s'] / 3600:.1f} h ago"
+            f"last used {ago(item['idle_s'])}"
         )
     console.print(f"{verb} {size(record['bytes'])}")
 

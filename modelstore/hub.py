@@ -33,7 +33,7 @@ from modelstore.errors import (
     RevisionNotFound,
 )
 from modelstore.manifest import SourceRecord
-from modelstore.reference import Reference, is_commit
+from modelstore.reference import Reference, is_commit, is_local
 from modelstore.settings import Settings
 from modelstore.sources import ByteStream, Resolved, SourceFile
 from modelstore.wire import open_url
@@ -41,6 +41,7 @@ from modelstore.wire import open_url
 _TIMEOUT_S = 30.0
 _METADATA_ATTEMPTS = 5
 _METADATA_LIMIT_S = 120.0
+_METADATA_PATIENCE_S = 15.0  # the library tries a listing again by itself, for 23 s
 _MAX_REDIRECTS = 5
 _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -52,6 +53,8 @@ T = TypeVar("T")
 # The HTTP libraries log every address they ask for, and a storage address carries its signature in the query.
 for _name in ("httpx", "httpx2", "httpcore", "httpcore2"):
     logging.getLogger(_name).setLevel(logging.WARNING)
+# What the library tells of each attempt, the error tells once.
+logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
 
 
 def check_token(settings: Settings) -> str:
@@ -168,12 +171,17 @@ class HubSource:
         )
 
     def _retrying(self, call: Callable[[], T]) -> T:
+        if is_local(self._reference.name):
+            raise RepoNotFound(
+                f"{self._reference} was made of a folder, and no Hub is asked for it: seed it from there, file:///…"
+            )
+        began = time.monotonic()
         for attempt in range(1, _METADATA_ATTEMPTS + 1):
             try:
                 with self._mapped("its metadata"):
                     return _within(_METADATA_LIMIT_S, call)
             except HubUnavailable as error:
-                if attempt == _METADATA_ATTEMPTS:
+                if attempt == _METADATA_ATTEMPTS or time.monotonic() - began > _METADATA_PATIENCE_S:
                     raise
                 self._sleep(backoff_s(attempt, error.retry_after_s))
         raise AssertionError("unreachable")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console, Group
     from rich.table import Table
 
+_WIDE = 80  # columns, for a table with sentences in it
 _LIMIT = Annotated[int, typer.Option("--limit", min=1, help="At most so many, the latest.")]
 
 
@@ -111,20 +112,27 @@ def past_starts(
     found = history.starts(context.volume().layout, limit=limit, model=model)
 
     def text(console: Console) -> None:
+        from rich.padding import Padding
+
         if not found:
             console.print(f"no start{f' of {model}' if model else ''} has been recorded yet")
             return
         rows = table("when", "model", "outcome", "worker", "ready", "what took longest")
         for record in found:
-            rows.add_row(
+            row = (
                 time.strftime("%m-%d %H:%M", time.localtime(record["at"])),
                 record["model"],
                 "failed" if record["error"] else record["outcome"] or "",
                 record["worker"],
                 f"{history.total_s(record):.1f} s",
-                history.verdict(record),
             )
-        console.print(rows)
+            if console.width >= _WIDE:
+                rows.add_row(*row, history.verdict(record))
+            else:
+                console.print("  ".join(row), soft_wrap=False)
+                console.print(Padding(history.verdict(record), (0, 0, 0, 4)), soft_wrap=False)
+        if console.width >= _WIDE:
+            console.print(rows)
 
     context.print(found, text)
 
@@ -140,6 +148,8 @@ def write_report(
     from modelstore import report
 
     store = context.volume()
+    if not text and out.is_dir():
+        raise UsageError(f"--out {out} is a folder: name a file")
     starts = history.starts(store.layout, limit=limit)
     if text:
         width = max(40, min(shutil.get_terminal_size((80, 24)).columns, 100))
@@ -162,6 +172,8 @@ def metrics(
     port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Answer scrapes there instead.")] = None,
 ) -> None:
     """Prometheus metrics of the volume and its fleet. Starts, seconds, bytes, events, space."""
+    if file is not None and port is not None:
+        raise UsageError("--file and --port are two ways: use one of them")
     try:
         from modelstore.metrics import as_text, serve, write
     except ModuleNotFoundError as error:
@@ -216,14 +228,17 @@ def doctor(
 def _models_table(models: list[dict[str, Any]], root: str, width: int) -> Table | str:
     if not models:
         return f"no snapshots in {root}: publish one with `modelstore seed org/name`"
-    wide = width >= 80
-    rows = table("model", "commit", "dtype", "files", "size", *(("last used", "kept by") if wide else ()))
+    wide = width >= _WIDE
+    rows = table("model", "commit", "dtype", "files", "size", "last used", *(("kept by",) if wide else ()))
     for model in models:
         kept = [f"@{name}" for name in model["aliases"]] + (["pin"] if model["pinned"] else []) + model["in_use_by"]
         used = "never" if model["idle_s"] is None else ago(model["idle_s"])
         name = model["repo_id"] if model["complete"] else f"{model['repo_id']} (damaged)"
-        row = (name, model["commit"][:12], model["dtype"], str(model["files"]), size(model["bytes"]))
-        rows.add_row(*row, *((used, ", ".join(kept)) if wide else ()))
+        row = (model["dtype"], str(model["files"]), size(model["bytes"]), used)
+        if wide:
+            rows.add_row(name, model["commit"][:12], *row, ", ".join(kept))
+        else:
+            rows.add_row("\n  ".join([name, *kept]), model["commit"][:7], *row)
     return rows
 
 

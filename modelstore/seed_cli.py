@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, ca
 import typer
 
 from modelstore import aliases, look, pins
-from modelstore.catalog import check_place
+from modelstore.catalog import check_place, recorded_revisions, revision_of
 from modelstore.claim import Holder
 from modelstore.console import (
     DTYPE,
@@ -253,8 +253,9 @@ def _uploaded(
                     sent = 0 if volume.has(snapshot) else volume.upload(snapshot, observer=observer)
                     if verify:
                         volume.verify(snapshot)
-                    if wanted.reference.kind == "hub":
-                        volume.record_commit(store.layout, snapshot, wanted.reference.revision)
+                    if (revision := revision_of(wanted.reference)) != "":
+                        for each in recorded_revisions(snapshot.repo_id, revision):
+                            volume.record_commit(store.layout, snapshot, each)
                 status = "uploaded" if sent else "present"
                 said.append(volume.record(snapshot, sent=sent, status=status))
             except ModelStoreError as error:
@@ -311,10 +312,12 @@ def _preview(context: Context, store: ModelStore, models: list[Wanted], *, prune
     """Print what would be done, and what the volume would hold then; raises where one cannot be had."""
     records = [_previewed(store, wanted) for wanted in models]
     space = look.space(store.layout, store.settings)
-    more = sum(record["bytes"] for record in records if record["status"] != "present")
-    download = sum(record["downloaded_bytes"] for record in records)
-    named = {_key_of(record) for record in records}
-    others = [one for one in survey(store.layout) if prune and one.key not in named and not one.kept_because]
+    named = {_key_of(record): record for record in records}  # two references may mean one snapshot
+    more = sum(record["bytes"] for record in named.values() if record["status"] != "present")
+    download = sum(record["downloaded_bytes"] for record in named.values())
+    given = {name for wanted in models for name in wanted.aliases}
+    there = (replace(one, aliases=tuple(set(one.aliases) - given)) for one in survey(store.layout))
+    others = [one for one in there if prune and one.key not in named and not one.kept_because]
     less = sum(one.size_bytes for one in others)
     plan = {
         "models": records,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelstore import aliases, durable, history
-from modelstore.catalog import Catalog, Snapshot, check_place
+from modelstore.catalog import Catalog, Snapshot, check_place, recorded_revisions
 from modelstore.claim import Claim, Contender, Holder
 from modelstore.errors import (
     BadManifest,
@@ -30,7 +30,7 @@ from modelstore.errors import (
 from modelstore.layout import FORMAT_VERSION, Layout, SnapshotKey
 from modelstore.observer import SILENT, Observer
 from modelstore.pins import mark_used, wait_while_evicting
-from modelstore.reference import Reference, is_commit, parse_reference
+from modelstore.reference import Reference, is_commit, is_local, parse_reference
 from modelstore.settings import Dtype, Settings, parse_dtype
 from modelstore.sources import FolderSource, HfCacheSource, Resolved, Source
 from modelstore.timeline import Span, Timeline
@@ -141,7 +141,7 @@ class ModelStore:
         self.catalog.check_format()
         self.settings.check_allowed(Reference("hub", resolved.repo_id, resolved.revision))
         snapshot = self._obtain(source, resolved, variant, None, None, observer, Timeline(), link=True)
-        self._record_commit(resolved, replacing=False)
+        self._record_commit(resolved, replacing=resolved.record.kind == "file")  # a cache may be older than the fleet
         mark_used(self.layout, snapshot.key)
         return snapshot
 
@@ -325,7 +325,7 @@ class ModelStore:
         if wanted.kind == "file":
             folder = FolderSource(wanted)
             return folder, folder.resolve()
-        if refresh and not self.settings.offline:
+        if refresh and not self.settings.offline and not is_local(wanted.name):
             commit = HubSource(wanted, self.settings, sleep=self._sleep).resolve().commit
         else:
             commit = self.catalog.recorded_commit(wanted)
@@ -340,13 +340,14 @@ class ModelStore:
 
     def _record_commit(self, resolved: Resolved, *, replacing: bool) -> None:
         """Let the fleet use this commit for the revision from now on; `replacing` another one is for a seed alone."""
-        path = self.layout.ref(resolved.repo_id, resolved.revision)
-        recorded = self.catalog.ref_commit(path)
-        if is_commit(resolved.revision) or recorded == resolved.commit or (recorded and not replacing):
-            return
-        durable.check_no_links(self.layout.root, path)
-        record = {"revision": resolved.revision, "commit": resolved.commit, "resolved_at": int(time.time())}
-        durable.write_atomic(path, json.dumps(record).encode() + b"\n")
+        for revision in recorded_revisions(resolved.repo_id, resolved.revision):
+            path = self.layout.ref(resolved.repo_id, revision)
+            recorded = self.catalog.ref_commit(path)
+            if is_commit(revision) or recorded == resolved.commit or (recorded and not replacing):
+                continue
+            durable.check_no_links(self.layout.root, path)
+            record = {"revision": revision, "commit": resolved.commit, "resolved_at": int(time.time())}
+            durable.write_atomic(path, json.dumps(record).encode() + b"\n")
 
     def _dtype(self, dtype: str | None) -> Dtype:
         return parse_dtype("dtype", dtype) if dtype else self.settings.dtype
@@ -359,6 +360,7 @@ class ModelStore:
             check_place(self.layout.root)
         except RootUnusable as error:  # the first who fills a store makes its place, but may not have meant to
             missing = str(error)
+        durable.make_folder(self.layout.trash)  # now, because a volume that is full may have no room for it
         durable.write_atomic(self.layout.format_file, b"%d\n" % FORMAT_VERSION)
         if missing:
             logger.warning("%s; until then it is made here", missing)

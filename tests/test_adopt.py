@@ -97,6 +97,13 @@ def test_a_folder_of_save_pretrained_gets_a_name(cli: Cli, store: ModelStore, vo
     assert cli.json("path", f"file://{folder}")["path"] == again["path"]
 
 
+def test_a_folder_that_changed_is_adopted_again_under_its_name(cli: Cli, store: ModelStore, volume: Path) -> None:
+    for seed, name in ((1, "me/chat"), (2, "me/chat"), (3, None), (4, None)):
+        write_repo(volume / "mine", random_tensors(2, seed=seed))
+        (record,) = cli.json("adopt", str(volume / "mine"), *(["--as", name] if name else []))
+        assert is_sound(store, name or "local/mine").commit == record["commit"]
+
+
 def test_a_mirror_of_the_sdk_with_a_folder_in_it(cli: Cli, store: ModelStore, volume: Path, tmp_path: Path) -> None:
     from runpod.serverless.utils.rp_volume_cache import VolumeCache
 

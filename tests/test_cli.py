@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -156,6 +161,127 @@ def test_a_narrow_terminal_and_a_pipe_look_right(hub: Hub, cli: Cli) -> None:
     out = cli("ls").stdout
     assert "\x1b" not in out
     assert "".join(line.split()[0] for line in out.splitlines()[1:]).startswith("organisation/a-model")
+
+
+def test_lines_into_a_pipe_are_as_long_as_they_are(hub: Hub, cli: Cli) -> None:
+    name = "organisation/a-model-with-a-rather-long-name-indeed"
+    write_repo(hub.folder / name)
+    cli("seed", name)
+    for columns in ("", "0"):
+        cli.env["COLUMNS"] = columns
+        (line,) = cli("ls").stdout.splitlines()[1:]
+        assert line.startswith(f"{name} ")
+        assert line.split()[2:5] == ["float16", "3", "524.8"]
+
+
+def test_a_commit_may_be_cut_and_what_is_there_otherwise_is_named(hub: Hub, cli: Cli) -> None:
+    write_repo(hub.folder / "org" / "name")
+    commit = cli.json("seed", "org/name", "--dtype", "keep")["commit"]
+    hub.stop()
+    assert cli("path", f"org/name@{commit[:12]}", "--dtype", "keep").stdout.endswith(f"{commit}.keep\n")
+    for command in ("show", "path", "verify", "pin", "unpin", "rm"):
+        told = cli(command, "org/name", code=3).stderr
+        assert told.endswith(f"as float16, but this is: org/name@{commit[:12]} --dtype keep\n")
+    assert "modelstore ls" in cli("path", "org/other", code=3).stderr
+    cli("pin", f"org/name@{commit[:12]}", "--dtype", "keep")
+    cli("seed", "org/name", "--dtype", "keep", code=1)
+
+
+def test_a_folders_name_is_known_everywhere_and_never_asked_of_the_hub(hub: Hub, cli: Cli, tmp_path: Path) -> None:
+    write_repo(tmp_path / "my-model")
+    cli("seed", f"file://{tmp_path}/my-model")
+    (listed,) = cli.json("ls")
+    assert listed["repo_id"] == "local/my-model"
+    for command in (["show"], ["path"], ["verify"], ["pin"], ["unpin"], ["doctor"], ["seed"], ["alias", "set", "own"]):
+        cli(*command, "local/my-model")
+    assert cli.json("seed", "local/my-model", "--dry-run")["models"][0]["status"] == "present"
+    cli("alias", "rm", "own", "--yes")
+    cli("rm", "local/my-model", "--yes")
+    write_repo(hub.folder / "local" / "my-model", random_tensors(2, seed=9))  # somebody else's
+    for command in (["seed"], ["warm"], ["alias", "set", "own"], ["doctor"]):
+        done = cli(*command, "local/my-model", code=3)
+        assert "no Hub is asked" in done.stderr + done.stdout
+    assert not [request for request in hub.served.requests if "local" in str(request)]
+
+
+def test_an_alias_whose_model_is_gone_is_said_and_removed(hub: Hub, cli: Cli) -> None:
+    write_repo(hub.folder / "org" / "name")
+    cli("alias", "set", "chat", "org/name")
+    cli("rm", "@chat", "--yes", code=8)
+    cli("rm", "@chat", "--yes", "--force")
+    assert "is not on the volume" in cli("rm", "@chat", "--yes", "--force", code=3).stderr
+    assert "not on the volume" in cli("alias", "ls").stdout
+    assert not cli.json("alias", "ls")[0]["published"]
+    assert "needs --yes" in cli("alias", "rm", "chat", code=8).stderr
+    assert cli.json("alias", "rm", "chat", "--yes")["removed"]
+    assert cli.json("alias", "ls") == []
+    assert "no alias @chat" in cli("alias", "rm", "chat", "--yes", code=3).stderr
+
+
+def test_a_removal_that_is_interrupted_is_whole(hub: Hub, cli: Cli, store_env: dict[str, str]) -> None:
+    write_repo(hub.folder / "org" / "name")
+    folder = Path(cli.json("seed", "org/name")["path"])
+    cli("pin", "org/name")
+    process = subprocess.Popen(
+        ["env", "--default-signal=INT", sys.executable, "-m", "modelstore", "rm", "org/name", "--yes", "--force"],
+        env=os.environ | store_env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    until = time.monotonic() + 20
+    while folder.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _out, told = process.communicate(timeout=20)
+    assert (process.returncode, told.count("\n")) == (130, 1)
+    root = Path(store_env["MODELSTORE_ROOT"])
+    assert list((root / "trash").iterdir()) == []
+    assert list(root.rglob(".evicting")) == []
+    assert [path for path in (root / "pins").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", ">&-"])
+def test_a_stream_that_is_closed_changes_nothing_else(
+    hub: Hub, cli: Cli, store_env: dict[str, str], closed: str
+) -> None:
+    write_repo(hub.folder / "org" / "name")
+    for arguments, code in (("seed org/name", 0), ("rm org/name", 8), ("ls", 0), ("rm org/none --json", 3)):
+        command = f"{sys.executable} -m modelstore {arguments} {closed}"
+        done = subprocess.run(["bash", "-c", command], env=os.environ | store_env, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "error" not in done.stdout
+    assert [one["repo_id"] for one in cli.json("ls")] == ["org/name"]
+
+
+def test_a_reader_that_reads_nothing_is_no_error(hub: Hub, cli: Cli, store_env: dict[str, str]) -> None:
+    write_repo(hub.folder / "org" / "name")
+    for command in ("seed org/name", "ls", "du", "verify"):
+        done = subprocess.run(
+            ["bash", "-c", f"set -o pipefail; {sys.executable} -m modelstore {command} | true"],
+            env=os.environ | store_env, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [("show o", ["org/name"]), ("pin ", ["@chat", "org/name"]), ("alias rollback c", ["chat"]), ("cla", ["claims"])],
+)
+def test_the_shell_knows_what_is_on_the_volume(hub: Hub, cli: Cli, line: str, found: list[str]) -> None:
+    write_repo(hub.folder / "org" / "name")
+    cli("alias", "set", "chat", "org/name")
+    words = f"modelstore {line}"
+    cli.env |= {
+        "_MODELSTORE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)
+    }  # fmt: skip
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("modelstore"))], env=os.environ | cli.env, capture_output=True, text=True
+    )
+    assert done.stdout.split() == found, done.stderr
+
+
+def test_a_size_without_a_unit_is_asked_again(cli: Cli) -> None:
+    assert "write it like 150GB" in cli("gc", "--to", "150", "--yes", code=2).stderr
 
 
 def test_verify_in_parts_goes_on_where_it_stopped_and_finds_the_damage(hub: Hub, cli: Cli) -> None:

@@ -51,7 +51,8 @@ def test_what_is_kept_is_read_again_in_order(tmp_path: Path) -> None:
     "text",
     [json.dumps({"at": at, "error": "", "worker": "", "model": "", "commit": "", "dtype": "", "reason": "", "spans": [span]})
      for at, span in ((float("nan"), {}), (1e30, {}), (1, {"name": "a", "start": "0", "end": 1}),
-                      (1, {"name": "a", "start": 0, "end": 10**400}), (1, {"name": "a", "start": 2, "end": 1}))]
+                      (1, {"name": "a", "start": 0, "end": 10**400}), (1, {"name": "a", "start": 2, "end": 1}),
+                      *((1, {"name": "a", "start": 1, "end": 2, "bytes": count}) for count in (10**400, -1, 1.5, "1")))]
     + ["", "{}", "[]", '{"at": "x", "spans": []}', "[" * 9999, '{"at": 1, "error": "", "spans": [{"name": "a"}]}',
      json.dumps({"at": 1, "error": "", "worker": 7, "model": "", "commit": "", "dtype": "", "reason": "", "spans": []})],
 )  # fmt: skip
@@ -61,6 +62,18 @@ def test_a_damaged_record_is_passed_over(tmp_path: Path, text: str) -> None:
     day = next(layout.starts.iterdir())
     (day / "0.x.json").write_text(text)
     assert len(history.starts(layout, limit=9)) == 1
+
+
+def test_a_terminal_obeys_nothing_that_a_record_says(cli: Cli, store_env: dict[str, str]) -> None:
+    layout = Layout(Path(store_env["MODELSTORE_ROOT"]))
+    evil = "\x1b[31mX\x1b]0;title\x07\ud800"
+    history.add(layout, with_spans(timeline(worker=evil, model=evil), Span(evil, 0.1, 3), Span("ready", 3, 3)))
+    for encoding in ("utf-8", "ascii"):
+        cli.env["PYTHONIOENCODING"] = encoding
+        for command in (["history"], ["report", "--text"], ["metrics"]):
+            shown = cli(*command).stdout
+            assert "X" in shown
+            assert not {"\x1b", "\x07"} & set(shown)
 
 
 def test_days_older_than_a_month_go(tmp_path: Path) -> None:

@@ -201,6 +201,15 @@ def test_one_command_fills_several_volumes_each_with_its_own_line(s3: S3, hub: H
     assert "present: org/one" in cli("seed", "org/one", "--to", TARGET).stdout
 
 
+def test_a_folder_of_the_laptop_is_found_by_its_name(s3: S3, hub: Hub, cli: Cli, tmp_path: Path) -> None:
+    write_repo(tmp_path / "my-model")
+    cli.env["MODELSTORE_S3_ENDPOINT"] = s3.url
+    cli("seed", f"file://{tmp_path}/my-model", "--to", TARGET)
+    there = on_volume(s3, tmp_path / "pod")
+    assert there.lookup("local/my-model") is not None
+    assert there.lookup(f"file://{tmp_path}/my-model") is not None
+
+
 def test_keys_are_never_in_a_record_or_a_line(s3: S3, hub: Hub, cli: Cli) -> None:
     write_repo(hub.folder / "org" / "name")
     cli.env |= {"MODELSTORE_S3_ENDPOINT": s3.url, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "verysecret"}

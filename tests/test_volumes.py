@@ -84,6 +84,20 @@ def test_a_full_volume_ends_the_download_in_one_line_and_publishes_nothing(hub: 
 
 
 @needs_mount
+def test_a_volume_that_takes_no_more_files_is_listed_and_cleaned(hub: Hub, on_mount: OnMount) -> None:
+    write_repo(hub.folder / "org" / "name")
+    modelstore = f"{sys.executable} -m modelstore"
+    commands = (
+        f"{modelstore} seed org/name -q && n=0 && while touch $VOLUME/$((n+=1)) 2>/dev/null; do :; done; set -e;"
+        f"{modelstore} ls --json; {modelstore} gc --yes; {modelstore} rm org/name --yes; {modelstore} ls --json"
+    )
+    done = on_mount('mount -t tmpfs -o size=50m,nr_inodes=80 none "$VOLUME"', "bash", "-c", commands)
+    assert done.returncode == 0, done.stderr
+    assert '"repo_id": "org/name"' in done.stdout
+    assert done.stdout.endswith("[]\n")
+
+
+@needs_mount
 def test_a_volume_that_says_that_it_is_too_small_is_believed(hub: Hub, on_mount: OnMount) -> None:
     write_repo(hub.folder / "org" / "name", random_tensors(8, (512, 512)))
     done = on_mount('mount -t tmpfs -o size=4m none "$VOLUME"', *SEED)

@@ -106,6 +106,18 @@ def test_a_list_is_made_true_and_pruned(cli: Cli, two_models: Path, store: Model
     assert len(aliases.history(store.layout, "chat")) == 1, "an alias that is right is left alone"
 
 
+def test_a_dry_run_tells_what_goes_once_the_aliases_are_moved(cli: Cli, two_models: Path, store: ModelStore) -> None:
+    old = store.set_alias("chat", "org/old")
+    two_models.write_text(f'{LIST}\n[[model]]\nreference = "org/one@main"\n')  # which is there already
+    plan = cli.json("seed", "--from", str(two_models), "--prune", "--dry-run")
+    assert [one["repo_id"] for one in plan["removed"]] == ["org/old"]
+    alone = cli.json("seed", "org/one", "org/two", "--dry-run")
+    assert plan["download_bytes"] == alone["download_bytes"]
+    cli("seed", "--from", str(two_models), "--prune", "--yes")
+    assert not old.path.exists()
+    assert abs(cli.json("du")["taken"] - plan["taken_after"]) < 16384
+
+
 def test_what_is_used_stays_and_a_failed_list_removes_nothing(cli: Cli, two_models: Path, store: ModelStore) -> None:
     old = store.ensure("org/old")
     use = pins.InUse(store.layout, old.key, "w1")
