@@ -82,7 +82,7 @@ def parse_record(data: bytes) -> ClaimRecord | None:
     if not all(isinstance(each, str) for each in texts) or not all(type(each) is int for each in numbers):
         return None
     amounts = numbers if record.eta_s is None else (*numbers, record.eta_s)
-    if not all(isinstance(each, int | float) and 0 <= each < _ENDLESS for each in amounts):
+    if not all(isinstance(each, int | float) and abs(each) < _ENDLESS for each in amounts):
         return None
     return replace(
         record,

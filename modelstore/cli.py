@@ -250,12 +250,10 @@ def collect_garbage(
         raise UsageError(f"--grace-s must be at least the lease, {settings.lease_s:g} s")
     store.catalog.check_format()
     wanted = plan(layout, settings, grace_s=grace_s, limit_bytes=limit)
-    taken = Space(layout, settings).taken() - wanted.size_bytes
     if not dry_run and (wanted.garbage or wanted.evicted):
         what = f"leftovers: {len(wanted.garbage)}, models: {len(wanted.evicted)}, {size(wanted.size_bytes)} in all"
         context.confirm(f"remove {what}", yes=yes)
         wanted = wanted.run(layout, settings, grace_s=grace_s)
-        taken = Space(layout, settings).taken()
     record = {
         "bytes": wanted.size_bytes,
         "removed": not dry_run,
@@ -274,7 +272,10 @@ def collect_garbage(
         ],
     }
     context.print(record, lambda console: print_collected(console, record))
-    if limit is not None and taken > limit:
+    if limit is None:
+        return
+    taken = Space(layout, settings).taken() - (wanted.size_bytes if dry_run else 0)
+    if taken > limit:
         raise NoSpace(
             f"{layout.root} takes {size(taken)} then, more than {to}: the rest is in use, pinned or an alias's"
         )
