@@ -82,7 +82,7 @@ def store_env(tmp_path: Path, hub: Hub) -> dict[str, str]:
 def on_mount(tmp_path: Path, store_env: dict[str, str]) -> OnMount:
     """Run a command after mounting something on the volume's folder; the mount ends with the command."""
 
-    def run(mount: str, *command: str, then: str = "true") -> subprocess.CompletedProcess[str]:
+    def run(mount: str, *command: str, then: str = "true", timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
         volume = tmp_path / "volume"
         volume.mkdir(exist_ok=True)
         script = f'cd / && {mount} && "$@"; code=$?; cd "$VOLUME" && {then}; exit $code'
@@ -92,7 +92,7 @@ def on_mount(tmp_path: Path, store_env: dict[str, str]) -> OnMount:
             cwd=Path(__file__).parent.parent,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=timeout_s,
             check=False,
         )
 

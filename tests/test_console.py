@@ -187,7 +187,9 @@ def on_each(names: Iterable[str], tmp_path: Path) -> list[str]:
 def test_a_read_only_volume(volume: ModelStore, on_mount: OnMount, tmp_path: Path) -> None:
     before = sorted((tmp_path / "volume").rglob("*"))
     done = on_mount(
-        'mount --bind "$VOLUME" "$VOLUME" && mount -o remount,bind,ro "$VOLUME"', *on_each([*SHORT, "warm"], tmp_path)
+        'mount --bind "$VOLUME" "$VOLUME" && mount -o remount,bind,ro "$VOLUME"',
+        *on_each([*SHORT, "warm"], tmp_path),
+        timeout_s=280,
     )
     for line in done.stdout.splitlines():
         said = json.loads(line)
@@ -211,7 +213,7 @@ def test_a_full_volume(volume: ModelStore, on_mount: OnMount, tmp_path: Path) ->
         '{ cat /dev/zero > "$VOLUME/zeros" 2>/dev/null || true; }'
     )
     names = [name for name in [*SHORT, "warm", "verify"] if name != "rm"]
-    done = on_mount(full, *on_each([*names, "rm"], tmp_path), then="rm zeros")
+    done = on_mount(full, *on_each([*names, "rm"], tmp_path), then="rm zeros", timeout_s=280)
     codes = {}
     for line in done.stdout.splitlines():
         said = json.loads(line)
