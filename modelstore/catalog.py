@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelstore import aliases, durable
-from modelstore.errors import BadManifest, FormatTooNew, IntegrityError, RootUnusable, UnsafeName
+from modelstore.errors import BadManifest, CodeRefused, FormatTooNew, IntegrityError, RootUnusable, UnsafeName
 from modelstore.layout import FORMAT_VERSION, MANIFEST, Layout, SnapshotKey, is_aside, key_from_parts, repo_folder
 from modelstore.manifest import FileRecord, Manifest, parse_manifest
 from modelstore.reference import DEFAULT_REVISION, Reference, is_commit, is_local, local_repo_id
@@ -80,6 +80,15 @@ class Snapshot:
             "downloaded_bytes": self.downloaded_bytes,
             "status": self.status,
         }
+
+
+def check_code(snapshot: Snapshot, *, trusted: bool) -> None:
+    """Raise CodeRefused if the snapshot was stored with code of its own and that is not `trusted`."""
+    if snapshot.manifest.remote_code and not trusted:
+        raise CodeRefused(
+            f"{snapshot.key} was stored with code of its own: to run it here, set MODELSTORE_TRUST_REMOTE_CODE=1 and "
+            f"name the commit in full, {snapshot.repo_id}@{snapshot.commit}, in MODEL_ID or MODELSTORE_ALLOWED_MODELS"
+        )
 
 
 class Catalog:

@@ -104,7 +104,7 @@ def warm(
                 device,
                 reading=b.reading,
                 timeline=b.timeline,
-                trust_remote_code=b.settings.trust_remote_code,
+                trust_remote_code=b.trusted,
             )
         )
     begun.timeline.mark("ready")

@@ -24,8 +24,11 @@ class Estimate:
     stored_bytes: int
 
 
-def estimate(source: Source, resolved: Resolved, dtype: Dtype, settings: Settings) -> Estimate:
-    """What a snapshot of this commit will take. Raises what choosing its files does: NoWeights, Refused, and so on."""
+def estimate(source: Source, resolved: Resolved, dtype: Dtype, settings: Settings, *, code: bool) -> Estimate:
+    """What a snapshot of this commit will take, with its Python files if `code`.
+
+    Raises what choosing its files does: NoWeights, Refused, and so on.
+    """
 
     def read(file: SourceFile) -> bytes:
         with source.open(resolved, file, 0, file.size_bytes) as stream:
@@ -36,7 +39,7 @@ def estimate(source: Source, resolved: Resolved, dtype: Dtype, settings: Setting
         read,
         repo_id=resolved.repo_id,
         pickles=settings.allow_pickle,
-        code=settings.trust_remote_code,
+        code=code,
         fp16=dtype == "float16",
     )
     parts = [(*file.path.rpartition("/")[::2], file) for file in selection.small]

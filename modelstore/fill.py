@@ -51,7 +51,6 @@ from modelstore.manifest import FileRecord, Manifest, Origin
 from modelstore.observer import Observer
 from modelstore.peak import Peak
 from modelstore.progress import Progress
-from modelstore.reference import is_commit
 from modelstore.selection import Selection, code_in, is_pickle, select_files, stored_path
 from modelstore.settings import Dtype, Settings
 from modelstore.sources import Resolved, Source, SourceFile
@@ -90,11 +89,13 @@ class Fill:
         timeline: Timeline,
         observer: Observer,
         damaged: Snapshot | None = None,
+        code: bool = False,
         link: bool = False,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`damaged`: the snapshot that is to be replaced, moved aside; what of it is intact is used again. `link`: take
-        weights that the source has on this volume by a second name, where nothing in them is to be converted."""
+        """`damaged`: the snapshot that is to be replaced, moved aside; what of it is intact is used again. `code`: the
+        repo's Python files may be stored. `link`: take weights that the source has on this volume by a second name,
+        where nothing in them is to be converted."""
         durable.check_no_links(layout.root, layout.snapshot(key))
         durable.check_no_links(layout.root, layout.staging(key) / str(claim.generation))
         self._layout = layout
@@ -126,6 +127,7 @@ class Fill:
         self._checked = 0.0
         self._stopping = False
         self._damaged = damaged
+        self._code = code
         self._link = link
         self._finished = FinishedFiles(self._staging, self._inherited, damaged)
         self._peak = Peak({})
@@ -191,21 +193,16 @@ class Fill:
             self._read_small,
             repo_id=self._key.repo_id,
             pickles=self._settings.allow_pickle,
-            code=self._may_bring_code(),
+            code=self._code,
             fp16=self._dtype == "float16",
         )
-
-    def _may_bring_code(self) -> bool:
-        """Only a commit that somebody named in full can have been read before it is run."""
-        pinned = is_commit(self._resolved.revision) or self._resolved.record.kind == "file"
-        return self._settings.trust_remote_code and pinned
 
     def _check_code(self, selection: Selection) -> None:
         """Refuse a repo whose configs name code, unless that was asked for; what was asked for is in the manifest."""
         for file in selection.small:
             path = self._staging.snapshot_file(stored_path(file.path))
             found = code_in(file.path, path.read_bytes(), self._repo) if file.path.endswith(".json") else ""
-            if found and not self._may_bring_code():
+            if found and not self._code:
                 raise CodeRefused(
                     f"{self._key.repo_id} brings code of its own ({found}): read it, then name the commit in full "
                     f"({self._key.repo_id}@{self._key.commit}) with --trust-remote-code, or use another repo"

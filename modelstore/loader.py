@@ -22,8 +22,8 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, modeling_utils
 
-from modelstore.catalog import Snapshot
-from modelstore.errors import CodeRefused, DoesNotFit, IntegrityError, NoWeights, UsageError
+from modelstore.catalog import Snapshot, check_code
+from modelstore.errors import DoesNotFit, IntegrityError, NoWeights, UsageError
 from modelstore.reader import Reading, start_reading
 from modelstore.tensors import Weights, check_fits, load_tensors, ring_bytes_for, usable_device
 from modelstore.timeline import Timeline
@@ -62,10 +62,7 @@ def load_model(
     if all("/" in file.path for file in snapshot.weights):
         raise NoWeights(f"{snapshot.key} is a pipeline, and no single model: load it by its path, or with load_tensors")
     trusted = snapshot.manifest.remote_code and trust_remote_code
-    if snapshot.manifest.remote_code and not trusted:
-        raise CodeRefused(
-            f"{snapshot.key} was stored with code of its own: set MODELSTORE_TRUST_REMOTE_CODE=1 to run it here"
-        )
+    check_code(snapshot, trusted=trusted)
     target = usable_device(device)
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     if weights is None:

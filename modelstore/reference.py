@@ -123,6 +123,14 @@ def local_repo_id(reference: Reference) -> str:
     return repo_id if is_repo_id(repo_id) else f"{_LOCAL}folder"
 
 
+def pins(reference: Reference, repo_id: str, commit: str) -> bool:
+    """Whether `reference` can mean nothing but this commit: it names the commit in full, or the folder that the
+    snapshots of `repo_id` are made of."""
+    if reference.kind == "hub":
+        return (reference.name, reference.revision) == (repo_id, commit)
+    return reference.kind == "file" and local_repo_id(reference) == repo_id
+
+
 def is_local(repo_id: str) -> bool:
     """Whether `local_repo_id` made it. No Hub is asked for such a name: whoever owned it there would be trusted."""
     return repo_id.startswith(_LOCAL)

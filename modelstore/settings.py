@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from modelstore.errors import InvalidReference, InvalidSetting, Refused
 from modelstore.layout import DTYPES
-from modelstore.reference import Reference, parse_reference
+from modelstore.reference import Reference, parse_reference, pins
 
 Dtype = Literal["float16", "bfloat16", "float32", "keep"]
 EngineName = Literal["text", "diffusion", "vllm"]
@@ -51,9 +51,17 @@ FIELDS = (
     Field("MODELSTORE_LEASE_S", "30", "seconds without a heartbeat after which a claim is taken over"),
     Field("MODELSTORE_WAIT_S", "1800", "seconds to wait for another worker's download before giving up"),
     Field("MODELSTORE_OFFLINE", "0", "`1`: never ask the Hub, serve only what the volume holds"),
-    Field("MODELSTORE_ALLOWED_MODELS", "", "comma-separated references; any other model is refused"),
+    Field(
+        "MODELSTORE_ALLOWED_MODELS",
+        "",
+        "comma-separated references, each with the one revision that it names; any other model or revision is refused",
+    ),
     Field("MODELSTORE_ALLOW_PICKLE", "0", "`1`: convert repos that have their weights only as pickles"),
-    Field("MODELSTORE_TRUST_REMOTE_CODE", "0", "`1`: store and run a repo's own code, if its commit is named in full"),
+    Field(
+        "MODELSTORE_TRUST_REMOTE_CODE",
+        "0",
+        "`1`: store and run a repo's own code, if `MODEL_ID` or `MODELSTORE_ALLOWED_MODELS` names its commit in full",
+    ),
     Field("MODELSTORE_KEEP_PREVIOUS", "0", "`1`: a worker that swaps models keeps the one before in host memory"),
     Field(
         "ENGINE", "", "what serves: `text`, `diffusion` or `vllm`; the first two by what the snapshot holds without it"
@@ -135,20 +143,20 @@ class Settings:
         """
         env = os.environ if env is None else env
         model_variable = "MODEL_ID" if env.get("MODEL_ID") else "MODEL_NAME"
-        model = env.get(model_variable, "")
-        revision = env.get("MODEL_REVISION") or None
+        name = env.get(model_variable, "")
+        model = _reference(model_variable, name, env.get("MODEL_REVISION") or None) if name else None
         quota = env.get("MODELSTORE_QUOTA", "")
         allowed = [text.strip() for text in env.get("MODELSTORE_ALLOWED_MODELS", "").split(",")]
         return cls(
             root=_root(env, mounts) if root is None else root.absolute(),
-            model=_reference(model_variable, model, revision) if model else None,
+            model=model,
             dtype=parse_dtype("MODEL_DTYPE", env.get("MODEL_DTYPE") or "float16"),
             quota_bytes=parse_size("MODELSTORE_QUOTA", quota) if quota else None,
             evict=_switch(env, "MODELSTORE_EVICT"),
             lease_s=_number(env, "MODELSTORE_LEASE_S", 30.0, at_least=2.0),
             wait_s=_number(env, "MODELSTORE_WAIT_S", 1800.0, at_least=0.0),
             offline=_switch(env, "MODELSTORE_OFFLINE"),
-            allowed_models=tuple(_reference("MODELSTORE_ALLOWED_MODELS", text, None) for text in allowed if text),
+            allowed_models=tuple(_allowed(text, model) for text in allowed if text),
             allow_pickle=_switch(env, "MODELSTORE_ALLOW_PICKLE"),
             trust_remote_code=_switch(env, "MODELSTORE_TRUST_REMOTE_CODE"),
             keep_previous=_switch(env, "MODELSTORE_KEEP_PREVIOUS"),
@@ -176,13 +184,18 @@ class Settings:
         return (self.root.parent / "huggingface-cache" / "hub",)
 
     def check_allowed(self, reference: Reference) -> None:
-        """Raise Refused where MODELSTORE_ALLOWED_MODELS is set and names neither `reference` nor its repo."""
-        if not self.allowed_models:
-            return
-        for allowed in self.allowed_models:
-            if reference in (allowed, Reference(allowed.kind, allowed.name, reference.revision)):
-                return
-        raise Refused(f"{reference} is not among MODELSTORE_ALLOWED_MODELS: add it there, or ask for one of those")
+        """Raise Refused if MODELSTORE_ALLOWED_MODELS is set and does not list `reference` with this revision."""
+        if self.allowed_models and reference not in self.allowed_models:
+            raise Refused(f"{reference} is not among MODELSTORE_ALLOWED_MODELS: add it there, or ask for one of those")
+
+    def may_run_code_of(self, repo_id: str, commit: str, *, named: Reference | None = None) -> bool:
+        """Whether code that this commit brings may be stored and run: MODELSTORE_TRUST_REMOTE_CODE is set, and MODEL_ID
+        or MODELSTORE_ALLOWED_MODELS pins the commit, or the reference `named` by the person who calls.
+
+        An alias and a branch pin nothing: both are read from the volume or the Hub, where others may change them.
+        """
+        operator = (self.model, *self.allowed_models, named)
+        return self.trust_remote_code and any(each is not None and pins(each, repo_id, commit) for each in operator)
 
 
 def parse_dtype(variable: str, text: str) -> Dtype:
@@ -212,6 +225,13 @@ def _reference(variable: str, text: str, revision: str | None) -> Reference:
         return parse_reference(text, revision=revision)
     except InvalidReference as error:
         raise InvalidSetting(f"{variable}: {error}") from error
+
+
+def _allowed(text: str, model: Reference | None) -> Reference:
+    """An entry of MODELSTORE_ALLOWED_MODELS. Without a revision it means MODEL_ID's own if it names that repo."""
+    reference = _reference("MODELSTORE_ALLOWED_MODELS", text, None)
+    has_revision = "@" in text
+    return model if model is not None and model.name == reference.name and not has_revision else reference
 
 
 def _number(env: Mapping[str, str], variable: str, default: float, *, at_least: float) -> float:

@@ -107,7 +107,8 @@ class ModelStore:
         """
         from modelstore.estimate import estimate
 
-        wanted, variant = _parsed(reference, revision), self._dtype(dtype)
+        named = wanted = _parsed(reference, revision)
+        variant = self._dtype(dtype)
         self.settings.check_allowed(wanted)
         if wanted.kind == "alias":
             key = aliases.target(self.layout, wanted.name)
@@ -122,7 +123,7 @@ class ModelStore:
         if snapshot is not None:
             files = len(snapshot.manifest.files)
             return record | {"status": "present", "files": files, "bytes": snapshot.size_bytes, "downloaded_bytes": 0}
-        found = estimate(source, resolved, variant, self.settings)
+        found = estimate(source, resolved, variant, self.settings, code=self._may_take_code(named, resolved))
         staged = durable.tree_blocks(self.layout.staging(key))
         return record | {
             "status": "resumable" if staged else "missing",
@@ -139,8 +140,10 @@ class ModelStore:
         they lie on the same volume. Raises what `ensure` raises."""
         variant = self._dtype(dtype)
         self.catalog.check_format()
-        self.settings.check_allowed(Reference("hub", resolved.repo_id, resolved.revision))
-        snapshot = self._obtain(source, resolved, variant, None, None, observer, Timeline(), link=True)
+        if Reference("hub", resolved.repo_id, resolved.commit) not in self.settings.allowed_models:
+            self.settings.check_allowed(Reference("hub", resolved.repo_id, resolved.revision))
+        code = self._may_take_code(None, resolved)
+        snapshot = self._obtain(source, resolved, variant, None, None, observer, Timeline(), link=True, code=code)
         self._record_commit(resolved, replacing=resolved.record.kind == "file")  # a cache may be older than the fleet
         mark_used(self.layout, snapshot.key)
         return snapshot
@@ -172,7 +175,7 @@ class ModelStore:
 
         Raises a ModelStoreError: NotFound, AccessDenied, HubUnavailable, IntegrityError, NoSpace, WaitTimeout, Refused.
         """
-        wanted = _parsed(reference, revision)
+        named = wanted = _parsed(reference, revision)
         variant = self._dtype(dtype)
         self.settings.check_allowed(wanted)
         if wanted.kind == "alias":
@@ -193,15 +196,18 @@ class ModelStore:
                 return found
         with timeline.span("lookup"):
             source, resolved = self._resolve(wanted, refresh=refresh)
+        code = self._may_take_code(named, resolved)
         other = SnapshotKey(resolved.repo_id, resolved.commit, "bfloat16")
         instead = overflow == "bfloat16" and variant == "float16" and damaged is None and self.catalog.published(other)
         try:
-            snapshot = instead or self._obtain(source, resolved, variant, damaged, wait_s, observer, timeline)
+            snapshot = instead or self._obtain(
+                source, resolved, variant, damaged, wait_s, observer, timeline, code=code
+            )
         except Float16Overflow as error:
             if overflow != "bfloat16":
                 raise
             logger.warning("%s: storing bfloat16 instead, as allowed", error)
-            snapshot = self._obtain(source, resolved, "bfloat16", damaged, wait_s, observer, timeline)
+            snapshot = self._obtain(source, resolved, "bfloat16", damaged, wait_s, observer, timeline, code=code)
         self._record_commit(resolved, replacing=refresh)
         mark_used(self.layout, snapshot.key)
         return snapshot
@@ -216,6 +222,7 @@ class ModelStore:
         observer: Observer,
         timeline: Timeline,
         *,
+        code: bool,
         link: bool = False,
     ) -> Snapshot:
         """Claim and fill, or wait for whoever does; what is on the volume is looked at again after every change."""
@@ -241,7 +248,9 @@ class ModelStore:
                 if waited_from is not None:
                     timeline.add(Span("wait", waited_from, timeline.now()))
                 try:
-                    return self._fill(outcome, key, dtype, source, resolved, damaged, observer, timeline, link=link)
+                    return self._fill(
+                        outcome, key, dtype, source, resolved, damaged, observer, timeline, code=code, link=link
+                    )
                 except ClaimLost as error:
                     logger.warning("%s", error)
                     contender, waited_from = None, timeline.now()
@@ -270,6 +279,7 @@ class ModelStore:
         observer: Observer,
         timeline: Timeline,
         *,
+        code: bool,
         link: bool,
     ) -> Snapshot:
         from modelstore.fill import Fill  # numpy and HTTP are for who downloads, not for who looks
@@ -298,6 +308,7 @@ class ModelStore:
                 timeline=timeline,
                 observer=observer,
                 damaged=self._quarantine(key, claim),
+                code=code,
                 link=link,
                 sleep=self._sleep,
             )
@@ -314,6 +325,15 @@ class ModelStore:
         if snapshot is None:
             raise BadManifest(f"{key} was published and cannot be read back: check the volume, then seed again")
         return replace(snapshot, status="resumed" if filled.reused else "downloaded", downloaded_bytes=filled.network)
+
+    def _may_take_code(self, named: Reference | None, resolved: Resolved) -> bool:
+        """Whether a repo's Python files are stored too: only of a commit that a person named in full, or of a folder
+        that a person named; never of an HF cache, which anybody who can write the volume may have made."""
+        if resolved.record.kind == "hf-cache":
+            return False
+        if resolved.record.kind == "file":
+            return self.settings.trust_remote_code
+        return self.settings.may_run_code_of(resolved.repo_id, resolved.commit, named=named)
 
     def _resolve(self, wanted: Reference, *, refresh: bool) -> tuple[Source, Resolved]:
         """The source to fill from, and the commit: the Hub's where it is asked, else the one that was recorded.

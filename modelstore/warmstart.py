@@ -61,6 +61,12 @@ class Begun:
     ring_bytes: int
     early: Any = None
 
+    @property
+    def trusted(self) -> bool:
+        """Whether the snapshot brings code of its own that may run."""
+        key = self.snapshot.key
+        return self.snapshot.manifest.remote_code and self.settings.may_run_code_of(key.repo_id, key.commit)
+
     def load(self, load: Callable[[Begun], T]) -> T:
         """What `load` makes of this start; called again, once, where the first bytes were not those published.
 

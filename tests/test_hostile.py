@@ -8,6 +8,7 @@ import pickle
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from safetensors.torch import load_file
 from modelstore import load_model
 from modelstore.claim import Contender
 from modelstore.errors import CodeRefused, HubUnavailable, ModelStoreError, NoWeights, PickleRefused, UnsafeName
+from modelstore.evict import evict
+from modelstore.reference import parse_reference
 from modelstore.selection import code_in, stored_path
 from modelstore.store import ModelStore
 from modelstore.verify import Position, save_position, saved_position, verify_snapshot
+from modelstore.warmstart import begin
 from tests.checkpoints import LLAMA_CONFIG, write_repo
 from tests.conftest import MakeStore
 from tests.hub import Hub
@@ -119,6 +123,46 @@ def test_code_that_is_trusted_runs_and_gives_what_transformers_gives(hub: Hub, m
     assert loaded.mine
     for name, tensor in model.half().state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("model", "listed", "trusted"),
+    [
+        ("org/own@COMMIT", "", True),
+        ("org/own", "", False),
+        ("@own", "", False),
+        ("@own", "@own,org/own@COMMIT", True),
+        ("org/own", "org/own", False),
+    ],
+)
+def test_code_runs_only_if_the_settings_name_its_commit(
+    hub: Hub, make_store: MakeStore, model: str, listed: str, trusted: bool
+) -> None:
+    """An alias is a record on the volume and a branch is the Hub's: either may lead to code that nobody has read."""
+    repo = write_repo(hub.folder / "org" / "own", extra={"modeling_own.py": b"import os\n"})
+    (repo / "config.json").write_bytes(CONFIG)
+    commit = hub.commit(repo)
+    store = make_store(trust_remote_code=True)
+    store.set_alias("own", f"org/own@{commit}")
+    store.settings.root.joinpath("refs/org--own").mkdir(parents=True, exist_ok=True)
+    store.layout.ref("org/own", "main").write_text(json.dumps({"commit": commit}))
+    entries = listed.replace("COMMIT", commit).split(",") if listed else []
+    settings = replace(
+        store.settings,
+        model=parse_reference(model.replace("COMMIT", commit)),
+        allowed_models=tuple(map(parse_reference, entries)),
+    )
+    begun = begin(settings)
+    begun.in_use.end()
+    begun.reading.close()
+    assert begun.trusted == trusted
+    evict(store.layout, begun.snapshot.key, force=True)
+    again = ModelStore(settings.root, settings=settings)
+    if trusted:
+        assert again.ensure(settings.model).manifest.remote_code
+    else:
+        with pytest.raises(CodeRefused):
+            again.ensure(settings.model)
 
 
 def write_pickles(folder: Path, *, shards: int = 1) -> dict[str, torch.Tensor]:
@@ -232,7 +276,7 @@ try:
     socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=1)
 except OSError as error:
     print("no network:", error)
-sys.addaudithook(unpickle._forbid)
+sys.addaudithook(unpickle.forbid)
 for attempt in (lambda: os.system("true"), lambda: socket.socket()):
     try:
         attempt()

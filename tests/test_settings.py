@@ -129,3 +129,38 @@ def test_the_fields_that_are_documented_are_the_fields_that_are_read() -> None:
     environment = Recorder()
     Settings.from_env(environment)
     assert {field.variable for field in FIELDS} == environment.read - {"MODEL_NAME", "RUNPOD_POD_ID"}
+
+
+COMMIT, OTHER = "a" * 40, "b" * 40
+
+
+@pytest.mark.parametrize("asked", [f"org/safe@{OTHER}", "org/safe", "org/safe@refs/pr/1", "org/safe@v1"])
+def test_a_model_that_is_allowed_at_a_commit_is_allowed_at_no_other(asked: str) -> None:
+    settings = Settings.from_env(ROOT | {"MODELSTORE_ALLOWED_MODELS": f"org/safe@{COMMIT}"})
+    settings.check_allowed(parse_reference(f"org/safe@{COMMIT}"))
+    with pytest.raises(Refused, match="MODELSTORE_ALLOWED_MODELS"):
+        settings.check_allowed(parse_reference(asked))
+
+
+def test_an_entry_without_a_revision_means_the_one_that_the_operator_set() -> None:
+    env = ROOT | {"MODEL_ID": "org/own", "MODEL_REVISION": "v2", "MODELSTORE_ALLOWED_MODELS": "org/own,org/other"}
+    settings = Settings.from_env(env)
+    for allowed in ("org/own@v2", "org/other"):
+        settings.check_allowed(parse_reference(allowed))
+    for refused in ("org/own", f"org/own@{COMMIT}", "org/other@v2", f"org/other@{COMMIT}"):
+        with pytest.raises(Refused):
+            settings.check_allowed(parse_reference(refused))
+
+
+def test_code_runs_only_of_commits_that_the_operators_settings_name() -> None:
+    env = {"MODELSTORE_TRUST_REMOTE_CODE": "1", "MODEL_ID": f"org/own@{COMMIT}"}
+    settings = Settings.from_env(ROOT | env | {"MODELSTORE_ALLOWED_MODELS": f"org/own@{COMMIT},org/x@{OTHER},org/y,@z"})
+    assert settings.may_run_code_of("org/own", COMMIT)
+    assert settings.may_run_code_of("org/x", OTHER)
+    for repo_id, commit in (("org/own", OTHER), ("org/x", COMMIT), ("org/y", COMMIT), ("org/z", COMMIT)):
+        assert not settings.may_run_code_of(repo_id, commit)
+    assert settings.may_run_code_of("org/y", COMMIT, named=parse_reference(f"org/y@{COMMIT}"))
+    assert not settings.may_run_code_of("org/y", COMMIT, named=parse_reference("@y"))
+    assert not Settings.from_env(ROOT | {"MODEL_ID": f"org/own@{COMMIT}"}).may_run_code_of("org/own", COMMIT)
+    folder = Settings.from_env(ROOT | env | {"MODEL_ID": "file:///models/mine"})
+    assert folder.may_run_code_of("local/mine", COMMIT)

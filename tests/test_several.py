@@ -265,3 +265,46 @@ def test_a_swap_that_fails_is_not_tried_all_the_time(
         follower.look()
     assert tried == ["@chat"]
     assert asyncio.run(answered(chat))["model"] == "org/name"
+
+
+@pytest.mark.parametrize("listed", ["org/other@COMMIT", "org/other"])
+@pytest.mark.parametrize("asked", ["org/other@LATER", "org/other@refs/pr/1", "org/other@v9"])
+def test_a_job_cannot_bring_another_revision_of_an_allowed_model(
+    hub: Hub, settings: Settings, store: ModelStore, made: Made, listed: str, asked: str
+) -> None:
+    commit = hub.commit(hub.folder / "org/other")
+    write_model(hub.folder / "org/other", seed=77)
+    later = hub.commit(hub.folder / "org/other")
+    hub.served.requests.clear()
+    allowed = (parse_reference("org/name"), parse_reference(listed.replace("COMMIT", commit)))
+    engine = Several(made(settings), replace(settings, allowed_models=allowed), made)
+    published = sorted(store.layout.models.glob("*/*"))
+    with pytest.raises(JobError) as caught:
+        asyncio.run(answered(engine, asked.replace("LATER", later)))
+    engine.close()
+    assert caught.value.code is Code.MODEL_NOT_ALLOWED
+    assert sorted(store.layout.models.glob("*/*")) == published
+    assert hub.served.requests == [], "nothing was asked of the Hub"
+
+
+def test_the_bare_name_is_the_own_revision_and_main_is_another(
+    settings: Settings, store: ModelStore, made: Made
+) -> None:
+    commit = next(key.commit for key in store.catalog.keys("org/name"))
+    own = parse_reference(f"org/name@{commit}")
+    pinned = replace(settings, model=own, allowed_models=(own,))
+    engine = Several(made(pinned), pinned, made)
+    assert asyncio.run(answered(engine, "org/name"))["model"] == "org/name"
+    assert asyncio.run(answered(engine, f"org/name@{commit}"))["model"] == "org/name"
+    with pytest.raises(JobError, match="MODELSTORE_ALLOWED_MODELS"):
+        asyncio.run(answered(engine, "org/name@main"))
+    engine.close()
+
+
+def test_names_that_jobs_give_are_not_kept(engine: Several) -> None:
+    for number in range(50):
+        with pytest.raises(JobError):
+            asyncio.run(answered(engine, f"org/other@v{number}"))
+    asyncio.run(answered(engine, "org/other"))
+    assert engine._loads == {}
+    assert list(engine._others) == ["org/other"]

@@ -80,11 +80,12 @@ class Several:
     async def generate(self, request: TextRequest) -> AsyncIterator[Piece]:
         """See Engine. What a job names beside the worker's own model has to be among MODELSTORE_ALLOWED_MODELS."""
         if request.model is not None:
-            request = replace(request, model=_normal(request.model))
+            request = replace(request, model=self._normal(request.model))
         while True:
             held = await self._held(request.model)
+            asked = request if held is self._own else replace(request, model=None)
             try:
-                async with aclosing(held.engine.generate(request)) as pieces:  # type: ignore[type-var]
+                async with aclosing(held.engine.generate(asked)) as pieces:  # type: ignore[type-var]
                     async for piece in pieces:
                         yield piece
                 return
@@ -112,14 +113,26 @@ class Several:
         """The load of a model, one for all who ask for it; in a thread of its own, because answers need the others."""
         with self._changed:
             loading = self._loads.get(name)
-            if loading is None or loading.done():
+            if loading is None:
                 loading = self._loads[name] = self._loader.submit(self._load_one, name)
+                loading.add_done_callback(lambda _done: self._loads.pop(name, None))
             return loading
 
     def _end(self, held: _Held) -> None:
         with self._changed:
             held.answering -= 1
             self._changed.notify_all()
+
+    def _normal(self, name: str) -> str:
+        """A model's name as this worker writes it. `main` is left out, unless the worker's own model is another
+        revision of that repo, which answers to the bare name."""
+        try:
+            reference = parse_reference(name)
+        except ModelStoreError as error:
+            raise invalid(str(error)) from error
+        own = self._settings.model
+        is_other_revision = own is not None and own.name == reference.name and own.revision != reference.revision
+        return f"{reference.name}@{reference.revision}" if is_other_revision and "@" in name else str(reference)
 
     def _check_allowed(self, name: str) -> None:
         if not self._settings.allowed_models:
@@ -167,11 +180,3 @@ class Several:
         logger.info("%s makes room for another model", name)
         held.engine.close()
         return True
-
-
-def _normal(name: str) -> str:
-    """A model's name as this worker writes it."""
-    try:
-        return str(parse_reference(name))
-    except ModelStoreError as error:
-        raise invalid(str(error)) from error

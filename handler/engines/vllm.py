@@ -27,7 +27,7 @@ from typing import Any
 import aiohttp
 
 from handler.jobs import Code, JobError, Piece, Prompt, TextRequest, invalid, not_served
-from modelstore.catalog import Catalog, Snapshot
+from modelstore.catalog import Catalog, Snapshot, check_code
 from modelstore.errors import IntegrityError, ModelStoreError, NotFound, Refused
 from modelstore.layout import Layout
 from modelstore.settings import Settings, server_environment
@@ -155,9 +155,9 @@ class VllmEngine:
         engine = cls(server, folder, begun)
         names = dict.fromkeys((snapshot.key.repo_id, str(begun.settings.model)))
         dtype = "auto" if snapshot.key.dtype == "keep" else snapshot.key.dtype
-        trusted = begun.settings.trust_remote_code and snapshot.manifest.remote_code
+        check_code(snapshot, trusted=begun.trusted)
         arguments = [str(folder.path), "--served-model-name", *names, "--dtype", dtype]
-        arguments += ["--trust-remote-code"] if trusted else []
+        arguments += ["--trust-remote-code"] if begun.trusted else []
         most = {"max_new_tokens": begun.settings.max_tokens}  # where a request names no length, and at most
         arguments += ["--override-generation-config", json.dumps(most)]
         arguments += ["--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
