@@ -101,19 +101,23 @@ def _engine_for(snapshot: Snapshot) -> EngineName:
 
 def _writing(begun: Begun, meanwhile: Callable[[], None]) -> Engine:
     from handler.engines.batcher import free_memory
+    from handler.engines.chat_template import Renderer
     from handler.engines.several import Several
     from handler.engines.text import TextEngine
+
+    renderer = Renderer()
 
     def load_another(wanted: Settings) -> TextEngine:
         free_memory()  # what torch keeps for itself would count as taken
         begun = begin(wanted, timeline=Timeline())
         try:
-            return begun.load(TextEngine.load)
+            return begun.load(partial(TextEngine.load, renderer=renderer))
         except BaseException:
             begun.in_use.end()
             raise
 
-    own = begun.load(partial(TextEngine.load, meanwhile=meanwhile))
+    own = begun.load(partial(TextEngine.load, meanwhile=meanwhile, renderer=renderer))
+    renderer.start()
     return Several(own, begun.settings, load_another)
 
 

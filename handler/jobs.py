@@ -14,10 +14,13 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+
+from modelstore.units import one_line
 
 MIN_TEMPERATURE = 0.01
 MAX_TEMPERATURE = 2.0
@@ -27,6 +30,9 @@ MAX_REPETITION_PENALTY = 10.0
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 200
 MAX_SEED = 2**63 - 1
+MAX_MESSAGES = 4096
+_MAX_ERROR_CHARACTERS = 2000
+_BESIDE_THE_PROMPT = 1 << 16  # characters of a request's names, numbers and short texts
 _GPU_LOST = ("CUDA error", "device-side assert", "launch failure", "cuBLAS", "CUBLAS_STATUS", "cuDNN error")
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -43,10 +49,10 @@ class Code(StrEnum):
 
 
 class JobError(Exception):
-    """A job that ends in an error that its sender gets to see."""
+    """A job that ends in an error that its sender gets to see: one line, however long and strange what it quotes is."""
 
     def __init__(self, code: Code, message: str) -> None:
-        super().__init__(message)
+        super().__init__(one_line(message, _MAX_ERROR_CHARACTERS))
         self.code = code
 
     def payload(self) -> dict[str, str]:
@@ -126,25 +132,46 @@ class Piece:
     model: str = ""
 
 
-def input_of(job: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A job's input object. Raises JobError where there is none."""
+def input_of(job: Mapping[str, Any], limits: Limits | None = None) -> Mapping[str, Any]:
+    """A job's input object. Raises JobError if it is none, or if all that it carries is longer than a prompt may be."""
     data = job.get("input")
     if not isinstance(data, dict):
-        raise invalid(f"input must be an object with a prompt or messages, not {_shown(data)}")
+        raise invalid(f"input must be an object with a prompt or messages, not {shown(data)}")
+    limit = (limits or Limits()).prompt_characters + _BESIDE_THE_PROMPT
+    if _is_longer(data, limit):
+        raise invalid(f"input must have at most {limit} characters together with its names and numbers")
     return data
+
+
+def _is_longer(data: object, limit: int) -> bool:
+    """Whether all texts and names in `data`, at any depth, with one for each value, are more than `limit`. Looks at no
+    more of it than that takes."""
+    waiting = [data]
+    size = 0
+    while waiting:
+        value = waiting.pop()
+        size += 1 + (len(value) if isinstance(value, str | dict | list) else 0)
+        if size > limit:
+            return True
+        if isinstance(value, dict):
+            waiting += value.keys()
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return False
 
 
 def named_model(data: Mapping[str, Any]) -> str | None:
     """The model that a job names. Raises JobError where that is no name."""
     name = data.get("model")
     if name is not None and not isinstance(name, str):
-        raise invalid(f"model must be a string, not {_shown(name)}")
+        raise invalid(f"model must be a string, not {shown(name)}")
     return name
 
 
 def not_served(asked: str, model: str) -> JobError:
     """The error for a job that names another model than the one that is served."""
-    return JobError(Code.MODEL_NOT_ALLOWED, f"this worker serves {model}, not {asked[:200]!r}")
+    return JobError(Code.MODEL_NOT_ALLOWED, f"this worker serves {model}, not {shown(asked)}")
 
 
 def parse_text(data: Mapping[str, Any], limits: Limits) -> TextRequest:
@@ -255,17 +282,19 @@ def merged(chunks: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def parse_messages(value: object, limits: Limits) -> tuple[Mapping[str, str], ...]:
     """A conversation; contents may be OpenAI's lists of text parts. Raises JobError."""
     if not isinstance(value, list) or not value:
-        raise invalid(f"messages must be a list with at least one message, not {_shown(value)}")
+        raise invalid(f"messages must be a list with at least one message, not {shown(value)}")
+    if len(value) > MAX_MESSAGES:
+        raise invalid(f"messages must be at most {MAX_MESSAGES} messages, not {len(value)}")
     messages = []
     for index, message in enumerate(value):
         if not isinstance(message, dict):
-            raise invalid(f"messages[{index}] must be an object, not {_shown(message)}")
+            raise invalid(f"messages[{index}] must be an object, not {shown(message)}")
         content = _joined_parts(message.get("content"), index)
         for name, text in (("role", message.get("role")), ("content", content)):
             if not isinstance(text, str) or not text:
                 raise invalid(f"messages[{index}].{name} must be a string that is not empty")
         messages.append({"role": message["role"], "content": content})
-    if (size := sum(len(message["content"]) for message in messages)) > limits.prompt_characters:
+    if (size := sum(len(text) for message in messages for text in message.values())) > limits.prompt_characters:
         raise invalid(f"messages must have at most {limits.prompt_characters} characters together, not {size}")
     return tuple(messages)
 
@@ -275,20 +304,20 @@ def _joined_parts(content: object, index: int) -> Any:
         return content
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise invalid(f"messages[{index}].content may hold parts of type text alone, not {_shown(part)}")
+            raise invalid(f"messages[{index}].content may hold parts of type text alone, not {shown(part)}")
     return "".join(part["text"] for part in content)
 
 
 def _prompts(value: object, limits: Limits) -> tuple[Prompt, ...]:
     if not isinstance(value, list) or not 1 <= len(value) <= limits.prompts:
-        given = f"{len(value)}" if isinstance(value, list) else _shown(value)
+        given = f"{len(value)}" if isinstance(value, list) else shown(value)
         raise invalid(f"prompts must be a list of 1 to {limits.prompts} strings, not {given}")
     return tuple(Prompt(_text(text, f"prompts[{index}]", limits)) for index, text in enumerate(value))
 
 
 def _text(value: object, name: str, limits: Limits) -> str:
     if not isinstance(value, str):
-        raise invalid(f"{name} must be a string, not {_shown(value)}")
+        raise invalid(f"{name} must be a string, not {shown(value)}")
     if not value:
         raise invalid(f"{name} must not be empty")
     if len(value) > limits.prompt_characters:
@@ -302,7 +331,7 @@ def _stop(value: Any) -> tuple[str, ...]:
     if not usable or any(not isinstance(s, str) or not 1 <= len(s) <= MAX_STOP_CHARACTERS for s in stops):
         raise invalid(
             f"stop must be a string or at most {MAX_STOPS} of them, each of 1 to {MAX_STOP_CHARACTERS} characters, "
-            f"not {_shown(value)}"
+            f"not {shown(value)}"
         )
     return tuple(stops)
 
@@ -319,7 +348,7 @@ def flag(data: Mapping[str, Any], name: str) -> bool:
     """A switch that is off by default. Raises JobError."""
     value = False if data.get(name) is None else data[name]
     if not isinstance(value, bool):
-        raise invalid(f"{name} must be true or false, not {_shown(value)}")
+        raise invalid(f"{name} must be true or false, not {shown(value)}")
     return value
 
 
@@ -329,7 +358,7 @@ def integer(data: Mapping[str, Any], name: str, default: int, *, at_least: int, 
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not at_least <= value <= at_most:
-        raise invalid(f"{name} must be an integer between {at_least} and {at_most}, not {_shown(value)}")
+        raise invalid(f"{name} must be an integer between {at_least} and {at_most}, not {shown(value)}")
     return value
 
 
@@ -347,7 +376,7 @@ def number(
     usable = isinstance(value, int | float) and not isinstance(value, bool) and value <= at_most
     if not usable or (at_least is not None and value < at_least) or (above is not None and value <= above):
         low = f"at least {at_least:g}" if at_least is not None else f"above {above:g}"
-        raise invalid(f"{name} must be a number {low} and at most {at_most:g}, not {_shown(value)}")
+        raise invalid(f"{name} must be a number {low} and at most {at_most:g}, not {shown(value)}")
     return float(value)
 
 
@@ -366,8 +395,17 @@ def invalid(message: str) -> JobError:
     return JobError(Code.INVALID_INPUT, message)
 
 
-def _shown(value: object) -> str:
+class _Short(reprlib.Repr):
+    """Quotes a value that somebody sent in a few characters, without making the whole of it first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxlong, self.maxother = 3, 80, 40, 80
+
+
+def shown(value: object) -> str:
+    """A value of a request as an error quotes it: escaped, and cut to about 80 characters."""
     if value is None:
         return "nothing"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    text = _Short().repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -8,11 +8,11 @@ rather than ignored.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from handler.jobs import (
+    MAX_MESSAGES,
     Answer,
     Code,
     JobError,
@@ -27,11 +27,20 @@ from handler.jobs import (
     parse_messages,
     parse_sampling,
     parse_text,
+    shown,
 )
 
 Route = Literal["chat/completions", "completions", "models"]
 
-_PLAIN = re.compile(r"[A-Za-z0-9_./-]+")  # nothing that a URL would decode to something else
+# What a server that has the routes itself is asked for. Not its administration: vLLM loads adapters by a path or a
+# repo's name on such a route.
+_PASSED_ON = frozenset(
+    f"v1/{name}"
+    for name in (
+        *("chat/completions", "completions", "models", "responses", "embeddings", "pooling", "classify", "score"),
+        *("rerank", "audio/transcriptions", "audio/translations"),
+    )
+)
 
 DONE = "data: [DONE]\n\n"
 
@@ -57,7 +66,7 @@ def parse_route(route: object) -> Route:
     for name in ("chat/completions", "completions", "models"):
         if isinstance(route, str) and route.split("?")[0].strip("/") == f"v1/{name}":
             return name
-    raise invalid(f"openai_route must be /v1/chat/completions, /v1/completions or /v1/models, not {str(route)[:80]!r}")
+    raise invalid(f"openai_route must be /v1/chat/completions, /v1/completions or /v1/models, not {shown(route)}")
 
 
 def parse_request(route: object, body: object, limits: Limits) -> tuple[str, Mapping[str, Any] | None]:
@@ -66,8 +75,8 @@ def parse_request(route: object, body: object, limits: Limits) -> tuple[str, Map
     A request without a body is a GET. Raises JobError.
     """
     path = route.split("?")[0].strip("/") if isinstance(route, str) else ""
-    if not path.startswith("v1/") or ".." in path or not _PLAIN.fullmatch(path):
-        raise invalid(f"openai_route must be one of OpenAI's routes, as in /v1/completions, not {str(route)[:80]!r}")
+    if path not in _PASSED_ON:
+        raise invalid(f"openai_route must be one of OpenAI's routes, as in /v1/completions, not {shown(route)}")
     if body is not None and not isinstance(body, dict):
         raise invalid("openai_input must be an object")
     if not body:
@@ -82,6 +91,8 @@ def parse_request(route: object, body: object, limits: Limits) -> tuple[str, Map
     size = len(json.dumps([body.get(name) for name in ("prompt", "messages", "input")], ensure_ascii=False))
     if size > limits.prompt_characters:
         raise invalid(f"prompt, messages and input must have at most {limits.prompt_characters} characters, not {size}")
+    if isinstance(messages := body.get("messages"), list) and len(messages) > MAX_MESSAGES:
+        raise invalid(f"messages must be at most {MAX_MESSAGES} messages, not {len(messages)}")
     return f"/{path}", body
 
 

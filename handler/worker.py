@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
@@ -28,8 +29,10 @@ from handler.jobs import (
     is_out_of_memory,
     merged,
     parse_text,
+    shown,
 )
 from handler.refresh import AliasFollower
+from handler.termination import Termination, close_in_time
 from modelstore.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -92,6 +95,8 @@ class Worker:
             pixels=settings.max_pixels,
             images=settings.max_images,
         )
+        folders = sorted({str(settings.root), str(settings.root.parent)} - {"/"}, key=len, reverse=True)
+        self._volume = re.compile(rf"(?:file://)?(?:{'|'.join(map(re.escape, folders))})(?:/[^\s'\":,;()]*)?")
         self._wire = wire or Wire()
         self._timeline = timeline
         self._replace_because = ""
@@ -110,10 +115,16 @@ class Worker:
             self._counts["running"] -= 1
             self._counts[how] += 1
         if error is not None:
+            error = JobError(error.code, self._without_paths(str(error)))
             output = openai.failed(error) if _is_openai(job) else dict[str, Any](error.payload())
-        if self.retiring and not self._counts["running"]:
+        if self.retiring and self.is_idle:
             self.config["refresh_worker"] = True  # the SDK says so with this job's result, and ends
         return output
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no job is being answered."""
+        return not self._counts["running"]
 
     @property
     def retiring(self) -> bool:
@@ -139,7 +150,9 @@ class Worker:
         except JobError as error:
             logger.info("job %s: %s: %s", job.get("id"), error.code, error)
             return None, error
-        except Exception as error:  # whatever a job does, the worker lives on
+        except BaseException as error:  # a library's panic or a SystemExit too: each job gets an answer
+            if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
+                raise
             if clock.expired():
                 text = f"the job took longer than {limit_s:g} s: ask for fewer tokens, or raise MODELSTORE_MAX_JOB_S"
                 failed = JobError(Code.TIMEOUT, text)
@@ -149,10 +162,10 @@ class Worker:
             return None, failed
 
     async def _answer(self, job: Job) -> Any:
-        data = input_of(job)
+        data = input_of(job, self._limits)
         if data.get("op") is not None:
             if data["op"] != "status":
-                raise JobError(Code.INVALID_INPUT, f"op must be status, not {str(data['op'])[:80]!r}")
+                raise JobError(Code.INVALID_INPUT, f"op must be status, not {shown(data['op'])}")
             return self.status()
         if _is_openai(job):
             return await self._answer_openai(job, data)
@@ -270,9 +283,9 @@ class Worker:
         return said
 
     def _models(self) -> list[str]:
-        """What a job may name: the worker's own model, and those that it may load beside it."""
+        """The names that a job may give: the worker's own model, and those that it may load beside it."""
         allowed = [str(reference) for reference in self._settings.allowed_models]
-        return [self._engine.model, *(name for name in allowed if not self._engine.serves(name))]
+        return list(dict.fromkeys((self._engine.model, *allowed)))
 
     def status(self) -> dict[str, Any]:
         """What a {"op": "status"} job is told."""
@@ -281,8 +294,20 @@ class Worker:
             "worker": self._settings.worker_id,
             "uptime_s": round(time.monotonic() - self._began, 1),
             "jobs": dict(self._counts),
-            "timeline": self._timeline,
+            "timeline": self._told(self._timeline),
         }
+
+    def _told(self, value: Any) -> Any:
+        """A record as a job's author gets to see it."""
+        if isinstance(value, dict):
+            return {name: self._told(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [self._told(each) for each in value]
+        return self._without_paths(value) if isinstance(value, str) else value
+
+    def _without_paths(self, text: str) -> str:
+        """A text for a job's author, who need not know how the volume is laid out: paths of it are cut."""
+        return self._volume.sub("<volume>", text)
 
 
 def _is_openai(job: Job) -> bool:
@@ -290,7 +315,14 @@ def _is_openai(job: Job) -> bool:
     return isinstance(data, dict) and data.get("openai_route") is not None
 
 
-def _job_error(error: Exception) -> JobError:
+def _is_being_cancelled() -> bool:
+    """Whether the running task was cancelled from outside; else a CancelledError came from a future that was given up
+    inside, and the job still wants an answer."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _job_error(error: BaseException) -> JobError:
     if is_out_of_memory(error):
         return JobError(Code.OOM, "out of memory: send a shorter prompt or a smaller max_tokens")
     return JobError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {str(error)[:500]}")
@@ -310,11 +342,20 @@ def serve(engine: Engine, settings: Settings, timeline: Mapping[str, Any]) -> No
     if settings.model is not None and settings.model.kind == "alias":
         AliasFollower(engine, settings, worker.replace).start()
 
-    async def handler(job: Job) -> Any:
-        return await worker.handle(job)
+    termination = Termination(lambda: worker.is_idle)
 
-    worker.config |= {"handler": handler, "concurrency_modifier": worker.concurrency, "return_aggregate_stream": True}
+    async def handler(job: Job) -> Any:
+        output = await worker.handle(job)
+        if worker.config.get("refresh_worker"):
+            termination.begin()
+        return output
+
+    def concurrency(current: int) -> int:
+        termination.watch_signals()  # the SDK has set its own handlers by now
+        return worker.concurrency(current)
+
+    worker.config |= {"handler": handler, "concurrency_modifier": concurrency, "return_aggregate_stream": True}
     try:
         runpod.serverless.start(worker.config)
     finally:  # a thread that is in the middle of a tensor when Python ends would abort the process
-        engine.close()
+        close_in_time(engine.close)

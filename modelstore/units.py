@@ -16,6 +16,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def one_line(text: str, limit: int) -> str:
+    """A text that somebody else wrote, as a log or an error may quote it: one line of at most `limit` characters,
+    without control and unprintable characters."""
+    if len(text) > limit:
+        text = text[: limit - 3] + "..."
+    return printable(" ".join(text.split()))
+
+
 def ago(seconds: float) -> str:
     """A time in the past for a person."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):

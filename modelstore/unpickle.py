@@ -64,13 +64,13 @@ def _main(source: str, target: str) -> int:
     limit = 3 * os.path.getsize(source) + _SPARE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _leave_the_network()
+    leave_the_network()
     try:
         import torch
         from safetensors.torch import save_file
     except ModuleNotFoundError:
         return _NO_TORCH
-    sys.addaudithook(_forbid)
+    sys.addaudithook(forbid)
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
     except MemoryError:
@@ -88,7 +88,7 @@ def _main(source: str, target: str) -> int:
     return 0
 
 
-def _leave_the_network() -> None:
+def leave_the_network() -> None:
     """A network namespace with nothing in it, where this user may have one."""
     import ctypes
 
@@ -98,7 +98,7 @@ def _leave_the_network() -> None:
         libc.unshare(new_user | new_network)
 
 
-def _forbid(event: str, _arguments: object) -> None:
+def forbid(event: str, _arguments: object) -> None:
     if event.startswith(_FORBIDDEN):
         raise PermissionError(f"a checkpoint may not do this: {event}")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +29,7 @@ class Receiver:
     text: str = ""
     tokens: int = 0
     reason: str | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
     pieces: int = 0
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -39,7 +41,7 @@ class Receiver:
             self.reason = finish_reason
             self.ended.set()
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, error: BaseException) -> None:
         self.error = error
         self.ended.set()
 
@@ -367,8 +369,6 @@ def test_a_row_that_has_ended_is_not_carried_beyond_the_context() -> None:
 
 
 def test_the_models_own_generation_config_is_applied_once(model: tf.PreTrainedModel) -> None:
-    import copy
-
     own = copy.deepcopy(model)
     own.generation_config.repetition_penalty = 1.4
     own.generation_config.num_beams = 3
@@ -414,3 +414,96 @@ def test_a_model_with_an_encoder_is_not_interrupted_for_who_comes_later() -> Non
     for prompt, count, got in (([5, 6, 7, 8], 60, first_got), ([9, 10], 5, second_got)):
         output = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False)
         assert got.text == decode(output[0][1:].tolist())
+
+
+class Panic(BaseException):
+    """No Exception, as a tokenizer in Rust raises it."""
+
+
+def test_a_panic_fails_its_row_and_no_other(batcher: Batcher, model: tf.PreTrainedModel) -> None:
+    def panics(_tokens: object) -> str:
+        raise Panic("index out of bounds")
+
+    got = Receiver()
+    bad = Row(PROMPTS[0], Sampling(max_tokens=4, temperature=0.0), Detokenizer(panics), got, every_token=True)
+    good, good_got = row(PROMPTS[1])
+    batcher.submit([bad, good])
+    wait(got, good_got)
+    assert isinstance(got.error, Panic)
+    assert good_got.text == alone(model, PROMPTS[1], 12)
+
+
+def test_no_row_waits_for_a_thread_that_has_ended(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_arguments: object) -> None:
+        raise Panic("a fault of ours")
+
+    monkeypatch.setattr(batcher, "_after_failure", fails)
+    monkeypatch.setattr(batcher, "_generate", fails)
+    first, first_got = row(PROMPTS[0])
+    batcher.submit([first])
+    wait(first_got)
+    batcher._thread.join(10)
+    late, late_got = row(PROMPTS[1])
+    batcher.submit([late])
+    wait(late_got)
+    assert first_got.error is not None
+    assert late_got.error is not None
+    assert "failed" in batcher.broken
+
+
+def test_a_step_that_nobody_waits_for_any_more_says_that_the_worker_is_stuck(
+    batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(batcher, "_generate", lambda _rows: release.wait(30))
+    monkeypatch.setattr("handler.engines.batcher._STUCK_S", 0.2)
+    hung, _got = row(PROMPTS[0])
+    batcher.submit([hung])
+    time.sleep(0.3)
+    assert batcher.broken == "", "it is waited for"
+    hung.cancel()
+    time.sleep(0.3)
+    assert "has not ended" in batcher.broken
+    release.set()
+    until = time.monotonic() + 10
+    while batcher.broken and time.monotonic() < until:
+        time.sleep(0.01)
+    assert batcher.broken == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "applied"),
+    [
+        ("stop_strings", ["the"], False),
+        ("constraints", [{"x": 1}], False),
+        ("force_words_ids", [[1, 2]], False),
+        ("num_beams", 4, False),
+        ("guidance_scale", 3.0, False),
+        ("repetition_penalty", 0.0, False),
+        ("repetition_penalty", "much", False),
+        ("top_k", -3, False),
+        ("suppress_tokens", [10**9], False),
+        ("suppress_tokens", [5, 6], True),
+        ("bad_words_ids", [[]], False),
+        ("bad_words_ids", [[7]], True),
+        ("eos_token_id", "x", False),
+        ("no_repeat_ngram_size", -1, False),
+        ("sequence_bias", {"a": 1}, False),
+        ("max_time", 0.0001, False),
+        ("watermarking_config", {"bias": 1}, False),
+    ],
+)
+def test_a_generation_config_that_is_not_served_is_ignored_with_a_warning(
+    model: tf.PreTrainedModel, name: str, value: object, applied: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = copy.deepcopy(model)
+    setattr(own.generation_config, name, value)
+    batcher = Batcher(own, most=2, pad_token_id=None)
+    one, got = row(PROMPTS[0])
+    batcher.submit([one])
+    wait(got)
+    batcher.close()
+    assert got.error is None
+    assert (f"{name}=" in caplog.text) == (not applied)
+    if not applied and name != "eos_token_id":
+        assert got.text == alone(model, PROMPTS[0], 12)

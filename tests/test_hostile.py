@@ -270,7 +270,7 @@ def test_a_pickle_that_is_more_than_tensors_does_nothing_and_is_refused(
 INSIDE = """
 import os, socket, sys
 from modelstore import unpickle
-unpickle._leave_the_network()
+unpickle.leave_the_network()
 print(sorted(os.environ))
 try:
     socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=1)

@@ -142,7 +142,7 @@ def test_limits_are_those_of_the_settings() -> None:
         ({"prompt": "abcd"}, "at most 3 characters, not 4"),
         ({"prompt": "abc", "max_tokens": 11}, "between 1 and 10, not 11"),
         ({"prompts": ["a", "b"]}, "1 to 1 strings, not 2"),
-        ({"messages": [{"role": "user", "content": "ab"}] * 2}, "3 characters together, not 4"),
+        ({"messages": [{"role": "user", "content": "ab"}] * 2}, "3 characters together, not 12"),
     ):
         with pytest.raises(JobError, match=names):
             parse_text(data, small)

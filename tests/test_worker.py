@@ -290,3 +290,79 @@ def test_an_openai_error_has_openais_form(job: dict[str, Any], code: str) -> Non
     error = answer(Engine(), job)["error"]
     assert error["type"] == "invalid_request_error"
     assert error["code"] == code
+
+
+class PanicException(BaseException):
+    """As a library in Rust raises it (pyo3_runtime.PanicException): no Exception."""
+
+
+@pytest.mark.parametrize(
+    "error", [PanicException("index out of bounds"), SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError()]
+)
+@pytest.mark.parametrize(
+    "job", [JOB, {"id": "1", "input": {"openai_route": "/v1/completions", "openai_input": {"prompt": "x"}}}]
+)
+def test_a_job_is_answered_whatever_is_raised_inside_it(error: BaseException, job: Mapping[str, Any]) -> None:
+    output = answer(Engine(error=error), job)
+    code = output["error"]["code"] if "openai_route" in job["input"] else output["code"]
+    assert code == "INTERNAL_ERROR"
+
+
+def test_a_job_that_is_cancelled_from_outside_is_not_answered() -> None:
+    async def run() -> None:
+        task = asyncio.create_task(worker(Engine(takes_s=5)).handle(JOB))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+
+
+HUGE = "x" * 11_000_000
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"messages": [{"role": HUGE, "content": "hi"}]},
+        {"messages": [{"role": "user", "content": "hi", "name": HUGE}]},
+        {"messages": [{"role": "user", "content": "hi"}] * 500_000},
+        {"messages": [{"role": "user", "content": "a"}] * 5_000},
+        {"prompts": ["x" * 900_000] * 32},
+        {"prompt": "hi", "model": HUGE},
+        {"prompt": "hi", "op": HUGE},
+        {"prompt": "hi", HUGE: 1},
+        {"prompt": "hi", "more": [[[{"deep": HUGE}]]]},
+        {"prompt": "hi", "more": [0] * 5_000_000},
+        {"openai_route": "/v1/chat/completions", "openai_input": {"messages": [{"role": HUGE, "content": "hi"}]}},
+        {"openai_route": HUGE, "openai_input": {"prompt": "hi"}},
+    ],
+)
+def test_limits_count_all_that_a_request_carries(data: dict[str, Any]) -> None:
+    engine = Engine()
+    began = time.monotonic()
+    output = answer(engine, {"id": "1", "input": data})
+    assert time.monotonic() - began < 2
+    error = output["error"]["message"] if isinstance(output["error"], dict) else output["error"]
+    assert "at most" in error
+    assert len(error) < 300
+    assert engine.left == [], "the engine never saw it"
+
+
+def test_an_error_quotes_what_a_job_sent_on_one_line_cut_and_printable() -> None:
+    model = "org/x\n\x1b[2J\u202estart failed: " + "y" * 2_000
+    output = answer(Engine(), {"id": "1", "input": {"prompt": "hi", "model": model}})
+    assert output["code"] == "MODEL_NOT_ALLOWED"
+    assert output["error"].isprintable()
+    assert len(output["error"]) < 300
+
+
+def test_nothing_that_a_job_is_told_shows_where_the_volume_is() -> None:
+    error = RuntimeError("cannot read /nowhere/store/models/org--name/x.safetensors: Input/output error")
+    settings = {"root": Path("/nowhere/store")}
+    made = Worker(Engine(error=error), Settings(**settings), timeline={"model": "file:///nowhere/store/mine"})
+    told = asyncio.run(made.handle(JOB))
+    assert "cannot read <volume>: Input/output error" in told["error"]
+    status = asyncio.run(made.handle({"id": "2", "input": {"op": "status"}}))
+    assert "/nowhere" not in str(status)

@@ -12,9 +12,10 @@ import copy
 import gc
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -32,10 +33,12 @@ from transformers import (
 )
 
 from handler.engines.detokenizer import Detokenizer
+from handler.engines.generation_defaults import GenerationDefaults, generation_defaults
 from handler.jobs import Code, JobError, Sampling, is_gpu_lost, is_out_of_memory
 
 JOIN_EVERY = 16  # tokens; joining sooner would pay the pass over the tokens so far too often
 _SAY_EVERY = 32
+_STUCK_S = 120.0  # for a step of the model that goes on though nobody waits for it
 _DEFAULT_TOP_K = 50  # transformers' own, where neither the job nor the model names one
 
 logger = logging.getLogger(__name__)
@@ -47,7 +50,7 @@ class Receiver(Protocol):
     def piece(self, text: str, tokens: int, finish_reason: str | None) -> None:
         """More text, how many tokens it stands for, and why it ended."""
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, error: BaseException) -> None:
         """There will be no more."""
 
 
@@ -67,7 +70,7 @@ class Row:
         self.tokens = list(prompt)
         self.sampling = sampling
         self.left = sampling.max_tokens
-        self.ended = False
+        self.ended_at: float | None = None
         self.alone = False
         self._detokenizer = detokenizer
         self._receiver = receiver
@@ -75,6 +78,11 @@ class Row:
         self._text = ""
         self._unsaid = 0
         self._generator: torch.Generator | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will be generated."""
+        return self.ended_at is not None
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The row's own random numbers: what it becomes does not depend on who shares the batch."""
@@ -102,17 +110,17 @@ class Row:
 
     def cancel(self) -> None:
         """Nobody wants the rest."""
-        self.ended = True
+        self.ended_at = self.ended_at or time.monotonic()
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Nothing more can be generated."""
         if not self.ended:
-            self.ended = True
+            self.ended_at = time.monotonic()
             self._receiver.failed(error)
 
     def _end(self, reason: str) -> None:
         self._text += self._detokenizer.finish()
-        self.ended = True
+        self.ended_at = time.monotonic()
         self._say(reason)
 
     def _say(self, reason: str | None) -> None:
@@ -122,32 +130,41 @@ class Row:
 
 
 class Batcher:
-    """Generates for all rows that were submitted, `most` at once. Call `close` at the end.
-
-    `broken`: why the model cannot generate any more in this process, if so.
-    """
+    """Generates for all rows that were submitted, `most` at once. Call `close` at the end."""
 
     def __init__(self, model: PreTrainedModel, *, most: int, pad_token_id: int | None) -> None:
         self._model = model
         self._most = self._room = most
-        self._config = _greedy(model.generation_config, pad_token_id)
-        ends = self._config.eos_token_id
+        vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 1 << 60
+        own = model.generation_config
+        self._defaults = generation_defaults(own, vocabulary=vocabulary, pad_token_id=pad_token_id)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._context = context if isinstance(context, int) and context > 0 else 1 << 60
-        self._ends = frozenset([ends] if isinstance(ends, int) else ends or ())
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []
         self._changed = threading.Condition()
         self._closed = False
-        self.broken = ""
+        self._broken = ""
+        self._generating: list[Row] = []
         self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
         self._thread.start()
+
+    @property
+    def broken(self) -> str:
+        """Why the model cannot generate any more in this process; empty if it can."""
+        ended_at = [row.ended_at for row in self._generating]
+        if not self._broken and ended_at and None not in ended_at:
+            since_s = time.monotonic() - max(at for at in ended_at if at is not None)
+            return f"a step of the model has not ended for {since_s:.0f} s" if since_s > _STUCK_S else ""
+        return self._broken
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Generate for these, beside each other where there is room."""
         with self._changed:
             self._waiting.extend(rows)
             self._changed.notify_all()
+        if not self._thread.is_alive():
+            self._fail_all(RuntimeError(self._broken or "the engine has ended"))
 
     def close(self) -> None:
         """Return when all that was submitted has ended."""
@@ -157,15 +174,30 @@ class Batcher:
         self._thread.join()
 
     def _run(self) -> None:
-        while (rows := self._next()) is not None:
-            failed: Exception | None = None
-            try:
-                self._generate(rows)
-            except Exception as error:  # whatever a row does, the worker lives on
-                failed = error.with_traceback(None)  # whose frames hold the batch's tensors
-            if failed is not None:
-                self._after_failure(rows, failed)
-                free_memory()
+        try:
+            while (rows := self._next()) is not None:
+                failed: BaseException | None = None
+                self._generating = rows
+                try:
+                    self._generate(rows)
+                except BaseException as error:  # a panic of the tokenizer too: whatever a row does, the others go on
+                    failed = error.with_traceback(None)  # whose frames hold the batch's tensors
+                self._generating = []
+                if failed is not None:
+                    self._after_failure(rows, failed)
+                    free_memory()
+        except BaseException as error:  # a fault of ours: no job waits for a thread that is gone
+            logger.exception("the batcher's thread ends")
+            self._broken = f"the batcher has failed: {type(error).__name__}"
+            self._fail_all(error)
+
+    def _fail_all(self, error: BaseException) -> None:
+        with self._changed:
+            rows = [*self._running, *self._waiting]
+            self._running.clear()
+            self._waiting.clear()
+        for row in rows:
+            row.fail(error)
 
     def _next(self) -> list[Row] | None:
         """The rows to go on with; None when there will be none."""
@@ -195,30 +227,31 @@ class Batcher:
     def _generate(self, rows: list[Row]) -> None:
         """Generate until all have ended, or somebody joins."""
         width = max(len(row.tokens) for row in rows)
-        tokens = torch.full((len(rows), width), self._config.pad_token_id)
+        tokens = torch.full((len(rows), width), self._defaults.config.pad_token_id)
         mask = torch.zeros_like(tokens)
         for number, row in enumerate(rows):
             tokens[number, width - len(row.tokens) :] = torch.tensor(row.tokens)
             mask[number, width - len(row.tokens) :] = 1
-        config = copy.copy(self._config)
+        config = copy.copy(self._defaults.config)
         config.max_new_tokens = max(row.left for row in rows)
         device = self._model.device
-        with torch.inference_mode():
+        ends = self._defaults.ends
+        with torch.inference_mode(), _generation_config(self._model, self._defaults.config):
             self._model.generate(
                 tokens.to(device),
                 attention_mask=mask.to(device),
                 generation_config=config,
-                logits_processor=LogitsProcessorList([_Chooser(rows, self._model.generation_config)]),
-                stopping_criteria=StoppingCriteriaList([_Watcher(rows, self._ends, self._wanted, self._context)]),
+                logits_processor=LogitsProcessorList([_Chooser(rows, self._defaults)]),
+                stopping_criteria=StoppingCriteriaList([_Watcher(rows, ends, self._wanted, self._context)]),
             )
 
-    def _after_failure(self, rows: list[Row], error: Exception) -> None:
+    def _after_failure(self, rows: list[Row], error: BaseException) -> None:
         if is_gpu_lost(error):
-            self.broken = f"the GPU does not answer any more ({str(error)[:200]})"
+            self._broken = f"the GPU does not answer any more ({str(error)[:200]})"
             with self._changed:
                 rows = [*self._running, *self._waiting]
                 self._waiting.clear()
-        if len(rows) == 1 or self.broken:
+        if len(rows) == 1 or self._broken:
             for row in rows:
                 row.fail(error)
         elif is_out_of_memory(error):
@@ -236,13 +269,13 @@ class Batcher:
 class _Chooser(LogitsProcessor):  # type: ignore[misc]
     """Chooses each row's token in its own way: all others become impossible, so that a greedy `generate` takes it."""
 
-    def __init__(self, rows: list[Row], defaults: GenerationConfig) -> None:
+    def __init__(self, rows: list[Row], defaults: GenerationDefaults) -> None:
         self._rows = rows
         self._alike: dict[tuple[float, int, float], list[int]] = {}
         self._penalties: dict[int, RepetitionPenaltyLogitsProcessor] = {}
         for number, row in enumerate(rows):
             sampling = row.sampling
-            penalty = sampling.repetition_penalty or defaults.repetition_penalty or 1.0
+            penalty = sampling.repetition_penalty or defaults.repetition_penalty
             if penalty != 1.0:
                 self._penalties[number] = RepetitionPenaltyLogitsProcessor(penalty)
             if sampling.temperature:
@@ -297,21 +330,19 @@ class _Watcher(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(ended, device=input_ids.device)
 
 
+@contextmanager
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Let `generate` fill what a call leaves open from `config`, and not from the model's own unchecked one."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def free_memory() -> None:
     """Give back what a failed or a finished request held."""
     gc.collect()
     if torch.cuda.is_available():
         with suppress(RuntimeError):  # a GPU that is lost says so again, whatever it is asked
             torch.cuda.empty_cache()
-
-
-def _greedy(defaults: GenerationConfig, pad_token_id: int | None) -> GenerationConfig:
-    """The model's own generation config without what _Chooser does in its place."""
-    config = copy.deepcopy(defaults)
-    # Neutral values, and not None, which `generate` would fill from the model's own again.
-    config.repetition_penalty, config.temperature, config.top_p, config.typical_p = 1.0, 1.0, 1.0, 1.0
-    config.min_length, config.num_beams, config.num_return_sequences = 0, 1, 1
-    config.do_sample = False
-    config.top_k = config.min_p = config.max_length = None
-    config.pad_token_id = pad_token_id if pad_token_id is not None else 0
-    return config

@@ -1,10 +1,21 @@
-"""The text of tokens as they come. Pure: what it decodes with is a function."""
+"""The text of tokens as they come. Pure: what it decodes with is a function.
+
+What `push` hands out, together with `finish`, is what decoding all tokens at once gives. That takes some care:
+
+- a token gives the text that it adds to its neighbours before it, because a word's space depends on them;
+- a token that is left out (a special token, an id without a token) is never a neighbour;
+- a character may take several tokens, of which the first decode to U+FFFD;
+- tokens for single bytes are decoded as one run: one wrong byte makes all of the run U+FFFD, so it waits for its end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
-_INCOMPLETE = "\ufffd"  # what bytes that are not yet a character decode to
+_INCOMPLETE = "\ufffd"  # what the first bytes of a character decode to; however many they are, it is one
+_CHARACTER_TOKENS = 4  # a character of UTF-8 has at most four bytes, and a token at least one
+_WINDOW_TOKENS = 16  # decoded again for each token; a longer window is cut
+_RUN_TOKENS = 64  # of single bytes; a stop string in a longer run is found at its end
 
 
 class Detokenizer:
@@ -12,54 +23,104 @@ class Detokenizer:
     the beginning of a stop string. `stopped` is set once one of those has come; the text ends before it."""
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = (), *, at_once: bool = False
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stops: Sequence[str] = (),
+        *,
+        at_once: bool = False,
+        skipped: Container[int] = (),
+        single_bytes: Container[int] = (),
     ) -> None:
-        """`at_once`: nothing is handed out before the end, which spares decoding every token twice."""
+        """`at_once`: nothing is handed out before the end, which spares decoding every token twice. `skipped`: ids
+        that `decode` leaves out. `single_bytes`: tokens that `decode` takes for bytes, a run of them at a time."""
         self._decode = decode
         self._stops = [stop for stop in stops if stop]
         self._at_once = at_once and not self._stops
-        self._tokens: list[int] = []
-        self._begin = 0  # of the tokens that what comes next is decoded with: a word's space depends on its neighbour
-        self._read = 0
+        self._skipped = skipped
+        self._single_bytes = single_bytes
+        self._tokens: list[int] = []  # the window that is decoded for each token; all tokens if `at_once`
+        self._context = 0  # so many of them have given their text
+        self._sent = 0  # so many characters of the text of the others were handed out
+        self._longest = _WINDOW_TOKENS
         self._pending = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
         """The text that one more token makes certain."""
-        if self.stopped:
+        if self.stopped or token in self._skipped:
             return ""
         self._tokens.append(token)
         if self._at_once:
             return ""
+        if token in self._single_bytes:
+            if not self._stops or len(self._tokens) - self._context > _RUN_TOKENS:
+                return ""
+            return self._before_stop(self._new_text()[self._sent :]) or ""
         text = self._new_text()
-        if text.endswith(_INCOMPLETE):
+        if not text:
             return ""
-        self._begin, self._read = self._read, len(self._tokens)
-        return self._certain(text)
+        if text.endswith(_INCOMPLETE):
+            new = text[self._sent : -1]
+            self._sent = max(self._sent, len(text) - 1)
+            if len(self._tokens) > self._longest:
+                self._cut_window()
+            return self._certain(new)
+        new = text[self._sent :]
+        self._move_window(self._context, len(self._tokens), sent=0)
+        return self._certain(new)
 
     def finish(self) -> str:
         """What was held back, when no token will come any more."""
         if self.stopped:
             return ""
-        text = self._certain(self._new_text())
+        text = self._certain(self._new_text()[self._sent :])
         rest, self._pending = self._pending, ""
         return text + rest
 
     def _new_text(self) -> str:
-        before = self._decode(self._tokens[self._begin : self._read])
-        return self._decode(self._tokens[self._begin :])[len(before) :]
+        before = self._decode(self._tokens[: self._context])
+        return self._decode(self._tokens)[len(before) :]
+
+    def _move_window(self, begin: int, end_of_context: int, *, sent: int) -> None:
+        del self._tokens[:begin]
+        self._context = end_of_context - begin
+        self._sent = sent
+        self._longest = _WINDOW_TOKENS
+
+    def _cut_window(self) -> None:
+        """Let a window of tokens whose text never becomes whole begin later, at a place where that changes no text."""
+        count, all_text = len(self._tokens), self._decode(self._tokens)
+        old = len(self._decode(self._tokens[: self._context]))
+        for end in range(count - _CHARACTER_TOKENS, max(self._context, count - 2 * _CHARACTER_TOKENS), -1):
+            before = self._decode(self._tokens[:end])
+            if not all_text.startswith(before) or len(before) - old > self._sent:
+                continue  # a character lies across this place
+            for begin in range(end - 1, max(0, end - 1 - _CHARACTER_TOKENS), -1):
+                context = self._decode(self._tokens[begin:end])
+                if context and self._decode(self._tokens[begin:])[len(context) :] == all_text[len(before) :]:
+                    self._move_window(begin, end, sent=self._sent - (len(before) - old))
+                    return
+        self._longest = 2 * count
 
     def _certain(self, text: str) -> str:
+        """What of the pending text and `text` can be handed out now."""
+        if (before := self._before_stop(text)) is not None:
+            return before
         self._pending += text
-        found = [place for stop in self._stops if (place := self._pending.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            said, self._pending = self._pending[: min(found)], ""
-            return said
         held = max((self._overlap(stop) for stop in self._stops), default=0)
         keep = len(self._pending) - held
-        said, self._pending = self._pending[:keep], self._pending[keep:]
-        return said
+        certain, self._pending = self._pending[:keep], self._pending[keep:]
+        return certain
+
+    def _before_stop(self, text: str) -> str | None:
+        """The pending text and `text` up to the first stop string in them, and the end; None if there is none."""
+        seen = self._pending + text
+        places = [place for stop in self._stops if (place := seen.find(stop)) >= 0]
+        if not places:
+            return None
+        self.stopped = True
+        self._pending = ""
+        return seen[: min(places)]
 
     def _overlap(self, stop: str) -> int:
         """How much of the end may be the beginning of `stop`."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,9 +16,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from handler.engines.batcher import Batcher, Row, free_memory
+from handler.engines.chat_template import Renderer, TemplateTimeout
 from handler.engines.detokenizer import Detokenizer
-from handler.jobs import Piece, Prompt, Sampling, TextRequest, invalid, not_served
-from modelstore.catalog import Catalog, Snapshot
+from handler.engines.offload import Offload
+from handler.jobs import Code, JobError, Piece, Prompt, Sampling, TextRequest, invalid, not_served
+from modelstore.catalog import Catalog, Snapshot, check_code
 from modelstore.errors import IntegrityError, Refused
 from modelstore.layout import Layout, SnapshotKey
 from modelstore.loader import load_model
@@ -32,6 +34,7 @@ from modelstore.warmstart import Begun, begin
 logger = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 0.02
+_ENCODE_S = 60.0  # for one job's prompts: a million characters take a slow tokenizer half a minute
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +52,16 @@ class Loaded:
         cls, begun: Begun, *, device: str | torch.device | None = None, meanwhile: Callable[[], None] | None = None
     ) -> Loaded:
         """The tokenizer and the model while the bytes are in flight; then `meanwhile`, once; then the last bytes."""
+        check_code(begun.snapshot, trusted=begun.trusted)
         with begun.timeline.span("import"):
-            trusted = begun.settings.trust_remote_code and begun.snapshot.manifest.remote_code
-            tokenizer = AutoTokenizer.from_pretrained(begun.snapshot.path, trust_remote_code=trusted)
+            tokenizer = AutoTokenizer.from_pretrained(begun.snapshot.path, trust_remote_code=begun.trusted)
         model = load_model(
             begun.snapshot,
             device,
             device_map="auto" if device is None and needs_several_gpus(begun.snapshot) else None,
             reading=begun.reading,
             timeline=begun.timeline,
-            trust_remote_code=begun.settings.trust_remote_code,
+            trust_remote_code=begun.trusted,
             weights=begun.early,
             meanwhile=meanwhile,
         )
@@ -74,8 +77,12 @@ class Loaded:
 class TextEngine:
     """Answers with one loaded model, many requests at once; the model can be exchanged for another meanwhile."""
 
-    def __init__(self, loaded: Loaded, settings: Settings) -> None:
+    def __init__(self, loaded: Loaded, settings: Settings, renderer: Renderer | None = None) -> None:
+        """`renderer`: of chat templates, one that others use too; by default the engine has its own."""
         self._loaded = loaded
+        self._renderer = renderer or Renderer()
+        self._own_renderer = renderer is None
+        self._offload = Offload()
         self._settings = settings
         self._asked_for = str(settings.model)
         self._kept: Loaded | None = None
@@ -87,9 +94,11 @@ class TextEngine:
         self._exchanging = False
 
     @classmethod
-    def load(cls, begun: Begun, *, meanwhile: Callable[[], None] | None = None) -> TextEngine:
+    def load(
+        cls, begun: Begun, *, meanwhile: Callable[[], None] | None = None, renderer: Renderer | None = None
+    ) -> TextEngine:
         """The engine from a start whose bytes are in flight; `meanwhile` is called once, before the last of them."""
-        return cls(Loaded.from_start(begun, meanwhile=meanwhile), begun.settings)
+        return cls(Loaded.from_start(begun, meanwhile=meanwhile), begun.settings, renderer)
 
     @property
     def model(self) -> str:
@@ -103,7 +112,7 @@ class TextEngine:
     @property
     def broken(self) -> str:
         """See Engine."""
-        return self._batcher.broken
+        return self._batcher.broken or self._offload.stuck
 
     def check(self) -> None:
         """See Engine."""
@@ -138,7 +147,12 @@ class TextEngine:
             if request.model is not None and not self.serves(request.model):
                 raise not_served(request.model, self.model)
             pieces = _Pieces(asyncio.get_running_loop())
-            rows = await asyncio.to_thread(_rows, request, loaded, pieces)
+            try:
+                encode = partial(_rows, request, loaded, pieces, self._renderer)
+                rows = await self._offload.run(encode, limit_s=_ENCODE_S)
+            except TimeoutError as error:
+                reason = f"the tokenizer of {self.model} did not end within {_ENCODE_S:g} s: send a shorter prompt"
+                raise JobError(Code.TIMEOUT, reason) from error
             lengths = [len(row.tokens) for row in rows]
             batcher.submit(rows)
             left = len(rows)
@@ -181,6 +195,8 @@ class TextEngine:
     def close(self) -> None:
         """See Engine."""
         self._batcher.close()
+        if self._own_renderer:
+            self._renderer.close()
         for loaded in (self._loaded, self._kept):
             if loaded is not None:
                 loaded.in_use.end()
@@ -270,19 +286,19 @@ class _Pieces:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self._queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
 
-    def put(self, piece: Piece | Exception) -> None:
+    def put(self, piece: Piece | BaseException) -> None:
         try:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
         except RuntimeError:  # the loop has ended, and with it whoever waited
             logger.debug("nobody waits for an answer any more")
 
     async def next(self) -> Piece:
-        found = await self._queue.get()
-        if isinstance(found, Exception):
-            raise found
-        return found
+        piece = await self._queue.get()
+        if isinstance(piece, BaseException):
+            raise piece
+        return piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,35 +311,73 @@ class _Receiver:
     def piece(self, text: str, tokens: int, finish_reason: str | None) -> None:
         self.pieces.put(Piece(self.index, text, tokens, finish_reason))
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, error: BaseException) -> None:
         self.pieces.put(error)
 
 
-def _rows(request: TextRequest, loaded: Loaded, pieces: _Pieces) -> list[Row]:
+class _Skipped:
+    """The ids that a tokenizer's `decode` leaves out: its special tokens, and ids that have no token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        added = tokenizer.added_tokens_decoder.items()
+        self._special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+        self._tokenizer = tokenizer
+
+    def __contains__(self, token: object) -> bool:
+        return token in self._special or self._tokenizer.convert_ids_to_tokens(token) is None
+
+
+def _single_bytes(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids of the tokens that stand for one byte each, as sentencepiece has them for what its pieces lack."""
+    ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
+    return frozenset(number for number in ids if number is not None) - {tokenizer.unk_token_id}
+
+
+def detokenizer_for(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], *, stream: bool) -> Detokenizer:
+    """What makes a text of a tokenizer's tokens, up to the first of `stops`; as they come if it is a `stream`."""
+    return Detokenizer(
+        partial(tokenizer.decode, skip_special_tokens=True),
+        stops,
+        at_once=not stream,
+        skipped=_Skipped(tokenizer),
+        single_bytes=_single_bytes(tokenizer),
+    )
+
+
+def _rows(request: TextRequest, loaded: Loaded, pieces: _Pieces, renderer: Renderer) -> list[Row]:
     rows = []
     for index, prompt in enumerate(request.prompts):
-        tokens = _encode(prompt, loaded)
+        tokens = _encode(prompt, loaded, renderer)
         sampling = _fitted(len(tokens), request, loaded)
         if sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed + index % request.choices)
-        decode = partial(loaded.tokenizer.decode, skip_special_tokens=True)
-        detokenizer = Detokenizer(decode, sampling.stop, at_once=not request.stream)
+        detokenizer = detokenizer_for(loaded.tokenizer, sampling.stop, stream=request.stream)
         rows.append(Row(tokens, sampling, detokenizer, _Receiver(index, pieces), every_token=request.stream))
     return rows
 
 
-def _encode(prompt: Prompt, loaded: Loaded) -> list[int]:
+def _encode(prompt: Prompt, loaded: Loaded, renderer: Renderer) -> list[int]:
     if prompt.text is not None:
         tokens: list[int] = loaded.tokenizer(prompt.text)["input_ids"]
         return tokens
     if not loaded.tokenizer.chat_template:
         raise invalid(f"{loaded.key.repo_id} has no chat template: send prompt instead of messages")
-    messages = [dict(message) for message in prompt.messages]
+    return _encode_messages([dict(message) for message in prompt.messages], loaded, renderer)
+
+
+def _encode_messages(messages: list[dict[str, Any]], loaded: Loaded, renderer: Renderer) -> list[int]:
+    """A conversation's tokens: what `apply_chat_template` gives, the template rendered where it can be killed."""
+    tokenizer = loaded.tokenizer
+    made: dict[str, list[int]]
     try:
-        made: dict[str, list[int]] = loaded.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True
-        )
-    except Exception as error:  # templates raise their own errors, of any class, for roles they do not take
+        if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+            made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        else:
+            text = renderer.render(tokenizer.get_chat_template(), messages, tokenizer.special_tokens_map)
+            made = tokenizer(text, add_special_tokens=False)
+    except TemplateTimeout as error:
+        raise JobError(Code.TIMEOUT, f"the chat template of {loaded.key.repo_id} was ended: {error}") from error
+    except Exception as error:  # tokenizers with a way of their own raise errors of any class
         raise invalid(f"messages do not fit the chat template of {loaded.key.repo_id}: {error}") from error
     return made["input_ids"]
 

@@ -1,0 +1,116 @@
+"""What of a model's `generation_config.json` the text engine applies to its jobs.
+
+The file comes with the repository, so nothing in it is taken unseen: a value that `generate` would fail for, in each
+job, is ignored with a warning when the model is loaded. So is a way to search or to stop that batches of independent
+rows do not have (`stop_strings`, `constraints`, beams). How a token is chosen is the job's to say; of the model's own
+values the engine takes `top_k` and `repetition_penalty` if the job names none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import GenerationConfig
+
+from handler.jobs import MAX_REPETITION_PENALTY, MAX_TOP_K, MIN_REPETITION_PENALTY, shown
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """`config`: for `generate`, greedy and neutral but for the values that shape a model's output. `ends`: the tokens
+    that end a text."""
+
+    config: GenerationConfig
+    ends: frozenset[int]
+    top_k: int | None = None
+    repetition_penalty: float = 1.0
+
+
+def generation_defaults(own: GenerationConfig, *, vocabulary: int, pad_token_id: int | None) -> GenerationDefaults:
+    """The defaults that a model's own config leads to; `vocabulary` is the number of its tokens."""
+
+    def is_id(value: Any) -> bool:
+        return type(value) is int and 0 <= value < vocabulary
+
+    def is_ids(value: Any) -> bool:
+        return is_id(value) or (isinstance(value, list) and all(map(is_id, value)))
+
+    def is_words(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(ids, list) and ids and is_ids(ids) for ids in value)
+
+    def is_switch(value: Any) -> bool:
+        return isinstance(value, bool)
+
+    def is_count(value: Any) -> bool:
+        return type(value) is int and 0 <= value <= vocabulary
+
+    def is_penalty(value: Any) -> bool:
+        return type(value) in (int, float) and MIN_REPETITION_PENALTY <= value <= MAX_REPETITION_PENALTY
+
+    def is_top_k(value: Any) -> bool:
+        return type(value) is int and 0 <= value <= MAX_TOP_K
+
+    applied: Mapping[str, Callable[[Any], bool]] = {
+        **dict.fromkeys(("bos_token_id", "decoder_start_token_id", "forced_bos_token_id"), is_id),
+        **dict.fromkeys(("eos_token_id", "forced_eos_token_id"), is_ids),
+        **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), is_ids),
+        "bad_words_ids": is_words,
+        **dict.fromkeys(("use_cache", "renormalize_logits", "remove_invalid_values"), is_switch),
+        **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), is_count),
+        **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), is_penalty),
+        "top_k": is_top_k,
+    }
+    values: dict[str, Any] = {}
+    for name, value in vars(own).items():
+        if value is None or value == [] or name in _REPLACED:
+            continue
+        if name in applied and applied[name](value):
+            values[name] = value
+        elif value != _HARMLESS.get(name):
+            logger.warning("generation_config.json: %s=%s is ignored: it is not served", name, shown(value))
+    top_k, penalty = values.pop("top_k", None), values.pop("repetition_penalty", 1.0)
+    ends = values.get("eos_token_id", ())
+    config = GenerationConfig(
+        **values,
+        # Neutral values, and not None: `generate` fills what is None from its own defaults.
+        do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
+        repetition_penalty=1.0,
+        min_length=0,
+        temperature=1.0,
+        top_p=1.0,
+        typical_p=1.0,
+        pad_token_id=pad_token_id or 0,
+    )
+    return GenerationDefaults(config, frozenset([ends] if isinstance(ends, int) else ends), top_k, float(penalty))
+
+
+# The job, or the engine, says these in each case.
+_REPLACED = frozenset(
+    (
+        *("temperature", "top_p", "do_sample", "typical_p", "min_p", "top_h", "epsilon_cutoff", "eta_cutoff"),
+        *("max_length", "max_new_tokens", "min_length", "max_cache_len", "pad_token_id", "num_return_sequences"),
+        *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+        *("cache_implementation", "cache_config", "compile_config", "disable_compile", "continuous_batching_config"),
+        *("transformers_version", "_from_model_config", "_commit_hash", "_original_object_hash"),
+        *("length_penalty", "early_stopping", "low_memory"),  # they say something of beams alone
+        *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+        *("assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "max_matching_ngram_size"),
+        *("assistant_early_exit", "speculation_type", "use_mtp"),
+    )
+)
+_HARMLESS: Mapping[str, Any] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "min_new_tokens": 0,
+    "token_healing": False,
+    "guidance_scale": 1.0,
+    "penalty_alpha": 0.0,
+}

@@ -1,0 +1,79 @@
+"""The end of a worker's process: in time, whatever still hangs in it.
+
+The SDK ends its loop after SIGTERM, or after a job that asked for a new worker: jobs that run get their answers, its
+long poll for jobs comes to an end, then the engine is closed. Each of these may wait for a thread that never ends, and
+so may the interpreter itself. The process then ends without them.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+GRACE_S = 30.0  # without a job, from the signal or the last answer on
+_CLOSE_S = 20.0
+_LOOK_EVERY_S = 0.2
+
+logger = logging.getLogger(__name__)
+
+
+class Termination:
+    """Sees to it that the process ends once it has been asked to, and jobs are answered."""
+
+    def __init__(self, is_idle: Callable[[], bool]) -> None:
+        """`is_idle`: whether no job runs. A job's time is limited by MODELSTORE_MAX_JOB_S."""
+        self._is_idle = is_idle
+        self._before: dict[int, Any] = {}
+        self._begun = threading.Event()
+
+    def watch_signals(self) -> None:
+        """Take part in SIGTERM and SIGINT from now on, beside the handlers that are there. From the main thread."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            current = signal.getsignal(number)
+            if current != self._on_signal:
+                self._before[number] = current
+                signal.signal(number, self._on_signal)
+
+    def begin(self) -> None:
+        """End the process `GRACE_S` after the last job, if it has not ended by then."""
+        if not self._begun.is_set():
+            self._begun.set()
+            threading.Thread(target=self._end_when_idle, name="termination", daemon=True).start()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.begin()
+        if callable(before := self._before.get(number)):
+            before(number, frame)
+
+    def _end_when_idle(self) -> None:
+        idle_since = time.monotonic()
+        while time.monotonic() - idle_since < GRACE_S:
+            time.sleep(_LOOK_EVERY_S)
+            if not self._is_idle():
+                idle_since = time.monotonic()
+        _end(f"something has not ended within {GRACE_S:g} s")
+
+
+def close_in_time(close: Callable[[], None]) -> None:
+    """Call `close`; if it does not return in time, the process ends here."""
+    closing = threading.Thread(target=close, name="close", daemon=True)
+    closing.start()
+    closing.join(_CLOSE_S)
+    if closing.is_alive():
+        _end(f"the engine has not closed within {_CLOSE_S:g} s")
+
+
+def _end(reason: str) -> NoReturn:
+    logger.warning("the process ends at once: %s", reason)
+    for child in multiprocessing.active_children():  # the SDK's, which pings: it would tell that this worker lives
+        child.kill()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,96 @@
+"""Chat templates in their own process: what transformers renders, and templates that mean harm."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers as tf
+
+from handler.engines.chat_template import LIMIT_S, Renderer, TemplateError, TemplateTimeout
+from tests.test_handler import write_model
+
+MESSAGES = [{"role": "user", "content": "hello \ud800 \u20ac"}, {"role": "assistant", "content": ""}]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'x' %}{% break %}{% endif %}"
+    "<{{ m.role }}>{{ m.content | tojson }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Iterator[Renderer]:
+    made = Renderer()
+    made.start()
+    yield made
+    made.close()
+
+
+def test_a_template_gives_what_transformers_gives(renderer: Renderer, tmp_path: Path) -> None:
+    write_model(tmp_path / "model", seed=0)
+    tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = TEMPLATE
+    expected = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert renderer.render(TEMPLATE, MESSAGES, tokenizer.special_tokens_map) == expected
+
+
+def test_the_error_of_a_template_is_one_printable_line(renderer: Renderer) -> None:
+    evil = [{"role": "user", "content": "\nstart failed: \x1b[2J" + "x" * 5000}]
+    with pytest.raises(TemplateError) as caught:
+        renderer.render("{{ raise_exception(messages[0].content) }}", evil, {})
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) <= 500
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set n = namespace(x=3) %}{% for _ in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    ],
+    ids=["loops", "holds the interpreter's lock"],
+)
+def test_a_template_that_does_not_end_is_ended_and_the_next_is_rendered(renderer: Renderer, template: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(TemplateTimeout, match="did not end within"):
+        renderer.render(template, MESSAGES, {})
+    assert time.monotonic() - began < LIMIT_S + 5
+    assert renderer.render("{{ messages | length }}", MESSAGES, {}) == "2"
+
+
+def test_a_template_that_takes_all_memory_takes_none_of_the_workers(renderer: Renderer) -> None:
+    with pytest.raises((TemplateError, TemplateTimeout)):
+        renderer.render("{{ 'x' * 10 ** 11 }}", MESSAGES, {})
+    assert renderer.render("{{ messages | length }}", MESSAGES, {}) == "2"
+
+
+def test_a_process_that_was_killed_is_started_again(renderer: Renderer) -> None:
+    process: Any = renderer._process
+    process.kill()
+    process.wait()
+    assert renderer.render("{{ messages | length }}", MESSAGES, {}) == "2"
+
+
+def test_the_process_has_no_token_and_is_not_root(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    made = Renderer()
+    made.render("", MESSAGES, {})
+    process: Any = made._process
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    if os.geteuid() == 0:
+        assert b"hf_secret" not in Path(f"/proc/{process.pid}/environ").read_bytes()
+        assert "Uid:\t65534\t65534\t65534\t65534" in status
+    assert int(status.partition("VmRSS:")[2].split()[0]) < 150_000
+    made.close()
+
+
+def test_the_process_ends_with_the_worker() -> None:
+    made = Renderer()
+    made.render("", MESSAGES, {})
+    process: Any = made._process
+    process.stdin.close()
+    assert process.wait(10) == 0
+    made.close()
