@@ -442,7 +442,7 @@ class Fill:
 
         logger.warning("%s of %s is a pickle: converting it, as allowed", file.path, self._key.repo_id)
         target = path.with_name(f"{path.name}.unpickled")
-        convert(path, target, name=f"{file.path} of {self._key.repo_id}")
+        convert(path, target, name=f"{file.path} of {self._key.repo_id}", guard=self._guard)
         return target
 
     def _finish_indexes(self, selection: Selection) -> None:

@@ -2,8 +2,9 @@
 
 A pickle is a program. torch's restricted unpickler (`weights_only=True`) runs none of it but for making tensors; should
 that ever fail, this process has no token and no environment, may not open sockets, start programs or load libraries
-once its imports are done, has no network at all where the kernel gives it a namespace of its own, and ends when it
-takes more memory than a checkpoint of that size can need.
+once its imports are done, has no network at all if the kernel gives it a namespace of its own, and ends when it takes
+more memory, more of the processor or more time than a checkpoint of that size can need, or when its parent ends. (A
+pickle of a kilobyte can hold a key whose hash takes longer than anybody will wait.)
 
 `convert` is what the store calls; only the process imports torch.
 """
@@ -12,9 +13,14 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from modelstore.errors import ModelStoreError, NoSpace, NotFound, PickleRefused
 
@@ -30,39 +36,87 @@ _FORBIDDEN = (
     "ctypes.dlopen",
 )
 _NO_TORCH = 3
+_PR_SET_PDEATHSIG = 1
+_LOOK_EVERY_S = 0.2
+_ERROR_BYTES = 64 << 10
 
 
-def convert(source: Path, target: Path, *, name: str) -> None:
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a conversion may take, in seconds; both grow with the pickle."""
+
+    processor_s: int
+    time_s: int
+
+    @classmethod
+    def of(cls, size_bytes: int) -> Limits:
+        """Many times what a pickle of this size takes on a slow machine and a slow volume."""
+        return cls(processor_s=90 + size_bytes // 20_000_000, time_s=300 + size_bytes // 5_000_000)
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    name: str,
+    guard: Callable[[], None] = lambda: None,
+    limits: Limits | None = None,
+) -> None:
     """Write the tensors of the pickle `source` to `target`; `name` is the file's in messages.
 
-    Raises PickleRefused where it holds anything but tensors by name, NotFound where torch is not installed, NoSpace.
+    `guard` is called now and then; if it raises, the conversion ends with that. Raises PickleRefused for a pickle that
+    holds anything but tensors by name or takes more than its `limits`, NotFound if torch is not installed, NoSpace.
     """
-    done = subprocess.run(
-        [sys.executable, "-I", "-m", "modelstore.unpickle", str(source), str(target)],
-        env={"PATH": os.defpath, "OMP_NUM_THREADS": "1"},
-        cwd=target.parent,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    if done.returncode == _NO_TORCH:
-        raise NotFound(f"{name} is a pickle, and torch is needed to read it: pip install 'runpod-modelstore[worker]'")
-    if "(os error 28)" in done.stderr or "(os error 122)" in done.stderr:
-        raise NoSpace(f"no space to convert {name}: free some, raise the quota, or remove a model")
-    if done.returncode < 0:
-        raise ModelStoreError(
-            f"the process that converts {name} was ended by signal {-done.returncode}: give it memory"
+    limits = limits or Limits.of(source.stat().st_size)
+    command = [sys.executable, "-I", "-m", "modelstore.unpickle", str(source), str(target)]
+    with TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [*command, str(limits.processor_s), str(os.getpid())],
+            env={"PATH": os.defpath, "OMP_NUM_THREADS": "1"},
+            cwd=target.parent,
+            stdin=subprocess.DEVNULL,
+            stdout=errors,
+            stderr=errors,
         )
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        try:
+            late = not _ended(process, time.monotonic() + limits.time_s, guard)
+        finally:
+            process.kill()
+            process.wait()
+        errors.seek(max(0, errors.seek(0, os.SEEK_END) - _ERROR_BYTES))
+        text = errors.read().decode(errors="replace")
+    if late or process.returncode == -signal.SIGXCPU:
+        raise PickleRefused(f"{name} was not converted: it takes longer than a checkpoint of its size can need")
+    if process.returncode == _NO_TORCH:
+        raise NotFound(f"{name} is a pickle, and torch is needed to read it: pip install 'runpod-modelstore[worker]'")
+    if "(os error 28)" in text or "(os error 122)" in text:
+        raise NoSpace(f"no space to convert {name}: free some, raise the quota, or remove a model")
+    if process.returncode < 0:
+        raise ModelStoreError(
+            f"the process that converts {name} was ended by signal {-process.returncode}: give it memory"
+        )
+    if process.returncode:
+        reason = (text.strip().splitlines() or [f"it ended with {process.returncode}"])[-1]
         raise PickleRefused(f"{name} was not converted: {reason[:300]}; use a revision with safetensors")
 
 
-def _main(source: str, target: str) -> int:
+def _ended(process: subprocess.Popen[bytes], deadline: float, guard: Callable[[], None]) -> bool:
+    """Wait for the end of a process; False if it runs still at the `deadline`."""
+    while time.monotonic() < deadline:
+        guard()
+        try:
+            process.wait(_LOOK_EVERY_S)
+            return True
+        except subprocess.TimeoutExpired:
+            continue
+    return False
+
+
+def _main(source: str, target: str, processor_s: str, parent: str) -> int:
+    _end_with_parent(int(parent))
     limit = 3 * os.path.getsize(source) + _SPARE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(processor_s), int(processor_s) + 5))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     leave_the_network()
     try:
@@ -86,6 +140,15 @@ def _main(source: str, target: str) -> int:
     # A copy of each: tensors that share their memory are two names of one thing in a pickle, and two things here.
     save_file({key: value.detach().clone().contiguous() for key, value in state.items()}, target, {"format": "pt"})
     return 0
+
+
+def _end_with_parent(parent: int) -> None:
+    """Let the kernel kill this process when the thread that started it ends."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
 
 
 def leave_the_network() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import socket
 import subprocess
 import sys
+import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,17 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
-from modelstore import load_model
+from modelstore import load_model, unpickle
 from modelstore.claim import Contender
-from modelstore.errors import CodeRefused, HubUnavailable, ModelStoreError, NoWeights, PickleRefused, UnsafeName
+from modelstore.errors import (
+    ClaimLost,
+    CodeRefused,
+    HubUnavailable,
+    ModelStoreError,
+    NoWeights,
+    PickleRefused,
+    UnsafeName,
+)
 from modelstore.evict import evict
 from modelstore.reference import parse_reference
 from modelstore.selection import code_in, stored_path
@@ -265,6 +276,80 @@ def test_a_pickle_that_is_more_than_tensors_does_nothing_and_is_refused(
     )
     assert not list(store.settings.root.glob("models/*/*"))
     assert not list(store.settings.root.glob("staging/*/*/*"))
+
+
+def nested_key_pickle() -> bytes:
+    """A table with one key, a tuple of the same tuple twice, sixty deep: each hash takes twice as long as the next.
+
+    Written by hand, since to build the table here would take as long; in the format that `torch.load` reads.
+    """
+    twice = b"".join(b"q%ch%c\x86" % (n, n) for n in range(60))  # BINPUT n, BINGET n, TUPLE2
+    pickled = b"\x80\x02})" + twice + b"K\x01s."
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", b"3\n")
+        archive.writestr("archive/byteorder", b"little")
+    return buffer.getvalue()
+
+
+def test_a_pickle_that_hashes_for_ever_is_ended(tmp_path: Path) -> None:
+    source, began = tmp_path / "pytorch_model.bin", time.monotonic()
+    source.write_bytes(nested_key_pickle())
+    assert source.stat().st_size < 2000
+    for limits in (unpickle.Limits(processor_s=4, time_s=120), unpickle.Limits(processor_s=600, time_s=4)):
+        with pytest.raises(PickleRefused, match="takes longer than a checkpoint of its size can need"):
+            unpickle.convert(source, tmp_path / "out", name="pytorch_model.bin of org/name", limits=limits)
+    assert time.monotonic() - began < 60
+
+
+def test_a_conversion_ends_when_the_claim_is_lost(tmp_path: Path) -> None:
+    source, began = tmp_path / "pytorch_model.bin", time.monotonic()
+    source.write_bytes(nested_key_pickle())
+
+    def guard() -> None:
+        if time.monotonic() - began > 3:
+            raise ClaimLost("another worker goes on")
+
+    with pytest.raises(ClaimLost):
+        unpickle.convert(source, tmp_path / "out", name="x", guard=guard)
+    assert time.monotonic() - began < 20
+
+
+CONVERTS = """
+import sys
+from pathlib import Path
+from modelstore import unpickle
+unpickle.convert(Path(sys.argv[1]), Path(sys.argv[2]), name="x")
+"""
+
+
+def test_a_conversion_dies_with_its_parent(tmp_path: Path) -> None:
+    source = tmp_path / "pytorch_model.bin"
+    source.write_bytes(nested_key_pickle())
+    parent = subprocess.Popen([sys.executable, "-c", CONVERTS, str(source), str(tmp_path / "out")])
+
+    def children() -> list[Path]:
+        found = []
+        for status in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                if str(source).encode() in status.read_bytes() and status.parent.name != str(parent.pid):
+                    found.append(status.parent)
+            except OSError:
+                continue
+        return found
+
+    until = time.monotonic() + 30
+    while not children() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert children()
+    time.sleep(1)  # past the first lines of its program
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 10
+    while children() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not children()
 
 
 INSIDE = """
