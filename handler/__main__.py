@@ -18,8 +18,10 @@ from modelstore import history
 from modelstore.collector import without_collecting
 from modelstore.errors import ModelStoreError, NotFound
 from modelstore.layout import Layout
+from modelstore.logs import LINE_CHARACTERS, log_to_stderr, take_library_logs
 from modelstore.settings import EngineName, Settings
 from modelstore.timeline import Timeline
+from modelstore.units import one_line
 from modelstore.warmstart import Begun, begin
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ logger = logging.getLogger("handler")
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    log_to_stderr(logging.INFO, "%(levelname)s %(name)s: %(message)s")
     try:
         with without_collecting():
             serve = start()
@@ -39,7 +41,7 @@ def main() -> int:
         return _failed(f"{type(error).__name__}: {error}", error.exit_code)
     except Exception as error:
         logger.exception("the start failed")
-        return _failed(f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}", 1)
+        return _failed(f"{type(error).__name__}: {error}", 1)
     serve()
     return 0
 
@@ -70,6 +72,8 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
                 extra = "worker" if name == "text" else name
                 raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[{extra}]'") from error
             import handler.worker  # noqa: F401
+
+            take_library_logs()
 
     def import_sdk() -> None:
         with timeline.span("import"):
@@ -145,7 +149,7 @@ def _drawing(begun: Begun, meanwhile: Callable[[], None]) -> Engine:
 
 
 def _failed(reason: str, code: int) -> int:
-    print(f"start failed: {reason[:3000]}", file=sys.stderr, flush=True)  # RunPod cuts lines at 4096 characters
+    print(f"start failed: {one_line(reason, LINE_CHARACTERS)}", file=sys.stderr, flush=True)
     return code
 
 

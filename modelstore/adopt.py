@@ -88,7 +88,10 @@ def _in_cache(repo: Path) -> Iterator[Found]:
     names = [str(ref.relative_to(refs)) for ref in sorted(refs.rglob("*")) if ref.is_file()] if refs.is_dir() else []
     by_commit = {path.name: path.name for path in sorted((repo / "snapshots").glob("*")) if is_commit(path.name)}
     for ref in names:
-        by_commit[(refs / ref).read_text(errors="replace").strip()] = ref
+        try:
+            by_commit[durable.read_file(refs / ref).decode(errors="replace").strip()] = ref
+        except OSError as error:
+            logger.warning("%s is passed over: %s", refs / ref, error.strerror)
     for revision in by_commit.values():
         source = HfCacheSource(repo.parent, Reference("hub", name, revision))
         try:
@@ -136,7 +139,7 @@ def _unpacked(archive: Path, folder: Path) -> dict[str, Path]:
     if not archive.is_file():
         return {}
     try:
-        with tarfile.open(archive) as tar:
+        with os.fdopen(durable.open_for_read(archive), "rb") as file, tarfile.open(fileobj=file) as tar:
             members = [member for member in tar.getmembers() if member.isfile()]
             for member in members:
                 check_file_name(member.name)
@@ -163,7 +166,7 @@ class _Blobs:
 
     def resolve(self) -> Resolved:
         resolved = self._hub.resolve()
-        return replace(resolved, record=replace(resolved.record, kind="hf-cache"))
+        return replace(resolved, record=replace(resolved.record, kind="hf-cache", compared_with="hub"))
 
     def list_files(self, resolved: Resolved) -> tuple[SourceFile, ...]:
         return self._hub.list_files(resolved)
@@ -193,16 +196,18 @@ def export_to_hf_cache(snapshot: Snapshot, cache: Path, *, revision: str) -> Pat
         why = f"{changed[0]} was converted" if changed else "it came from a folder"
         raise Refused(f"{snapshot.key} is not the repo's own bytes ({why}): seed it with --dtype keep, and export that")
     repo = cache / f"models--{snapshot.repo_id.replace('/', '--')}"
-    folder = repo / "snapshots" / snapshot.commit
+    folder, ref = repo / "snapshots" / snapshot.commit, repo / "refs" / revision
     for file in snapshot.manifest.files:
         path = snapshot.path / file.path
         is_large = file.path.endswith(".safetensors")
         blob = repo / "blobs" / (file.sha256 if is_large else git_oid_of(path))
         link = folder / file.path
         for parent in (blob.parent, link.parent):
+            durable.check_no_links(cache, parent)
             durable.make_folder(parent)
+        durable.check_no_links(cache, blob)
         durable.link_or_copy(path, blob)
-        if not os.path.lexists(link):
-            link.symlink_to(os.path.relpath(blob, link.parent))
-    durable.write_atomic(repo / "refs" / revision, snapshot.commit.encode())
+        durable.symlink(os.path.relpath(blob, link.parent), link)
+    durable.check_no_links(cache, ref)
+    durable.write_atomic(ref, snapshot.commit.encode())
     return folder

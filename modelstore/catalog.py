@@ -181,13 +181,13 @@ class Catalog:
         """The manifest's bytes and state for one of `keys`, which pass no link; None where there is no such file."""
         path = self._layout.snapshot(key) / MANIFEST
         try:
-            return durable.read_with_state(path)
+            return durable.read_with_state(path, durable.MANIFEST_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             if error.errno not in (errno.ELOOP, errno.EINVAL):
                 raise RootUnusable(f"cannot read {path.parent}: {error.strerror}; check the mount") from error
-            logger.warning("%s is passed over: its manifest is no regular file", path.parent)
+            logger.warning("%s is passed over: its manifest is no file of ours", path.parent)
             return None
 
     def parse(self, key: SnapshotKey, read: durable.Contents | None) -> Manifest | None:

@@ -28,6 +28,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +44,8 @@ DEAD_AFTER_S = 1.25
 _HEARTBEAT_S = 0.5
 _LOCK_TIMEOUT_S = 1.0
 _RECORD_BYTES = 1024
+_KEPT_GENERATIONS = 8
+_GENERATION_DIGITS = 15  # a file that somebody gave a longer number would be the last generation
 _ENDLESS = 1e18  # no number of bytes, seconds or beats is as large
 
 logger = logging.getLogger(__name__)
@@ -164,6 +167,7 @@ class Contender:
             fd = durable.open_for_write(path, exclusive=True)
         except FileExistsError:
             return Holder(generation, None, 0.0)
+        self._remove_old_generations(generation - _KEPT_GENERATIONS)
         lock = _try_lock(path, timeout_s=_LOCK_TIMEOUT_S)
         return Claim(
             path,
@@ -173,6 +177,13 @@ class Contender:
             heartbeat_s=min(_HEARTBEAT_S, self._lease_s / 4),
             after_the_dead=after_the_dead,
         )
+
+    def _remove_old_generations(self, below: int) -> None:
+        """Remove records that nobody reads any more; only the highest counts, and a holder has its own open."""
+        for name in durable.names(self._folder):
+            if is_generation(name) and int(name) < below:
+                with suppress(ModelStoreError, OSError):  # `gc` removes it later
+                    durable.remove_file(self._folder / name)
 
 
 class Claim:
@@ -270,18 +281,28 @@ class Claim:
             durable.sync(self._fd, path=self._path)
 
 
+def is_generation(name: str) -> bool:
+    """Whether a file or a folder of staging is named by a generation's number."""
+    return name.isascii() and name.isdigit() and len(name) <= _GENERATION_DIGITS
+
+
 def highest_generation(folder: Path) -> int:
     """The highest generation in a claim's folder; 0 where there is none."""
     try:
-        return max((int(name) for name in os.listdir(folder) if name.isascii() and name.isdigit()), default=0)
+        return max((int(name) for name in os.listdir(folder) if is_generation(name)), default=0)
     except (FileNotFoundError, NotADirectoryError):
         return 0
 
 
 def current_record(folder: Path) -> tuple[int, ClaimRecord | None]:
-    """The generation that counts, and what its file says, if that can be read."""
+    """The generation that counts, and what its file says, if that can be read: something else in its place is passed
+    over with a warning, because it says nothing of the other claims."""
     generation = highest_generation(folder)
-    return generation, parse_record(_read(folder / str(generation)))
+    try:
+        return generation, parse_record(_read(folder / str(generation)))
+    except OSError as error:
+        logger.warning("the claim %s is passed over: %s", folder / str(generation), error.strerror)
+        return generation, None
 
 
 def reserved_bytes(folder: Path) -> tuple[int, int]:

@@ -152,7 +152,7 @@ def show(
     source = snapshot.manifest.source
     record = without_status(snapshot) | {
         "created_at": snapshot.manifest.created_at,
-        "source": {"kind": source.kind, "location": source.location, "revision": source.revision},
+        "source": source.as_json(),
         "stored_unchanged": snapshot.manifest.stored_unchanged,
         "file_list": [
             {"path": file.path, "bytes": file.size_bytes, "sha256": file.sha256} for file in snapshot.manifest.files

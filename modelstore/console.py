@@ -22,10 +22,11 @@ from modelstore import aliases
 from modelstore.catalog import Catalog, Snapshot, check_place
 from modelstore.errors import ModelStoreError, Refused
 from modelstore.layout import DTYPES, Layout
+from modelstore.logs import LINE_CHARACTERS, log_to_stderr
 from modelstore.observer import LogObserver, Observer
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
-from modelstore.units import ago, printable, size
+from modelstore.units import ago, one_line, printable_lines, size
 
 if TYPE_CHECKING:  # a fifth of the time of a command that draws nothing, as with --json
     from rich.console import Console
@@ -115,11 +116,9 @@ class Context:
         elif self.json:
             print(json.dumps(record, indent=2))
         elif not self.quiet:
-            from rich.console import Console
-
             width = shutil.get_terminal_size((_NO_TERMINAL, 24)).columns
             try:
-                text(Console(highlight=False, markup=False, soft_wrap=True, width=width))
+                text(console(soft_wrap=True, width=width))
             except SystemExit:  # what rich makes of a reader that has gone
                 raise BrokenPipeError from None
 
@@ -176,7 +175,7 @@ def prepare_streams() -> None:
 def _errors(context: Context) -> Iterator[None]:
     """Set up logging; end with an error's own code and one line. A second Ctrl-C ends at once."""
     level = logging.DEBUG if context.debug else logging.ERROR if context.quiet else logging.WARNING
-    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    log_to_stderr(level, "%(levelname)s: %(message)s")
     before = signal.getsignal(signal.SIGINT)
     ours = before in (signal.default_int_handler, signal.SIG_DFL)
     try:
@@ -195,7 +194,8 @@ def _errors(context: Context) -> Iterator[None]:
     except OSError as error:
         if context.debug:
             logging.getLogger(__name__).exception("failed")
-        print(f"error: {error.strerror or error} ({error.filename or 'no file'}): check the volume", file=sys.stderr)
+        reason = f"{error.strerror or error} ({error.filename or 'no file'})"
+        print(f"error: {one_line(reason, LINE_CHARACTERS)}: check the volume", file=sys.stderr)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         print(INTERRUPTED, file=sys.stderr)
@@ -229,6 +229,21 @@ def observer_of(context: Context, models: int = 1, doing: str = "downloading") -
             yield observer
 
 
+def console(**options: Any) -> Console:
+    """A console that shows every text as it is: without markup, and with nothing that a terminal would obey."""
+    from rich.console import Console
+
+    class PrintableConsole(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            super().print(*map(_printable, objects), **options)
+
+    return PrintableConsole(highlight=False, markup=False, **options)
+
+
+def _printable(value: Any) -> Any:
+    return printable_lines(value) if isinstance(value, str) else value
+
+
 def without_status(snapshot: Snapshot) -> dict[str, Any]:
     record = snapshot.as_json()
     return {name: record[name] for name in ("repo_id", "commit", "dtype", "path", "files", "bytes")}
@@ -238,7 +253,11 @@ def table(*names: str) -> Table:
     """An empty table with these columns, on a terminal of any width."""
     from rich.table import Table
 
-    made = Table(box=None, pad_edge=False, header_style="bold")
+    class PrintableTable(Table):
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            super().add_row(*map(_printable, cells), **options)
+
+    made = PrintableTable(box=None, pad_edge=False, header_style="bold")
     for name in names:
         made.add_column(name, overflow="fold", justify="right" if name in _FIGURES else "left")
     return made
@@ -257,9 +276,11 @@ def print_seeded(console: Console, records: list[dict[str, Any]]) -> None:
 def print_snapshot(console: Console, snapshot: Snapshot) -> None:
     source = snapshot.manifest.source
     console.print(f"{snapshot.repo_id} at {snapshot.commit} as {snapshot.dtype}")
-    console.print(f"{snapshot.path}\nfrom {source.kind} {printable(f'{source.location} {source.revision}')}")
+    console.print(f"{snapshot.path}\nfrom {source.kind} {source.location} {source.revision}")
+    if source.compared_with == "cache":
+        console.print("its files were compared with the names in that cache alone: the Hub could not be reached")
     if snapshot.manifest.stored_unchanged:
-        console.print(f"stored unchanged: {printable(snapshot.manifest.stored_unchanged)}")
+        console.print(f"stored unchanged: {snapshot.manifest.stored_unchanged}")
     for file in snapshot.manifest.files:
         console.print(f"{file.size_bytes:>15,}  {file.sha256[:12]}  {file.path}")
 

@@ -140,6 +140,7 @@ def _probed(layout: Layout, peer: Path | None, probe_bytes: int) -> Iterator[Fin
     """What has to be tried; the first thing that the volume does not take ends it."""
     folder = layout.trash / f"doctor-{secrets.token_hex(4)}"
     try:
+        durable.check_no_links(layout.root, folder)
         durable.make_folder(folder)
         try:
             yield from _probes(folder, (peer or layout.root) / folder.relative_to(layout.root), probe_bytes)

@@ -4,8 +4,12 @@ What it guarantees: `write_atomic` leaves the old file or the new one, never a p
 folder and all it holds survive a crash. What it does not: writes before an fsync may be seen late or never by another
 mount (MooseFS shows size 0 until the writer flushes), and no lock is taken here.
 
+Whatever lies at a path may have been put there by another user of the volume. So links are never followed at the last
+component, opening waits for nothing (a named pipe), and only regular files are written, or read as a whole, those up to
+a size that its kind of record can have.
+
 A full volume or quota is NoSpace wherever it shows (MooseFS reports it at fsync or close, too); a root that cannot be
-written is RootUnusable. Every path must come from `layout.py`; links are never followed at the last component.
+written is RootUnusable. Every path must come from `layout.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +20,6 @@ import re
 import secrets
 import shutil
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,10 +31,13 @@ from modelstore.errors import ModelStoreError, NoSpace, RootUnusable, UnsafeName
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP})
+_FOREIGN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # for every open: who knows what lies there
 _FILE_MODE = 0o644
 _STALE_ATTEMPTS = 3
 _STALE_S = 1.0
 _AT_ONCE = 16
+RECORD_BYTES = 1 << 20  # no alias, ref, pin or record of a start is as large
+MANIFEST_BYTES = 64 << 20  # 16 hex digits for each block of 8 MiB: 32 TB
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 
 T = TypeVar("T")
@@ -70,22 +76,39 @@ def open_for_write(path: Path, *, exclusive: bool = False) -> int:
 
     `exclusive`: fail with FileExistsError where it exists; this is the one election that holds on MooseFS.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_EXCL if exclusive else 0)
+    return _open_regular(path, os.O_RDWR | os.O_CREAT | (os.O_EXCL if exclusive else 0))
+
+
+def _open_regular(path: Path, flags: int) -> int:
+    """Open a file to change it. Raises UnsafeName if something else than a regular file lies there."""
     with mapped_errors(path):
-        return os.open(path, flags, _FILE_MODE)
+        try:
+            fd = os.open(path, flags | _FOREIGN, _FILE_MODE)
+        except OSError as error:
+            if error.errno in (errno.ENXIO, errno.EISDIR):  # a pipe that nobody reads, a socket, a folder
+                raise _not_regular(path) from error
+            raise
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise _not_regular(path)
+        return fd
+
+
+def _not_regular(path: Path) -> UnsafeName:
+    return UnsafeName(f"{path} is no regular file: remove it, it was put there by hand")
 
 
 def open_for_read(path: Path) -> int:
     """Open a regular file; a link, a folder, a pipe or a device in its place is an OSError, at once."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | _FOREIGN)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return fd
 
 
-def read_file(path: Path, limit_bytes: int = -1) -> bytes:
-    """The bytes of a small regular file, or its first `limit_bytes`."""
+def read_file(path: Path, limit_bytes: int = RECORD_BYTES) -> bytes:
+    """The bytes of a regular file; one that is larger than `limit_bytes` is an OSError."""
     return read_with_state(path, limit_bytes).data
 
 
@@ -96,17 +119,19 @@ class Contents(NamedTuple):
     state: os.stat_result
 
 
-def read_with_state(path: Path, limit_bytes: int = -1) -> Contents:
+def read_with_state(path: Path, limit_bytes: int = RECORD_BYTES) -> Contents:
     """The same, and the state of the file that was read, which asks the file system nothing more."""
     fd = open_for_read(path)
     try:
         state = os.fstat(fd)
         size = state.st_size + 1  # asked for more than it believes to have, a file system looks again
-        left = limit_bytes if limit_bytes >= 0 else sys.maxsize
+        left = limit_bytes + 1
         parts = []
-        while left and (part := os.read(fd, min(left, size))):
+        while size <= left and (part := os.read(fd, min(left, size))):
             parts.append(part)
             left -= len(part)
+        if left <= 0 or size > limit_bytes + 1:
+            raise OSError(errno.EINVAL, f"larger than {limit_bytes} bytes, which no such file is", str(path))
         return Contents(b"".join(parts), state)
     finally:
         os.close(fd)
@@ -144,7 +169,7 @@ def close(fd: int, *, path: Path) -> None:
 def sync_path(path: Path) -> None:
     """`sync` for a path: a file's bytes, or a folder's entries."""
     with mapped_errors(path):
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | _FOREIGN)
         try:
             os.fsync(fd)
         finally:
@@ -203,20 +228,20 @@ def publish_folder(source: Path, target: Path) -> bool:
 def touch(path: Path) -> float:
     """Create an empty file where it is missing, and give it the volume's own time; returns that, in seconds."""
     make_folder(path.parent)
-    with mapped_errors(path):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, _FILE_MODE)
-        try:
+    fd = _open_regular(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        with mapped_errors(path):
             os.utime(fd)
             return os.fstat(fd).st_mtime
-        finally:
-            os.close(fd)
+    finally:
+        os.close(fd)
 
 
 def touch_folder(folder: Path) -> None:
     """Give a folder the volume's own time, so that its age counts from now; fine where it is none."""
     with mapped_errors(folder):
         try:
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _FOREIGN)
         except (NotADirectoryError, FileNotFoundError):
             return
         try:
@@ -237,14 +262,14 @@ def link(source: Path, target: Path) -> None:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """A second name for a file, or a copy of it where there can be none; fine where `target` is there already."""
-    if target.exists():
+    if os.path.lexists(target):
         return
     try:
         link(source, target)
     except (ModelStoreError, OSError):
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         with mapped_errors(target):
-            shutil.copyfile(source, temporary)
+            shutil.copyfile(source, temporary, follow_symlinks=False)
             sync_path(temporary)
             os.rename(temporary, target)
 
@@ -363,6 +388,20 @@ def check_no_links(root: Path, path: Path) -> None:
                 raise UnsafeName(f"{step} is a link: the store follows none; remove it, it was put there by hand")
         except (FileNotFoundError, NotADirectoryError):
             return
+
+
+def check_no_links_below(folder: Path) -> None:
+    """Raise UnsafeName if a symbolic link lies anywhere below `folder`; one that does not exist is fine."""
+    for parent, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            if os.path.islink(path := os.path.join(parent, name)):
+                raise UnsafeName(f"{path} is a link: the store follows none; remove it, it was put there by hand")
+
+
+def symlink(target: str, path: Path) -> None:
+    """Create a symbolic link at `path`; fine if something is there already. A store has none, an HF cache has."""
+    with mapped_errors(path), suppress(FileExistsError):
+        os.symlink(target, path)
 
 
 def _ignore_missing(_function: object, _path: object, info: tuple[object, BaseException, object]) -> None:

@@ -36,6 +36,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from modelstore.units import one_line
+
 __all__ = [
     "AccessDenied",
     "BadManifest",
@@ -67,13 +69,16 @@ __all__ = [
 ]
 
 
+_MAX_CHARACTERS = 2000
+
+
 class ModelStoreError(Exception):
-    """The root of the tree; its text is one line that says what happened, to what, and what to do."""
+    """The root of the tree; its text is one printable line that says what happened, to what, and what to do."""
 
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(message, _MAX_CHARACTERS))
 
 
 class UsageError(ModelStoreError, ValueError):

@@ -23,7 +23,7 @@ from typing import Any
 from modelstore import durable
 from modelstore.catalog import Snapshot
 from modelstore.checksums import Digests, RunningDigests, digests_of_file, has_blocks
-from modelstore.claim import Claim
+from modelstore.claim import Claim, is_generation
 from modelstore.convert import (
     StoragePolicy,
     config_in_dtype,
@@ -51,7 +51,7 @@ from modelstore.manifest import FileRecord, Manifest, Origin
 from modelstore.observer import Observer
 from modelstore.peak import Peak
 from modelstore.progress import Progress
-from modelstore.selection import Selection, code_in, is_pickle, select_files, stored_path
+from modelstore.selection import MAX_SMALL_BYTES, Selection, code_in, is_pickle, select_files, stored_path
 from modelstore.settings import Dtype, Settings
 from modelstore.sources import Resolved, Source, SourceFile
 from modelstore.space import Space
@@ -112,6 +112,7 @@ class Fill:
         self._timeline = timeline
         self._observer = observer
         self._staging = StagingLayout(layout.staging(key) / str(claim.generation))
+        durable.check_no_links_below(layout.staging(key))
         self._inherited = self._inherit()
         self._progress = Progress()
         self._download = Download(
@@ -201,7 +202,7 @@ class Fill:
         """Refuse a repo whose configs name code, unless that was asked for; what was asked for is in the manifest."""
         for file in selection.small:
             path = self._staging.snapshot_file(stored_path(file.path))
-            found = code_in(file.path, path.read_bytes(), self._repo) if file.path.endswith(".json") else ""
+            found = code_in(file.path, _read(path), self._repo) if file.path.endswith(".json") else ""
             if found and not self._code:
                 raise CodeRefused(
                     f"{self._key.repo_id} brings code of its own ({found}): read it, then name the commit in full "
@@ -211,7 +212,7 @@ class Fill:
 
     def _read_small(self, file: SourceFile) -> bytes:
         data: list[bytes] = []
-        self._download.fetch([file], lambda _file, path, _digests: data.append(path.read_bytes()))
+        self._download.fetch([file], lambda _file, path, _digests: data.append(_read(path)))
         return data[0]
 
     def _fetch_small(self, selection: Selection) -> None:
@@ -234,7 +235,7 @@ class Fill:
             if file is None:
                 return self._configs.setdefault(path, {})
             rewritten = self._finished.records[path].origin is not None
-            data = self._read_small(file) if rewritten else self._staging.snapshot_file(path).read_bytes()
+            data = self._read_small(file) if rewritten else _read(self._staging.snapshot_file(path))
             config = parse_json(data, path)
             self._configs[path] = config if isinstance(config, dict) else {}
         return self._configs[path]
@@ -389,10 +390,10 @@ class Fill:
         durable.make_folder(target.parent)
         before = after = b""
         if stored != file.path:
-            before = path.read_bytes()
+            before = _read(path)
             after = index_of_converted(parse_json(before, file.path))
         elif PurePosixPath(file.path).name == "config.json":
-            before = after = path.read_bytes()
+            before = after = _read(path)
             config = parse_json(before, file.path)
             if isinstance(config, dict):
                 self._configs[file.path] = config
@@ -454,7 +455,7 @@ class Fill:
             if not any(self._finished.records[name].origin for name in shards):
                 continue
             target = self._staging.snapshot_file(stored)
-            data = target.read_bytes()
+            data = _read(target)
             corrected = index_with_total_size(data, partial(self._stored_size, shards), where=stored)
             if corrected != data:
                 durable.write_atomic(target, corrected)
@@ -504,10 +505,15 @@ class Fill:
 def _generations(folder: Path, *, below: int) -> list[Path]:
     """The staging folders of earlier generations, the latest first."""
     try:
-        numbers = sorted((int(name) for name in os.listdir(folder) if name.isascii() and name.isdigit()), reverse=True)
+        numbers = sorted((int(name) for name in os.listdir(folder) if is_generation(name)), reverse=True)
     except FileNotFoundError:
         return []
     return [folder / str(number) for number in numbers if number < below]
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a small file in staging."""
+    return durable.read_file(path, MAX_SMALL_BYTES)
 
 
 def _rewritten(path: str, data: bytes, origin: Origin) -> FileRecord:

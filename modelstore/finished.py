@@ -63,7 +63,7 @@ class FinishedFiles:
         for staging in self._inherited:
             target = self._staging.snapshot_file(stored_path(file.path))
             try:
-                data = durable.read_file(staging.done_file(file.path))
+                data = durable.read_file(staging.done_file(file.path), durable.MANIFEST_BYTES)
                 durable.make_folder(target.parent)
                 durable.rename(staging.snapshot_file(stored_path(file.path)), target)
             except FileNotFoundError:
@@ -97,7 +97,7 @@ class FinishedFiles:
 def finished_record(path: Path) -> FileRecord | None:
     """The record of a finished file, from its file under `done/`; None where that is not whole."""
     try:
-        data = json.loads(durable.read_file(path))
+        data = json.loads(durable.read_file(path, durable.MANIFEST_BYTES))
         record = parse_file_record(data["record"], BLOCK_BYTES)
         return record if data["digest"] == digest_of(data["record"]) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

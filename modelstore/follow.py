@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from modelstore import durable
 from modelstore.catalog import Snapshot
+from modelstore.claim import is_generation
 from modelstore.errors import ModelStoreError, SnapshotNotFound
 from modelstore.finished import finished_record
 from modelstore.layout import Layout, SnapshotKey, StagingLayout
@@ -135,7 +136,7 @@ class Following(Observer):
 
     def _look(self, key: SnapshotKey) -> None:
         folder = self._layout.staging(key)
-        generations = [path for path in durable.entries(folder) if path.name.isascii() and path.name.isdigit()]
+        generations = [path for path in durable.entries(folder) if is_generation(path.name)]
         if not generations:
             return
         staging = StagingLayout(max(generations, key=lambda path: int(path.name)))

@@ -22,7 +22,7 @@ from typing import Literal
 
 from modelstore import durable, pins
 from modelstore.catalog import keyed_folders, moved_aside
-from modelstore.claim import Claim, Contender, highest_generation
+from modelstore.claim import Claim, Contender, highest_generation, is_generation
 from modelstore.errors import ModelStoreError
 from modelstore.evict import Candidate, evict, least_recently_used, survey
 from modelstore.layout import Layout, SnapshotKey, key_from_parts
@@ -128,7 +128,7 @@ def _candidates(layout: Layout, now: float) -> Iterator[Garbage]:
     for folder in (layout.space_claim, *(variant for _key, variant in keyed_folders(layout.root / "claims"))):
         highest = highest_generation(folder)
         for path in durable.entries(folder):
-            if path.name.isascii() and path.name.isdigit() and int(path.name) < highest:
+            if is_generation(path.name) and int(path.name) < highest:
                 yield _file("generation", path, now)
     for key, variant in keyed_folders(layout.root / "used"):
         kept = 1 if layout.snapshot(key).is_dir() else 0

@@ -4,13 +4,15 @@
     events/2026-11-21/1795277497.evicted.<random>.json     {"at": 1795277497, "kind": "evicted", "repo_id": …, …}
 
 `at` of a start is when the process began, in seconds since 1970 by that host's clock; the rest is the timeline's.
-Whoever writes one removes the days that are older than a month. Standard library only.
+Every writer removes the days that are older than a month, and the oldest records of its day beyond `KEPT_A_DAY`.
+Standard library only.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import secrets
 import time
 from pathlib import Path
@@ -25,6 +27,8 @@ from modelstore.timeline import Timeline
 from modelstore.units import printable
 
 KEPT_DAYS = 30
+KEPT_A_DAY = 256  # workers that start and fail in a loop would leave thousands
+_RECORD = re.compile(r"\d{1,12}\.[^/]+\.[0-9a-f]{8}\.json")
 EVENTS = ("evicted", "quarantined")
 
 logger = logging.getLogger(__name__)
@@ -63,6 +67,9 @@ def _keep(layout: Layout, folder: Path, what: str, record: dict[str, Any]) -> No
         is_new_day = not day.exists()
         path = day / f"{int(record['at'])}.{what}.{secrets.token_hex(4)}.json"
         durable.write_atomic(path, json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        records = [path for path in durable.entries(day) if _RECORD.fullmatch(path.name)]
+        for path in records[:-KEPT_A_DAY]:  # their names begin with the time
+            durable.remove_file(path)
         if is_new_day:
             for old in _days(folder)[:-KEPT_DAYS]:
                 durable.remove_tree(old)

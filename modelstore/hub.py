@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPResponse
 from typing import Any, TypeVar
@@ -35,13 +36,14 @@ from modelstore.errors import (
 from modelstore.manifest import SourceRecord
 from modelstore.reference import Reference, is_commit, is_local
 from modelstore.settings import Settings
-from modelstore.sources import ByteStream, Resolved, SourceFile
+from modelstore.sources import ByteStream, Resolved, Source, SourceFile
 from modelstore.wire import open_url
 
 _TIMEOUT_S = 30.0
 _METADATA_ATTEMPTS = 5
 _METADATA_LIMIT_S = 120.0
 _METADATA_PATIENCE_S = 15.0  # the library tries a listing again by itself, for 23 s
+_CONFIRMED_WITHIN_S = 10.0  # for a listing that a cache is compared with: a Hub that is down must not hold up a start
 _MAX_REDIRECTS = 5
 _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -49,6 +51,8 @@ _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 _HTTPError: type[Exception] = getattr(hub_errors, "HTTPError")  # noqa: B009  not exported, so mypy does not see it
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 # The HTTP libraries log every address they ask for, and a storage address carries its signature in the query.
 for _name in ("httpx", "httpx2", "httpcore", "httpcore2"):
@@ -75,8 +79,17 @@ class HubSource:
     over_network = True
 
     def __init__(
-        self, reference: Reference, settings: Settings, *, sleep: Callable[[float], None] = time.sleep
+        self,
+        reference: Reference,
+        settings: Settings,
+        *,
+        attempts: int = _METADATA_ATTEMPTS,
+        limit_s: float = _METADATA_LIMIT_S,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        """`attempts`, and `limit_s` for each: how often, and how long, metadata is asked for."""
+        self._attempts = attempts
+        self._limit_s = limit_s
         self._reference = reference
         self._endpoint = settings.hf_endpoint
         self._token = settings.hf_token
@@ -96,7 +109,7 @@ class HubSource:
             commit = info.sha or ""
             if not is_commit(commit):
                 raise HubUnavailable(f"{self._endpoint} gave no commit for {self._reference}: try again later")
-        record = SourceRecord(kind="hub", location=self._endpoint, revision=revision)
+        record = SourceRecord(kind="hub", location=self._endpoint, revision=revision, compared_with="hub")
         return Resolved(repo_id=self._reference.name, commit=commit, revision=revision, record=record)
 
     def list_files(self, resolved: Resolved) -> tuple[SourceFile, ...]:
@@ -176,12 +189,12 @@ class HubSource:
                 f"{self._reference} was made of a folder, and no Hub is asked for it: seed it from there, file:///…"
             )
         began = time.monotonic()
-        for attempt in range(1, _METADATA_ATTEMPTS + 1):
+        for attempt in range(1, self._attempts + 1):
             try:
                 with self._mapped("its metadata"):
-                    return _within(_METADATA_LIMIT_S, call)
+                    return _within(self._limit_s, call)
             except HubUnavailable as error:
-                if attempt == _METADATA_ATTEMPTS or time.monotonic() - began > _METADATA_PATIENCE_S:
+                if attempt == self._attempts or time.monotonic() - began > _METADATA_PATIENCE_S:
                     raise
                 self._sleep(backoff_s(attempt, error.retry_after_s))
         raise AssertionError("unreachable")
@@ -228,6 +241,47 @@ class HubSource:
                 retry_after_s=_retry_after(error.response),
             )
         return HubUnavailable(f"{_host(self._endpoint)} answers {status} for {what} of {name}: try again later")
+
+
+def confirmed(source: Source, resolved: Resolved, settings: Settings) -> Resolved | None:
+    """What a source holds of a commit of the Hub, once the Hub's listing confirms it; None if that states otherwise.
+
+    A cache names its files by their digests, and by the commit that they are said to be of: anybody who can write the
+    volume can make one. If the Hub cannot be asked, or shows this token nothing, its names have to do, and the record
+    says so.
+    """
+    stated: dict[str, SourceFile] = {}
+    reason = "MODELSTORE_OFFLINE is set" if settings.offline else ""
+    if not reason:
+        hub = HubSource(
+            Reference("hub", resolved.repo_id, resolved.commit), settings, attempts=1, limit_s=_CONFIRMED_WITHIN_S
+        )
+        try:
+            stated = {file.path: file for file in hub.list_files(resolved)}
+        except RevisionNotFound:
+            logger.warning("%s: the Hub knows no commit %s: the cache is not used", resolved.repo_id, resolved.commit)
+            return None
+        except (HubUnavailable, AccessDenied, RepoNotFound) as error:
+            reason = str(error)
+    if reason:
+        logger.warning(
+            "the HF cache of %s is taken by its names, not compared with the Hub: %s", resolved.repo_id, reason
+        )
+        return replace(resolved, record=replace(resolved.record, compared_with="cache"))
+    for file in source.list_files(resolved):
+        other = stated.get(file.path)
+        if other is None or (other.size_bytes, other.sha256, other.git_oid) != (
+            file.size_bytes,
+            file.sha256 if other.sha256 else None,
+            None if other.sha256 else file.git_oid,
+        ):
+            logger.warning(
+                "%s in the HF cache of %s is not what the Hub states: the cache is not used",
+                file.path,
+                resolved.repo_id,
+            )
+            return None
+    return replace(resolved, record=replace(resolved.record, compared_with="hub"))
 
 
 def _within(limit_s: float, call: Callable[[], T]) -> T:

@@ -31,7 +31,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from modelstore.errors import UnsafeName
-from modelstore.reference import is_commit
+from modelstore.reference import is_commit, is_repo_id
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -127,9 +127,10 @@ def key_from_parts(folder: str, variant: str) -> SnapshotKey | None:
     """The key that two path components name, or None where they name none."""
     org, dashes, name = folder.partition("--")
     commit, dot, dtype = variant.partition(".")
-    if not (dashes and org and name and dot and is_commit(commit) and dtype in DTYPES):
+    repo_id = f"{org}/{name}"
+    if not (dashes and dot and is_repo_id(repo_id) and is_commit(commit) and dtype in DTYPES):
         return None
-    return SnapshotKey(f"{org}/{name}", commit, dtype)
+    return SnapshotKey(repo_id, commit, dtype)
 
 
 def is_aside(name: str) -> bool:

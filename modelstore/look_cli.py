@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modelstore import durable, history, look
-from modelstore.console import Context, app, command, table
+from modelstore.console import Context, app, command, console, table
 from modelstore.errors import NotFound, UsageError
 from modelstore.units import ago, size
 
@@ -67,7 +67,7 @@ def watch(
     count: Annotated[int | None, typer.Option("--count", min=1, help="Stop after so many looks.")] = None,
 ) -> None:
     """Follow downloads and use as they change, until Ctrl-C. With --json one line for each look."""
-    from rich.console import Console, Group
+    from rich.console import Group
     from rich.live import Live
 
     store = context.volume()
@@ -83,18 +83,18 @@ def watch(
             head, _claims_table(found["claims"]), *[f"{m['repo_id']}: {', '.join(m['in_use_by'])}" for m in used]
         )
 
-    console = Console(highlight=False, markup=False)
+    screen = console()
     left = count
     try:
-        with Live(console=console, auto_refresh=False, transient=False) as live:
+        with Live(console=screen, auto_refresh=False, transient=False) as live:
             while left is None or left > 0:
                 found = looked()
                 if context.json:
                     print(json.dumps(found), flush=True)
-                elif console.is_terminal:
+                elif screen.is_terminal:
                     live.update(drawn(found), refresh=True)
                 else:
-                    console.print(drawn(found))
+                    screen.print(drawn(found))
                 left = None if left is None else left - 1
                 if left != 0:
                     time.sleep(every_s)
@@ -158,7 +158,7 @@ def write_report(
         return
     models, space = look.models(store.layout), look.space(store.layout, store.settings)
     page = report.html(models, space, starts, made_at=time.time())
-    durable.write_atomic(out.absolute(), page.encode())
+    durable.write_atomic(out.absolute(), page.encode(errors="replace"))
     record = {"path": str(out.absolute()), "starts": len(starts), "models": len(models)}
     context.print(
         record, lambda console: console.print(f"{out.absolute()}: {len(starts)} starts, {len(models)} models")

@@ -59,11 +59,22 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class SourceRecord:
-    """Where a snapshot came from; `location` is an endpoint's address without secrets, or a folder."""
+    """Where a snapshot came from; `location` is an endpoint's address without secrets, or a folder.
+
+    `compared_with` is what its files were compared with before they were stored: "hub", the Hub's listing of the
+    commit; "cache", the names that an HF cache gives its files, which say nothing of the Hub; empty for a folder, whose
+    files are what they are, and in manifests of earlier versions.
+    """
 
     kind: str
     location: str
     revision: str
+    compared_with: str = ""
+
+    def as_json(self) -> dict[str, str]:
+        """The record as it stands in a manifest."""
+        record = {"kind": self.kind, "location": self.location, "revision": self.revision}
+        return record | ({"compared_with": self.compared_with} if self.compared_with else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +107,7 @@ class Manifest:
             "commit": self.key.commit,
             "dtype": self.key.dtype,
             "created_at": self.created_at,
-            "source": {
-                "kind": self.source.kind,
-                "location": self.source.location,
-                "revision": self.source.revision,
-            },
+            "source": self.source.as_json(),
             "block_bytes": self.block_bytes,
             "files": [file_as_json(file) for file in self.files],
             "stored_unchanged": self.stored_unchanged,
@@ -157,7 +164,12 @@ def _manifest(record: Mapping[str, Any]) -> Manifest:
     return Manifest(
         key=key,
         created_at=_count(record["created_at"]),
-        source=SourceRecord(_text(source["kind"]), _text(source["location"]), _text(source["revision"])),
+        source=SourceRecord(
+            _text(source["kind"]),
+            _text(source["location"]),
+            _text(source["revision"]),
+            _text(source.get("compared_with", "")),
+        ),
         files=files,
         stored_unchanged=_text(record["stored_unchanged"]),
         remote_code=_switch(record["remote_code"]),

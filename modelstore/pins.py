@@ -19,6 +19,7 @@ import atexit
 import json
 import logging
 import os
+import re
 import secrets
 import threading
 import time
@@ -31,10 +32,13 @@ from urllib.parse import quote, unquote
 from modelstore import durable
 from modelstore.errors import ModelStoreError, NoSpace, RootUnusable, UnsafeName
 from modelstore.layout import Layout, SnapshotKey, key_from_parts
+from modelstore.units import printable
 
 IN_USE_S = 300.0
 _TOUCH_EVERY_S = 60.0
 _OLD_S = 24 * 3600.0
+_MOST_MARKS = 64
+_MARK = re.compile(r"[^/]+\.[0-9a-f]{8}")
 EVICTING = ".evicting"
 _LAST = ".last"
 _EVICTING_S = 5.0  # an eviction that takes longer was cut short
@@ -59,6 +63,7 @@ class InUse:
         self._layout = layout
         self._path = layout.used(key) / f"{_file_name(worker)}.{secrets.token_hex(4)}"
         self._over = threading.Event()
+        self._lock = threading.Lock()
         if _touched(layout, key, self._path):
             threading.Thread(target=self._keep_fresh, name="in-use", daemon=True).start()
             atexit.register(self.end)
@@ -67,24 +72,34 @@ class InUse:
         """The snapshot is no longer in use by this worker, as at the end of its process; of one that is killed, that
         shows after five minutes."""
         atexit.unregister(self.end)
-        self._over.set()
+        with self._lock:
+            self._over.set()
         if mark_used(self._layout, self.key):
             durable.remove_file(self._path)
 
     def _keep_fresh(self) -> None:
-        mark_used(self._layout, self.key)
-        while not self._over.wait(_TOUCH_EVERY_S):
+        while True:
             try:
-                durable.touch(self._path)
+                durable.check_no_links(self._layout.root, self._path)
                 durable.touch(self._path.with_name(_LAST))
+                with self._lock:
+                    if self._over.is_set():
+                        return
+                    durable.touch(self._path)
                 self._remove_old_marks()
             except (ModelStoreError, OSError) as error:  # five minutes are long enough to get through once
                 logger.warning("the mark of use was not refreshed: %s", error)
+            if self._over.wait(_TOUCH_EVERY_S):
+                return
 
     def _remove_old_marks(self) -> None:
-        """What workers of the past have left here would only grow in number; this one's own mark is newer than all."""
-        for path in durable.entries(self._path.parent):
-            if path.name not in (EVICTING, _LAST) and self._path.lstat().st_mtime - path.lstat().st_mtime > _OLD_S:
+        """Remove marks of workers that were killed: all that are a day old, and the oldest of more than a few that
+        nobody refreshes, as workers leave that start and fail in a loop. This one's own mark is the newest."""
+        now = self._path.lstat().st_mtime
+        marks = [path for path in durable.entries(self._path.parent) if _MARK.fullmatch(path.name)]
+        ages = sorted((now - path.lstat().st_mtime, path) for path in marks)
+        for number, (age, path) in enumerate(ages):
+            if age > _OLD_S or (number >= _MOST_MARKS and age >= IN_USE_S):
                 durable.remove_file(path)
 
 
@@ -119,7 +134,7 @@ def marks(layout: Layout, key: SnapshotKey) -> tuple[Mark, ...]:
         if name == EVICTING:
             continue
         try:
-            worker = "" if name == _LAST else unquote(name.rpartition(".")[0])
+            worker = "" if name == _LAST else printable(unquote(name.rpartition(".")[0]))
             found.append(Mark(worker, os.lstat(f"{folder}/{name}").st_mtime))
         except FileNotFoundError:
             continue

@@ -181,7 +181,7 @@ class Volume:
                 self.stopped.clear()  # for the next snapshot
             raise
         pool.shutdown()
-        manifest = durable.read_file(snapshot.path / MANIFEST)
+        manifest = durable.read_file(snapshot.path / MANIFEST, durable.MANIFEST_BYTES)
         self._put(self._key(snapshot, MANIFEST), manifest)
         if self._read(self._key(snapshot, MANIFEST)) != manifest:
             raise IntegrityError(f"{self.target}: the manifest of {snapshot.key} does not read back: upload it again")
@@ -390,7 +390,7 @@ class _Upload:
         if self._volume.stopped.is_set():
             return
         self._progress.begin(self._name, self._size)
-        self._volume._put(self._key, durable.read_file(self._path))
+        self._volume._put(self._key, durable.read_file(self._path, self._size))
         self._count(self._size, sent=True)
 
     def _send_part(self, number: int) -> None:

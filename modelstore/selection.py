@@ -28,7 +28,7 @@ _ENDING = ".index.json"
 _INDEX = ".safetensors.index.json"
 _VARIANT = re.compile(r"\.fp16\.safetensors$|\.fp16-\d+-of-\d+\.safetensors$|\.safetensors\.index\.fp16\.json$")
 _EXTRA_FOLDERS = ("additional_chat_templates",)
-_MAX_SMALL_BYTES = 512 << 20
+MAX_SMALL_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +219,7 @@ def _no_weights(files: tuple[SourceFile, ...], repo_id: str) -> NoWeights | Pick
 
 def _is_small(file: SourceFile) -> bool:
     name = PurePosixPath(file.path)
-    if name.name.startswith(".") or file.size_bytes > _MAX_SMALL_BYTES:
+    if name.name.startswith(".") or file.size_bytes > MAX_SMALL_BYTES:
         return False
     if _LICENCE.fullmatch(name.name):
         return name.suffix not in {".py", ".sh"}

@@ -86,8 +86,8 @@ FIELDS = (
 
 
 def bare_environment() -> dict[str, str]:
-    """For a process of our own: what the dynamic loader needs, and no token."""
-    return {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
+    """For a process of our own: what the dynamic loader and the clock need, and no token."""
+    return {name: value for name, value in os.environ.items() if name in ("LD_LIBRARY_PATH", "TZ")}
 
 
 def server_environment() -> dict[str, str]:

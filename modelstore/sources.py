@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from modelstore import durable
 from modelstore.errors import NotFound, RepoNotFound, UnsafeName
 from modelstore.manifest import SourceRecord
 from modelstore.reference import Reference, is_commit, local_repo_id
@@ -135,8 +136,9 @@ class FolderSource(LocalFiles):
 class HfCacheSource:
     """A model in an HF cache on the volume: `models--org--name/{refs,snapshots,blobs}`.
 
-    The cache names its blobs by their digests, so what is stored from here is verified as from the Hub. A cache whose
-    download was cut short, or whose files are no links to blobs, is not `whole`, and the Hub is asked.
+    The cache names its blobs by their digests, with which all that is stored from here is compared; that they are those
+    of the commit is for the Hub to confirm (`hub.confirmed`). A cache whose download was cut short, or whose files are
+    no links to blobs, is not `whole`, and the Hub is asked.
     """
 
     over_network = False
@@ -150,7 +152,7 @@ class HfCacheSource:
         commit = revision
         if not is_commit(revision):
             try:
-                commit = (self._repo / "refs" / revision).read_text(errors="replace").strip()
+                commit = durable.read_file(self._repo / "refs" / revision).decode(errors="replace").strip()
             except OSError:
                 commit = ""
         if not is_commit(commit) or not (self._repo / "snapshots" / commit).is_dir():
@@ -224,7 +226,7 @@ def files_below(folder: Path) -> dict[str, Path]:
 @contextmanager
 def stream_of(path: Path, offset: int, length: int) -> Iterator[ByteStream]:
     """The bytes of a file from `offset` on."""
-    with path.open("rb", buffering=0) as file:
+    with os.fdopen(durable.open_for_read(path), "rb", buffering=0) as file:
         file.seek(offset)
         yield ByteStream(offset, file.readinto)
 
@@ -239,5 +241,5 @@ def read_all(stream: ByteStream, length: int) -> bytes:
 
 
 def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
+    with os.fdopen(durable.open_for_read(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,7 +21,9 @@ from modelstore.claim import Claim, Contender, Holder
 from modelstore.errors import (
     BadManifest,
     ClaimLost,
+    DigestMismatch,
     Float16Overflow,
+    ModelStoreError,
     NoSpace,
     RootUnusable,
     SnapshotNotFound,
@@ -32,7 +34,7 @@ from modelstore.observer import SILENT, Observer
 from modelstore.pins import mark_used, wait_while_evicting
 from modelstore.reference import Reference, is_commit, is_local, parse_reference
 from modelstore.settings import Dtype, Settings, parse_dtype
-from modelstore.sources import FolderSource, HfCacheSource, Resolved, Source
+from modelstore.sources import FolderSource, HfCacheSource, Resolved, Source, read_all
 from modelstore.timeline import Span, Timeline
 from modelstore.verify import verify_snapshot
 
@@ -142,6 +144,16 @@ class ModelStore:
         self.catalog.check_format()
         if Reference("hub", resolved.repo_id, resolved.commit) not in self.settings.allowed_models:
             self.settings.check_allowed(Reference("hub", resolved.repo_id, resolved.revision))
+        if resolved.record.kind == "hf-cache" and not resolved.record.compared_with:
+            from modelstore.hub import confirmed
+
+            found = confirmed(source, resolved, self.settings)
+            if found is None:
+                raise DigestMismatch(
+                    f"the HF cache of {resolved.repo_id} is not what the Hub states for {resolved.commit}: remove the "
+                    "cache, and seed the model from the Hub"
+                )
+            resolved = found
         code = self._may_take_code(None, resolved)
         snapshot = self._obtain(source, resolved, variant, None, None, observer, Timeline(), link=True, code=code)
         self._record_commit(resolved, replacing=resolved.record.kind == "file")  # a cache may be older than the fleet
@@ -350,13 +362,32 @@ class ModelStore:
         else:
             commit = self.catalog.recorded_commit(wanted)
         pinned = replace(wanted, revision=commit) if commit else wanted
-        for cached in (HfCacheSource(cache, pinned) for cache in self.settings.hf_caches):
-            if (found := cached.whole()) is not None:
+        for cache in self.settings.hf_caches:
+            cached = HfCacheSource(cache, pinned)
+            if (found := self._usable(cached, wanted)) is not None:
                 return cached, found.for_revision(wanted.revision)
         if self.settings.offline:
             raise _not_here(wanted, self.settings)
         hub = HubSource(pinned, self.settings, sleep=self._sleep)
         return hub, hub.resolve().for_revision(wanted.revision)
+
+    def _usable(self, cached: HfCacheSource, named: Reference) -> Resolved | None:
+        """What an HF cache on the volume holds of a model, unless a part is missing, the Hub states otherwise, or the
+        model's own code is wanted, which only the Hub gives."""
+        from modelstore.hub import confirmed
+
+        try:
+            found = cached.whole()
+            if found is None:
+                return None
+            trusted = self.settings.may_run_code_of(found.repo_id, found.commit, named=named)
+            if trusted and _names_code(cached, found):
+                logger.info("%s brings code, which is never taken from an HF cache: asking the Hub", found.repo_id)
+                return None
+            return confirmed(cached, found, self.settings)
+        except (ModelStoreError, OSError) as error:
+            logger.warning("the HF cache of %s is passed over: %s", named, error)
+            return None
 
     def _record_commit(self, resolved: Resolved, *, replacing: bool) -> None:
         """Let the fleet use this commit for the revision from now on; `replacing` another one is for a seed alone."""
@@ -405,6 +436,20 @@ class ModelStore:
         history.note(self.layout, "quarantined", key)
         logger.warning("%s is damaged: moved to %s, and made again", key, aside)
         return Snapshot(aside, manifest) if manifest is not None else None
+
+
+def _names_code(source: Source, resolved: Resolved) -> bool:
+    """Whether a config of what the source holds names code of the repo."""
+    from modelstore.selection import code_in
+
+    files = source.list_files(resolved)
+    names = {file.path for file in files}
+    for file in files:
+        if file.path.endswith(".json"):
+            with source.open(resolved, file, 0, file.size_bytes) as stream:
+                if code_in(file.path, read_all(stream, file.size_bytes), names):
+                    return True
+    return False
 
 
 def _same(snapshot: Snapshot, damaged: Snapshot | None) -> bool:

@@ -12,8 +12,13 @@ def size(count: float) -> str:
 
 
 def printable(text: str) -> str:
-    """A text that somebody else wrote, without what a terminal would obey or cannot show."""
+    """A text that somebody else wrote, with control and unprintable characters replaced."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """The same for a text of several lines."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def one_line(text: str, limit: int) -> str:

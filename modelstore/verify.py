@@ -24,6 +24,7 @@ from modelstore.checksums import block_count, has_block
 from modelstore.errors import BadManifest, FormatTooNew, ModelStoreError, UsageError
 from modelstore.layout import MANIFEST, Layout, SnapshotKey
 from modelstore.manifest import FileRecord, Manifest, parse_manifest
+from modelstore.units import printable
 
 _SAVE_EVERY_S = 5.0
 
@@ -98,7 +99,7 @@ def verify_folder(
     """
     position = position or Position()
     try:
-        manifest = parse_manifest(durable.read_file(folder / MANIFEST), where=MANIFEST)
+        manifest = parse_manifest(durable.read_file(folder / MANIFEST, durable.MANIFEST_BYTES), where=MANIFEST)
     except (OSError, BadManifest, FormatTooNew) as error:
         return Verified((Finding(MANIFEST, str(error)),))
     if manifest.key != key:
@@ -218,4 +219,4 @@ def _foreign(folder: Path, manifest: Manifest) -> Iterator[Finding]:
         for name in [*names, *links]:
             path = str(Path(parent, name).relative_to(folder))
             if path not in known:
-                yield Finding(path, "not named by the manifest")
+                yield Finding(printable(path), "not named by the manifest")

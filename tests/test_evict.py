@@ -67,8 +67,8 @@ def test_a_worker_that_is_gone_keeps_nothing_after_five_minutes(hub: Hub, store:
     (snapshot,) = seeded(hub, store, "a")
     pins.InUse(store.layout, snapshot.key, "pod/1 \n")
     (mark,) = [mark for mark in pins.marks(store.layout, snapshot.key) if mark.worker]
-    assert mark.worker == "pod/1 \n"
-    assert pins.users(store.layout, snapshot.key, mark.touched_at + 299) == ("pod/1 \n",)
+    assert mark.worker == "pod/1 \ufffd"
+    assert pins.users(store.layout, snapshot.key, mark.touched_at + 299) == ("pod/1 \ufffd",)
     assert pins.users(store.layout, snapshot.key, mark.touched_at + 301) == ()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -47,6 +48,7 @@ from modelstore.store import ModelStore
 from modelstore.timeline import Timeline
 from modelstore.verify import verify_snapshot
 from tests.checkpoints import random_tensors, weights_bytes, write_repo
+from tests.conftest import Cli
 from tests.hub import Hub
 
 MakeStore = Callable[..., ModelStore]
@@ -274,13 +276,15 @@ def hf_cache(root: Path, hub: Hub, name: str) -> Path:
     return cache
 
 
-def test_an_hf_cache_on_the_volume_costs_no_network(hub: Hub, store: ModelStore) -> None:
+def test_an_hf_cache_on_the_volume_costs_one_listing(hub: Hub, store: ModelStore) -> None:
     tensors = random_tensors(5)
     repo = write_repo(hub.folder / "org" / "name", tensors, shards=2)
     hf_cache(store.settings.root, hub, "org/name")
     hub.served.reset()
     snapshot = store.ensure("org/name")
-    assert hub.served.requests == []
+    assert hub.served.total_bytes == 0
+    assert len(hub.served.requests) == 1, "what the cache holds is compared with the Hub's listing"
+    assert snapshot.manifest.source.compared_with == "hub"
     assert snapshot.commit == hub.commit(repo)
     assert snapshot.downloaded_bytes == 0
     assert verify_snapshot(snapshot).ok
@@ -297,6 +301,69 @@ def test_a_damaged_blob_of_an_hf_cache_is_never_published(hub: Hub, store: Model
     with pytest.raises(DigestMismatch):
         store.ensure("org/name")
     assert published(store) == []
+
+
+def forge(cache: Path, name: str, data: bytes) -> None:
+    """Put other bytes under a file's name, as a neighbour on the volume can: the blob is named by their own digest."""
+    link = next((cache / "models--org--name" / "snapshots").rglob(name))
+    large = link.name.endswith(".safetensors")
+    oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    blob = link.resolve().with_name(hashlib.sha256(data).hexdigest() if large else oid)
+    blob.write_bytes(data)
+    link.unlink()
+    link.symlink_to(os.path.relpath(blob, link.parent))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_other_bytes_under_the_hubs_commit_in_an_hf_cache_are_never_taken(
+    hub: Hub, store: ModelStore, cli: Cli, name: str
+) -> None:
+    repo = write_repo(hub.folder / "org" / "name", random_tensors(2))
+    cache = hf_cache(store.settings.root, hub, "org/name")
+    other = write_repo(hub.folder / "org" / "other", random_tensors(2, seed=9), config={"model_type": "gpt2"})
+    forge(cache, name, (other / name).read_bytes())
+    assert "not what the Hub states" in cli("adopt", str(cache), code=5).stderr
+    assert published(store) == []
+    snapshot = store.ensure("org/name")
+    assert snapshot.downloaded_bytes >= weights_bytes(repo), "it was fetched from the Hub"
+    assert snapshot.manifest.source.kind == "hub"
+
+
+def test_a_commit_that_the_hub_does_not_know_is_not_taken_from_an_hf_cache(hub: Hub, store: ModelStore) -> None:
+    repo = write_repo(hub.folder / "org" / "name")
+    cache = hf_cache(store.settings.root, hub, "org/name") / "models--org--name"
+    (cache / "snapshots" / hub.commit(repo)).rename(cache / "snapshots" / ("f" * 40))
+    (cache / "refs" / "main").write_text("f" * 40)
+    assert store.ensure("org/name").commit == hub.commit(repo)
+
+
+def test_without_the_hub_an_hf_cache_is_taken_by_its_names_and_the_manifest_says_so(
+    hub: Hub, make_store: MakeStore, cli: Cli
+) -> None:
+    write_repo(hub.folder / "org" / "name", random_tensors(2))
+    hf_cache(make_store().settings.root, hub, "org/name")
+    hub.faults.status["metadata"] = [(503, {})] * 1000
+    began = time.monotonic()
+    snapshot = make_store().ensure("org/name")
+    assert time.monotonic() - began < 20
+    assert snapshot.manifest.source.compared_with == "cache"
+    assert cli.json("show", "org/name")["source"]["compared_with"] == "cache"
+    assert "compared with the names in that cache alone" in cli("show", "org/name").stdout
+
+
+def test_code_is_never_taken_from_an_hf_cache(hub: Hub, make_store: MakeStore) -> None:
+    repo = write_repo(hub.folder / "org" / "name", extra={"modeling_own.py": b"mine = 1\n"})
+    (repo / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_own.Own"}, "model_type": "own"}')
+    commit = hub.commit(repo)
+    cache = hf_cache(make_store().settings.root, hub, "org/name")
+    forge(cache, "modeling_own.py", b"import os\n")
+    store = make_store(trust_remote_code=True)
+    offline = make_store(trust_remote_code=True, offline=True)
+    with pytest.raises(SnapshotNotFound):
+        offline.ensure(f"org/name@{commit}")
+    snapshot = store.ensure(f"org/name@{commit}")
+    assert (snapshot.path / "modeling_own.py").read_bytes() == b"mine = 1\n"
+    assert snapshot.manifest.source.kind == "hub"
 
 
 def test_an_hf_cache_without_all_shards_is_passed_over(hub: Hub, store: ModelStore) -> None:
@@ -368,7 +435,7 @@ def test_a_seed_takes_from_the_hf_cache_what_the_hub_names(hub: Hub, store: Mode
     hf_cache(store.settings.root, hub, "org/name")
     hub.served.reset()
     assert store.ensure("org/name", refresh=True).downloaded_bytes == 0
-    assert len(hub.served.requests) == 1
+    assert len(hub.served.requests) == 2, "which commit main is, and what that holds"
 
 
 def test_offline_serves_what_is_there_and_says_what_is_not(hub: Hub, make_store: MakeStore) -> None:

@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from modelstore.settings import bare_environment
 from modelstore.units import one_line
 from modelstore.unpickle import forbid, leave_the_network
 
@@ -102,7 +103,7 @@ class Renderer:
                 self._ended(self._process)
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-m", "handler.engines.chat_template"],
-                env={name: os.environ[name] for name in ("LD_LIBRARY_PATH", "TZ") if name in os.environ},
+                env=bare_environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

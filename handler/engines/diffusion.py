@@ -20,6 +20,7 @@ import torch
 from handler.engines.batcher import free_memory
 from handler.images import ImageRequest, Images, Step
 from handler.jobs import is_gpu_lost, not_served
+from modelstore import durable
 from modelstore.catalog import Catalog, Snapshot
 from modelstore.errors import BadSafetensors, NoWeights, Refused
 from modelstore.layout import Layout
@@ -158,7 +159,7 @@ def build_pipeline(snapshot: Snapshot, tensors: dict[str, torch.Tensor], device:
     Raises NoWeights for a pipeline or a part that this version of diffusers does not know, BadSafetensors where weights
     are missing or left over.
     """
-    index = json.loads((snapshot.path / "model_index.json").read_bytes())
+    index = json.loads(durable.read_file(snapshot.path / "model_index.json"))
     if not hasattr(diffusers, str(index.get("_class_name"))):
         raise NoWeights(
             f"diffusers {diffusers.__version__} has no {index.get('_class_name')!r}: upgrade it, or use another model"

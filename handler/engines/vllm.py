@@ -30,9 +30,11 @@ from handler.jobs import Code, JobError, Piece, Prompt, TextRequest, invalid, no
 from modelstore.catalog import Catalog, Snapshot, check_code
 from modelstore.errors import IntegrityError, ModelStoreError, NotFound, Refused
 from modelstore.layout import Layout
+from modelstore.logs import LINE_CHARACTERS
 from modelstore.settings import Settings, server_environment
 from modelstore.shared import SharedFolder
 from modelstore.timeline import Span, Timeline
+from modelstore.units import one_line
 from modelstore.warmstart import Begun
 
 logger = logging.getLogger(__name__)
@@ -121,7 +123,7 @@ class Server:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._said.append(line.strip()[:2000])
-            print(line, end="", file=sys.stderr, flush=True)
+            print(f"vllm: {one_line(line, LINE_CHARACTERS)}", file=sys.stderr, flush=True)
 
     async def _answers(self) -> None:
         async with self.session() as session:
