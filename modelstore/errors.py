@@ -13,6 +13,7 @@
     ├── IntegrityError                  5  integrity
     │   ├── DigestMismatch
     │   ├── BadSafetensors
+    │   ├── BadConfig
     │   └── BadManifest
     ├── NoSpace                         6  no space or quota
     ├── DoesNotFit                      6  no room on the GPU
@@ -40,6 +41,7 @@ from modelstore.units import one_line
 
 __all__ = [
     "AccessDenied",
+    "BadConfig",
     "BadManifest",
     "BadSafetensors",
     "ClaimLost",
@@ -135,6 +137,10 @@ class DigestMismatch(IntegrityError):
 
 class BadSafetensors(IntegrityError):
     """A safetensors file whose header is invalid or does not describe the bytes."""
+
+
+class BadConfig(IntegrityError):
+    """A config whose sizes are not those of its weights."""
 
 
 class BadManifest(IntegrityError):

@@ -24,6 +24,7 @@ from modelstore import durable
 from modelstore.catalog import Snapshot
 from modelstore.checksums import Digests, RunningDigests, digests_of_file, has_blocks
 from modelstore.claim import Claim, is_generation
+from modelstore.config_sizes import Sizes
 from modelstore.convert import (
     StoragePolicy,
     config_in_dtype,
@@ -160,6 +161,7 @@ class Fill:
                 self._fetch_weights(selection)
                 span.size_bytes = self._progress.network or self._progress.total
             self._finish_indexes(selection)
+            self._check_sizes(selection)
             with self._timeline.span("publish"):
                 manifest = self._publish()
         except (IntegrityError, Refused):
@@ -223,7 +225,9 @@ class Fill:
         self._download.fetch(self._left(selection.small), self._keep_small)
         self._check_code(selection)
         for folder in {_folder_of(file.path) for file in selection.weights}:
-            self._policies[folder] = policy = storage_policy(self._dtype, self._config(folder, selection))
+            config = self._config(folder, selection)
+            Sizes().check(config, f"{folder + '/' if folder else ''}config.json of {self._key.repo_id}")
+            self._policies[folder] = policy = storage_policy(self._dtype, config)
             if policy.unchanged_because and self._dtype != "keep":
                 logger.warning("%s is stored unchanged: %s", self._key, policy.unchanged_because)
 
@@ -460,6 +464,16 @@ class Fill:
             if corrected != data:
                 durable.write_atomic(target, corrected)
                 self._finished.records[stored] = _rewritten(stored, corrected, self._finished.records[stored].original)
+
+    def _check_sizes(self, selection: Selection) -> None:
+        """Refuse a config whose sizes are not those of the weights beside it: it would fill the memory of a start."""
+        for folder in self._policies:
+            tensors = [
+                t for name, header in self._headers.items() if _folder_of(name) == folder for t in header.tensors
+            ]
+            longest = max((side for tensor in tensors for side in tensor.shape), default=1)
+            path = f"{folder + '/' if folder else ''}config.json of {self._key.repo_id}"
+            Sizes(len(tensors), longest).check(self._config(folder, selection), path)
 
     def _stored_size(self, shards: Iterable[str]) -> int:
         """Bytes of all tensors of these stored files."""

@@ -19,14 +19,18 @@ from typing import Any
 import accelerate
 import torch
 import transformers
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, modeling_utils
 
 from modelstore.catalog import Snapshot, check_code
-from modelstore.errors import DoesNotFit, IntegrityError, NoWeights, UsageError
+from modelstore.config_sizes import check_configs
+from modelstore.errors import BadConfig, DoesNotFit, IntegrityError, NoWeights, UsageError
 from modelstore.reader import Reading, start_reading
 from modelstore.tensors import Weights, check_fits, load_tensors, ring_bytes_for, usable_device
 from modelstore.timeline import Timeline
+from modelstore.units import size
 
 __all__ = ["build_part", "load_model", "load_tensors", "model_class"]
 
@@ -74,6 +78,7 @@ def load_model(
         for file in snapshot.manifest.files:
             if not file.path.endswith(".safetensors"):
                 reading.wait(file.path)  # the config is parsed only once its bytes are known to be right
+        check_configs(snapshot.path, (file.path for file in snapshot.manifest.files), str(snapshot.key))
         transformers.utils.logging.disable_progress_bar()  # it would draw one bar a start into the worker's log
         config = AutoConfig.from_pretrained(snapshot.path, trust_remote_code=trusted)
         cls = _own_class(config, snapshot.path) if trusted else model_class(config)
@@ -134,7 +139,7 @@ def _from_tensors(
     device_map: Mapping[str, Any],
 ) -> PreTrainedModel:
     on_cpu = all(torch.device(device).type == "cpu" for device in device_map.values())
-    with _BUILDING, _without_allocating_ahead():
+    with _BUILDING, _without_allocating_ahead(), bounded_build(snapshot, len(tensors)):
         model, info = cls.from_pretrained(
             None,
             config=config,
@@ -170,6 +175,75 @@ def _built_early(
         logger.debug("%s is built when its bytes are there: %s is computed from them", snapshot.key, computed[0])
         return None
     return model
+
+
+_BUILT_BYTES = 1 << 30  # of a tensor that a model computes for itself, a mask or a table of positions
+_LOOKED_AT_BYTES = 1 << 20
+_MOST_TENSORS = 1 << 16  # of a checkpoint whose headers have not been read yet
+
+
+@contextmanager
+def bounded_build(snapshot: Snapshot, tensors: int) -> Iterator[None]:
+    """Let this thread build a model from a config, but no larger one than `tensors` weights and their bytes bear out.
+
+    What is larger raises BadConfig, before it takes the memory: more modules than any architecture has for that many
+    weights, or a tensor in memory that is larger than all of them. See `config_sizes`, which looks at the config alone.
+    """
+    most_modules, most_bytes = 10_000 + 20 * tensors, max(_BUILT_BYTES, snapshot.size_bytes)
+    thread, modules = threading.get_ident(), 0
+
+    def count(_module: Any, _name: str, _submodule: Any) -> None:
+        nonlocal modules
+        if threading.get_ident() == thread:
+            modules += 1
+            if modules > most_modules:
+                raise BadConfig(
+                    f"the config of {snapshot.key} wants more layers than its {tensors} weights bear out: use another "
+                    "revision"
+                )
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        with _NoLargeTensors(snapshot, most_bytes):
+            yield
+    finally:
+        handle.remove()
+
+
+class _NoLargeTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Computes on the meta device first how large a result will be, if it may be large, and refuses one that is."""
+
+    def __init__(self, snapshot: Snapshot, most_bytes: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._snapshot = snapshot
+        self._most_bytes = most_bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        is_large = any(value.device.type != "meta" and value.nbytes > _LOOKED_AT_BYTES for value in given)
+        makes = not given and kwargs.get("device") is not None and torch.device(kwargs["device"]).type != "meta"
+        if is_large or makes:
+            self._check(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _check(self, func: Any, args: Any, kwargs: Any) -> None:
+        def as_meta(value: Any) -> Any:
+            return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+        try:
+            meta_args, meta_kwargs = tree_map(as_meta, (args, kwargs))
+            if meta_kwargs.get("device") is not None:
+                meta_kwargs["device"] = torch.device("meta")
+            made = func(*meta_args, **meta_kwargs)
+        except (NotImplementedError, RuntimeError, TypeError, ValueError):
+            return  # what the meta device does not know is not a factory of large tensors
+        size_bytes = sum(value.nbytes for value in tree_leaves(made) if isinstance(value, torch.Tensor))
+        if size_bytes > self._most_bytes:
+            raise BadConfig(
+                f"the config of {self._snapshot.key} wants a tensor of {size(size_bytes)}, and all its weights have "
+                f"{size(self._snapshot.size_bytes)}: use another revision"
+            )
 
 
 class _ValueNeeded(BaseException):
@@ -226,7 +300,7 @@ def _spread(
     if device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
         raise UsageError(f"{device_map!r} is no device map: use auto, balanced, sequential, or devices by module")
     dtype = torch.float16 if snapshot.dtype == "keep" else getattr(torch, snapshot.dtype)
-    with _BUILDING, torch.device("meta"):
+    with _BUILDING, bounded_build(snapshot, _MOST_TENSORS), torch.device("meta"):
         skeleton = cls(copy.deepcopy(config)).to(dtype)
     skeleton.tie_weights()
     whole = list(skeleton._no_split_modules or ())

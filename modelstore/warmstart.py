@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 
 from modelstore import gpu, host
 from modelstore.catalog import Catalog, Snapshot, Status
+from modelstore.config_sizes import check_configs
 from modelstore.errors import DigestMismatch, DoesNotFit, InvalidSetting, ModelStoreError, SnapshotNotFound
 from modelstore.layout import Layout, SnapshotKey
 from modelstore.observer import LogObserver, Observer
@@ -72,6 +73,7 @@ class Begun:
 
         Raises DigestMismatch where the damage cannot be mended, and whatever `load` raises.
         """
+        check_configs(self.snapshot.path, (file.path for file in self.snapshot.manifest.files), str(self.snapshot.key))
         try:
             return load(self)
         except Exception as error:  # a damaged tokenizer is whatever its parser makes of it

@@ -24,7 +24,7 @@ from modelstore import durable
 from modelstore.catalog import Catalog, Snapshot
 from modelstore.errors import BadSafetensors, NoWeights, Refused
 from modelstore.layout import Layout
-from modelstore.loader import build_part
+from modelstore.loader import bounded_build, build_part
 from modelstore.tensors import load_tensors
 from modelstore.timeline import Timeline
 from modelstore.warmstart import Begun
@@ -187,7 +187,7 @@ def _part(
     if library == "transformers":
         config = found.config_class.from_pretrained(folder)
         return build_part(found, config, snapshot, own, device)
-    with accelerate.init_empty_weights():
+    with bounded_build(snapshot, len(own)), accelerate.init_empty_weights():
         model = found.from_config(found.load_config(folder))
     model._fix_state_dict_keys_on_load(own)
     wide = set(found._keep_in_fp32_modules or ())
