@@ -56,13 +56,16 @@ FROM ${BASE_IMAGE}
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
-    HF_HUB_DISABLE_TELEMETRY=1
+    HF_HUB_DISABLE_TELEMETRY=1 \
+    MALLOC_ARENA_MAX=2
+# MALLOC_ARENA_MAX: by default each thread gets an arena of its own, and under mixed jobs the process doubles in size
 # The interpreter that has vLLM, in the base image
 ARG VLLM_PYTHON=
 ENV MODELSTORE_VLLM_PYTHON=${VLLM_PYTHON}
 WORKDIR /worker
 COPY --from=build /opt/venv /opt/venv
 COPY handler/test_input.json .
-# RunPod mounts the volume as root's, and gives a worker no other way to write there: the user stays root.
+# RunPod mounts the volume as root's, so the image starts as root; the worker becomes the account that owns the store's
+# folder, if that is another one (handler/privileges.py).
 ENTRYPOINT []
 CMD ["python", "-m", "handler"]

@@ -14,12 +14,13 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from handler.privileges import become_owner_of
 from modelstore import history
 from modelstore.collector import without_collecting
 from modelstore.errors import ModelStoreError, NotFound
 from modelstore.layout import Layout
 from modelstore.logs import LINE_CHARACTERS, log_to_stderr, take_library_logs
-from modelstore.settings import EngineName, Settings
+from modelstore.settings import EngineName, Settings, forget_hub_tokens
 from modelstore.timeline import Timeline
 from modelstore.units import one_line
 from modelstore.warmstart import Begun, begin
@@ -49,6 +50,8 @@ def main() -> int:
 def start() -> Callable[[], None]:
     """Load the engine, log the timeline, keep it on the volume; returns what serves jobs."""
     settings = Settings.from_env()
+    forget_hub_tokens()
+    become_owner_of(settings.root)
     timeline = Timeline(worker=settings.worker_id, model=str(settings.model), dtype=settings.dtype)
     layout = Layout(settings.root)
     try:

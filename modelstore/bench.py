@@ -30,7 +30,7 @@ from modelstore.catalog import check_place
 from modelstore.contenders import LOAD
 from modelstore.errors import InvalidSetting, ModelStoreError, NoSpace
 from modelstore.header import TensorInfo, encode_header
-from modelstore.settings import Settings
+from modelstore.settings import Settings, without_secrets
 from modelstore.store import ModelStore
 from modelstore.units import size
 
@@ -151,7 +151,7 @@ def load_contenders(
 def run_contender(name: str, folder: Path, device: str, prefix: Sequence[str] = ()) -> Sample:
     """One run in a process of its own. Raises ModelStoreError with its last line where it fails."""
     command = [*prefix, sys.executable, "-m", "modelstore.contenders", name, device, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=without_secrets(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise ModelStoreError(f"{name} failed: {done.stderr.strip()[-400:]}")
     record = json.loads(done.stdout.strip().splitlines()[-1])
@@ -165,6 +165,7 @@ def run_worker(root: Path, model: str, prefix: Sequence[str] = ()) -> tuple[Samp
     began = time.monotonic()
     done = subprocess.run(
         [*prefix, *settings, sys.executable, "-m", "handler", "--test_input", job],
+        env=without_secrets(),
         capture_output=True,
         text=True,
         check=False,

@@ -25,7 +25,7 @@ from modelstore.errors import FormatTooNew, ModelStoreError, NoSpace, NotFound, 
 from modelstore.gc import plan
 from modelstore.layout import Layout
 from modelstore.reference import Reference, parse_reference
-from modelstore.settings import NETWORK_FILE_SYSTEMS, Settings, mount_of, read_mounts
+from modelstore.settings import NETWORK_FILE_SYSTEMS, Settings, bare_environment, mount_of, read_mounts
 from modelstore.sources import HfCacheSource
 from modelstore.units import size
 
@@ -224,7 +224,7 @@ def _locks(folder: Path, other: Path) -> Finding:
     durable.write_atomic(folder / "lock", b"")
     with subprocess.Popen(
         [sys.executable, "-c", _LOCKER, str(other / "lock")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=bare_environment(),
     ) as holder:  # fmt: skip
         assert holder.stdout is not None
         held = holder.stdout.readline().strip() == b"held"

@@ -170,6 +170,9 @@ def metrics(
     context: Context,
     file: Annotated[Path | None, typer.Option("--file", help="Write them there instead, as a whole.")] = None,
     port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Answer scrapes there instead.")] = None,
+    address: Annotated[
+        str, typer.Option("--address", help="With --port: 0.0.0.0 lets other machines ask. Nobody is asked who he is.")
+    ] = "127.0.0.1",
 ) -> None:
     """Prometheus metrics of the volume and its fleet. Starts, seconds, bytes, events, space."""
     if file is not None and port is not None:
@@ -183,8 +186,8 @@ def metrics(
     if file is not None:
         write(store.layout, store.settings, file)
     if port is not None:
-        server = serve(store.layout, store.settings, port)
-        context.report(f"metrics of {store.settings.root} on port {port}, until Ctrl-C")
+        server = serve(store.layout, store.settings, port, address=address)
+        context.report(f"metrics of {store.settings.root} at {address}:{port}, until Ctrl-C")
         try:
             while True:
                 time.sleep(3600)

@@ -93,7 +93,8 @@ def write(layout: Layout, settings: Settings, path: Path) -> None:
     write_to_textfile(str(path), _registry(layout, settings))
 
 
-def serve(layout: Layout, settings: Settings, port: int) -> Any:
-    """Answer scrapes on a port, in threads; returns the server. Raises OSError where the port is taken."""
-    server, _thread = start_http_server(port, registry=_registry(layout, settings))
+def serve(layout: Layout, settings: Settings, port: int, *, address: str) -> Any:
+    """Answer scrapes on a port of `address`, in threads; returns the server. Raises OSError if the port is taken, or
+    the address is none of this machine's."""
+    server, _thread = start_http_server(port, addr=address, registry=_registry(layout, settings))
     return server

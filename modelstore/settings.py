@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args
@@ -29,6 +29,10 @@ POD_VOLUME = Path("/workspace")
 _OCTAL = re.compile(r"\\([0-7]{3})")  # how the mount table writes spaces and the like
 NETWORK_FILE_SYSTEMS = frozenset({"fuse", "fuse.mfs", "nfs", "nfs4", "ceph", "lustre", "beegfs", "cifs", "gpfs"})
 HUB = "https://huggingface.co"
+
+# The Hub's library reads the second, too.
+_HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|^AWS_ACCESS_KEY|^RUNPOD_.*API_KEY$")
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +82,12 @@ FIELDS = (
     Field("MODELSTORE_MAX_PIXELS", "4194304", "the most pixels of an image"),
     Field("MODELSTORE_MAX_IMAGES", "4", "the most images in one job"),
     Field("MODELSTORE_MAX_JOB_S", "600", "seconds after which a job ends with an error; `0`: never"),
-    Field("HF_TOKEN", "", "access token for gated and private repos; never written to the volume or a log"),
+    Field(
+        "HF_TOKEN",
+        "",
+        "access token for gated and private repos; never written to the volume or a log, and taken out of the worker's "
+        "environment at its start (or `HUGGING_FACE_HUB_TOKEN`)",
+    ),
     Field("HF_ENDPOINT", HUB, "the Hub's address"),
     Field("MODELSTORE_S3_ENDPOINT", "", "another S3 address for `seed --to` than RunPod's for the datacenter"),
     Field("CUDA_VISIBLE_DEVICES", "", "CUDA's own: the numbers of the GPUs that this worker may use"),
@@ -90,12 +99,42 @@ def bare_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name in ("LD_LIBRARY_PATH", "TZ")}
 
 
+def without_secrets() -> dict[str, str]:
+    """This process's environment for a child of it: without tokens and keys, of the Hub, RunPod and S3."""
+    return {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
+
+
 def server_environment() -> dict[str, str]:
-    """For a server of somebody else's that loads a model by its path: all that is set but our settings and the token,
-    and not a word to the Hub."""
+    """For a server of somebody else's that loads a model by its path: all that is set but our settings and secrets, and
+    not a word to the Hub."""
     ours = {field.variable for field in FIELDS} - {"CUDA_VISIBLE_DEVICES"}
-    kept = {name: value for name, value in os.environ.items() if name not in ours and "TOKEN" not in name}
+    kept = {name: value for name, value in without_secrets().items() if name not in ours}
     return kept | {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+
+
+def forget_hub_tokens() -> None:
+    """Take the Hub's tokens out of this process's environment, after the settings were read: no child needs them, nor
+    a model's own code. What can read this process's memory finds them still."""
+    values = [value for name in _HUB_TOKENS if (value := os.environ.pop(name, ""))]
+    if values:
+        _overwrite_in_first_environment(values)
+
+
+def _overwrite_in_first_environment(values: Iterable[str]) -> None:
+    """Blank texts in the block that the kernel gave this process as its environment: `/proc/PID/environ` shows that, of
+    a forked child too, whatever was taken out since. Best effort: on a system without /proc nothing happens."""
+    import ctypes
+
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        begin, end = int(fields[47]), int(fields[48])  # env_start and env_end, see proc(5)
+    except (OSError, ValueError, IndexError):
+        return
+    block = ctypes.string_at(begin, end - begin)
+    for value in map(os.fsencode, values):
+        place = block.find(b"=" + value + b"\0")
+        if place >= 0:
+            ctypes.memset(begin + place + 1, ord("x"), len(value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +210,7 @@ class Settings:
             vllm_python=Path(env["MODELSTORE_VLLM_PYTHON"]) if env.get("MODELSTORE_VLLM_PYTHON") else None,
             vllm_args=_arguments(env, "MODELSTORE_VLLM_ARGS"),
             max_job_s=_number(env, "MODELSTORE_MAX_JOB_S", 600.0, at_least=0.0),
-            hf_token=_token(env.get("HF_TOKEN", "")),
+            hf_token=_token(env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN") or ""),
             hf_endpoint=_endpoint("HF_ENDPOINT", env.get("HF_ENDPOINT") or HUB),
             s3_endpoint=_endpoint("MODELSTORE_S3_ENDPOINT", env.get("MODELSTORE_S3_ENDPOINT", "")) or None,
             visible_gpus=env.get("CUDA_VISIBLE_DEVICES"),

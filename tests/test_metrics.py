@@ -10,6 +10,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from modelstore import history
@@ -87,6 +88,8 @@ def test_a_port_answers_scrapes_as_the_volume_changes(hub: Hub, store: ModelStor
             except OSError:
                 time.sleep(0.1)
         assert parsed(text)["modelstore_snapshots", ""] == 0
+        with pytest.raises(OSError, match="refused"):  # who listens at every address listens at this one too
+            urllib.request.urlopen(f"http://127.0.0.2:{port}/metrics", timeout=5)
         write_repo(hub.folder / "org" / "name")
         store.ensure("org/name")
         text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
