@@ -50,6 +50,7 @@ RUN if [ "${EXTRA}" = vllm ]; then \
         make_checkpoint(Path('/tmp/tiny'), 2_000_000, 'float16')" \
     && MODEL_ID=file:///tmp/tiny MODELSTORE_ROOT=/tmp/store /opt/venv/bin/python -m handler \
         --test_input '{"input": {"prompt": "a", "max_tokens": 2}}' \
+    && /opt/venv/bin/python -c "import jinja2.ext, jinja2.sandbox, transformers.utils.chat_template_utils" \
     && rm -rf /tmp/tiny /tmp/store
 
 FROM ${BASE_IMAGE}

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ MAX_STOP_CHARACTERS = 200
 MAX_SEED = 2**63 - 1
 MAX_MESSAGES = 4096
 _MAX_ERROR_CHARACTERS = 2000
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # a lone surrogate, as a text cut by UTF-16 units ends with
 _BESIDE_THE_PROMPT = 1 << 16  # characters of a request's names, numbers and short texts
 _GPU_LOST = ("CUDA error", "device-side assert", "launch failure", "cuBLAS", "CUBLAS_STATUS", "cuDNN error")
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -133,32 +135,33 @@ class Piece:
 
 
 def input_of(job: Mapping[str, Any], limits: Limits | None = None) -> Mapping[str, Any]:
-    """A job's input object. Raises JobError if it is none, or if all that it carries is longer than a prompt may be."""
+    """A job's input object. Raises JobError if it is none, if all that it carries is longer than a prompt may be, or if
+    a text in it is no Unicode."""
     data = job.get("input")
     if not isinstance(data, dict):
         raise invalid(f"input must be an object with a prompt or messages, not {shown(data)}")
-    limit = (limits or Limits()).prompt_characters + _BESIDE_THE_PROMPT
-    if _is_longer(data, limit):
-        raise invalid(f"input must have at most {limit} characters together with its names and numbers")
+    _check_all(data, (limits or Limits()).prompt_characters + _BESIDE_THE_PROMPT)
     return data
 
 
-def _is_longer(data: object, limit: int) -> bool:
-    """Whether all texts and names in `data`, at any depth, with one for each value, are more than `limit`. Looks at no
-    more of it than that takes."""
+def _check_all(data: object, limit: int) -> None:
+    """Raise JobError if all texts and names in `data`, at any depth, with one for each value, are more than `limit`
+    characters, or if one is no Unicode. Looks at no more of it than that takes."""
     waiting = [data]
     size = 0
     while waiting:
         value = waiting.pop()
         size += 1 + (len(value) if isinstance(value, str | dict | list) else 0)
         if size > limit:
-            return True
+            raise invalid(f"input must have at most {limit} characters together with its names and numbers")
         if isinstance(value, dict):
             waiting += value.keys()
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value
-    return False
+        elif isinstance(value, str) and (half := _HALF_CHARACTER.search(value)):
+            place = shown(value[max(0, half.start() - 20) : half.end()])
+            raise invalid(f"input holds half a character, at the end of {place}: send texts that are whole Unicode")
 
 
 def named_model(data: Mapping[str, Any]) -> str | None:

@@ -47,7 +47,7 @@ class AliasFollower:
         while not self._ended.wait(LOOK_EVERY_S):
             try:
                 self.look()
-            except Exception as error:  # a volume in trouble, or a damaged record, is asked again
+            except BaseException as error:  # a volume in trouble, or a damaged record, is asked again
                 logger.warning("@%s cannot be followed just now: %s: %s", self._name, type(error).__name__, error)
 
     def look(self) -> None:
@@ -62,7 +62,7 @@ class AliasFollower:
             timeline = self._engine.swap(f"@{self._name}")
         except Refused as error:
             self._replace_worker(str(error))
-        except Exception as error:  # the model that serves goes on
+        except BaseException as error:  # a tokenizer's panic too: the model that serves goes on
             logger.warning("@%s cannot be served: %s: %s", self._name, type(error).__name__, error)
             self._failed = wanted, time.monotonic()
         else:

@@ -220,12 +220,21 @@ class _NoLargeTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-        is_large = any(value.device.type != "meta" and value.nbytes > _LOOKED_AT_BYTES for value in given)
-        makes = not given and kwargs.get("device") is not None and torch.device(kwargs["device"]).type != "meta"
-        if is_large or makes:
+        if self._may_be_large(args, kwargs):
             self._check(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _may_be_large(self, args: Any, kwargs: Any) -> bool:
+        """Whether an operation makes a tensor from numbers, or from one that is not small. A build has thousands."""
+        device, is_factory = kwargs.get("device"), True
+        for value in args:
+            if isinstance(value, torch.Tensor):
+                is_factory = False
+                if value.device.type != "meta" and value.nbytes > _LOOKED_AT_BYTES:
+                    return True
+            elif isinstance(value, list | tuple) and self._may_be_large(value, {}):
+                return True
+        return is_factory and device is not None and torch.device(device).type != "meta"
 
     def _check(self, func: Any, args: Any, kwargs: Any) -> None:
         def as_meta(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A pickled checkpoint as safetensors, in a process of its own: `python -I -m modelstore.unpickle SOURCE TARGET`.
+"""A pickled checkpoint as safetensors, in an isolated process.
 
 A pickle is a program. torch's restricted unpickler (`weights_only=True`) runs none of it but for making tensors; should
 that ever fail, this process has no token and no environment, may not open sockets, start programs or load libraries
@@ -22,21 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from modelstore import isolation
 from modelstore.errors import ModelStoreError, NoSpace, NotFound, PickleRefused
 
 _SPARE_BYTES = 6 << 30  # what torch itself and the interpreter map
-_FORBIDDEN = (
-    "socket.",
-    "subprocess.",
-    "os.system",
-    "os.exec",
-    "os.fork",
-    "os.posix_spawn",
-    "os.spawn",
-    "ctypes.dlopen",
-)
 _NO_TORCH = 3
-_PR_SET_PDEATHSIG = 1
 _LOOK_EVERY_S = 0.2
 _ERROR_BYTES = 64 << 10
 
@@ -68,10 +58,10 @@ def convert(
     holds anything but tensors by name or takes more than its `limits`, NotFound if torch is not installed, NoSpace.
     """
     limits = limits or Limits.of(source.stat().st_size)
-    command = [sys.executable, "-I", "-m", "modelstore.unpickle", str(source), str(target)]
+    arguments = (str(source), str(target), str(limits.processor_s), str(os.getpid()))
     with TemporaryFile() as errors:
         process = subprocess.Popen(
-            [*command, str(limits.processor_s), str(os.getpid())],
+            isolation.command("modelstore.unpickle", *arguments),
             env={"PATH": os.defpath, "OMP_NUM_THREADS": "1"},
             cwd=target.parent,
             stdin=subprocess.DEVNULL,
@@ -112,19 +102,19 @@ def _ended(process: subprocess.Popen[bytes], deadline: float, guard: Callable[[]
     return False
 
 
-def _main(source: str, target: str, processor_s: str, parent: str) -> int:
-    _end_with_parent(int(parent))
+def main(source: str, target: str, processor_s: str, parent: str) -> int:
+    isolation.end_with_parent(int(parent))
     limit = 3 * os.path.getsize(source) + _SPARE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CPU, (int(processor_s), int(processor_s) + 5))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    leave_the_network()
+    isolation.leave_the_network()
     try:
         import torch
         from safetensors.torch import save_file
     except ModuleNotFoundError:
         return _NO_TORCH
-    sys.addaudithook(forbid)
+    isolation.forbid_all_but_computing()
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
     except MemoryError:
@@ -142,34 +132,6 @@ def _main(source: str, target: str, processor_s: str, parent: str) -> int:
     return 0
 
 
-def _end_with_parent(parent: int) -> None:
-    """Let the kernel kill this process when the thread that started it ends."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended already
-        os._exit(1)
-
-
-def leave_the_network() -> None:
-    """A network namespace with nothing in it, where this user may have one."""
-    import ctypes
-
-    new_user, new_network = 0x10000000, 0x40000000
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(new_network) != 0:
-        libc.unshare(new_user | new_network)
-
-
-def forbid(event: str, _arguments: object) -> None:
-    if event.startswith(_FORBIDDEN):
-        raise PermissionError(f"a checkpoint may not do this: {event}")
-
-
 def _failed(reason: str) -> int:
     print(reason, file=sys.stderr)
     return 1
-
-
-if __name__ == "__main__":
-    sys.exit(_main(*sys.argv[1:]))

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -196,6 +197,27 @@ def test_a_cancelled_job_ends_at_its_next_step(engine: Any, settings: Settings) 
 
     asyncio.run(run())
     assert drawn(engine)[1].images, "the next one is drawn as ever"
+
+
+def test_a_drawing_that_does_not_end_and_that_nobody_waits_for_has_the_worker_replaced(
+    engine: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr("handler.engines.diffusion._STUCK_S", 0.2)
+    monkeypatch.setattr(engine, "_draw", lambda *_arguments: release.wait(30))
+    worker = Worker(engine, replace(settings, max_job_s=0.1))
+
+    async def run() -> None:
+        assert (await worker.handle({"id": "1", "input": JOB}))["code"] == "TIMEOUT"
+        assert not worker.retiring
+        await asyncio.sleep(0.3)
+        assert "has not ended" in engine.broken
+        assert worker.retiring
+        release.set()
+        await asyncio.sleep(0.3)
+        assert engine.broken == ""
+
+    asyncio.run(run())
 
 
 def test_a_pipeline_is_not_exchanged_in_the_process(engine: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "modelstore"
 ORDER = [
     "collector", "units", "logs", "errors", "timeline", "reference", "layout", "settings", "manifest", "durable", "config_sizes", "claim", "progress", "observer", "sources",
-    "wire", "hub", "checksums", "partial", "download", "header", "convert", "selection", "aliases", "catalog", "history", "pins", "evict", "space", "unpickle",
+    "wire", "hub", "checksums", "partial", "download", "header", "convert", "selection", "aliases", "catalog", "history", "pins", "evict", "space", "isolation", "unpickle",
     "estimate", "finished", "indexes", "peak", "fill", "verify", "store", "adopt", "s3", "gc", "look", "metrics", "report", "doctor", "blocks", "reader", "shared", "follow", "transfer", "tensors", "loader", "gpu", "host", "warmstart", "contenders", "bench", "bars", "console", "wanted", "adopt_cli", "alias_cli", "look_cli", "seed_cli", "cli",
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "runpod", "accelerate"}

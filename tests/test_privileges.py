@@ -105,7 +105,8 @@ ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give it up")
 
 def becomes(root: Path, monkey: str = "") -> list[object]:
     code = BECOMES.replace("became =", f"{monkey}\nbecame =")
-    done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True)
+    env = os.environ | {"TMPDIR": str(root)}
+    done = subprocess.run([sys.executable, "-c", code, str(root)], env=env, capture_output=True, text=True, check=True)
     found: list[object] = json.loads(done.stdout)
     return found
 

@@ -366,3 +366,22 @@ def test_nothing_that_a_job_is_told_shows_where_the_volume_is() -> None:
     assert "cannot read <volume>: Input/output error" in told["error"]
     status = asyncio.run(made.handle({"id": "2", "input": {"op": "status"}}))
     assert "/nowhere" not in str(status)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"prompt": "hi \ud83d"},
+        {"prompts": ["a", "b \udc00"]},
+        {"messages": [{"role": "\ud83d", "content": "hi"}]},
+        {"prompt": "hi", "stop": ["\ud83d"]},
+        {"prompt": "hi", "model": "org/\ud83d"},
+        {"prompt": "hi", "\ud83d": 1},
+        {"openai_route": "/v1/completions", "openai_input": {"prompt": "hi \ud83d"}},
+    ],
+)
+def test_half_a_character_is_the_senders_fault(data: dict[str, Any]) -> None:
+    output = answer(Engine(), {"id": "1", "input": data})
+    error = output["error"]
+    assert "INVALID_INPUT" in (output.get("code", ""), error["code"] if isinstance(error, dict) else "")
+    assert "half a character" in str(error)

@@ -1,4 +1,4 @@
-"""Chat templates, rendered in a process of their own: `python -I -m handler.engines.chat_template`.
+"""Chat templates, rendered in an isolated process.
 
 A chat template is a program that the model's repository brings. transformers renders it in a sandbox that keeps it from
 files and from Python's internals, but neither from looping for ever, nor from a product of huge numbers that holds the
@@ -15,7 +15,6 @@ programs, and has a limit of memory, and an alarm that ends it after `LIMIT_S`.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -25,14 +24,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from modelstore import isolation
 from modelstore.settings import bare_environment
 from modelstore.units import one_line
-from modelstore.unpickle import forbid, leave_the_network
 
 LIMIT_S = 10.0
 _START_S = 60.0  # the process imports transformers from a disk that may be cold
 _MEMORY_BYTES = 2 << 30
-_NOBODY = 65534
 # What templates use that Python or transformers would import only when it is first used
 _WARM_UP = "{{ strftime_now('%d %b %Y') }}{{ [1] | tojson }}{% for _ in [1] %}{% break %}{% endfor %}"
 _MAX_ERROR_CHARACTERS = 500
@@ -102,7 +100,7 @@ class Renderer:
             if self._process is not None:
                 self._ended(self._process)
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-m", "handler.engines.chat_template"],
+                isolation.command("handler.engines.chat_template"),
                 env=bare_environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -121,18 +119,16 @@ class Renderer:
         return process.wait()
 
 
-def _main() -> int:
+def main() -> int:
+    """Answer requests on the standard input until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's, which closes our input when it ends
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    leave_the_network()
+    isolation.leave_the_network()
     from transformers.utils.chat_template_utils import render_jinja_template
 
     render_jinja_template(conversations=[[{"role": "user"}]], chat_template=_WARM_UP)
-    if os.geteuid() == 0:  # all is imported, so no file of the environment has to be readable any more
-        os.setgroups([])
-        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
-    sys.addaudithook(forbid)
+    isolation.leave_root()  # all is imported, so no file has to be readable any more
+    isolation.forbid_all_but_computing()
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
@@ -152,7 +148,3 @@ def _main() -> int:
         answers.flush()
         signal.setitimer(signal.ITIMER_REAL, 0.0)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main())

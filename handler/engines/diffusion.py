@@ -8,6 +8,7 @@ import io
 import json
 import secrets
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -30,6 +31,7 @@ from modelstore.timeline import Timeline
 from modelstore.warmstart import Begun
 
 _LIBRARIES = ("diffusers", "transformers")
+_STUCK_S = 120.0  # for a step of the pipeline that goes on though nobody waits for its picture
 
 
 class DiffusionEngine:
@@ -43,7 +45,8 @@ class DiffusionEngine:
         self._settings = begun.settings
         self._in_use = begun.in_use
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draw")
-        self.broken = ""
+        self._lost_gpu = ""
+        self._left: dict[asyncio.Future[Images], float] = {}  # drawings that nobody waits for, and since when
 
     @classmethod
     def load(cls, begun: Begun, *, meanwhile: Callable[[], None] | None = None) -> DiffusionEngine:
@@ -65,6 +68,13 @@ class DiffusionEngine:
     def model(self) -> str:
         """See Engine."""
         return self._snapshot.repo_id
+
+    @property
+    def broken(self) -> str:
+        """See Engine."""
+        since = min(self._left.values(), default=None)
+        late_s = 0.0 if since is None else time.monotonic() - since
+        return self._lost_gpu or (f"a drawing has not ended for {late_s:.0f} s" if late_s > _STUCK_S else "")
 
     def serves(self, name: str) -> bool:
         """See Engine."""
@@ -88,6 +98,7 @@ class DiffusionEngine:
         def ended(drawing: asyncio.Future[Images]) -> None:
             if not drawing.cancelled():
                 drawing.exception()  # where nobody waits any more, nobody asks for it either
+            self._left.pop(drawing, None)
             steps.put_nowait(None)
 
         drawing = loop.run_in_executor(self._thread, self._draw, request, step, wanted)
@@ -98,6 +109,8 @@ class DiffusionEngine:
             yield await drawing
         finally:
             wanted.clear()
+            if not drawing.done():
+                self._left[drawing] = time.monotonic()
 
     def _draw(self, request: ImageRequest, step: Any, wanted: threading.Event) -> Images:
         if not wanted.is_set():  # cancelled while it waited for its turn
@@ -121,7 +134,7 @@ class DiffusionEngine:
                 )
         except Exception as error:
             if is_gpu_lost(error):
-                self.broken = f"the GPU does not answer any more ({str(error)[:200]})"
+                self._lost_gpu = f"the GPU does not answer any more ({str(error)[:200]})"
             error.with_traceback(None)
             free_memory()
             raise

@@ -211,7 +211,7 @@ class VllmEngine:
         """See Engine."""
         if request.model is not None and not self.serves(request.model):
             raise not_served(request.model, self.model)
-        pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
 
         async def run(index: int, prompt: Prompt) -> None:
             try:
@@ -222,18 +222,20 @@ class VllmEngine:
                         pieces.put_nowait(piece)
                 if reason is None:
                     raise JobError(Code.INTERNAL_ERROR, "vLLM ended the answer early: send the job again")
-            except Exception as error:
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:  # else the request would wait for pieces for ever
                 pieces.put_nowait(error)
 
         tasks = [asyncio.create_task(run(index, prompt)) for index, prompt in enumerate(request.prompts)]
         try:
             left = len(tasks)
             while left:
-                found = await pieces.get()
-                if isinstance(found, Exception):
-                    raise found
-                left -= found.finish_reason is not None
-                yield found
+                piece = await pieces.get()
+                if isinstance(piece, BaseException):
+                    raise piece
+                left -= piece.finish_reason is not None
+                yield piece
         finally:
             for task in tasks:
                 task.cancel()

@@ -1,0 +1,69 @@
+"""Processes of ours that handle what somebody else wrote, and may do nothing else.
+
+A module that runs as such a process has a function `main`, and is started by `command`: in Python's isolated mode,
+which reads neither the working folder nor the environment's paths, with the import paths of this process. It gives up
+what it does not need once it has imported what it does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+_NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000
+_NOBODY = 65534
+_FORBIDDEN = (
+    "socket.",
+    "subprocess.",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.posix_spawn",
+    "os.spawn",
+    "ctypes.dlopen",
+)
+_RUN = "import sys; sys.path[:] = {path!r}; from {module} import main; sys.exit(main(*sys.argv[1:]))"
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """The command that runs `module`'s `main(*arguments)` in an isolated process."""
+    path = [os.path.abspath(folder) for folder in sys.path if folder]
+    return [sys.executable, "-I", "-c", _RUN.format(path=path, module=module), *arguments]
+
+
+def end_with_parent(parent: int) -> None:
+    """Let the kernel kill this process when the thread that started it ends; `parent` is that process's id."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
+
+
+def leave_the_network() -> None:
+    """Go into a network namespace with nothing in it, if this user may have one."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_NEW_NETWORK) != 0:
+        libc.unshare(_NEW_USER | _NEW_NETWORK)
+
+
+def leave_root() -> None:
+    """Become nobody, if this process is root. Files that only root can read are then out of reach, also for imports."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+
+
+def forbid_all_but_computing() -> None:
+    """From now on opening a socket, starting a program or loading a library raises PermissionError."""
+    sys.addaudithook(_forbid)
+
+
+def _forbid(event: str, _arguments: object) -> None:
+    if event.startswith(_FORBIDDEN):
+        raise PermissionError(f"this process may not do this: {event}")
