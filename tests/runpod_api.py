@@ -45,6 +45,7 @@ class Job:
     streamed: int = 0
     progress: list[Any] = field(default_factory=list)
     after_the_end: list[Any] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)  # the worker of each final result, also of those that came late
     stops_pod: bool = False
 
     def as_json(self) -> dict[str, Any]:
@@ -170,6 +171,7 @@ class RunPod:
     def done(self, worker: str, job_id: str, body: dict[str, Any]) -> None:
         with self.changed:
             job = self.jobs[job_id]
+            job.answers += [worker] if body.get("status") != "IN_PROGRESS" else []
             if body.get("status") == "IN_PROGRESS":
                 (job.after_the_end if job.status in FINAL else job.progress).append(body["output"])
             elif job.status in FINAL or job.worker != worker:

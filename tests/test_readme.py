@@ -14,6 +14,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import pytest
 from typer.main import get_command
 
 from modelstore import errors
@@ -133,10 +134,9 @@ def test_the_error_tree_in_its_docstring_is_the_tree() -> None:
         assert getattr(errors, name).exit_code == int(code), name
 
 
-def test_every_feature_names_a_test_that_is_there() -> None:
-    rows = re.findall(
-        r"^\| .* \| `(test_\w+\.py)::(test_\w+)` \|$", (HERE / "docs" / "features.md").read_text(), re.MULTILINE
-    )
+@pytest.mark.parametrize("page", ["features.md", "security.md"])
+def test_every_row_of_a_page_of_tests_names_one_that_is_there(page: str) -> None:
+    rows = re.findall(r"^\| .* \| `(test_\w+\.py)::(test_\w+)` \|$", (HERE / "docs" / page).read_text(), re.MULTILINE)
     assert len(rows) > 20
     for file, name in rows:
         assert re.search(rf"^def {name}\(", (HERE / "tests" / file).read_text(), re.MULTILINE), f"{file}::{name}"
