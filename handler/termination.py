@@ -28,9 +28,11 @@ logger = logging.getLogger(__name__)
 class Termination:
     """Sees to it that the process ends once it has been asked to, and jobs are answered."""
 
-    def __init__(self, is_idle: Callable[[], bool]) -> None:
-        """`is_idle`: whether no job runs. A job's time is limited by MODELSTORE_MAX_JOB_S."""
+    def __init__(self, is_idle: Callable[[], bool], close: Callable[[], None]) -> None:
+        """`is_idle`: whether no job runs. A job's time is limited by MODELSTORE_MAX_JOB_S. `close` ends the engine."""
         self._is_idle = is_idle
+        self._closing = threading.Thread(target=close, name="close", daemon=True)
+        self._close_lock = threading.Lock()
         self._before: dict[int, Any] = {}
         self._begun = threading.Event()
 
@@ -59,16 +61,17 @@ class Termination:
             time.sleep(_LOOK_EVERY_S)
             if not self._is_idle():
                 idle_since = time.monotonic()
+        self.close()
         _end(f"something has not ended within {GRACE_S:g} s")
 
-
-def close_in_time(close: Callable[[], None]) -> None:
-    """Call `close`; if it does not return in time, the process ends here."""
-    closing = threading.Thread(target=close, name="close", daemon=True)
-    closing.start()
-    closing.join(_CLOSE_S)
-    if closing.is_alive():
-        _end(f"the engine has not closed within {_CLOSE_S:g} s")
+    def close(self) -> None:
+        """Close the engine, once; if that does not come to its end in time, the process ends here."""
+        with self._close_lock:
+            if self._closing.ident is None:
+                self._closing.start()
+        self._closing.join(_CLOSE_S)
+        if self._closing.is_alive():
+            _end(f"the engine has not closed within {_CLOSE_S:g} s")
 
 
 def _end(reason: str) -> NoReturn:

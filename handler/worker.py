@@ -32,7 +32,7 @@ from handler.jobs import (
     shown,
 )
 from handler.refresh import AliasFollower
-from handler.termination import Termination, close_in_time
+from handler.termination import Termination
 from modelstore.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -342,7 +342,7 @@ def serve(engine: Engine, settings: Settings, timeline: Mapping[str, Any]) -> No
     if settings.model is not None and settings.model.kind == "alias":
         AliasFollower(engine, settings, worker.replace).start()
 
-    termination = Termination(lambda: worker.is_idle)
+    termination = Termination(lambda: worker.is_idle, engine.close)
 
     async def handler(job: Job) -> Any:
         output = await worker.handle(job)
@@ -358,4 +358,4 @@ def serve(engine: Engine, settings: Settings, timeline: Mapping[str, Any]) -> No
     try:
         runpod.serverless.start(worker.config)
     finally:  # a thread that is in the middle of a tensor when Python ends would abort the process
-        close_in_time(engine.close)
+        termination.close()

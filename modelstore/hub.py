@@ -83,13 +83,13 @@ class HubSource:
         reference: Reference,
         settings: Settings,
         *,
-        attempts: int = _METADATA_ATTEMPTS,
-        limit_s: float = _METADATA_LIMIT_S,
+        attempts: int | None = None,
+        limit_s: float | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`attempts`, and `limit_s` for each: how often, and how long, metadata is asked for."""
-        self._attempts = attempts
-        self._limit_s = limit_s
+        """`attempts`, and `limit_s` for each: how often, and how long, metadata is asked for, if not as usual."""
+        self._attempts = _METADATA_ATTEMPTS if attempts is None else attempts
+        self._limit_s = _METADATA_LIMIT_S if limit_s is None else limit_s
         self._reference = reference
         self._endpoint = settings.hf_endpoint
         self._token = settings.hf_token

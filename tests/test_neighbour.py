@@ -226,12 +226,13 @@ def test_a_folder_of_marks_that_became_a_link_loses_none_of_its_files(
     for name in ("report.txt", "notes.0123abcd"):
         (precious / name).touch()
         os.utime(precious / name, (1, 1))
-    monkeypatch.setattr(pins, "_TOUCH_EVERY_S", 0.02)
+    monkeypatch.setattr(pins, "_TOUCH_EVERY_S", 0.3)
     mark = pins.InUse(store.layout, seeded, "worker")
     used = store.layout.used(seeded)
+    time.sleep(0.1)  # the first touch is over, and the next one far enough
     used.rename(used.with_name("moved"))
     used.symlink_to(precious)
-    time.sleep(0.3)
+    time.sleep(1)
     assert sorted(path.name for path in precious.iterdir()) == ["notes.0123abcd", "report.txt"]
     used.unlink()
     mark.end()
