@@ -40,7 +40,9 @@ def main() -> int:
             serve = start()
     except ModelStoreError as error:
         return _failed(f"{type(error).__name__}: {error}", error.exit_code)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a library's panic too
         logger.exception("the start failed")
         return _failed(f"{type(error).__name__}: {error}", 1)
     serve()
@@ -57,7 +59,7 @@ def start() -> Callable[[], None]:
     try:
         engine = _loaded(settings, timeline)
         from handler.worker import serve
-    except Exception as error:
+    except BaseException as error:
         history.add(layout, timeline, error=f"{type(error).__name__}: {error}")
         raise
     timeline.mark("ready")

@@ -8,11 +8,17 @@ run as the same account, since what root makes there others cannot change.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+
+_PR_SET_DUMPABLE = 4
+_LOOKED_AT = 64  # of the folders in each folder of the store
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +56,25 @@ def _could_work(user: int, group: int, root: Path) -> bool:
             for path in (os.__file__, __file__, sys.prefix):
                 os.stat(path)
             with open(os.__file__, "rb"), tempfile.TemporaryFile(dir=root):
-                code = 0
+                code = 0 if all(os.access(folder, os.W_OK | os.X_OK) for folder in _some_folders(root)) else 1
         finally:
             os._exit(code)
     _pid, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status) == 0
 
 
+def _some_folders(root: Path) -> Iterator[str]:
+    """The folders of a store, and some of those in each: what root made there shows soon."""
+    for folder in os.scandir(root):
+        if folder.is_dir(follow_symlinks=False):
+            yield folder.path
+            inside = (each for each in os.scandir(folder) if each.is_dir(follow_symlinks=False))
+            yield from (each.path for each in islice(inside, _LOOKED_AT))
+
+
 def _become(user: int, group: int) -> None:
     os.setgroups([])
     os.setresgid(group, group, group)
     os.setresuid(user, user, user)
+    # The kernel shuts /proc/PID of a process that changed its user; a server beside it opens the weights there.
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1)

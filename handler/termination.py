@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 GRACE_S = 30.0  # without a job, from the signal or the last answer on
-_CLOSE_S = 20.0
+_CLOSE_S = 60.0  # longer than vLLM gets to end by itself
 _LOOK_EVERY_S = 0.2
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Termination:
         self._closing = threading.Thread(target=close, name="close", daemon=True)
         self._close_lock = threading.Lock()
         self._before: dict[int, Any] = {}
-        self._begun = threading.Event()
+        self._begun = False  # no Event: a signal handler sets it, maybe while this thread holds an Event's lock
 
     def watch_signals(self) -> None:
         """Take part in SIGTERM and SIGINT from now on, beside the handlers that are there. From the main thread."""
@@ -46,8 +46,8 @@ class Termination:
 
     def begin(self) -> None:
         """End the process `GRACE_S` after the last job, if it has not ended by then."""
-        if not self._begun.is_set():
-            self._begun.set()
+        if not self._begun:
+            self._begun = True
             threading.Thread(target=self._end_when_idle, name="termination", daemon=True).start()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from modelstore import durable
 from modelstore.errors import BadConfig
 
+_NO_SIZES = re.compile(r"theta|eps|scal|std|base|factor|prob|drop|rate|_ids?$|index|label")
 _SIZES = re.compile(r"size|dim|width|channel|rank|vocab|d_model|d_ff|n_embd|n_inner")
 _LAYERS = re.compile(r"layer|block|depth|stage|repeat")
 _COUNTS = re.compile(r"head|expert|group|kernel|query|queries")
@@ -44,8 +45,10 @@ class Sizes:
                 )
 
     def _limit(self, name: str) -> tuple[str, int | None]:
+        if _NO_SIZES.search(name):
+            return "", None
         if _SIZES.search(name):
-            return "elements on a side", max(1 << 24, 64 * self.longest_side)
+            return "elements on a side", max(1 << 27, 64 * self.longest_side)
         if _LAYERS.search(name):
             return "layers", max(1024, self.tensors)
         if _COUNTS.search(name):
@@ -70,7 +73,8 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
     """Every number in a config with the name of the entry that holds it."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _numbers(inner, str(key).lower())
+            if key not in ("label2id", "id2label"):  # their keys are words of a data set
+                yield from _numbers(inner, str(key).lower())
     elif isinstance(value, list):
         for inner in value:
             yield from _numbers(inner, name)

@@ -127,10 +127,10 @@ def read_with_state(path: Path, limit_bytes: int = RECORD_BYTES) -> Contents:
         size = state.st_size + 1  # asked for more than it believes to have, a file system looks again
         left = limit_bytes + 1
         parts = []
-        while size <= left and (part := os.read(fd, min(left, size))):
+        while state.st_size <= limit_bytes and left and (part := os.read(fd, min(left, size))):
             parts.append(part)
             left -= len(part)
-        if left <= 0 or size > limit_bytes + 1:
+        if state.st_size > limit_bytes or not left:
             raise OSError(errno.EINVAL, f"larger than {limit_bytes} bytes, which no such file is", str(path))
         return Contents(b"".join(parts), state)
     finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 
 _PR_SET_PDEATHSIG = 1
 _NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000
@@ -43,20 +44,25 @@ def end_with_parent(parent: int) -> None:
 
 
 def leave_the_network() -> None:
-    """Go into a network namespace with nothing in it, if this user may have one."""
+    """Go into a network namespace with nothing in it, if this user may have one. Root gets no namespace of users for
+    it: it would be somebody else there, and still root for files."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_NEW_NETWORK) != 0:
+    if libc.unshare(_NEW_NETWORK) != 0 and os.geteuid() != 0:
         libc.unshare(_NEW_USER | _NEW_NETWORK)
 
 
 def leave_root() -> None:
-    """Become nobody, if this process is root. Files that only root can read are then out of reach, also for imports."""
+    """Become nobody, if this process is root. Files that only root can read are then out of reach, also for imports.
+
+    The root of a container that runs without root may not change its user, and is an ordinary account outside.
+    """
     if os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+        with suppress(OSError):
+            os.setgroups([])
+            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
 
 
 def forbid_all_but_computing() -> None:

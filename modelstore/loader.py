@@ -178,7 +178,7 @@ def _built_early(
 
 
 _BUILT_BYTES = 1 << 30  # of a tensor that a model computes for itself, a mask or a table of positions
-_LOOKED_AT_BYTES = 1 << 20
+_MADE_IN_ALL = 8  # times the largest: casts and fused experts make copies, which are gone by the end
 _MOST_TENSORS = 1 << 16  # of a checkpoint whose headers have not been read yet
 
 
@@ -187,7 +187,7 @@ def bounded_build(snapshot: Snapshot, tensors: int) -> Iterator[None]:
     """Let this thread build a model from a config, but no larger one than `tensors` weights and their bytes bear out.
 
     What is larger raises BadConfig, before it takes the memory: more modules than any architecture has for that many
-    weights, or a tensor in memory that is larger than all of them. See `config_sizes`, which looks at the config alone.
+    weights, or tensors in memory that are larger than all of them. See `config_sizes`, which looks at the config alone.
     """
     most_modules, most_bytes = 10_000 + 20 * tensors, max(_BUILT_BYTES, snapshot.size_bytes)
     thread, modules = threading.get_ident(), 0
@@ -211,30 +211,20 @@ def bounded_build(snapshot: Snapshot, tensors: int) -> Iterator[None]:
 
 
 class _NoLargeTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Computes on the meta device first how large a result will be, if it may be large, and refuses one that is."""
+    """Computes on the meta device first how large each new tensor in memory will be, and refuses one that is too large,
+    or too many. Operations on the meta device, views and changes in place make none, and are most of a build."""
 
     def __init__(self, snapshot: Snapshot, most_bytes: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._snapshot = snapshot
         self._most_bytes = most_bytes
+        self._made_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._may_be_large(args, kwargs):
+        if all(value.alias_info is None for value in func._schema.returns) and not _on_meta(args, kwargs):
             self._check(func, args, kwargs)
         return func(*args, **kwargs)
-
-    def _may_be_large(self, args: Any, kwargs: Any) -> bool:
-        """Whether an operation makes a tensor from numbers, or from one that is not small. A build has thousands."""
-        device, is_factory = kwargs.get("device"), True
-        for value in args:
-            if isinstance(value, torch.Tensor):
-                is_factory = False
-                if value.device.type != "meta" and value.nbytes > _LOOKED_AT_BYTES:
-                    return True
-            elif isinstance(value, list | tuple) and self._may_be_large(value, {}):
-                return True
-        return is_factory and device is not None and torch.device(device).type != "meta"
 
     def _check(self, func: Any, args: Any, kwargs: Any) -> None:
         def as_meta(value: Any) -> Any:
@@ -242,17 +232,34 @@ class _NoLargeTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         try:
             meta_args, meta_kwargs = tree_map(as_meta, (args, kwargs))
-            if meta_kwargs.get("device") is not None:
+            if "device" in meta_kwargs or not any(isinstance(value, torch.Tensor) for value in tree_leaves(args)):
                 meta_kwargs["device"] = torch.device("meta")
             made = func(*meta_args, **meta_kwargs)
         except (NotImplementedError, RuntimeError, TypeError, ValueError):
             return  # what the meta device does not know is not a factory of large tensors
         size_bytes = sum(value.nbytes for value in tree_leaves(made) if isinstance(value, torch.Tensor))
-        if size_bytes > self._most_bytes:
+        self._made_bytes += size_bytes
+        if size_bytes > self._most_bytes or self._made_bytes > _MADE_IN_ALL * self._most_bytes:
+            wanted = max(size_bytes, self._made_bytes)
             raise BadConfig(
-                f"the config of {self._snapshot.key} wants a tensor of {size(size_bytes)}, and all its weights have "
+                f"the config of {self._snapshot.key} wants a tensor of {size(wanted)}, and all its weights have "
                 f"{size(self._snapshot.size_bytes)}: use another revision"
             )
+
+
+def _on_meta(args: Any, kwargs: Any) -> bool:
+    """Whether an operation's result takes no memory: it names the meta device, or all its tensors are there."""
+    device = kwargs.get("device")
+    if device is not None:
+        return torch.device(device).type == "meta"
+    given = False
+    for value in args:
+        for each in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(each, torch.Tensor):
+                given = True
+                if each.device.type != "meta":
+                    return False
+    return given
 
 
 class _ValueNeeded(BaseException):

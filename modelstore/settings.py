@@ -132,9 +132,10 @@ def _overwrite_in_first_environment(values: Iterable[str]) -> None:
         return
     block = ctypes.string_at(begin, end - begin)
     for value in map(os.fsencode, values):
-        place = block.find(b"=" + value + b"\0")
-        if place >= 0:
+        place = block.find(needle := b"=" + value + b"\0")
+        while place >= 0:
             ctypes.memset(begin + place + 1, ord("x"), len(value))
+            place = block.find(needle, place + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

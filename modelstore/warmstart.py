@@ -73,10 +73,14 @@ class Begun:
 
         Raises DigestMismatch where the damage cannot be mended, and whatever `load` raises.
         """
-        check_configs(self.snapshot.path, (file.path for file in self.snapshot.manifest.files), str(self.snapshot.key))
+        files = (file.path for file in self.snapshot.manifest.files)
         try:
+            check_configs(self.snapshot.path, files, str(self.snapshot.key))
             return load(self)
-        except Exception as error:  # a damaged tokenizer is whatever its parser makes of it
+        except (KeyboardInterrupt, SystemExit):
+            self.reading.close()
+            raise
+        except BaseException as error:  # a damaged tokenizer is whatever its parser makes of it
             found = error if isinstance(error, DigestMismatch) else self.reading.damage()
             if found is None:
                 self.reading.close()

@@ -484,6 +484,7 @@ def test_a_step_that_nobody_waits_for_any_more_says_that_the_worker_is_stuck(
         ("top_k", -3, False),
         ("suppress_tokens", [10**9], False),
         ("suppress_tokens", [5, 6], True),
+        ("suppress_tokens", list(range(VOCABULARY)), False),
         ("bad_words_ids", [[]], False),
         ("bad_words_ids", [[7]], True),
         ("eos_token_id", "x", False),
@@ -507,3 +508,14 @@ def test_a_generation_config_that_is_not_served_is_ignored_with_a_warning(
     assert (f"{name}=" in caplog.text) == (not applied)
     if not applied and name != "eos_token_id":
         assert got.text == alone(model, PROMPTS[0], 12)
+
+
+def test_of_a_list_of_ids_those_apply_that_the_model_has(
+    model: tf.PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = copy.deepcopy(model)
+    own.generation_config.eos_token_id = [END, VOCABULARY + 5]
+    batcher = Batcher(own, most=2, pad_token_id=None)
+    batcher.close()
+    assert batcher._defaults.ends == {END}
+    assert "only ids that the model has apply" in caplog.text

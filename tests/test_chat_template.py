@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +67,26 @@ def test_a_template_that_takes_all_memory_takes_none_of_the_workers(renderer: Re
     with pytest.raises((TemplateError, TemplateTimeout)):
         renderer.render("{{ 'x' * 10 ** 11 }}", MESSAGES, {})
     assert renderer.render("{{ messages | length }}", MESSAGES, {}) == "2"
+
+
+def test_a_text_that_is_far_longer_than_the_messages_is_refused(renderer: Renderer) -> None:
+    with pytest.raises(TemplateError, match="too long a text"):
+        renderer.render("{{ 'x ' * 10 ** 8 }}", MESSAGES, {})
+    long = [{"role": "user", "content": "\U0001f600" * 1_000_000}]
+    assert len(renderer.render("{{ messages[0].content }}", long, {})) == 1_000_000
+
+
+def test_where_root_is_an_ordinary_account_templates_are_rendered_too() -> None:
+    """A container without root: `geteuid` is 0, and no user may be changed to."""
+    code = (
+        "from handler.engines.chat_template import Renderer; r = Renderer(); "
+        "print(r.render('{{ messages | length }}', [{'role': 'u'}], {})); r.close()"
+    )
+    command = ["unshare", "--user", "--map-root-user", sys.executable, "-c", code]
+    if subprocess.run([*command[:3], "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs user namespaces")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "1", done.stderr
 
 
 def test_a_process_that_was_killed_is_started_again(renderer: Renderer) -> None:

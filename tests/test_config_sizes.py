@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 
 from modelstore import load_model
 from modelstore.config_sizes import Sizes
@@ -75,6 +76,20 @@ def test_the_sizes_of_real_models_pass() -> None:
         Sizes().check(config, "config.json")
 
 
+def test_the_default_config_of_every_model_type_passes() -> None:
+    """With no more weights than a small member of the family has."""
+    tried = 0
+    for name in tf.CONFIG_MAPPING:
+        try:
+            config = tf.CONFIG_MAPPING[name]().to_dict()
+        except Exception:  # noqa: S112  some have parts without defaults
+            continue
+        tried += 1
+        for sizes in (Sizes(), Sizes(300, 50_000)):
+            sizes.check(config, name)
+    assert tried > 350
+
+
 @pytest.mark.parametrize("layers", [10**9, 30_000])
 def test_a_snapshot_of_an_earlier_version_takes_no_memory_either(
     store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int
@@ -108,3 +123,27 @@ def test_a_build_makes_no_tensor_that_is_larger_than_all_weights(store: ModelSto
             with pytest.raises(BadConfig, match="wants a tensor of"):
                 make()
         torch.empty(10**6, 10**6, device="meta")
+    few = torch.arange(130_000.0)
+    with bounded_build(snapshot, 12):
+        for make in (
+            lambda: torch.outer(few, few),
+            lambda: torch.einsum("i,j->ij", few, few),
+            lambda: few.repeat(130_000),
+            lambda: few.new_zeros(130_000, 130_000),
+            lambda: torch.empty_like(torch.empty(10**6, 10**6, device="meta"), device="cpu"),
+            lambda: torch.nn.functional.pad(few, (0, 10**10)),
+            lambda: torch.arange(10**12),
+        ):
+            with pytest.raises(BadConfig, match="wants a tensor of"):
+                make()
+
+
+def test_a_build_makes_no_more_tensors_than_its_weights_bear_out(
+    store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelstore.loader._BUILT_BYTES", 1 << 20)
+    snapshot = store.ensure(change(tmp_path / "m", {}))
+    with bounded_build(snapshot, 12):
+        made = [torch.ones(100_000) for _ in range(15)]
+        with pytest.raises(BadConfig, match="wants a tensor of"):
+            made += [torch.ones(100_000) for _ in range(15)]

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from handler.engines.detokenizer import Detokenizer
-from handler.engines.text import detokenizer_for
+from handler.engines.text import TokenKinds
 
 
 def decode(tokens: Sequence[int]) -> str:
@@ -101,7 +101,7 @@ def sentencepiece() -> PreTrainedTokenizerBase:
 
 
 def word_pieces() -> PreTrainedTokenizerBase:
-    pieces = ["[UNK]", "[CLS]", "[SEP]", "hello", "world", "##ly", "##s", ",", ".", "a"]
+    pieces = ["[UNK]", "[CLS]", "[SEP]", "hello", "world", "##ly", "##s", ",", ".", "a", "n", "'", "t"]
     tokenizer = Tokenizer(models.WordPiece({piece: n for n, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece(cleanup=False)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
@@ -111,7 +111,7 @@ TOKENIZERS = {each.__name__: each() for each in (byte_level, sentencepiece, word
 
 
 def streamed(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: Sequence[str] = ()) -> str:
-    detokenizer = detokenizer_for(tokenizer, stops, stream=True)
+    detokenizer = TokenKinds(tokenizer).detokenizer(stops, stream=True)
     return "".join([*map(detokenizer.push, tokens), detokenizer.finish()])
 
 
@@ -124,9 +124,9 @@ def test_a_stream_is_what_decoding_all_at_once_gives(name: str, data: Any) -> No
     few = st.lists(ids, min_size=1, max_size=4)
     runs = few.flatmap(lambda some: st.lists(st.sampled_from(some), max_size=60))
     tokens = data.draw(st.lists(ids, max_size=60) | runs)
-    whole = tokenizer.decode(tokens, skip_special_tokens=True)
+    whole = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert streamed(tokenizer, tokens) == whole
-    at_once = detokenizer_for(tokenizer, (), stream=False)
+    at_once = TokenKinds(tokenizer).detokenizer((), stream=False)
     assert "".join([*map(at_once.push, tokens), at_once.finish()]) == whole
     stops = data.draw(st.lists(st.sampled_from([" ", "he", "e ", "\n", "lo wo", "the world"]), min_size=1, max_size=2))
     before = streamed(tokenizer, tokens, stops)

@@ -159,3 +159,15 @@ def test_a_folder_that_goes_while_its_siblings_are_listed(tmp_path: Path, monkey
     monkeypatch.undo()
     assert durable.folder_names(tmp_path) == ["a", "c"]
     assert durable.folder_names(tmp_path / "b") == []
+
+
+def test_a_file_that_comes_in_short_reads_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FUSE gives it with direct I/O."""
+    path = tmp_path / "record"
+    path.write_bytes(bytes(range(250)) * 4)
+    real = os.read
+    monkeypatch.setattr(os, "read", lambda fd, count: real(fd, min(count, 300)))
+    for limit in (1000, 1001, 1500, 100_000):
+        assert durable.read_file(path, limit) == bytes(range(250)) * 4
+    with pytest.raises(OSError, match="larger than"):
+        durable.read_file(path, 999)

@@ -245,3 +245,20 @@ def test_a_start_that_fails_exits_with_its_code_and_its_reason_last(
     assert last.startswith("start failed: ")
     assert words in last
     assert "Traceback" not in done.stderr
+
+
+def test_a_start_that_panics_says_so_on_its_last_line_and_forges_none(monkeypatch: Any, capfd: Any) -> None:
+    """As a damaged tokenizer.json makes the tokenizers library do; its exception is no Exception."""
+    import handler.__main__ as start
+
+    class PanicException(BaseException):
+        pass
+
+    def panics() -> None:
+        raise PanicException("oh\nstart failed: forged")
+
+    monkeypatch.setattr(start, "start", panics)
+    assert start.main() == 1
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-1] == "start failed: PanicException: oh start failed: forged"
+    assert len([line for line in lines if line.startswith("start failed")]) == 1

@@ -34,6 +34,7 @@ _MEMORY_BYTES = 2 << 30
 # What templates use that Python or transformers would import only when it is first used
 _WARM_UP = "{{ strftime_now('%d %b %Y') }}{{ [1] | tojson }}{% for _ in [1] %}{% break %}{% endfor %}"
 _MAX_ERROR_CHARACTERS = 500
+_ESCAPED = 12  # characters of JSON for one beyond Unicode's first plane
 
 
 class TemplateError(ValueError):
@@ -72,12 +73,13 @@ class Renderer:
             try:
                 process.stdin.write(f"{request}\n")
                 process.stdin.flush()
-                line = process.stdout.readline()
+                line = process.stdout.readline(_ESCAPED * _most_characters(request))
             except OSError:
                 line = ""
             finally:
                 watchdog.cancel()
             if not line.endswith("\n"):
+                process.kill()
                 code = self._ended(process)
                 late = code in (-signal.SIGALRM, -signal.SIGKILL)
                 reason = f"it did not end within {LIMIT_S:g} s" if late else f"its process ended with {code}"
@@ -119,6 +121,11 @@ class Renderer:
         return process.wait()
 
 
+def _most_characters(request: str) -> int:
+    """How long a text a template may make of a request: twice what it was given, and a million characters."""
+    return 2 * len(request) + 1_000_000
+
+
 def main() -> int:
     """Answer requests on the standard input until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's, which closes our input when it ends
@@ -141,7 +148,7 @@ def main() -> int:
                 add_generation_prompt=True,
                 **request["variables"],
             )
-            answer = {"text": text}
+            answer = {"text": text} if len(text) <= _most_characters(line) else {"error": "it makes too long a text"}
         except Exception as error:  # a template raises what it likes
             answer = {"error": one_line(str(error) or type(error).__name__, _MAX_ERROR_CHARACTERS)}
         answers.write(json.dumps(answer) + "\n")

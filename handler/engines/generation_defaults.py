@@ -38,7 +38,10 @@ def generation_defaults(own: GenerationConfig, *, vocabulary: int, pad_token_id:
         return type(value) is int and 0 <= value < vocabulary
 
     def is_ids(value: Any) -> bool:
-        return is_id(value) or (isinstance(value, list) and all(map(is_id, value)))
+        return is_id(value) or (isinstance(value, list) and value != [] and all(map(is_id, value)))
+
+    def leaves_some(value: Any) -> bool:
+        return is_ids(value) and (is_id(value) or len(set(value)) < vocabulary)
 
     def is_words(value: Any) -> bool:
         return isinstance(value, list) and all(isinstance(ids, list) and ids and is_ids(ids) for ids in value)
@@ -58,7 +61,7 @@ def generation_defaults(own: GenerationConfig, *, vocabulary: int, pad_token_id:
     applied: Mapping[str, Callable[[Any], bool]] = {
         **dict.fromkeys(("bos_token_id", "decoder_start_token_id", "forced_bos_token_id"), is_id),
         **dict.fromkeys(("eos_token_id", "forced_eos_token_id"), is_ids),
-        **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), is_ids),
+        **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), leaves_some),
         "bad_words_ids": is_words,
         **dict.fromkeys(("use_cache", "renormalize_logits", "remove_invalid_values"), is_switch),
         **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), is_count),
@@ -69,6 +72,10 @@ def generation_defaults(own: GenerationConfig, *, vocabulary: int, pad_token_id:
     for name, value in vars(own).items():
         if value is None or value == [] or name in _REPLACED:
             continue
+        if name in _LISTS_OF_IDS and isinstance(value, list) and not all(map(is_id, value)):
+            # As a checkpoint has it that names added tokens which its embedding has no rows for
+            logger.warning("generation_config.json: %s=%s: only ids that the model has apply", name, shown(value))
+            value = list(filter(is_id, value))
         if name in applied and applied[name](value):
             values[name] = value
         elif value != _HARMLESS.get(name):
@@ -91,6 +98,7 @@ def generation_defaults(own: GenerationConfig, *, vocabulary: int, pad_token_id:
     return GenerationDefaults(config, frozenset([ends] if isinstance(ends, int) else ends), top_k, float(penalty))
 
 
+_LISTS_OF_IDS = ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")
 # The job, or the engine, says these in each case.
 _REPLACED = frozenset(
     (

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Loaded:
     snapshot: Snapshot
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    kinds: TokenKinds
     context: int | None
     in_use: InUse
 
@@ -67,7 +68,7 @@ class Loaded:
         )
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         known = context if isinstance(context, int) and context > 0 else None
-        return cls(begun.snapshot, model, tokenizer, known, begun.in_use)
+        return cls(begun.snapshot, model, tokenizer, TokenKinds(tokenizer), known, begun.in_use)
 
     @property
     def key(self) -> SnapshotKey:
@@ -315,33 +316,35 @@ class _Receiver:
         self.pieces.put(error)
 
 
-class _Skipped:
-    """The ids that a tokenizer's `decode` leaves out: its special tokens, and ids that have no token."""
+class TokenKinds:
+    """Which ids of a tokenizer its `decode` treats in a way of their own. Made when it is first asked."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        added = tokenizer.added_tokens_decoder.items()
-        self._special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def special(self) -> frozenset[int]:
+        """The tokens that are left out of a text."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset((*self.tokenizer.all_special_ids, *(number for number, token in added if token.special)))
+
+    @cached_property
+    def single_bytes(self) -> frozenset[int]:
+        """The tokens that stand for one byte each, as sentencepiece has them for what its pieces lack."""
+        ids = self.tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
+        return frozenset(number for number in ids if number is not None) - {self.tokenizer.unk_token_id}
 
     def __contains__(self, token: object) -> bool:
-        return token in self._special or self._tokenizer.convert_ids_to_tokens(token) is None
+        """Whether `decode` leaves this id out: a special token, or one that has no token."""
+        return token in self.special or self.tokenizer.convert_ids_to_tokens(token) is None
 
+    def detokenizer(self, stops: Sequence[str], *, stream: bool) -> Detokenizer:
+        """What makes a text of this tokenizer's tokens, up to the first of `stops`; as they come if it is a `stream`.
 
-def _single_bytes(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids of the tokens that stand for one byte each, as sentencepiece has them for what its pieces lack."""
-    ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
-    return frozenset(number for number in ids if number is not None) - {tokenizer.unk_token_id}
-
-
-def detokenizer_for(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], *, stream: bool) -> Detokenizer:
-    """What makes a text of a tokenizer's tokens, up to the first of `stops`; as they come if it is a `stream`."""
-    return Detokenizer(
-        partial(tokenizer.decode, skip_special_tokens=True),
-        stops,
-        at_once=not stream,
-        skipped=_Skipped(tokenizer),
-        single_bytes=_single_bytes(tokenizer),
-    )
+        Without the clean-up of spaces that some configs ask for: it changes text that was handed out already.
+        """
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Detokenizer(decode, stops, at_once=not stream, skipped=self, single_bytes=self.single_bytes)
 
 
 def _rows(request: TextRequest, loaded: Loaded, pieces: _Pieces, renderer: Renderer) -> list[Row]:
@@ -351,7 +354,7 @@ def _rows(request: TextRequest, loaded: Loaded, pieces: _Pieces, renderer: Rende
         sampling = _fitted(len(tokens), request, loaded)
         if sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed + index % request.choices)
-        detokenizer = detokenizer_for(loaded.tokenizer, sampling.stop, stream=request.stream)
+        detokenizer = loaded.kinds.detokenizer(sampling.stop, stream=request.stream)
         rows.append(Row(tokens, sampling, detokenizer, _Receiver(index, pieces), every_token=request.stream))
     return rows
 
