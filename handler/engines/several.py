@@ -7,6 +7,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
@@ -43,6 +44,7 @@ class Several:
         self._load = load
         self._changed = threading.Condition()
         self._loads: dict[str, Future[None]] = {}
+        self._waiting: Counter[str] = Counter()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
 
     @property
@@ -103,11 +105,24 @@ class Several:
                 self._own.answering += 1
             return self._own
         self._check_allowed(name)
-        while (held := self._found(name)) is None:
-            await asyncio.shield(
-                asyncio.wrap_future(self._loading(name))
-            )  # for the others, too, where this one is cancelled
-        return held
+        if (held := self._found(name)) is not None:
+            return held
+        self._count_waiting(name, 1)
+        try:
+            while (held := self._found(name)) is None:
+                # Shielded for the others that wait for it, if this one is cancelled.
+                await asyncio.shield(asyncio.wrap_future(self._loading(name)))
+            return held
+        finally:
+            self._count_waiting(name, -1)
+
+    def _count_waiting(self, name: str, change: int) -> None:
+        """Note that one more job, or one less, waits until a model is loaded: it gets its answer before that goes."""
+        with self._changed:
+            self._waiting[name] += change
+            if not self._waiting[name]:
+                del self._waiting[name]
+            self._changed.notify_all()
 
     def _loading(self, name: str) -> Future[None]:
         """The load of a model, one for all who ask for it; in a thread of its own, because answers need the others."""
@@ -169,12 +184,18 @@ class Several:
             with self._changed:
                 self._others[name] = _Held(engine)
 
+    def _worth(self, name: str) -> tuple[bool, bool, float]:
+        """What speaks for keeping a loaded model: who waits for it, whom it answers, when it was used last."""
+        held = self._others[name]
+        return name in self._waiting, held.answering > 0, held.used_at
+
     def _give_one_up(self) -> bool:
         """Unload the least recently used model that a job brought, once it answers nobody; whether there was one."""
         with self._changed:
             if not self._others:
                 return False
-            name = min(self._others, key=lambda name: (self._others[name].answering > 0, self._others[name].used_at))
+            name = min(self._others, key=self._worth)
+            self._changed.wait_for(lambda: name not in self._waiting)
             held = self._others.pop(name)  # whoever asks for it from now on waits until it is loaded again
             self._changed.wait_for(lambda: not held.answering)
         logger.info("%s makes room for another model", name)
