@@ -26,18 +26,27 @@ from tests.test_loader import MODELS, save
 
 HERE = Path(__file__).parent.parent
 README = (HERE / "README.md").read_text()
+CLI = (HERE / "docs" / "cli.md").read_text()
 
 
 def test_the_settings_table_is_the_one_of_the_code() -> None:
     rows = [f"| `{f.variable}` | {f'`{f.default}`' if f.default else ''} | {f.meaning} |" for f in FIELDS]
-    table = re.search(r"<!-- settings -->\n(.*)<!-- /settings -->", README, re.DOTALL)
+    page = (HERE / "docs" / "configuration.md").read_text()
+    table = re.search(r"<!-- settings -->\n(.*)<!-- /settings -->", page, re.DOTALL)
     assert table is not None
     assert table[1].splitlines() == ["| variable | default | meaning |", "|---|---|---|", *rows]
 
 
 def test_every_command_that_is_shown_exists_and_every_command_is_shown() -> None:
     commands = set(get_command(app).commands)  # type: ignore[attr-defined]
-    assert set(re.findall(r"^modelstore (\w+)", README, re.MULTILINE)) == commands
+    assert set(re.findall(r"^modelstore (\w+)", CLI, re.MULTILINE)) == commands
+    assert set(re.findall(r"^modelstore (\w+)", README, re.MULTILINE)) <= commands
+
+
+def test_the_readme_is_for_the_first_five_minutes() -> None:
+    assert len(README.split()) <= 700
+    for page in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (HERE / page).exists(), page
 
 
 def test_the_command_lines_that_are_shown_work_one_after_the_other(
@@ -51,7 +60,7 @@ def test_the_command_lines_that_are_shown_work_one_after_the_other(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     places = {"/workspace": "volume", "/runpod-volume": "volume", "9400": port}
-    block = re.search(r"## The command line\n\n```bash\n(.*?)```", README, re.DOTALL)
+    block = re.search(r"## The commands\n\n```bash\n(.*?)```", CLI, re.DOTALL)
     assert block is not None
 
     def run(line: str) -> None:
@@ -116,7 +125,7 @@ def scripts_of(script: str) -> list[Path]:
 
 
 def test_the_exit_codes_are_those_of_the_errors() -> None:
-    listed = {int(code) for code in re.findall(r"^\| (\d) \|", README, re.MULTILINE)}
+    listed = {int(code) for code in re.findall(r"^\| (\d) \|", CLI, re.MULTILINE)}
     raised = {getattr(errors, name).exit_code for name in errors.__all__}
     assert listed == raised | {0}
 
