@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -107,6 +108,36 @@ def test_the_process_has_no_token_and_is_not_root(renderer: Renderer, monkeypatc
         assert "Uid:\t65534\t65534\t65534\t65534" in status
     assert int(status.partition("VmRSS:")[2].split()[0]) < 150_000
     made.close()
+
+
+KILLED = """
+import os, signal, time
+from handler.engines.chat_template import Renderer
+renderer = Renderer()
+renderer.render("", [{"role": "u"}], {})
+other = os.fork()  # as the SDK's process that pings: it has all that the worker has open
+if other == 0:
+    time.sleep(60)
+    os._exit(0)
+print(renderer._process.pid, other, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_process_ends_with_a_worker_that_is_killed() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", KILLED]
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert worker.stdout is not None
+    renderer, other = map(int, worker.stdout.readline().split())
+    worker.stdout.close()
+    worker.wait()
+    try:
+        until = time.monotonic() + 10
+        while Path(f"/proc/{renderer}").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not Path(f"/proc/{renderer}").exists()
+    finally:
+        os.kill(other, signal.SIGKILL)
 
 
 def test_the_process_ends_with_the_worker() -> None:

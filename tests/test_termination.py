@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -53,7 +54,8 @@ serve(Hangs(), Settings(root=Path("/nowhere"), max_job_s=1.0, max_concurrency=2)
 
 def started(runpod: RunPod, how: str) -> subprocess.Popen[bytes]:
     env = os.environ | runpod.worker_env("pod-1")
-    return subprocess.Popen([sys.executable, "-c", WORKER, how], env=env, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", WORKER, how]
+    return subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
 @pytest.mark.parametrize("how", ["close hangs", "closes"])
@@ -71,7 +73,8 @@ def test_a_worker_with_calls_that_hang_still_answers_and_ends_on_sigterm(how: st
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the SDK's process that pings
             process.wait()
 
 
@@ -84,5 +87,6 @@ def test_a_worker_with_too_many_calls_that_hang_asks_to_be_replaced_and_ends() -
             assert any(job.stops_pod for job in jobs)
             assert process.wait(20) == 0
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the SDK's process that pings
             process.wait()

@@ -15,11 +15,13 @@ programs, and has a limit of memory, and an alarm that ends it after `LIMIT_S`.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -33,6 +35,7 @@ _START_S = 60.0  # the process imports transformers from a disk that may be cold
 _MEMORY_BYTES = 2 << 30
 # What templates use that Python or transformers would import only when it is first used
 _WARM_UP = "{{ strftime_now('%d %b %Y') }}{{ [1] | tojson }}{% for _ in [1] %}{% break %}{% endfor %}"
+_LOOK_EVERY_S = 1.0
 _MAX_ERROR_CHARACTERS = 500
 _ESCAPED = 12  # characters of JSON for one beyond Unicode's first plane
 
@@ -102,7 +105,7 @@ class Renderer:
             if self._process is not None:
                 self._ended(self._process)
             self._process = subprocess.Popen(
-                isolation.command("handler.engines.chat_template"),
+                isolation.command("handler.engines.chat_template", str(os.getpid())),
                 env=bare_environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -126,8 +129,16 @@ def _most_characters(request: str) -> int:
     return 2 * len(request) + 1_000_000
 
 
-def main() -> int:
-    """Answer requests on the standard input until it ends."""
+def _end_with(parent: int) -> None:
+    """End when the worker does: its end of our input may live on, in a process that the SDK has forked."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_EVERY_S)
+    os._exit(0)
+
+
+def main(parent: str) -> int:
+    """Answer requests on the standard input until it ends, or the process `parent` does."""
+    threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's, which closes our input when it ends
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     isolation.leave_the_network()
