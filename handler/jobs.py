@@ -286,8 +286,7 @@ def parse_messages(value: object, limits: Limits) -> tuple[Mapping[str, str], ..
     """A conversation; contents may be OpenAI's lists of text parts. Raises JobError."""
     if not isinstance(value, list) or not value:
         raise invalid(f"messages must be a list with at least one message, not {shown(value)}")
-    if len(value) > MAX_MESSAGES:
-        raise invalid(f"messages must be at most {MAX_MESSAGES} messages, not {len(value)}")
+    check_message_count(value)
     messages = []
     for index, message in enumerate(value):
         if not isinstance(message, dict):
@@ -300,6 +299,12 @@ def parse_messages(value: object, limits: Limits) -> tuple[Mapping[str, str], ..
     if (size := sum(len(text) for message in messages for text in message.values())) > limits.prompt_characters:
         raise invalid(f"messages must have at most {limits.prompt_characters} characters together, not {size}")
     return tuple(messages)
+
+
+def check_message_count(messages: list[Any]) -> None:
+    """Raise JobError if a conversation has more messages than a template is given."""
+    if len(messages) > MAX_MESSAGES:
+        raise invalid(f"messages must be at most {MAX_MESSAGES} messages, not {len(messages)}")
 
 
 def _joined_parts(content: object, index: int) -> Any:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from handler.jobs import (
-    MAX_MESSAGES,
     Answer,
     Code,
     JobError,
@@ -20,6 +19,7 @@ from handler.jobs import (
     Piece,
     Prompt,
     TextRequest,
+    check_message_count,
     flag,
     integer,
     invalid,
@@ -91,8 +91,8 @@ def parse_request(route: object, body: object, limits: Limits) -> tuple[str, Map
     size = len(json.dumps([body.get(name) for name in ("prompt", "messages", "input")], ensure_ascii=False))
     if size > limits.prompt_characters:
         raise invalid(f"prompt, messages and input must have at most {limits.prompt_characters} characters, not {size}")
-    if isinstance(messages := body.get("messages"), list) and len(messages) > MAX_MESSAGES:
-        raise invalid(f"messages must be at most {MAX_MESSAGES} messages, not {len(messages)}")
+    if isinstance(messages := body.get("messages"), list):
+        check_message_count(messages)
     return f"/{path}", body
 
 

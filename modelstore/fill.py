@@ -226,14 +226,14 @@ class Fill:
         self._check_code(selection)
         for folder in {_folder_of(file.path) for file in selection.weights}:
             config = self._config(folder, selection)
-            Sizes().check(config, f"{folder + '/' if folder else ''}config.json of {self._key.repo_id}")
+            Sizes().check(config, f"{_config_path(folder)} of {self._key.repo_id}")
             self._policies[folder] = policy = storage_policy(self._dtype, config)
             if policy.unchanged_because and self._dtype != "keep":
                 logger.warning("%s is stored unchanged: %s", self._key, policy.unchanged_because)
 
     def _config(self, folder: str, selection: Selection) -> Mapping[str, Any]:
         """A folder's `config.json` as the source has it; the stored one names the storage dtype."""
-        path = f"{folder}/config.json" if folder else "config.json"
+        path = _config_path(folder)
         if path not in self._configs:
             file = next((file for file in selection.small if file.path == path), None)
             if file is None:
@@ -472,8 +472,8 @@ class Fill:
                 t for name, header in self._headers.items() if _folder_of(name) == folder for t in header.tensors
             ]
             longest = max((side for tensor in tensors for side in tensor.shape), default=1)
-            path = f"{folder + '/' if folder else ''}config.json of {self._key.repo_id}"
-            Sizes(len(tensors), longest).check(self._config(folder, selection), path)
+            name = f"{_config_path(folder)} of {self._key.repo_id}"
+            Sizes(len(tensors), longest).check(self._config(folder, selection), name)
 
     def _stored_size(self, shards: Iterable[str]) -> int:
         """Bytes of all tensors of these stored files."""
@@ -523,6 +523,11 @@ def _generations(folder: Path, *, below: int) -> list[Path]:
     except FileNotFoundError:
         return []
     return [folder / str(number) for number in numbers if number < below]
+
+
+def _config_path(folder: str) -> str:
+    """The path of a folder's config in a repo; the folder is empty for the repo's root."""
+    return f"{folder}/config.json" if folder else "config.json"
 
 
 def _read(path: Path) -> bytes:
