@@ -38,7 +38,7 @@ from handler.jobs import Code, JobError, Sampling, is_gpu_lost, is_out_of_memory
 
 JOIN_EVERY = 16  # tokens; joining sooner would pay the pass over the tokens so far too often
 _SAY_EVERY = 32
-_STUCK_S = 120.0  # for a step of the model that goes on though nobody waits for it
+_STUCK_S = 120.0  # for a step of the model after all its rows have ended
 _DEFAULT_TOP_K = 50  # transformers' own, where neither the job nor the model names one
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ class Batcher:
                 self._generating = rows
                 try:
                     self._generate(rows)
-                except BaseException as error:  # a panic of the tokenizer too: whatever a row does, the others go on
+                except BaseException as error:  # a panic of the tokenizer too: the other rows go on
                     failed = error.with_traceback(None)  # whose frames hold the batch's tensors
                 self._generating = []
                 if failed is not None:

@@ -88,7 +88,7 @@ class Detokenizer:
         self._longest = _WINDOW_TOKENS
 
     def _cut_window(self) -> None:
-        """Let a window of tokens whose text never becomes whole begin later, at a place where that changes no text."""
+        """Move the start of a window whose text never becomes whole to a place that changes no text."""
         count, all_text = len(self._tokens), self._decode(self._tokens)
         old = len(self._decode(self._tokens[: self._context]))
         for end in range(count - _CHARACTER_TOKENS, max(self._context, count - 2 * _CHARACTER_TOKENS), -1):

@@ -25,22 +25,8 @@ PROSE = {
 }
 VAGUE = {
     *("found", "wanted", "one", "said", "what", "held", "there", "taken", "gone", "beside", "early", "meanwhile"),
-    *(
-        "here",
-        "more",
-        "most",
-        "rest",
-        "ours",
-        "theirs",
-        "own",
-        "done",
-        "seen",
-        "left",
-        "told",
-        "asked",
-        "given",
-        "begun",
-    ),
+    *("here", "more", "most", "rest", "ours", "theirs", "own", "done", "seen", "left", "told", "asked", "given"),
+    "begun",
 }
 DEFAULT = ("modelstore", "handler", "docs")
 
