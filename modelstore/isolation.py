@@ -10,11 +10,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from contextlib import suppress
 
 _PR_SET_PDEATHSIG = 1
 _NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000
 _NOBODY = 65534
+_LOOK_EVERY_S = 1.0
 _FORBIDDEN = (
     "socket.",
     "subprocess.",
@@ -35,12 +38,29 @@ def command(module: str, *arguments: str) -> list[str]:
 
 
 def end_with_parent(parent: int) -> None:
-    """Let the kernel kill this process when the thread that started it ends; `parent` is that process's id."""
+    """Let the kernel kill this process when the thread that started it ends; `parent` is that process's id.
+
+    That holds whatever this process computes. It needs a starter that waits for the end: see `watch_parent`.
+    """
     import ctypes
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it has ended already
         os._exit(1)
+
+
+def watch_parent(parent: int) -> None:
+    """End this process soon after the process `parent` has ended, whichever of its threads started this one.
+
+    A thread of this process looks, so that code which holds the interpreter's lock can delay it: set an alarm too.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_EVERY_S)
+        os._exit(0)
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
 
 
 def leave_the_network() -> None:

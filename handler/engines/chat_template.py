@@ -21,7 +21,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -35,7 +34,6 @@ _START_S = 60.0  # the process imports transformers from a disk that may be cold
 _MEMORY_BYTES = 2 << 30
 # What templates use that Python or transformers would import only when it is first used
 _WARM_UP = "{{ strftime_now('%d %b %Y') }}{{ [1] | tojson }}{% for _ in [1] %}{% break %}{% endfor %}"
-_LOOK_EVERY_S = 1.0
 _MAX_ERROR_CHARACTERS = 500
 _ESCAPED = 12  # characters of JSON for one beyond Unicode's first plane
 
@@ -129,16 +127,11 @@ def _most_characters(request: str) -> int:
     return 2 * len(request) + 1_000_000
 
 
-def _end_with(parent: int) -> None:
-    """End when the worker does: its end of our input may live on, in a process that the SDK has forked."""
-    while os.getppid() == parent:
-        time.sleep(_LOOK_EVERY_S)
-    os._exit(0)
-
-
 def main(parent: str) -> int:
     """Answer requests on the standard input until it ends, or the process `parent` does."""
-    threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
+    # Any thread of the worker may have started this process, and its end of our input may live on in a process that
+    # the SDK has forked.
+    isolation.watch_parent(int(parent))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's, which closes our input when it ends
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     isolation.leave_the_network()
@@ -151,7 +144,7 @@ def main(parent: str) -> int:
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         request = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, LIMIT_S)  # its default is to end the process, whatever that does
+        signal.setitimer(signal.ITIMER_REAL, LIMIT_S)  # by default the alarm ends the process
         try:
             (text,), _indices = render_jinja_template(
                 conversations=[request["messages"]],
