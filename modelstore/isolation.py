@@ -65,7 +65,10 @@ def watch_parent(parent: int) -> None:
 
 def leave_the_network() -> None:
     """Go into a network namespace with nothing in it, if this user may have one. Root gets no namespace of users for
-    it: it would be somebody else there, and still root for files."""
+    it: it would be somebody else there, and still root for files.
+
+    Call it while this process has one thread: the kernel gives an ordinary account no namespace later.
+    """
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,31 @@ def test_the_process_has_no_token_and_is_not_root(renderer: Renderer, monkeypatc
         assert "Uid:\t65534\t65534\t65534\t65534" in status
     assert int(status.partition("VmRSS:")[2].split()[0]) < 150_000
     made.close()
+
+
+ORDINARY = """
+import ctypes, os
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # this process imports ahead, while it can read root's files
+from transformers.utils.chat_template_utils import render_jinja_template
+from handler.engines.chat_template import _WARM_UP, main
+render_jinja_template(conversations=[[{"role": "user"}]], chat_template=_WARM_UP)
+before = os.readlink("/proc/self/ns/net")
+if os.geteuid() == 0:
+    os.setresuid(65534, 65534, 65534)
+code = main(str(os.getppid()))
+os.write(1, f"{code} {before != os.readlink('/proc/self/ns/net')}".encode())
+"""
+
+
+def test_the_process_of_an_ordinary_account_has_no_network() -> None:
+    """The kernel gives it a namespace only as long as it has a single thread."""
+    account = {"user": 65534} if os.geteuid() == 0 else {}
+    namespaces: Any = partial(subprocess.run, ["unshare", "--user", "--net", "true"], capture_output=True)
+    if namespaces(**account).returncode:
+        pytest.skip("needs user namespaces for an ordinary account")
+    command = [sys.executable, "-W", "ignore", "-c", ORDINARY]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.stdout == "0 True", done.stderr
 
 
 KILLED = """

@@ -129,12 +129,12 @@ def _most_characters(request: str) -> int:
 
 def main(parent: str) -> int:
     """Answer requests on the standard input until it ends, or the process `parent` does."""
-    # Any thread of the worker may have started this process, and its end of our input may live on in a process that
-    # the SDK has forked.
-    isolation.watch_parent(int(parent))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's, which closes our input when it ends
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     isolation.leave_the_network()
+    # Any thread of the worker may have started this process, and its end of our input may live on in a process that
+    # the SDK has forked.
+    isolation.watch_parent(int(parent))
     from transformers.utils.chat_template_utils import render_jinja_template
 
     render_jinja_template(conversations=[[{"role": "user"}]], chat_template=_WARM_UP)
