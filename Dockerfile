@@ -44,9 +44,9 @@ RUN /opt/venv/bin/pip uninstall --yes --quiet hf-xet uvloop watchfiles fastapi-c
 WORKDIR /tmp
 # A start with a tiny random model: it shows that the image works, and leaves the byte-code of all that a start imports
 RUN if [ "${EXTRA}" = vllm ]; then \
-        exec /opt/venv/bin/python -c "import handler.engines.vllm, handler.worker, runpod, modelstore.store"; \
+        exec /opt/venv/bin/python -c "import handler.engines.vllm_engine, handler.worker, runpod, modelstore.store"; \
     fi; \
-    /opt/venv/bin/python -c "from pathlib import Path; from modelstore.bench import make_checkpoint; \
+    /opt/venv/bin/python -c "from pathlib import Path; from modelstore.bench.race import make_checkpoint; \
         make_checkpoint(Path('/tmp/tiny'), 2_000_000, 'float16')" \
     && MODEL_ID=file:///tmp/tiny MODELSTORE_ROOT=/tmp/store /opt/venv/bin/python -m handler \
         --test_input '{"input": {"prompt": "a", "max_tokens": 2}}' \

@@ -9,26 +9,28 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from handler.privileges import become_owner_of
-from modelstore import history
-from modelstore.collector import without_collecting
 from modelstore.errors import ModelStoreError, NotFound
-from modelstore.layout import Layout
 from modelstore.logs import LINE_CHARACTERS, log_to_stderr, take_library_logs
 from modelstore.settings import EngineName, Settings, forget_hub_tokens
+from modelstore.startup import without_collecting
 from modelstore.timeline import Timeline
 from modelstore.units import one_line
+from modelstore.volume import history
+from modelstore.volume.layout import Layout
 from modelstore.warmstart import Begun, begin
 
 if TYPE_CHECKING:
     from handler.engines import Engine
-    from modelstore.catalog import Snapshot
-    from modelstore.reader import Reading
+    from modelstore.load.reader import Reading
+    from modelstore.volume.snapshots import Snapshot
+
+_MODULES: Mapping[EngineName, str] = {"text": "text", "diffusion": "diffusion", "vllm": "vllm_engine"}
 
 logger = logging.getLogger("handler")
 
@@ -72,7 +74,7 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
     def import_engine(name: EngineName) -> None:
         with timeline.span("import"):
             try:
-                import_module(f"handler.engines.{name}")
+                import_module(f"handler.engines.{_MODULES[name]}")
             except ModuleNotFoundError as error:
                 extra = "worker" if name == "text" else name
                 raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[{extra}]'") from error
@@ -86,7 +88,7 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
 
     def beside_a_download(reading: Reading) -> object:
         import_engine(settings.engine or "text")  # what it will be is known only with the model's own index
-        from modelstore.tensors import place_early
+        from modelstore.load.tensors import place_early
 
         weights = place_early(reading, timeline)
         import_sdk()
@@ -111,7 +113,7 @@ def _engine_for(snapshot: Snapshot) -> EngineName:
 def _writing(begun: Begun, meanwhile: Callable[[], None]) -> Engine:
     from handler.engines.batcher import free_memory
     from handler.engines.chat_template import Renderer
-    from handler.engines.several import Several
+    from handler.engines.multi import Several
     from handler.engines.text import TextEngine
 
     renderer = Renderer()
@@ -131,7 +133,7 @@ def _writing(begun: Begun, meanwhile: Callable[[], None]) -> Engine:
 
 
 def _with_vllm(settings: Settings, timeline: Timeline, meanwhile: Callable[[], None]) -> Engine:
-    from handler.engines.vllm import Server, VllmEngine
+    from handler.engines.vllm_engine import Server, VllmEngine
 
     server = Server(settings.vllm_python)  # it imports vLLM beside all that follows
     try:

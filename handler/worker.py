@@ -16,7 +16,8 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from handler import openai
+from handler import openai_routes
+from handler.alias_follower import AliasFollower
 from handler.engines import Engine, ImageEngine, OpenAIEngine, TextEngine
 from handler.images import Images, Step, parse_image
 from handler.jobs import (
@@ -31,7 +32,6 @@ from handler.jobs import (
     parse_text,
     shown,
 )
-from handler.refresh import AliasFollower
 from handler.termination import Termination
 from modelstore.settings import Settings
 
@@ -116,7 +116,7 @@ class Worker:
             self._counts[how] += 1
         if error is not None:
             error = JobError(error.code, self._without_paths(str(error)))
-            output = openai.failed(error) if _is_openai(job) else dict[str, Any](error.payload())
+            output = openai_routes.failed(error) if _is_openai(job) else dict[str, Any](error.payload())
         if self.retiring and self.is_idle:
             self.config["refresh_worker"] = True  # the SDK says so with this job's result, and ends
         return output
@@ -208,13 +208,13 @@ class Worker:
     async def _answer_openai(self, job: Job, data: Mapping[str, Any]) -> Any:
         if isinstance(self._engine, OpenAIEngine):
             return await self._pass_on(job, data, self._engine)
-        route = openai.parse_route(data["openai_route"])
+        route = openai_routes.parse_route(data["openai_route"])
         if route == "models":
-            return openai.models(self._models(), created=int(time.time()))
+            return openai_routes.models(self._models(), created=int(time.time()))
         body = data.get("openai_input")
-        request = openai.parse_body(route, body, self._limits)
+        request = openai_routes.parse_body(route, body, self._limits)
         assert isinstance(body, dict)
-        answer = openai.OpenAIAnswer(route, request, job_id=str(job.get("id")), created=int(time.time()))
+        answer = openai_routes.OpenAIAnswer(route, request, job_id=str(job.get("id")), created=int(time.time()))
 
         def events(piece: Piece) -> list[Any]:
             answer.add(piece)
@@ -225,12 +225,12 @@ class Worker:
         )
         if not request.stream:
             return answer.output()
-        end = answer.last_events(usage=openai.wants_usage(body))
+        end = answer.last_events(usage=openai_routes.wants_usage(body))
         await self._wire.stream(job, end)
         return said + end
 
     async def _pass_on(self, job: Job, data: Mapping[str, Any], engine: OpenAIEngine) -> Any:
-        route, body = openai.parse_request(data["openai_route"], data.get("openai_input"), self._limits)
+        route, body = openai_routes.parse_request(data["openai_route"], data.get("openai_input"), self._limits)
         whole: list[dict[str, Any]] = []
 
         def events(said: str | dict[str, Any]) -> list[Any]:

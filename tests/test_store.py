@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from modelstore.durable import tree_blocks
 from modelstore.errors import (
     AccessDenied,
     BadSafetensors,
@@ -39,17 +38,18 @@ from modelstore.errors import (
     UnsafeName,
     WaitTimeout,
 )
-from modelstore.layout import SnapshotKey
-from modelstore.manifest import parse_manifest
-from modelstore.observer import Observer
-from modelstore.peak import Peak
-from modelstore.progress import Progress
+from modelstore.fill.observer import Observer
+from modelstore.fill.peak import Peak
+from modelstore.fill.progress import Progress
 from modelstore.store import ModelStore
 from modelstore.timeline import Timeline
-from modelstore.verify import verify_snapshot
-from tests.checkpoints import random_tensors, weights_bytes, write_repo
+from modelstore.volume.durable import tree_blocks
+from modelstore.volume.layout import SnapshotKey
+from modelstore.volume.manifest import parse_manifest
+from modelstore.volume.verify import verify_snapshot
 from tests.conftest import Cli
-from tests.hub import Hub
+from tests.support.checkpoints import random_tensors, weights_bytes, write_repo
+from tests.support.hub import Hub
 
 MakeStore = Callable[..., ModelStore]
 
@@ -400,7 +400,7 @@ def test_an_hf_cache_that_cannot_be_trusted_is_passed_over(hub: Hub, store: Mode
 def test_a_folder_that_changes_while_it_is_seeded_is_refused(
     store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from modelstore.sources import FolderSource
+    from modelstore.fill.sources import FolderSource
 
     folder = write_repo(tmp_path / "model")
     resolve = FolderSource.resolve
@@ -662,7 +662,7 @@ def test_the_manifest_tells_where_each_file_came_from(hub: Hub, store: ModelStor
 
 
 def test_a_wait_that_is_too_long_says_for_whom_and_what_to_do(hub: Hub, make_store: MakeStore) -> None:
-    from modelstore.claim import Claim, Contender
+    from modelstore.volume.claim import Claim, Contender
 
     repo = write_repo(hub.folder / "org" / "name")
     store = make_store(worker_id="b")

@@ -15,21 +15,22 @@ from typing import Any
 import pytest
 import torch
 
-from modelstore import pins, warmstart
-from modelstore.catalog import Snapshot
+from modelstore import warmstart
 from modelstore.errors import DigestMismatch
-from modelstore.evict import evict
-from modelstore.loader import load_model
-from modelstore.reader import Reading
+from modelstore.load.model import load_model
+from modelstore.load.reader import Reading
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
-from modelstore.verify import verify_snapshot
+from modelstore.volume import pins
+from modelstore.volume.evict import evict
+from modelstore.volume.snapshots import Snapshot
+from modelstore.volume.verify import verify_snapshot
 from modelstore.warmstart import Begun, begin
 from tests.conftest import MakeStore
-from tests.hub import Hub
-from tests.records import record
-from tests.test_handler import write_model
+from tests.handler.test_main import write_model
+from tests.support.hub import Hub
+from tests.support.records import record
 
 
 @pytest.fixture

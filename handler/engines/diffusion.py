@@ -21,13 +21,13 @@ import torch
 from handler.engines.batcher import free_memory
 from handler.images import ImageRequest, Images, Step
 from handler.jobs import is_gpu_lost, not_served
-from modelstore import durable
-from modelstore.catalog import Catalog, Snapshot
 from modelstore.errors import BadSafetensors, NoWeights, Refused
-from modelstore.layout import Layout
-from modelstore.loader import bounded_build, build_part
-from modelstore.tensors import load_tensors
+from modelstore.load.model import bounded_build, build_part
+from modelstore.load.tensors import load_tensors
 from modelstore.timeline import Timeline
+from modelstore.volume import durable
+from modelstore.volume.layout import Layout
+from modelstore.volume.snapshots import Catalog, Snapshot
 from modelstore.warmstart import Begun
 
 _LIBRARIES = ("diffusers", "transformers")

@@ -20,15 +20,15 @@ from handler.engines.chat_template import Renderer, TemplateTimeout
 from handler.engines.detokenizer import Detokenizer
 from handler.engines.offload import Offload
 from handler.jobs import Code, JobError, Piece, Prompt, Sampling, TextRequest, invalid, not_served
-from modelstore.catalog import Catalog, Snapshot, check_code
 from modelstore.errors import IntegrityError, Refused
-from modelstore.layout import Layout, SnapshotKey
-from modelstore.loader import load_model
-from modelstore.pins import InUse
+from modelstore.load.model import load_model
+from modelstore.load.tensors import check_room, needs_several_gpus
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
-from modelstore.tensors import check_room, needs_several_gpus
 from modelstore.timeline import Timeline
+from modelstore.volume.layout import Layout, SnapshotKey
+from modelstore.volume.pins import InUse
+from modelstore.volume.snapshots import Catalog, Snapshot, check_code
 from modelstore.warmstart import Begun, begin
 
 logger = logging.getLogger(__name__)

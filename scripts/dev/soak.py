@@ -34,8 +34,8 @@ sys.path.insert(0, str(HERE))
 from handler.jobs import Code  # noqa: E402
 from modelstore import ModelStore  # noqa: E402
 from modelstore.settings import Settings  # noqa: E402
-from tests.hub import Hub, running_hub  # noqa: E402
-from tests.runpod_api import FINAL, Job, RunPod  # noqa: E402
+from tests.support.hub import Hub, running_hub  # noqa: E402
+from tests.support.runpod_api import FINAL, Job, RunPod  # noqa: E402
 
 NAMES = ("org/one", "org/two", "org/three")
 PROMPTS = ("hello world", "what is the capital", "paris of france", "the capital of paris is world")
@@ -270,7 +270,7 @@ class Fleet:
 @contextmanager
 def prepared(folder: Path, job_limit_s: float) -> Iterator[tuple[Hub, ModelStore, dict[str, str]]]:
     """A Hub with three models, a volume that holds them and an alias, and the environment of a worker."""
-    from tests.test_handler import write_model
+    from tests.handler.test_main import write_model
 
     (folder / "hub").mkdir()
     with running_hub(folder / "hub") as hub:
@@ -437,7 +437,7 @@ def main() -> int:
     print(text)
     faults = result.faults()
     if options.write is not None and not faults:
-        from scripts.sections import write_section
+        from scripts.bench.sections import write_section
 
         write_section(options.write, "dev/soak.py", text)
     print("\n".join(faults[:40]) or "no job was lost, answered twice or wrong, and nothing grew")

@@ -1,0 +1,69 @@
+"""A worker that serves an alias follows it: when it is repointed, what runs is finished, and the next job is answered
+by the new model. Where models cannot be exchanged in the process, the worker asks to be replaced."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from handler.engines import Engine
+from modelstore.errors import Refused
+from modelstore.settings import Settings
+from modelstore.volume import aliases
+from modelstore.volume.layout import Layout, SnapshotKey
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 2.0
+_TRY_AGAIN_S = 30.0
+
+
+class AliasFollower:
+    """Looks where MODEL_ID's alias points every two seconds, in a thread of its own, and swaps `engine` there."""
+
+    def __init__(self, engine: Engine, settings: Settings, replace_worker: Callable[[str], None]) -> None:
+        """`replace_worker` is called with the reason where only a new process can serve what the alias names."""
+        assert settings.model is not None
+        self._engine = engine
+        self._name = settings.model.name
+        self._layout = Layout(settings.root)
+        self._worker = settings.worker_id
+        self._replace_worker = replace_worker
+        self._failed: tuple[SnapshotKey, float] | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="follow-alias", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Return when the thread has ended."""
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(LOOK_EVERY_S):
+            try:
+                self.look()
+            except BaseException as error:  # a volume in trouble, or a damaged record, is asked again
+                logger.warning("@%s cannot be followed just now: %s: %s", self._name, type(error).__name__, error)
+
+    def look(self) -> None:
+        """Swap where the alias has moved. Raises where the volume cannot be read."""
+        wanted, serving = aliases.target(self._layout, self._name, worker=self._worker), self._engine.status()
+        if (wanted.repo_id, wanted.commit, wanted.dtype) == (serving["model"], serving["commit"], serving["dtype"]):
+            return
+        if self._failed and self._failed[0] == wanted and time.monotonic() - self._failed[1] < _TRY_AGAIN_S:
+            return
+        logger.info("@%s points to %s now: swapping", self._name, wanted)
+        try:
+            timeline = self._engine.swap(f"@{self._name}")
+        except Refused as error:
+            self._replace_worker(str(error))
+        except BaseException as error:  # a tokenizer's panic too: the model that serves goes on
+            logger.warning("@%s cannot be served: %s: %s", self._name, type(error).__name__, error)
+            self._failed = wanted, time.monotonic()
+        else:
+            logger.info("@%s: %s", self._name, timeline.log_line())

@@ -1,0 +1,406 @@
+"""Loading and starting, measured on the volume that a user has: ours, the others', and the physical floor.
+
+Every contender runs in a process of its own, in turn, with the page cache emptied of its files before each run where
+the cold case is meant. Checkpoints are made on the spot: a Llama with random weights and a small tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelstore.bench.loaders import LOAD
+from modelstore.errors import InvalidSetting, ModelStoreError, NoSpace
+from modelstore.settings import Settings, without_secrets
+from modelstore.store import ModelStore
+from modelstore.units import size
+from modelstore.volume import durable
+from modelstore.volume.header import TensorInfo, encode_header
+from modelstore.volume.snapshots import check_place
+
+NEEDS = {
+    "runai": "runai_model_streamer",
+    "fastsafetensors": "fastsafetensors",
+    "instanttensor": "instanttensor",
+    "volume_cache": "runpod",
+}
+_CUDA_ONLY = ("instanttensor",)
+_PACKAGES = ("torch", "transformers", "safetensors", "runpod", "runai-model-streamer", "fastsafetensors", "numpy")
+_VOCABULARY = 32_000
+_TIMES = 7  # what is made takes, by the size of the model
+_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(slots=True)
+class Measured:
+    """One contender's runs; seconds, and the most host memory in bytes that one took."""
+
+    label: str
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    spans: list[dict[str, Any]] = field(default_factory=list)
+    missing: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def as_json(self) -> dict[str, Any]:
+        """What `bench --json` prints."""
+        record: dict[str, Any] = {"label": self.label, "missing": self.missing}
+        if not self.missing:
+            record |= {"median_s": self.median, "min_s": min(self.seconds), "max_s": max(self.seconds)}
+            record |= {"peak_bytes": self.peak_bytes, "seconds": self.seconds}
+        return record
+
+    @property
+    def spread(self) -> str:
+        return f"{min(self.seconds):.2f} to {max(self.seconds):.2f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One run of a contender."""
+
+    seconds: float
+    peak_bytes: int = 0
+    spans: Sequence[dict[str, Any]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A name for tables, how to run it once, and what to evict from the page cache before (nothing: leave it warm)."""
+
+    label: str
+    run: Callable[[], Sample]
+    cold: tuple[Path, ...] = ()
+    missing: str = ""
+
+
+def race(
+    contenders: Iterable[Contender], runs: int, report: Callable[[str], None], *, warm_up: bool = True
+) -> list[Measured]:
+    """Run them in turn, `runs` times each, with `warm_up` after one round that does not count.
+
+    One that fails is left out from then on, with the reason. Raises ModelStoreError where a floor fails.
+    """
+    running = list(contenders)
+    results = [Measured(contender.label, missing=contender.missing) for contender in running]
+    for number in range(0 if warm_up else 1, runs + 1):
+        for contender, result in zip(running, results, strict=True):
+            if result.missing:
+                continue
+            for folder in contender.cold:
+                evict(folder)
+            try:
+                sample = contender.run()
+            except ModelStoreError as error:
+                if contender.label.startswith("floor"):
+                    raise
+                result.missing = str(error)
+                report(result.missing)
+                continue
+            if number:
+                result.seconds.append(sample.seconds)
+                result.peak_bytes = max(result.peak_bytes, sample.peak_bytes)
+                result.spans = list(sample.spans)
+                report(f"run {number} of {runs}: {contender.label}: {sample.seconds:.2f} s")
+    return results
+
+
+def load_contenders(
+    snapshot: Path, checkpoint: Path, *, device: str, cold: bool, prefix: Sequence[str] = ()
+) -> list[Contender]:
+    """The floor first, then ours, then the others. `prefix`: a command that runs another, such as a throttle."""
+
+    def contender(name: str, label: str, folder: Path) -> Contender:
+        needs = NEEDS.get(name, "torch")
+        missing = "" if find_spec(needs) else f"{needs} is not installed"
+        if name in _CUDA_ONLY and device == "cpu":
+            missing = "for CUDA alone"
+        touched = (folder, folder.parent / ".cache") if name == "volume_cache" else (folder,)
+        run = f"load_{name}"
+        return Contender(label, lambda: run_contender(run, folder, device, prefix), touched if cold else (), missing)
+
+    floor = "floor" if cold else "floor_cached"
+    found = [contender(floor, "floor: the bytes read once", snapshot)]
+    if device != "cpu":
+        found.append(contender("floor_to_device", "floor: pinned memory to the GPU", snapshot))
+    for name, label in LOAD.items():
+        found.append(contender(name, label, snapshot if name == "modelstore" else checkpoint))
+    return found
+
+
+def run_contender(name: str, folder: Path, device: str, prefix: Sequence[str] = ()) -> Sample:
+    """One run in a process of its own. Raises ModelStoreError with its last line where it fails."""
+    command = [*prefix, sys.executable, "-m", "modelstore.bench.loaders", name, device, str(folder)]
+    done = subprocess.run(command, env=without_secrets(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ModelStoreError(f"{name} failed: {done.stderr.strip()[-400:]}")
+    record = json.loads(done.stdout.strip().splitlines()[-1])
+    return Sample(record["seconds"], record["peak_bytes"], record.get("spans", ()))
+
+
+def run_worker(root: Path, model: str, prefix: Sequence[str] = ()) -> tuple[Sample, Sample]:
+    """`python -m handler` with one job: to ready as its own timeline says, and to the end of the process, answered."""
+    job = json.dumps({"input": {"prompt": "a", "max_tokens": 1, "temperature": 0}})
+    settings = ["env", f"MODEL_ID={model}", f"MODELSTORE_ROOT={root}"]
+    began = time.monotonic()
+    done = subprocess.run(
+        [*prefix, *settings, sys.executable, "-m", "handler", "--test_input", job],
+        env=without_secrets(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    seconds = time.monotonic() - began
+    line = next((line for line in done.stderr.splitlines() if line.startswith('{"timeline"')), None)
+    if done.returncode or line is None:
+        raise ModelStoreError(f"the worker failed: {done.stderr.strip()[-400:]}")
+    spans = json.loads(line)["timeline"]["spans"]
+    ready = next(span["start"] for span in spans if span["name"] == "ready")
+    return Sample(ready, spans=spans), Sample(seconds, spans=spans)
+
+
+def evict(folder: Path) -> None:
+    """Let the page cache forget every file below a folder."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            durable.sync_path(path)
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+
+
+def warm(folder: Path) -> None:
+    """Let the page cache hold every file below a folder."""
+    buffer = bytearray(8 << 20)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+
+def make_checkpoint(folder: Path, stored_bytes: int, dtype: str, *, shard_bytes: int = 5 * 10**9) -> Path:
+    """A Llama with random weights that takes about `stored_bytes` in 16 bits, in `dtype` and in shards."""
+    if stored_bytes < 10**6:
+        raise InvalidSetting("a model to measure with needs at least 1MB: name a larger --size")
+    hidden, width = (2048, 5632) if stored_bytes > 6 * 10**8 else (256, 704)
+    vocabulary = _VOCABULARY if stored_bytes > 6 * 10**8 else 1000
+    layer = 4 * hidden * hidden + 3 * hidden * width + 2 * hidden
+    layers = max(1, round((stored_bytes / 2 - 2 * vocabulary * hidden) / layer))
+    shapes: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (vocabulary, hidden))]
+    for number in range(layers):
+        name = f"model.layers.{number}"
+        shapes += [(f"{name}.self_attn.{part}_proj.weight", (hidden, hidden)) for part in "qkvo"]
+        shapes += [(f"{name}.mlp.{part}_proj.weight", (width, hidden)) for part in ("gate", "up")]
+        shapes += [(f"{name}.mlp.down_proj.weight", (hidden, width))]
+        shapes += [(f"{name}.{part}_layernorm.weight", (hidden,)) for part in ("input", "post_attention")]
+    shapes += [("model.norm.weight", (hidden,)), ("lm_head.weight", (vocabulary, hidden))]
+    folder.mkdir(parents=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": dtype,
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": hidden // 64,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": hidden // 64,
+        "tie_word_embeddings": False,
+        "vocab_size": vocabulary,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    words = {"<unk>": 0, "a": 1}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    _write_weights(folder, shapes, dtype, shard_bytes)
+    return folder
+
+
+def _write_weights(folder: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], dtype: str, shard_bytes: int) -> None:
+    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    taken = 0
+    for name, shape in shapes:
+        length = int(np.prod(shape)) * _WIDTH[dtype]
+        if taken and taken + length > shard_bytes:
+            shards.append([])
+            taken = 0
+        shards[-1].append((name, shape))
+        taken += length
+    block = np.random.default_rng(0).standard_normal(1 << 22).astype("<f4") * np.float32(0.02)
+    data = memoryview({"float32": block, "float16": block.astype("<f2"), "bfloat16": _bfloat16(block)}[dtype].tobytes())
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        one = len(shards) == 1
+        path = folder / ("model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+        infos, begin = [], 0
+        for name, shape in shard:
+            end = begin + int(np.prod(shape)) * _WIDTH[dtype]
+            infos.append(TensorInfo(name, _SAFETENSORS[dtype], shape, begin, end))
+            weight_map[name] = path.name
+            begin = end
+        with path.open("wb") as file:
+            file.write(encode_header(tuple(infos), {"format": "pt"}))
+            for left in range(begin, 0, -len(data)):
+                file.write(data[:left])
+    if len(shards) > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _bfloat16(values: Any) -> Any:
+    """The upper halves of float32 values."""
+    return (values.view("<u4") >> 16).astype("<u2")
+
+
+def seeded(root: Path, checkpoint: Path) -> Path:
+    """The checkpoint in a store, in float16; returns the snapshot's folder."""
+    return ModelStore(root, settings=Settings(root=root)).ensure(f"file://{checkpoint}").path
+
+
+def environment(folder: Path) -> str:
+    """What was measured on, in one line."""
+    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    kind = subprocess.run(["stat", "-f", "-c", "%T", folder], capture_output=True, text=True, check=False).stdout
+    packages = []
+    for name in _PACKAGES:
+        try:
+            packages.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return (
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({cpu[1].strip() if cpu else platform.machine()}), "
+        f"Linux {platform.release()}, {kind.strip()}, Python {platform.python_version()}, {', '.join(packages)}"
+    )
+
+
+def table(results: Sequence[Measured], size_bytes: int, floors: int = 1) -> list[str]:
+    """A table in Markdown: medians, spread, rate, and ratios to the larger of the first `floors` rows."""
+    floor = max(result.median for result in results[:floors])
+    lines = ["| | median s | min to max | GB/s | of the floor | peak memory GB |", "|---|---|---|---|---|---|"]
+    for result in results:
+        if result.missing:
+            lines.append(f"| {result.label} | not measured: {result.missing} | | | | |")
+            continue
+        peak = f"{result.peak_bytes / 1e9:.2f}" if result.peak_bytes else ""
+        lines.append(
+            f"| {result.label} | {result.median:.2f} | {result.spread} | {size_bytes / result.median / 1e9:.2f} "
+            f"| {result.median / floor:.2f} | {peak} |"
+        )
+    return lines
+
+
+def bench_volume(
+    place: Path, *, size_bytes: int, runs: int, device: str, report: Callable[[str], None]
+) -> dict[str, list[Measured]]:
+    """What a user wants to know of a volume: loading, cold and from the page cache, and a worker's start.
+
+    Everything is made in a new folder in `place`, and removed with it. Raises RootUnusable or NoSpace where that cannot
+    be, and InvalidSetting for a size that is too small.
+    """
+    folder = place / f".modelstore-bench-{secrets.token_hex(4)}"
+    check_place(folder)
+    if place.is_dir() and (free := shutil.disk_usage(place).free) < _TIMES * size_bytes:
+        raise NoSpace(
+            f"{place} has {size(free)} free, and a model of {size(size_bytes)} takes {_TIMES} times that: "
+            "use a smaller --size",
+            free_bytes=free,
+        )
+    durable.make_folder(folder)
+    try:
+        with durable.mapped_errors(folder):
+            report(f"making checkpoints of {size_bytes / 1e9:g} GB in {folder}")
+            checkpoints = {
+                dtype: make_checkpoint(folder / dtype, size_bytes, dtype) for dtype in ("float16", "float32")
+            }
+        checkpoint = checkpoints["float16"]
+        snapshot = seeded(folder / "modelstore", checkpoint)
+        if find_spec("runpod"):
+            run_contender("prepare_volume_cache", checkpoint, "cpu")
+        results = {"loading, cold": race(load_contenders(snapshot, checkpoint, device=device, cold=True), runs, report)}
+        warm(folder)
+        results["loading, from the page cache"] = race(
+            load_contenders(snapshot, checkpoint, device=device, cold=False), runs, report
+        )
+        if find_spec("runpod"):
+            results["start, cold"] = race(
+                start_contenders(folder / "modelstore", checkpoints, device=device), runs, report
+            )
+        return results
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_contenders(
+    root: Path, checkpoints: dict[str, Path], *, device: str, prefix: Sequence[str] = ()
+) -> list[Contender]:
+    """Both floors, our worker to ready and to its first answer, and the seed documents' handler on each checkpoint.
+
+    The first checkpoint is the one that was seeded."""
+    seeded_from = next(iter(checkpoints.values()))
+    model = f"file://{seeded_from}"
+    answers: list[Sample] = []
+
+    def ready() -> Sample:
+        answers.clear()
+        sample, answer = run_worker(root, model, prefix)
+        answers.append(answer)
+        return sample
+
+    def answered() -> Sample:
+        if not answers:
+            raise ModelStoreError("the worker was not ready")
+        return answers[0]
+
+    return [
+        Contender(
+            "floor: the stored bytes read once",
+            lambda: run_contender("load_floor", snapshot_of(root), device, prefix),
+            (root,),
+        ),
+        Contender("floor: what must be imported", lambda: run_contender("start_floor", seeded_from, device, prefix)),
+        Contender("`python -m handler`, ready", ready, (root,)),
+        Contender("`python -m handler`, first job answered and process ended", answered),
+        *(
+            Contender(
+                f"the seed documents' handler, first forward, {dtype} checkpoint",
+                lambda folder=folder: run_contender("start_seeds", folder, device, prefix),  # type: ignore[misc]
+                (folder,),
+            )
+            for dtype, folder in checkpoints.items()
+        ),
+    ]
+
+
+def snapshot_of(root: Path) -> Path:
+    """The folder of the only snapshot of a store."""
+    (snapshot,) = ModelStore(root, settings=Settings(root=root)).snapshots()
+    return snapshot.path

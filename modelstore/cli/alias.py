@@ -1,0 +1,174 @@
+"""`modelstore alias`: names that point to snapshots, and are repointed to swap what a fleet serves."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from modelstore.cli.app import (
+    DRY_RUN,
+    DTYPE,
+    REF,
+    REVISION,
+    YES,
+    Context,
+    command,
+    complete_alias,
+    observer_of,
+    table,
+)
+from modelstore.errors import InvalidReference, SnapshotNotFound, UsageError
+from modelstore.reference import parse_reference
+from modelstore.settings import parse_dtype
+from modelstore.volume import aliases
+from modelstore.volume.layout import SnapshotKey
+from modelstore.volume.snapshots import Catalog
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer(help="Names that point to models. Repoint one, and workers that serve it swap.", no_args_is_help=True)
+
+logger = logging.getLogger(__name__)
+
+_NAME = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="The alias: lower-case letters, digits, '.', '_' and '-'.", autocompletion=complete_alias
+    ),
+]
+
+
+@command(app, "set")
+def set_alias(
+    context: Context,
+    name: _NAME,
+    reference: REF,
+    dtype: DTYPE = None,
+    revision: REVISION = None,
+    percent: Annotated[
+        int,
+        typer.Option("--percent", min=1, max=100, help="Only for this share of the workers; the others stay."),
+    ] = 100,
+    dry_run: DRY_RUN = False,
+    yes: YES = False,
+) -> None:
+    """Point an alias to a model, which is published first if it is not there."""
+    store = context.store()
+    name = aliases.checked(name.removeprefix("@"))
+    wanted = parse_reference(reference, revision=revision)
+    before = _now(context, name)
+    if percent < 100 and before is None:
+        raise UsageError(f"@{name} points nowhere yet: set it for all before you try another for {percent} %")
+    if dry_run:
+        found = store.lookup(wanted, dtype=parse_dtype("--dtype", dtype) if dtype else None)
+        key = found.key if found else None
+    else:
+        if before is not None:
+            context.confirm(f"point @{name} to {wanted} instead of {before}", yes=yes)
+        with observer_of(context) as observer:
+            key = store.set_alias(name, wanted, dtype=dtype, percent=percent, observer=observer).key
+    record = _record(name, key) | {"before": _record(name, before), "changed": not dry_run}
+    what = f"{key}" if key else f"{wanted}, once it is published"
+    if percent < 100:
+        record["percent"] = percent
+        what += f" for {percent} % of the workers"
+    context.print(record, lambda console: console.print(f"@{name} {'would point' if dry_run else 'points'} to {what}"))
+
+
+@command(app, "ls")
+def list_aliases(context: Context) -> None:
+    """Where each alias points, and since when."""
+    layout = context.volume().layout
+    Catalog(layout).check_format()
+    found = {}
+    for name in sorted(aliases.names(layout)):
+        try:
+            found[name] = aliases.history(layout, name)
+        except InvalidReference as error:
+            logger.warning("%s", error)
+    records = [
+        {
+            "alias": name,
+            "history": [entry.as_json() for entry in entries],
+            "published": layout.snapshot(entries[-1].key).is_dir(),
+        }
+        for name, entries in found.items()
+    ]
+
+    def drawn() -> Table:
+        made = table("alias", "model", "since", "by")
+        for name, entries in found.items():
+            shown = [aliases.stable(entries)] if entries[-1].percent == 100 else [aliases.stable(entries), entries[-1]]
+            for entry in shown:
+                model = f"{entry.key}" if entry.percent == 100 else f"{entry.key} for {entry.percent} %"
+                model += "" if layout.snapshot(entry.key).is_dir() else ", not on the volume"
+                made.add_row(f"@{name}", model, time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.at)), entry.by)
+        return made
+
+    context.print(records, lambda console: console.print(drawn() if found else "there are no aliases"))
+
+
+@command(app)
+def rollback(
+    context: Context,
+    name: _NAME,
+    dry_run: DRY_RUN = False,
+    yes: YES = False,
+) -> None:
+    """Point an alias to where it pointed before."""
+    store = context.volume()
+    name = aliases.checked(name.removeprefix("@"))
+    entries = aliases.history(store.layout, name)
+    now = entries[-1].key if entries else aliases.target(store.layout, name)
+    earlier = [entry.key for entry in entries if entry.key != now and entry.percent == 100]
+    if not earlier:
+        raise SnapshotNotFound(f"@{name} has pointed nowhere but to {now}: use `modelstore alias set`")
+    if not dry_run:
+        context.confirm(f"point @{name} to {earlier[-1]} instead of {now}", yes=yes)
+        with observer_of(context) as observer:
+            reference = f"{earlier[-1].repo_id}@{earlier[-1].commit}"
+            store.set_alias(name, reference, dtype=earlier[-1].dtype, observer=observer)
+    record = _record(name, earlier[-1]) | {"before": _record(name, now), "changed": not dry_run}
+    missing = "" if store.layout.snapshot(earlier[-1]).is_dir() else ", once it is published"
+    text = f"@{name} {'would point' if dry_run else 'points'} to {earlier[-1]} again{missing}"
+    context.print(record, lambda console: console.print(text))
+
+
+@command(app, "rm")
+def remove(
+    context: Context,
+    name: _NAME,
+    dry_run: DRY_RUN = False,
+    yes: YES = False,
+) -> None:
+    """Remove an alias. The models that it pointed to stay."""
+    layout = context.volume().layout
+    name = aliases.checked(name.removeprefix("@"))
+    if name not in aliases.names(layout):
+        raise SnapshotNotFound(f"the store has no alias @{name}: look at `modelstore alias ls`")
+    before = _now(context, name)
+    if not dry_run:
+        context.confirm(f"remove @{name}, which points to {before or 'nothing'}", yes=yes)
+        aliases.remove(layout, name)
+    record = _record(name, before) | {"removed": not dry_run}
+    context.print(record, lambda console: console.print(f"{'would remove' if dry_run else 'removed'} @{name}"))
+
+
+def _now(context: Context, name: str) -> SnapshotKey | None:
+    """Where an alias points; None where it points nowhere, or its record is damaged, which setting it anew mends."""
+    try:
+        entries = aliases.history(context.store().layout, name)
+    except InvalidReference as error:
+        logger.warning("%s", error)
+        return None
+    return entries[-1].key if entries else None
+
+
+def _record(name: str, key: SnapshotKey | None) -> dict[str, Any]:
+    if key is None:
+        return {"alias": name}
+    return {"alias": name, "repo_id": key.repo_id, "commit": key.commit, "dtype": key.dtype}

@@ -1,0 +1,263 @@
+"""The commands that look: what is on the volume, who uses it, how starts went, and whether the volume is sound."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from modelstore.cli.app import Context, app, command, console, table
+from modelstore.errors import NotFound, UsageError
+from modelstore.operate import inventory
+from modelstore.units import ago, size
+from modelstore.volume import durable, history
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
+    from rich.table import Table
+
+_WIDE = 80  # columns, for a table with sentences in it
+_LIMIT = Annotated[int, typer.Option("--limit", min=1, help="At most so many, the latest.")]
+
+
+@command(app, "ls")
+def list_models(context: Context) -> None:
+    """List the published models: size, last use, pins, aliases, users."""
+    store = context.volume()
+    found = inventory.models(store.layout)
+    context.print(found, lambda console: console.print(_models_table(found, str(store.settings.root), console.width)))
+
+
+@command(app)
+def du(context: Context) -> None:
+    """What takes the space, against the quota. By model, by kind, and what an eviction would free."""
+    store = context.volume()
+    found = inventory.space(store.layout, store.settings)
+
+    def text(console: Console) -> None:
+        rows = table("size", "model", "last used", "kept because")
+        for model in found["snapshots"]:
+            name = f"{model['repo_id']} {model['commit'][:12]} {model['dtype']}"
+            rows.add_row(size(model["bytes"]), name, ago(model["idle_s"]), model["kept_because"])
+        console.print(rows)
+        for kind, count in found["kinds"].items():
+            if count and kind != "models":
+                console.print(f"{size(count)} {kind}")
+        limit = f" of {size(found['quota'])}, {size(found['free'])} free" if found["quota"] else ", without a quota"
+        console.print(f"{size(found['taken'])} taken{limit}")
+        console.print(f"{size(found['evictable'])} an eviction would free")
+
+    context.print(found, text)
+
+
+@command(app)
+def claims(context: Context) -> None:
+    """Who downloads what, how far, and whether the worker is alive."""
+    found = inventory.claims(context.volume().layout)
+    context.print(found, lambda console: console.print(_claims_table(found)))
+
+
+@command(app)
+def watch(
+    context: Context,
+    every_s: Annotated[float, typer.Option("--every-s", min=0.2, help="Seconds between two looks.")] = 2.0,
+    count: Annotated[int | None, typer.Option("--count", min=1, help="Stop after so many looks.")] = None,
+) -> None:
+    """Follow downloads and use as they change, until Ctrl-C. With --json one line for each look."""
+    from rich.console import Group
+    from rich.live import Live
+
+    store = context.volume()
+
+    def looked() -> dict[str, Any]:
+        claims, models = inventory.claims(store.layout), inventory.models(store.layout)
+        return {"at": round(time.time()), "claims": claims, "models": models}
+
+    def drawn(found: dict[str, Any]) -> Group:
+        used = [model for model in found["models"] if model["in_use_by"]]
+        head = f"{store.settings.root}  {time.strftime('%H:%M:%S', time.localtime(found['at']))}  "
+        head += f"{len(found['models'])} models, {len(used)} in use"
+        return Group(
+            head, _claims_table(found["claims"]), *[f"{m['repo_id']}: {', '.join(m['in_use_by'])}" for m in used]
+        )
+
+    screen = console()
+    left = count
+    try:
+        with Live(console=screen, auto_refresh=False, transient=False) as live:
+            while left is None or left > 0:
+                found = looked()
+                if context.json:
+                    print(json.dumps(found), flush=True)
+                elif screen.is_terminal:
+                    live.update(drawn(found), refresh=True)
+                else:
+                    screen.print(drawn(found))
+                left = None if left is None else left - 1
+                if left != 0:
+                    time.sleep(every_s)
+    except KeyboardInterrupt:
+        return
+
+
+@command(app, "history")
+def past_starts(
+    context: Context,
+    limit: _LIMIT = 20,
+    model: Annotated[str | None, typer.Option("--model", help="Only starts of this one, as MODEL_ID names it.")] = None,
+) -> None:
+    """The starts of the fleet: when, how long, and what took longest."""
+    found = history.starts(context.volume().layout, limit=limit, model=model)
+
+    def text(console: Console) -> None:
+        from rich.padding import Padding
+
+        if not found:
+            console.print(f"no start{f' of {model}' if model else ''} has been recorded yet")
+            return
+        rows = table("when", "model", "outcome", "worker", "ready", "what took longest")
+        for record in found:
+            row = (
+                time.strftime("%m-%d %H:%M", time.localtime(record["at"])),
+                record["model"],
+                "failed" if record["error"] else record["outcome"] or "",
+                record["worker"],
+                f"{history.total_s(record):.1f} s",
+            )
+            if console.width >= _WIDE:
+                rows.add_row(*row, history.verdict(record))
+            else:
+                console.print("  ".join(row), soft_wrap=False)
+                console.print(Padding(history.verdict(record), (0, 0, 0, 4)), soft_wrap=False)
+        if console.width >= _WIDE:
+            console.print(rows)
+
+    context.print(found, text)
+
+
+@command(app, "report")
+def write_report(
+    context: Context,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the page.")] = Path("modelstore.html"),
+    text: Annotated[bool, typer.Option("--text", help="The starts as bars in the terminal instead.")] = False,
+    limit: _LIMIT = 200,
+) -> None:
+    """One HTML page of starts, what slowed them, and the volume. It needs no server and no network."""
+    from modelstore.operate import report
+
+    store = context.volume()
+    if not text and out.is_dir():
+        raise UsageError(f"--out {out} is a folder: name a file")
+    starts = history.starts(store.layout, limit=limit)
+    if text:
+        width = max(40, min(shutil.get_terminal_size((80, 24)).columns, 100))
+        shown = "\n\n".join(report.text(record, width=width) for record in starts)
+        context.print(starts, lambda console: console.print(shown or "no start has been recorded yet"))
+        return
+    models, space = inventory.models(store.layout), inventory.space(store.layout, store.settings)
+    page = report.html(models, space, starts, made_at=time.time())
+    durable.write_atomic(out.absolute(), page.encode(errors="replace"))
+    record = {"path": str(out.absolute()), "starts": len(starts), "models": len(models)}
+    context.print(
+        record, lambda console: console.print(f"{out.absolute()}: {len(starts)} starts, {len(models)} models")
+    )
+
+
+@command(app)
+def metrics(
+    context: Context,
+    file: Annotated[Path | None, typer.Option("--file", help="Write them there instead, as a whole.")] = None,
+    port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Answer scrapes there instead.")] = None,
+    address: Annotated[
+        str, typer.Option("--address", help="With --port: 0.0.0.0 lets other machines ask. Nobody is asked who he is.")
+    ] = "127.0.0.1",
+) -> None:
+    """Prometheus metrics of the volume and its fleet. Starts, seconds, bytes, events, space."""
+    if file is not None and port is not None:
+        raise UsageError("--file and --port are two ways: use one of them")
+    try:
+        from modelstore.operate.metrics import as_text, serve, write
+    except ModuleNotFoundError as error:
+        raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[metrics]'") from error
+    store = context.volume()
+    store.catalog.check_format()
+    if file is not None:
+        write(store.layout, store.settings, file)
+    if port is not None:
+        server = serve(store.layout, store.settings, port, address=address)
+        context.report(f"metrics of {store.settings.root} at {address}:{port}, until Ctrl-C")
+        try:
+            while True:
+                time.sleep(3600)
+        finally:
+            server.shutdown()
+    if file is None:
+        text = as_text(store.layout, store.settings)
+        print(json.dumps({"metrics": text}) if context.json else text, end="\n" if context.json else "")
+
+
+@command(app)
+def doctor(
+    context: Context,
+    reference: Annotated[
+        str | None, typer.Argument(metavar="[REF]", help="A model that shall be within reach.")
+    ] = None,
+    peer: Annotated[
+        Path | None, typer.Option("--peer", help="The store's folder on another mount of the same volume.")
+    ] = None,
+) -> None:
+    """Check whether a fleet can rely on this volume. Mount, locks, renames, rates, space, clock, token, leftovers."""
+    from modelstore.operate.doctor import diagnose, exit_code
+
+    if peer is not None and not peer.is_absolute():
+        raise UsageError("--peer must be a full path")
+    findings = list(diagnose(context.store().settings, peer=peer, reference=reference))
+    records = [
+        {name: getattr(finding, name) for name in ("check", "level", "what", "why", "do")} for finding in findings
+    ]
+
+    def text(console: Console) -> None:
+        for finding in findings:
+            console.print(f"{finding.level:<7} {finding.check}: {finding.what}")
+            if finding.level != "ok":
+                console.print(f"        {finding.why}: {finding.do}")
+
+    context.print(records, text)
+    raise typer.Exit(exit_code(findings))
+
+
+def _models_table(models: list[dict[str, Any]], root: str, width: int) -> Table | str:
+    if not models:
+        return f"no snapshots in {root}: publish one with `modelstore seed org/name`"
+    wide = width >= _WIDE
+    rows = table("model", "commit", "dtype", "files", "size", "last used", *(("kept by",) if wide else ()))
+    for model in models:
+        kept = [f"@{name}" for name in model["aliases"]] + (["pin"] if model["pinned"] else []) + model["in_use_by"]
+        used = "never" if model["idle_s"] is None else ago(model["idle_s"])
+        name = model["repo_id"] if model["complete"] else f"{model['repo_id']} (damaged)"
+        row = (model["dtype"], str(model["files"]), size(model["bytes"]), used)
+        if wide:
+            rows.add_row(name, model["commit"][:12], *row, ", ".join(kept))
+        else:
+            rows.add_row("\n  ".join([name, *kept]), model["commit"][:7], *row)
+    return rows
+
+
+def _claims_table(found: list[dict[str, Any]]) -> Table | str:
+    if not found:
+        return "nobody downloads anything"
+    from rich.progress_bar import ProgressBar
+
+    rows = table("model", "worker", "phase", "", "left", "")
+    for one in found:
+        share = ProgressBar(one["total"] or 1, one["done"], width=16)
+        done = f"{one['done'] / one['total']:.0%} of {size(one['total'])}" if one["total"] else ""
+        left = f"{one['eta_s']:.0f} s" if one["eta_s"] is not None else ""
+        state = done if one["alive"] else f"{done} gone" if done else "gone"
+        name = f"{one['repo_id']} {one['commit'][:12]} {one['dtype']}"
+        rows.add_row(name, f"{one['worker']} ({one['host']})", one["phase"], share, left, state)
+    return rows

@@ -1,0 +1,275 @@
+"""A safetensors file in the storage dtype, tensor by tensor, with numpy alone.
+
+What is converted: F32, F16 and BF16 tensors, to the storage dtype, rounded as torch rounds (to nearest, ties to even).
+What is not: integers, booleans, 8-bit floats and F64; everything of a quantized checkpoint; and weights that
+transformers keeps in float32 (`fp32_modules.json`), which are stored as they came. Casting them at load time gives the
+same bits as loading the original. A weight that float16 cannot hold stops the conversion and is named.
+
+Equal input gives equal bytes: the order is fixed, the header canonical. At most a chunk of one tensor is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from modelstore.errors import BadSafetensors, Float16Overflow
+from modelstore.settings import Dtype
+from modelstore.volume import durable
+from modelstore.volume.checksums import Digests, RunningDigests
+from modelstore.volume.header import (
+    DTYPE_BITS,
+    LENGTH_BYTES,
+    Header,
+    TensorInfo,
+    encode_header,
+    header_length,
+    parse_header,
+)
+
+CHUNK_BYTES = 8 << 20
+_STORED_AS: Mapping[str, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+_WIDTH = {"F16": 2, "BF16": 2, "F32": 4}
+_MOST_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class StoragePolicy:
+    """How one checkpoint's tensors are stored; `unchanged_because` is set where none of them is converted."""
+
+    dtype: Dtype
+    keep: re.Pattern[str] | None = None
+    unchanged_because: str = ""
+
+    def stored_dtype(self, tensor: TensorInfo) -> str:
+        """The safetensors dtype that `tensor` is stored in."""
+        if self.unchanged_because or tensor.dtype not in _WIDTH:
+            return tensor.dtype
+        if self.keep is not None and self.keep.search(tensor.name):
+            return tensor.dtype
+        return _STORED_AS[self.dtype]
+
+
+def storage_policy(dtype: Dtype, config: Mapping[str, Any] | None) -> StoragePolicy:
+    """The policy for a checkpoint with this `config.json`; None where there is none."""
+    if dtype == "keep":
+        return StoragePolicy(dtype, unchanged_because="asked for")
+    config = config or {}
+    if config.get("quantization_config"):
+        return StoragePolicy(dtype, unchanged_because="quantized checkpoint")
+    types = set(_model_types(config))
+    unknown = sorted(types - _table()["model_types"])
+    if unknown:
+        return StoragePolicy(
+            dtype,
+            unchanged_because=f"model_type {unknown[0]!r} is not known to this version: what it keeps in fp32 is not",
+        )
+    if not types and (name := config.get("_class_name")):  # a part of a diffusers pipeline
+        return _policy_of_part(dtype, str(name))
+    patterns: set[str] = set()
+    if dtype in ("float16", "bfloat16"):
+        patterns |= {p for name in types for p in _table()["float16_and_bfloat16"].get(name, ())}
+    if dtype == "float16":
+        patterns |= {p for name in types for p in _table()["float16_only"].get(name, ())}
+    return StoragePolicy(dtype, keep=_pattern(patterns))
+
+
+def _policy_of_part(dtype: Dtype, class_name: str) -> StoragePolicy:
+    kept = _table()["diffusers_classes"].get(class_name)
+    if kept is None:
+        reason = f"the class {class_name!r} is not known to this version: what it keeps in fp32 is not"
+        return StoragePolicy(dtype, unchanged_because=reason)
+    if dtype == "float32" or not kept:
+        return StoragePolicy(dtype)
+    return StoragePolicy(dtype, keep=re.compile(rf"(?:^|\.)(?:{'|'.join(map(re.escape, kept))})(?:\.|$)"))
+
+
+def _pattern(patterns: set[str]) -> re.Pattern[str] | None:
+    if not patterns:
+        return None
+    return re.compile("|".join(".*".join(map(re.escape, p.split("*"))) for p in sorted(patterns)))
+
+
+def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
+    """The `model_type` of a config and of the configs inside it."""
+    if isinstance(name := config.get("model_type"), str) and name:
+        yield name
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _model_types(value)
+
+
+@cache
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(resources.files("modelstore.fill").joinpath("fp32_modules.json").read_bytes())
+    return table | {"model_types": frozenset(table["model_types"])}
+
+
+def config_in_dtype(data: bytes, dtype: Dtype) -> bytes:
+    """A `config.json` that names the storage dtype, as `save_pretrained` after a cast would write it."""
+    config = json.loads(data)
+    _set_dtype(config, dtype)
+    return json.dumps(config, indent=2).encode() + b"\n"
+
+
+def _set_dtype(config: dict[str, Any], dtype: Dtype) -> None:
+    for name in ("dtype", "torch_dtype"):
+        if isinstance(config.get(name), str):
+            config[name] = dtype
+    for name, value in config.items():
+        if name.endswith("_config") and name != "quantization_config" and isinstance(value, dict):
+            _set_dtype(value, dtype)
+
+
+def read_header(path: Path, *, where: str) -> Header:
+    """The checked header of a safetensors file; `where` names it in errors."""
+    fd = durable.open_for_read(path)
+    try:
+        file_bytes = os.fstat(fd).st_size
+        length = header_length(os.pread(fd, LENGTH_BYTES, 0), file_bytes=file_bytes, where=where)
+        return parse_header(os.pread(fd, length, LENGTH_BYTES), file_bytes=file_bytes, where=where)
+    finally:
+        os.close(fd)
+
+
+def converted_tensors(header: Header, policy: StoragePolicy) -> tuple[TensorInfo, ...]:
+    """The tensors as they will be stored; `header.tensors` itself where nothing is converted.
+
+    Wider dtypes go first and the file's order decides among equals: every tensor then begins at a multiple of its
+    element size, which safetensors' own loader needs.
+    """
+    if all(policy.stored_dtype(tensor) == tensor.dtype for tensor in header.tensors):
+        return header.tensors
+    tensors, position = [], 0
+    for tensor in sorted(header.tensors, key=lambda t: -DTYPE_BITS[policy.stored_dtype(t)]):
+        dtype = policy.stored_dtype(tensor)
+        size = tensor.size_bytes
+        if dtype != tensor.dtype:
+            size = size // _WIDTH[tensor.dtype] * _WIDTH[dtype]
+        tensors.append(TensorInfo(tensor.name, dtype, tensor.shape, position, position + size))
+        position += size
+    return tuple(tensors)
+
+
+def convert_file(
+    source: Path,
+    target: Path,
+    header: Header,
+    policy: StoragePolicy,
+    *,
+    guard: Callable[[], None],
+    memory: Callable[[int], memoryview | None] = lambda _size_bytes: None,
+) -> tuple[int, Digests]:
+    """Write `source`, whose header is `header`, to `target` as `policy` stores it; returns size in bytes and digests.
+
+    `guard` is called for each chunk. `memory` is asked for as many bytes as will be written, which then go there, too.
+    Raises Float16Overflow with every tensor of the file that does not fit.
+    """
+    tensors = converted_tensors(header, policy)
+    digests = RunningDigests()
+    overflowing: list[str] = []
+    source_fd = durable.open_for_read(source)
+    target_fd = -1
+    try:
+        durable.make_folder(target.parent)
+        durable.remove_file(target)  # what an earlier process left may have another name, and its owner
+        target_fd = durable.open_for_write(target)
+        encoded = encode_header(tensors, header.metadata)
+        kept = memory(len(encoded) + max((tensor.end for tensor in tensors), default=0))
+        position = 0
+
+        def write(data: bytes | memoryview) -> None:
+            nonlocal position
+            durable.write_at(target_fd, data, position, path=target)
+            digests.update(data)
+            if kept is not None:
+                kept[position : position + len(data)] = data
+            position += len(data)
+
+        write(encoded)
+        originals = {tensor.name: tensor for tensor in header.tensors}
+        for after in tensors:
+            before = originals[after.name]
+            for chunk in _chunks(source_fd, before, header.data_start, source):
+                guard()
+                cast, fits = _cast(chunk, before.dtype, after.dtype)
+                if not fits and before.name not in overflowing:
+                    overflowing.append(before.name)
+                write(cast.data.cast("B"))
+        if overflowing:
+            raise _overflow(target.name, overflowing)
+        durable.set_size(target_fd, position, path=target)
+        durable.sync(target_fd, path=target)
+        return position, digests.finish()
+    finally:
+        os.close(source_fd)
+        if target_fd >= 0:
+            durable.close(target_fd, path=target)
+
+
+def _overflow(file: str, names: list[str]) -> Float16Overflow:
+    shown = ", ".join(names[:_MOST_NAMED]) + (
+        f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    )
+    return Float16Overflow(
+        f"float16 ends at 65504 and {shown} in {file} go beyond it: nothing was published; "
+        "store bfloat16 (MODEL_DTYPE=bfloat16, --dtype bfloat16), or allow it with --overflow bfloat16",
+        tensors=tuple(names),
+    )
+
+
+def _chunks(fd: int, tensor: TensorInfo, data_start: int, path: Path) -> Iterator[npt.NDArray[Any]]:
+    """A tensor's bytes as little-endian words of its width, a chunk at a time."""
+    word = np.dtype(f"<u{_WIDTH.get(tensor.dtype, 1)}")
+    position, end = data_start + tensor.begin, data_start + tensor.end
+    while position < end:
+        data = os.pread(fd, min(CHUNK_BYTES, end - position), position)
+        data = data[: len(data) // word.itemsize * word.itemsize]
+        if not data:
+            raise BadSafetensors(f"{path.name} ended before its last tensor: seed it again")
+        yield np.frombuffer(data, word)
+        position += len(data)
+
+
+def _cast(words: npt.NDArray[Any], before: str, after: str) -> tuple[npt.NDArray[Any], bool]:
+    """`words` of dtype `before` as dtype `after`, and whether every finite value stayed finite."""
+    if before == after:
+        return words, True
+    wide = _as_float32(words, before)
+    if after == "F32":
+        return wide, True
+    if after == "BF16":
+        return _round_to_bfloat16(wide), True
+    try:
+        # The only exception that numpy raises here is the one that matters: a finite value became infinite.
+        with np.errstate(over="raise", under="ignore", invalid="ignore"):
+            return wide.astype("<f2"), True
+    except FloatingPointError:
+        return np.zeros(wide.shape, "<f2"), False
+
+
+def _as_float32(words: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    if dtype == "F32":
+        return words.view("<f4")
+    if dtype == "F16":
+        return words.view("<f2").astype("<f4")
+    wide: npt.NDArray[Any] = np.left_shift(words, 16, dtype=np.uint32).view("<f4")
+    return wide
+
+
+def _round_to_bfloat16(wide: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Round to nearest, ties to even, in integers; a NaN becomes torch's NaN."""
+    bits = wide.view(np.uint32)
+    rounded: npt.NDArray[Any] = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+    rounded[np.isnan(wide)] = 0x7FC0
+    return rounded

@@ -1,0 +1,76 @@
+"""What a caller can watch while a snapshot is made or waited for. The command line draws it, a worker logs it and keeps
+the bytes that pass through its hands."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modelstore.fill.progress import Progress
+from modelstore.units import size
+from modelstore.volume.layout import SnapshotKey
+from modelstore.volume.manifest import FileRecord
+
+if TYPE_CHECKING:
+    from modelstore.volume.claim import Holder
+
+
+logger = logging.getLogger(__name__)
+
+_LOG_EVERY_S = 5.0
+
+
+class Observer:
+    """Override what is of interest; every call must return quickly. What `planned`, `filling` and `waiting` raise ends
+    the work; the others must not raise."""
+
+    def planned(self, key: SnapshotKey, *, weights_bytes: int) -> None:
+        """This process is about to fill `key`, whose weights will take so much. What is raised here stops it."""
+
+    def filling(self, key: SnapshotKey, progress: Progress) -> None:
+        """This process fills `key`, or uploads it, and is so far. Called by several threads."""
+
+    def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
+        """Somebody else fills `key`; this process gives up in `left_s` seconds."""
+
+    def failed(self, key: SnapshotKey) -> None:
+        """This process neither fills `key` nor waits for it any more, because something was raised."""
+
+    def memory(self, key: SnapshotKey, path: str, size_bytes: int) -> memoryview | None:
+        """Host memory, at least as long as the file, that the bytes of a weights file shall go to beside the volume;
+        None for none. Asked again where the file is begun again. Called by several threads."""
+        return None
+
+    def finished(self, key: SnapshotKey, folder: Path, record: FileRecord) -> None:
+        """A weights file lies in `folder`, verified, and in the memory that was given for it last. Called by several
+        threads."""
+
+
+SILENT = Observer()
+
+
+class LogObserver(Observer):
+    """Progress as log lines, a few a minute: a billed GPU that waits says for what."""
+
+    def __init__(self, doing: str = "downloading") -> None:
+        self._doing = doing
+        self._last = 0.0
+
+    def filling(self, key: SnapshotKey, progress: Progress) -> None:
+        if self._due():
+            left_s = progress.eta_s  # once: others count on meanwhile
+            eta = f", about {left_s:.0f} s left" if left_s is not None else ""
+            logger.info("%s %s: %s of %s%s", self._doing, key, size(progress.done), size(progress.total), eta)
+
+    def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
+        if self._due():
+            logger.info("waiting for %s from %s; giving up in %.0f s", key, holder.describe(), left_s)
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < _LOG_EVERY_S:
+            return False
+        self._last = now
+        return True

@@ -1,0 +1,459 @@
+"""The bytes of a snapshot's files into host memory, at the volume's rate, verified in the same pass.
+
+Standard library only but for the checksum, so that a read can be in flight before any heavy import. Never mmap of the
+volume: over a network file system each page fault would be a round trip. `blocks.py` reads, in threads of this process
+where loading is all that it does, or in a process of its own beside whatever else this one does (imports, answering
+jobs), into memory that both map. All files are opened before the first byte is read: a snapshot that is evicted
+meanwhile stays readable to the end.
+
+A file's bytes arrive in memory of its own, or, for a device that takes them away as they come, block by block in a ring
+of slots, so that a model of any size passes through the same few hundred MB of host memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from modelstore.errors import BadSafetensors, DigestMismatch, NoWeights, SnapshotNotFound
+from modelstore.load import blocks
+from modelstore.settings import bare_environment
+from modelstore.volume import durable
+from modelstore.volume.header import LENGTH_BYTES, Header, header_length, parse_header
+from modelstore.volume.manifest import FileRecord
+from modelstore.volume.snapshots import Snapshot
+
+logger = logging.getLogger(__name__)
+
+RING_BYTES = 1 << 30
+_FD = 3  # of the socket, in the reader process
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A block whose bytes are there, and right: `length` bytes of the file at `offset`; `slot` -1 outside the ring."""
+
+    path: str
+    offset: int
+    length: int
+    slot: int
+
+
+@dataclass(slots=True)
+class _Opened:
+    record: FileRecord
+    folder: Path
+    fd: int
+    block_bytes: int
+    memory: memoryview | None
+    memory_fd: int = -1
+    left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = -(-self.record.size_bytes // self.block_bytes)
+
+    def length(self, block: int) -> int:
+        return min(self.block_bytes, self.record.size_bytes - block * self.block_bytes)
+
+
+class Reading:
+    """A read in flight. `wait` for one file, `wait_all` for what was added, or take blocks as they come.
+
+    The memory belongs to whoever holds the views: it is freed with the last of them.
+    """
+
+    def __init__(self, *, verify: bool = True, beside: bool = False, ring_bytes: int = 0) -> None:
+        """`beside`: in a process of its own. `ring_bytes`: host memory for all the weights together, whose blocks are
+        then to be taken away with `next_arrival` and `release`; without it each file has memory of its own."""
+        self.began = 0.0
+        self.ended: float | None = None
+        self._verify = verify
+        self._ring_bytes = ring_bytes
+        self._ring: memoryview | None = None
+        self._slot_bytes = 0
+        self._files: list[_Opened] = []
+        self._changed = threading.Condition()
+        self._error: Exception | None = None
+        self._complete = False
+        self._arrivals: deque[Arrival] = deque()
+        self._process = _Process.start(self) if beside else None
+        self._threads = blocks.BlockReader(self._report) if self._process is None else None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files that were added."""
+        return sum(opened.record.size_bytes for opened in self._files)
+
+    @property
+    def uses_ring(self) -> bool:
+        """Whether weights that are added pass through a ring."""
+        return self._ring_bytes > 0
+
+    def holds(self, path: str) -> bool:
+        """Whether the file was added."""
+        return any(opened.record.path == path for opened in self._files)
+
+    def in_ring(self, path: str) -> bool:
+        """Whether the file has no memory of its own."""
+        return self._opened(path).memory is None
+
+    def add(self, folder: Path, files: Sequence[FileRecord], *, block_bytes: int) -> None:
+        """Open files, all of them before one is read, and read them. Raises SnapshotNotFound where one is not there."""
+        self.began = self.began or time.monotonic()
+        for record, fd in zip(files, _open_all(folder, files), strict=True):
+            in_ring = self._ring_bytes > 0 and record.path.endswith(".safetensors")
+            if in_ring and self._ring is None:
+                self._make_ring(block_bytes)
+            memory, memory_fd = (None, -1) if in_ring else self._shared_memory(record.size_bytes)
+            opened = _Opened(record, folder, fd, block_bytes, memory, memory_fd)
+            with self._changed:
+                index = len(self._files)
+                self._files.append(opened)
+            if opened.left:
+                checksums = record.blocks if self._verify else ""
+                if self._threads is not None:
+                    file = blocks.File(index, os.dup(fd), record.size_bytes, block_bytes, checksums, memory)
+                    self._threads.add(file)
+                elif self._process is not None:
+                    self._process.add(index, opened, checksums)
+
+    def adopt(self, folder: Path, record: FileRecord, memory: memoryview, *, block_bytes: int) -> None:
+        """Take a file of `folder` whose bytes are in `memory` already, and right: all its blocks have arrived."""
+        self.began = self.began or time.monotonic()
+        opened = _Opened(record, folder, -1, block_bytes, memory)
+        with self._changed:
+            self._files.append(opened)
+            for block in range(opened.left):
+                self._arrivals.append(Arrival(record.path, block * block_bytes, opened.length(block), -1))
+            opened.left = 0
+            self._changed.notify_all()
+
+    def no_more(self) -> None:
+        """All files were added."""
+        with self._changed:
+            self._complete = True
+            self._end_if_done()
+            self._changed.notify_all()
+        if self._threads is not None:
+            self._threads.no_more()
+        elif self._process is not None and self.ended is not None:
+            self._process.let_go()
+
+    def header(self, path: str) -> tuple[Header, bytes]:
+        """The header of a safetensors file, and its bytes, read ahead of the blocks that hold them: compare the two
+        when those have arrived. Raises DigestMismatch where it is none, because one was published."""
+        opened = self._opened(path)
+        size, where = opened.record.size_bytes, str(opened.folder / path)
+
+        def read(length: int, offset: int) -> bytes:
+            if opened.memory is not None and not opened.left:
+                return bytes(opened.memory[offset : offset + length])
+            return os.pread(opened.fd, length, offset)
+
+        try:
+            prefix = read(LENGTH_BYTES, 0)
+            raw = read(header_length(prefix, file_bytes=size, where=where), LENGTH_BYTES)
+            return parse_header(raw, file_bytes=size, where=where), prefix + raw
+        except BadSafetensors as error:
+            raise DigestMismatch(str(error)) from error
+
+    def memory(self, path: str) -> memoryview:
+        """The memory of a file, whether its bytes have arrived or not."""
+        opened = self._opened(path)
+        if opened.memory is None:
+            raise ValueError(f"{path} goes through the ring")
+        return opened.memory[: opened.record.size_bytes]
+
+    def wait(self, path: str) -> memoryview:
+        """The bytes of one file, once all of it has arrived.
+
+        Raises DigestMismatch where a block is not what the manifest says, OSError where the volume fails.
+        """
+        opened = self._opened(path)
+        self._until(lambda: not opened.left)
+        return self.memory(path)
+
+    def descriptor(self, path: str) -> int:
+        """A descriptor of the memory that holds one file, all of it and nothing else, once it has arrived: another
+        process may open it as /proc/PID/fd/N until this reading is closed. -1 where no such process can see the memory.
+
+        Raises as `wait` does.
+        """
+        opened = self._opened(path)
+        if opened.memory_fd >= 0:
+            self.wait(path)
+            os.ftruncate(opened.memory_fd, opened.record.size_bytes)  # its memory is a little longer
+        return opened.memory_fd
+
+    def wait_all(self) -> None:
+        """Return when everything has arrived; raises as `wait` does."""
+        self._until(lambda: self.ended is not None)
+
+    def next_arrival(self, *, wait: bool) -> Arrival | None:
+        """The next block that has arrived; None where there is none yet, or with `wait`, where none will come.
+
+        Raises as `wait` does.
+        """
+        if wait:
+            self._until(lambda: bool(self._arrivals) or self.ended is not None)
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            return self._arrivals.popleft() if self._arrivals else None
+
+    def memory_behind(self, arrival: Arrival) -> memoryview:
+        """All of the host memory that a block's bytes are in, for a device that wants it pinned."""
+        ring = self._ring if arrival.slot >= 0 else self._opened(arrival.path).memory
+        assert ring is not None
+        return ring
+
+    def record(self, path: str) -> FileRecord:
+        """The record of a file that was added."""
+        return self._opened(path).record
+
+    def view(self, arrival: Arrival) -> memoryview:
+        """The bytes of a block that has arrived; of one in the ring, until it is released."""
+        if arrival.slot < 0:
+            return self.memory(arrival.path)[arrival.offset : arrival.offset + arrival.length]
+        assert self._ring is not None
+        start = arrival.slot * self._slot_bytes
+        return self._ring[start : start + arrival.length]
+
+    def release(self, arrival: Arrival) -> None:
+        """The block was taken away: its slot may be filled again."""
+        if arrival.slot < 0:
+            return
+        if self._threads is not None:
+            self._threads.release(arrival.slot)
+        elif self._process is not None:
+            self._process.release(arrival.slot)
+
+    def damage(self) -> DigestMismatch | None:
+        """What is wrong with the bytes, once all of them were read or the first wrong block was; a file that cannot be
+        read is as good as wrong."""
+        try:
+            for opened in self._files:
+                if opened.memory is not None:  # nobody takes away what would come through the ring
+                    self.wait(opened.record.path)
+        except DigestMismatch as error:
+            return error
+        except OSError as error:
+            return DigestMismatch(f"{self._files[0].folder} cannot be read ({error.strerror}): check the volume")
+        return None
+
+    def close(self, *, wait: bool = True) -> None:
+        """Stop reading, if it still goes on, and close the files. The memory stays with its views.
+
+        `wait`: return when the readers have ended; without it those that have done their work do so by themselves.
+        """
+        with self._changed:
+            if not self.over:
+                self._error = OSError(0, "the reading was closed")
+            self._changed.notify_all()
+        threads, process = self._threads, self._process
+        self._threads = self._process = None  # they know this object, and would keep its memory
+        if threads is not None:
+            threads.stop()
+        if wait and threads is not None:
+            threads.join()
+        if wait and process is not None:
+            process.end()
+        with self._changed:
+            for opened in self._files:
+                for fd in (opened.fd, opened.memory_fd):
+                    if fd >= 0:
+                        os.close(fd)
+                opened.fd = opened.memory_fd = -1
+
+    def _opened(self, path: str) -> _Opened:
+        return next(opened for opened in self._files if opened.record.path == path)
+
+    def _until(self, ready: Callable[[], bool]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None or ready())
+            if self._error is not None:
+                raise self._error
+
+    def _report(self, kind: int, index: int, block: int, detail: int, now: float) -> None:
+        """What became of a block; called by the threads that read, or that listens to the process."""
+        with self._changed:
+            opened = self._files[index]
+            if kind == blocks.ARRIVED:
+                opened.left -= 1
+                offset = block * opened.block_bytes
+                self._arrivals.append(Arrival(opened.record.path, offset, opened.length(block), detail))
+                self._end_if_done(now)
+            elif self._error is None:
+                self._error = _error(kind, opened, block, detail)
+            self._changed.notify_all()
+
+    def _end_if_done(self, now: float | None = None) -> None:
+        if self._complete and self.ended is None and not any(opened.left for opened in self._files):
+            self.ended = now or time.monotonic()
+
+    def _failed(self, error: Exception) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will arrive."""
+        return self.ended is not None or self._error is not None
+
+    def _shared_memory(self, size_bytes: int) -> tuple[memoryview, int]:
+        """Memory for a file, with a descriptor where a process shares it, else -1."""
+        if self._process is None:
+            return host_memory(size_bytes), -1
+        length = _memory_length(size_bytes)
+        fd = os.memfd_create("modelstore", os.MFD_CLOEXEC)
+        os.ftruncate(fd, length)
+        return memoryview(mmap.mmap(fd, length)), fd
+
+    def _make_ring(self, slot_bytes: int) -> None:
+        self._slot_bytes = slot_bytes
+        self._ring, fd = self._shared_memory(max(4, self._ring_bytes // slot_bytes) * slot_bytes)
+        if self._threads is not None:
+            self._threads.use_ring(self._ring, slot_bytes)
+        elif self._process is not None:
+            self._process.use_ring(fd, slot_bytes)
+            os.close(fd)
+
+
+def host_memory(size_bytes: int) -> memoryview:
+    """Memory for a file, of this process alone: as long as that and a little more."""
+    return memoryview(mmap.mmap(-1, _memory_length(size_bytes), flags=mmap.MAP_PRIVATE))
+
+
+def _memory_length(size_bytes: int) -> int:
+    return max(blocks.rounded(size_bytes), 1)
+
+
+class _Process:
+    """The reader process, and the thread that listens to it. It ends with its socket."""
+
+    def __init__(self, reading: Reading, pid: int, sock: socket.socket) -> None:
+        self._pid = pid
+        self._socket = sock
+        self._sending = threading.Lock()
+        self._thread = threading.Thread(target=self._listen, args=(reading,), name="read", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def start(cls, reading: Reading) -> _Process | None:
+        """Start one; None, with a warning, where this machine does not let us."""
+        checksums = find_spec("xxhash")
+        if checksums is None or checksums.origin is None:
+            return None
+        ours, its = socket.socketpair()
+        program = [sys.executable, "-I", "-S", blocks.__file__, str(_FD), str(Path(checksums.origin).parents[1])]
+        try:
+            actions = [(os.POSIX_SPAWN_DUP2, its.fileno(), _FD)]
+            pid = os.posix_spawn(sys.executable, program, bare_environment(), file_actions=actions, setsigmask=[])
+        except (OSError, ValueError) as error:
+            logger.warning("no reader process can be started (%s): threads read instead", error)
+            ours.close()
+            return None
+        finally:
+            its.close()
+        return cls(reading, pid, ours)
+
+    def add(self, index: int, opened: _Opened, checksums: str) -> None:
+        record = {"size_bytes": opened.record.size_bytes, "block_bytes": opened.block_bytes, "checksums": checksums}
+        self._send(lambda: blocks.send_file(self._socket, index, opened.fd, opened.memory_fd, **record))
+
+    def use_ring(self, fd: int, slot_bytes: int) -> None:
+        self._send(lambda: blocks.send_ring(self._socket, fd, slot_bytes))
+
+    def release(self, slot: int) -> None:
+        self._send(lambda: self._socket.sendall(blocks.MESSAGE.pack(blocks.RELEASE, slot)))
+
+    def let_go(self) -> None:
+        """Let the process end, at once, whatever it still reads."""
+        with contextlib.suppress(OSError):  # it has ended
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def end(self) -> None:
+        """Return when the process has ended."""
+        self.let_go()
+        self._thread.join()
+
+    def _send(self, send: Callable[[], None]) -> None:
+        try:
+            with self._sending:
+                send()
+        except OSError as error:  # a process that has ended is found by who listens, with the reason
+            logger.debug("the reader process takes no more: %s", error)
+
+    def _listen(self, reading: Reading) -> None:
+        try:
+            while not reading.over:
+                data = self._socket.recv(blocks.REPORT.size, socket.MSG_WAITALL)
+                if len(data) < blocks.REPORT.size:
+                    break
+                reading._report(*blocks.REPORT.unpack(data))
+        except OSError as error:
+            reading._failed(error)
+        self._socket.close()
+        _, status = os.waitpid(self._pid, 0)
+        if not reading.over:
+            how = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "an error"
+            reading._failed(OSError(0, f"the reader process was ended by {how}"))
+
+
+def start_reading(
+    snapshot: Snapshot, *, verify: bool = True, beside: bool = False, ring_bytes: int = 0, weights: bool = True
+) -> Reading:
+    """Start to read a snapshot into host memory: the small files, so that they are verified too, then the weights.
+
+    `weights`: whether to read those. The other arguments are those of `Reading`. Raises NoWeights, and SnapshotNotFound
+    where it was evicted meanwhile.
+    """
+    if not snapshot.weights:
+        raise NoWeights(f"{snapshot.key} has no weights: remove it and seed the model again")
+    small = [file for file in snapshot.manifest.files if not file.path.endswith(".safetensors")]
+    reading = Reading(verify=verify, beside=beside, ring_bytes=ring_bytes)
+    try:
+        reading.add(
+            snapshot.path, (*small, *(snapshot.weights if weights else ())), block_bytes=snapshot.manifest.block_bytes
+        )
+    except BaseException:
+        reading.close()
+        raise
+    reading.no_more()
+    return reading
+
+
+def _error(kind: int, opened: _Opened, block: int, number: int) -> Exception:
+    path = opened.folder / opened.record.path
+    if kind == blocks.FAILED:
+        return OSError(number, os.strerror(number), str(path))
+    what = "ends early" if kind == blocks.SHORT else "is not what was published"
+    return DigestMismatch(
+        f"{path} {what} at byte {block * opened.block_bytes}: "
+        "remove the snapshot (`modelstore rm`) and seed the model again"
+    )
+
+
+def _open_all(folder: Path, files: Sequence[FileRecord]) -> list[int]:
+    fds: list[int] = []
+    try:
+        for file in files:
+            fds.append(durable.open_for_read(folder / file.path))
+    except OSError as error:
+        for fd in fds:
+            os.close(fd)
+        raise SnapshotNotFound(f"{folder} cannot be opened ({error.strerror}): look it up again, or seed it") from error
+    return fds

@@ -1,0 +1,441 @@
+"""Bytes that arrive to tensors on a device.
+
+On the CPU a tensor is a view into the memory that is read into, without a copy or a cast. For a GPU a few large
+allocations take the blocks as they come through the ring, and tensors are views into those. Either way the tensors are
+there before their bytes are, so that a model can be built from them meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from modelstore.errors import BadSafetensors, DigestMismatch, DoesNotFit, UsageError
+from modelstore.load.device import transfer
+from modelstore.load.reader import RING_BYTES, Arrival, Reading, start_reading
+from modelstore.timeline import Span, Timeline
+from modelstore.units import size
+from modelstore.volume.header import Header, TensorInfo
+from modelstore.volume.snapshots import Snapshot
+
+Place = Callable[[str], torch.device]
+
+_SLAB_BYTES = 1 << 30
+_ALIGNMENT = 16
+_FOR_EVERY_DEVICE = 1  # cudaHostRegisterPortable
+_NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE: more than the machine has may be mapped, if it is never touched
+
+logger = logging.getLogger(__name__)
+
+_TORCH = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
+if hasattr(torch, "float8_e8m0fnu"):
+    _TORCH["F8_E8M0"] = torch.float8_e8m0fnu
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """`device`, or where none is named CUDA if there is one, else the CPU. Raises UsageError where it is not here."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"{str(device)!r} is not a device: use cuda, cuda:0 or cpu") from error
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"this machine has no {target}: torch sees {torch.cuda.device_count()} GPUs; use cpu")
+    return target
+
+
+def check_fits(snapshot: Snapshot, devices: Sequence[torch.device]) -> None:
+    """Raise DoesNotFit where the weights are larger than what is free on these GPUs together."""
+    if any(device.type != "cuda" for device in devices):
+        return
+    needed = _weights_bytes(snapshot)
+    free = sum(_free_bytes(device) for device in devices)
+    if needed > free:
+        names = ", ".join(str(device) for device in devices)
+        raise DoesNotFit(
+            f"{snapshot.key} takes {size(needed)} and {names} has {size(free)} free: "
+            "use a larger GPU, or a smaller or quantized model"
+        )
+
+
+def needs_several_gpus(snapshot: Snapshot) -> bool:
+    """Whether the weights are larger than what is free on the first GPU, and there are more."""
+    return torch.cuda.device_count() > 1 and _weights_bytes(snapshot) > _free_bytes(torch.device("cuda", 0))
+
+
+def check_room(model: torch.nn.Module, device: torch.device, *, besides: torch.nn.Module) -> None:
+    """Raise DoesNotFit where a GPU has no room for a model once another one has left it."""
+    needed, leaving = (sum(p.numel() * p.itemsize for p in each.parameters()) for each in (model, besides))
+    free = _free_bytes(device) + leaving
+    if needed > free:
+        raise DoesNotFit(
+            f"the model takes {size(needed)} and {device} has {size(free)}, the one before left out: "
+            "use a larger GPU, or a smaller or quantized model"
+        )
+
+
+def load_tensors(
+    snapshot: Snapshot,
+    device: str | torch.device | None = None,
+    *,
+    reading: Reading | None = None,
+    weights: Weights | None = None,
+    timeline: Timeline | None = None,
+) -> dict[str, torch.Tensor]:
+    """The snapshot's tensors by their names in the checkpoint, in the storage dtype; those of a pipeline's parts after
+    the name of their folder, as in "unet/conv_in.weight".
+
+    `device` is CUDA where there is one by default; on the CPU the tensors share the memory that was read into.
+    `reading`: a read of this snapshot that is in flight already; `weights`: what `place_early` has begun with it.
+    Raises DigestMismatch where bytes are not what was published, DoesNotFit where the GPU has no room.
+    """
+    target = usable_device(device)
+    if reading is None:
+        check_fits(snapshot, [target])
+        reading = start_reading(snapshot, ring_bytes=ring_bytes_for(target))
+    timeline = timeline or Timeline()
+    try:
+        if weights is None:
+            weights = Weights(reading, {"": target})
+            weights.complete(snapshot)
+            weights.start(timeline)
+        else:
+            weights.complete(snapshot)
+        tensors = weights.wait(timeline)
+    finally:
+        reading.close()
+    return tensors
+
+
+def ring_bytes_for(device: torch.device) -> int:
+    """How much host memory the bytes for a device pass through; 0 where they stay."""
+    return 0 if device.type == "cpu" else RING_BYTES
+
+
+def place_early(reading: Reading, timeline: Timeline) -> Weights | None:
+    """Begin to move to the GPU what arrives of a snapshot that is still being made; hand the result to `load_model`.
+
+    None where the weights stay in host memory, or where several GPUs will have to share them.
+    """
+    if not reading.uses_ring or torch.cuda.device_count() != 1:
+        return None
+    weights = Weights(reading, {"": torch.device("cuda", 0)})
+    weights.start(timeline)
+    return weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Slab:
+    """One allocation on a device: the bytes `begin` to `end` of a file."""
+
+    begin: int
+    end: int
+    data: torch.Tensor
+
+
+class Weights:
+    """The tensors of a snapshot's weights, whose bytes arrive while they are there already.
+
+    Files are prepared with `complete`, when the snapshot is known, or before that, where their bytes are to be moved,
+    as the first of them arrives. `tensors`: by their names in the checkpoint. `stand_ins`: the same as CPU tensors that
+    a model can be built from at once; on the CPU they are the tensors, else views of memory that nobody ever touches.
+    `early`: whether there are any.
+    """
+
+    def __init__(self, reading: Reading, device_map: Mapping[str, torch.device]) -> None:
+        """`device_map`: devices by the names of modules, "" for all that no other one leads to."""
+        self._reading = reading
+        self._devices = device_map
+        self._preparing = threading.Lock()
+        self._headers: dict[str, Header] = {}
+        self._raw: dict[str, bytes] = {}
+        self._thread: threading.Thread | None = None
+        self._began = 0.0
+        self._error: BaseException | None = None
+        self._slabs: dict[str, list[_Slab]] = {}
+        self._bases: list[tuple[int, int, str]] = []
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.stand_ins: dict[str, torch.Tensor] = {}
+        self.early = True
+
+    def complete(self, snapshot: Snapshot) -> None:
+        """Prepare what is left of a snapshot, all of whose files were added to the reading. Raises BadSafetensors and
+        DigestMismatch as `Reading.header` does."""
+        for file in snapshot.weights:
+            self._prepare(file.path)
+
+    def start(self, timeline: Timeline) -> None:
+        """Begin to move what arrives to the devices, in a thread of its own; on the CPU there is nothing to move."""
+        self._began = timeline.now()
+        if self._slabs or self._reading.uses_ring:
+            self._thread = threading.Thread(target=self._move, name="transfer", daemon=True)
+            self._thread.start()
+
+    def wait(self, timeline: Timeline) -> dict[str, torch.Tensor]:
+        """The tensors, once all bytes are in place. Raises DigestMismatch where they are not what was published."""
+        reading = self._reading
+        if self._thread is not None:
+            self._thread.join()
+            if self._error is not None:
+                raise self._error
+            size_bytes = sum(reading.record(path).size_bytes for path in self._slabs)
+            timeline.add(Span("transfer", self._began, timeline.now(), size_bytes))
+        reading.wait_all()
+        ended = reading.ended or reading.began
+        timeline.add(Span("read", reading.began - timeline.began, ended - timeline.began, reading.size_bytes))
+        for path, header in self._headers.items():
+            if path not in self._slabs:
+                self._check_header(path, reading.memory(path))
+                if not self.early:
+                    self._view_in_memory(path, header)
+        return self.tensors
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a CPU tensor is a view of a stand-in."""
+        return self._found(tensor) is not None
+
+    def settled(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """What a view of a stand-in is on its device; None for a tensor that is none."""
+        found = self._found(tensor)
+        if found is None:
+            return None
+        path, offset = found
+        if path not in self._slabs:
+            return tensor
+        slab = next(slab for slab in self._slabs[path] if slab.begin <= offset < slab.end)
+        typed = slab.data[(offset - slab.begin) % tensor.itemsize :]
+        typed = typed[: typed.numel() // tensor.itemsize * tensor.itemsize].view(tensor.dtype)
+        return typed.as_strided(tensor.shape, tensor.stride(), (offset - slab.begin) // tensor.itemsize)
+
+    def _found(self, tensor: torch.Tensor) -> tuple[str, int] | None:
+        address = tensor.data_ptr()
+        for base, length, path in self._bases:
+            if base <= address < base + length:
+                return path, address - base
+        return None
+
+    def _prepare(self, path: str) -> None:
+        """Make room for a file's tensors, unless that was done."""
+        with self._preparing:
+            if path not in self._headers:
+                self._headers[path], self._raw[path] = self._reading.header(path)
+                self._make_room(path, self._headers[path])
+
+    def _make_room(self, path: str, header: Header) -> None:
+        aligned = not any(_begin(header, tensor) % _dtype(tensor, path).itemsize for tensor in header.tensors)
+        self.early = self.early and aligned
+        devices = {self._place(tensor.name) for tensor in header.tensors}
+        if devices <= {torch.device("cpu")} and not self._reading.in_ring(path):
+            memory = self._reading.memory(path)
+            self._bases.append((_address(memory), len(memory), path))
+            if aligned:
+                self._view_in_memory(path, header)
+            return
+        self._slabs[path] = slabs = []
+        for run in _runs(header, self._place):
+            begin, end = _begin(header, run[0]), _begin(header, run[-1]) + run[-1].size_bytes
+            data = torch.empty(end - begin, dtype=torch.uint8, device=self._place(run[0].name))
+            slabs.append(_Slab(begin, end, data))
+            for tensor in run:
+                start = _begin(header, tensor) - begin
+                flat = data[start : start + tensor.size_bytes].view(_dtype(tensor, path))
+                self.tensors[_named(path, tensor)] = flat.view(tensor.shape)
+        size_bytes = self._reading.record(path).size_bytes
+        untouched = memoryview(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | _NO_RESERVE))
+        self._bases.append((_address(untouched), len(untouched), path))
+        if aligned:
+            self.stand_ins |= {
+                _named(path, tensor): _view(untouched, header, tensor, path) for tensor in header.tensors
+            }
+
+    def _place(self, name: str) -> torch.device:
+        """The device for a tensor's name: that of the longest module name that leads to it, else the first."""
+        while name and name not in self._devices:
+            name = name.rpartition(".")[0]
+        return self._devices.get(name) or next(iter(self._devices.values()))
+
+    def _view_in_memory(self, path: str, header: Header) -> None:
+        memory = self._reading.memory(path)
+        for tensor in header.tensors:
+            view = _view(memory, header, tensor, path)
+            self.tensors[_named(path, tensor)] = self.stand_ins[_named(path, tensor)] = view
+
+    def _move(self) -> None:
+        gpus = {device for device in self._devices.values() if device.type == "cuda"}
+        try:
+            transfer(self._reading, _Cuda(self, gpus) if gpus else _Host(self))
+        except BaseException as error:  # handed to whoever waits
+            self._error = error
+
+    def parts(self, arrival: Arrival, view: memoryview) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Where a block's bytes go: pairs of a device's bytes and the host's. Compares the header on its way."""
+        self._prepare(arrival.path)
+        self._check_header(arrival.path, view, arrival.offset)
+        host = torch.frombuffer(view, dtype=torch.uint8)
+        pairs = []
+        for slab in self._slabs.get(arrival.path, ()):
+            first, last = max(slab.begin, arrival.offset), min(slab.end, arrival.offset + arrival.length)
+            if first < last:
+                source = host[first - arrival.offset : last - arrival.offset]
+                pairs.append((slab.data[first - slab.begin : last - slab.begin], source))
+        return pairs
+
+    def _check_header(self, path: str, view: memoryview, offset: int = 0) -> None:
+        """Compare the header that was read ahead of its checksum with the bytes that came with one."""
+        raw = self._raw[path][offset : offset + len(view)]
+        if raw and view[: len(raw)] != raw:
+            raise DigestMismatch(
+                f"{path} of the snapshot changed while it was read: remove the snapshot and seed the model again"
+            )
+
+
+class _Host:
+    """Takes what comes through the ring to memory of the CPU."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+
+    def pin(self, memory: memoryview) -> None: ...
+
+    def unpin(self, memory: memoryview) -> None: ...
+
+    def wait(self, event: Any) -> None: ...
+
+    def copy(self, arrival: Arrival, view: memoryview) -> None:
+        for target, source in self._weights.parts(arrival, view):
+            target.copy_(source)
+
+
+class _Cuda:
+    """Copies on streams of their own, out of memory that is pinned meanwhile."""
+
+    def __init__(self, weights: Weights, devices: set[torch.device]) -> None:
+        self._weights = weights
+        make: Any = torch.cuda.Stream
+        self._streams = {device: make(device) for device in devices}
+        self._pinned: set[int] = set()
+        self._begun: set[str] = set()
+
+    def pin(self, memory: memoryview) -> None:
+        if _cudart("cudaHostRegister", _address(memory), len(memory), _FOR_EVERY_DEVICE):
+            self._pinned.add(_address(memory))
+            return
+        logger.warning("host memory cannot be pinned: the model goes to the GPU more slowly")
+        # torch would find the driver's last error later, and take it for its own.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=next(iter(self._streams)))
+
+    def unpin(self, memory: memoryview) -> None:
+        if _address(memory) in self._pinned:
+            _cudart("cudaHostUnregister", _address(memory))
+
+    def copy(self, arrival: Arrival, view: memoryview) -> list[torch.cuda.Event]:
+        events = []
+        parts = self._weights.parts(arrival, view)
+        if arrival.path not in self._begun:
+            self._begun.add(arrival.path)
+            for device, stream in self._streams.items():
+                stream.wait_stream(torch.cuda.current_stream(device))  # whoever had this memory before has done with it
+        for target, source in parts:
+            stream = self._streams.get(target.device)
+            if stream is None:
+                target.copy_(source)
+                continue
+            with torch.cuda.stream(stream):
+                target.copy_(source, non_blocking=True)
+                events.append(stream.record_event())
+        return events
+
+    def wait(self, event: list[torch.cuda.Event]) -> None:
+        for one in event:
+            one.synchronize()
+
+
+def _cudart(function: str, *arguments: int) -> bool:
+    """Call the CUDA runtime; whether it did what was asked."""
+    cudart: Any = torch.cuda.cudart
+    return int(getattr(cudart(), function)(*arguments)) == 0
+
+
+def _runs(header: Header, place: Place) -> list[list[TensorInfo]]:
+    """The tensors that share an allocation: neighbours on one device, each aligned, of about 1 GiB together."""
+    runs: list[list[TensorInfo]] = []
+    for tensor in header.tensors:
+        if runs:
+            first = runs[-1][0]
+            aligned = (tensor.begin - first.begin) % _ALIGNMENT == 0
+            if aligned and place(first.name) == place(tensor.name) and tensor.end - first.begin <= _SLAB_BYTES:
+                runs[-1].append(tensor)
+                continue
+        runs.append([tensor])
+    return runs
+
+
+def _named(path: str, tensor: TensorInfo) -> str:
+    """A tensor's name among those of its snapshot: parts of a pipeline, in folders of their own, use the same names."""
+    folder = path.rpartition("/")[0]
+    return f"{folder}/{tensor.name}" if folder else tensor.name
+
+
+def _begin(header: Header, tensor: TensorInfo) -> int:
+    return header.data_start + tensor.begin
+
+
+def _dtype(tensor: TensorInfo, path: str) -> torch.dtype:
+    dtype = _TORCH.get(tensor.dtype)
+    if dtype is None:
+        raise BadSafetensors(f"{path} holds {tensor.dtype} tensors, which this version of torch does not know")
+    return dtype
+
+
+def _view(memory: memoryview, header: Header, tensor: TensorInfo, path: str) -> torch.Tensor:
+    """A tensor in the memory of its file; a copy where it does not lie as its dtype wants it."""
+    dtype, begin = _dtype(tensor, path), _begin(header, tensor)
+    if tensor.size_bytes == 0:
+        return torch.empty(tensor.shape, dtype=dtype)
+    buffer: Any = memory
+    if begin % dtype.itemsize:
+        buffer, begin = bytearray(memory[begin : begin + tensor.size_bytes]), 0
+    flat = torch.frombuffer(buffer, dtype=dtype, count=tensor.size_bytes // dtype.itemsize, offset=begin)
+    return flat.view(tensor.shape)
+
+
+def _address(memory: memoryview) -> int:
+    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+
+
+def _weights_bytes(snapshot: Snapshot) -> int:
+    return sum(file.size_bytes for file in snapshot.weights)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What a model may take: free on the GPU, or held by torch and not in use."""
+    free, _total = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))

@@ -1,0 +1,375 @@
+"""`modelstore doctor`: is this volume one that a fleet can rely on, and what stands in the way.
+
+Each finding says what was seen, why it matters, and what to do. The probes work in a folder of their own in the store
+(`trash/doctor-<random>/`), which is removed at the end, and by gc where this process was killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from modelstore.errors import FormatTooNew, ModelStoreError, NoSpace, NotFound, RootUnusable, SnapshotNotFound
+from modelstore.fill.sources import HfCacheSource
+from modelstore.operate import inventory
+from modelstore.reference import Reference, parse_reference
+from modelstore.settings import NETWORK_FILE_SYSTEMS, Settings, bare_environment, mount_of, read_mounts
+from modelstore.units import size
+from modelstore.volume import aliases, durable
+from modelstore.volume.garbage import plan
+from modelstore.volume.layout import Layout
+from modelstore.volume.snapshots import Catalog, check_place
+
+logger = logging.getLogger(__name__)
+
+Level = Literal["ok", "warning", "error"]
+PROBE_BYTES = 64 << 20
+_VISIBLE_S = 2.0
+_SLOW_BYTES_PER_S = 100e6
+_CLOCK_OFF_S = 60.0
+_UNCOUNTED = ("what is there cannot be counted", "see above, or check the mount")
+_LOCAL_LOCKS = ("mfsnobsdlocks", "nolock", "local_lock=all", "local_lock=flock")
+_LOCKER = (
+    "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); "
+    "sys.stdin.read()"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at; `exit_code` is that of the error which it would lead to."""
+
+    check: str
+    level: Level
+    what: str
+    why: str = ""
+    do: str = ""
+    exit_code: int = 0
+
+
+Check = Callable[[], Finding]
+
+
+def diagnose(
+    settings: Settings, *, peer: Path | None = None, reference: str | None = None, probe_bytes: int = PROBE_BYTES
+) -> Iterator[Finding]:
+    """Look at one thing after another. `peer`: the store's root on another mount of the same volume. `reference`: a
+    model that shall be within reach."""
+    layout = Layout(settings.root)
+    try:
+        check_place(settings.root)
+    except RootUnusable as error:
+        yield _error("mount", str(error), "the store has no place", "see above")
+        return
+    yield _mounted(settings.root)
+    store = _format(layout)
+    yield store
+    if store.level == "error":
+        return
+    yield from _probed(layout, peer, probe_bytes)
+    yield _quota(layout, settings)
+    yield _leftovers(layout, settings)
+    yield from _hub(settings)
+    if reference is not None:
+        yield _access(layout, settings, reference)
+
+
+def exit_code(findings: list[Finding]) -> int:
+    """0 where nothing is worse than a warning, else the code of the first error."""
+    return next((finding.exit_code or 1 for finding in findings if finding.level == "error"), 0)
+
+
+def _ok(check: str, what: str) -> Finding:
+    return Finding(check, "ok", what)
+
+
+def _warning(check: str, what: str, why: str, do: str) -> Finding:
+    return Finding(check, "warning", what, why, do)
+
+
+def _error(check: str, what: str, why: str, do: str, code: int = 1) -> Finding:
+    return Finding(check, "error", what, why, do, code)
+
+
+def _failed(check: str, error: ModelStoreError | OSError, why: str, do: str) -> Finding:
+    return _error(check, str(error), why, do, error.exit_code if isinstance(error, ModelStoreError) else 1)
+
+
+def _mounted(root: Path) -> Finding:
+    """By the mount table: RunPod's cached models make `/runpod-volume` a folder without a volume."""
+    mount = mount_of(root, read_mounts())
+    if mount is None:
+        return _warning("mount", "this system has no mount table", "whether a volume is there cannot be told", "go on")
+    what = f"{root} is on {mount.device} ({mount.kind}), mounted at {mount.point}"
+    if "ro" in mount.options:
+        return _error("mount", f"{what}, read-only", "nothing can be published", "mount it for writing")
+    if mount.kind not in NETWORK_FILE_SYSTEMS:
+        return _warning(
+            "mount", what, "this is no network volume: other workers do not see it",
+            "attach the volume to the endpoint, or set MODELSTORE_ROOT to a folder on it",
+        )  # fmt: skip
+    if local := [option for option in mount.options if option in _LOCAL_LOCKS]:
+        return _warning(
+            "mount", f"{what}, with {', '.join(local)}", "locks hold on one host only: a dead worker shows later",
+            "nothing, if the fleet may wait for the heartbeat; else mount it without that option",
+        )  # fmt: skip
+    return _ok("mount", what)
+
+
+def _format(layout: Layout) -> Finding:
+    try:
+        Catalog(layout).check_format()
+    except FormatTooNew as error:
+        return _failed("format", error, "this version would misread it", "upgrade modelstore")
+    except ModelStoreError as error:
+        return _failed("format", error, "nothing can be found there", "check the mount")
+    there = layout.format_file.exists()
+    return _ok("format", "the store's format is known" if there else "no store yet: the first download makes it")
+
+
+def _probed(layout: Layout, peer: Path | None, probe_bytes: int) -> Iterator[Finding]:
+    """What has to be tried; the first thing that the volume does not take ends it."""
+    folder = layout.trash / f"doctor-{secrets.token_hex(4)}"
+    try:
+        durable.check_no_links(layout.root, folder)
+        durable.make_folder(folder)
+        try:
+            yield from _probes(folder, (peer or layout.root) / folder.relative_to(layout.root), probe_bytes)
+        finally:
+            _remove(folder)
+    except NoSpace as error:
+        yield _failed("space", error, "no model can be published", "remove one, or run gc")
+    except FileNotFoundError:
+        what = "the doctor's folder is gone: a download that needed room has emptied the trash"
+        yield _warning("write", what, "the rest was not tried", "run it again")
+    except (ModelStoreError, OSError) as error:
+        yield _failed("write", error, "nothing can be published", "check MODELSTORE_ROOT and the mount")
+
+
+def _remove(folder: Path) -> None:
+    try:
+        durable.remove_tree(folder)
+    except (ModelStoreError, OSError) as error:  # says nothing of what was found
+        logger.warning("%s stays until the next gc: %s", folder, error)
+
+
+def _probes(folder: Path, other: Path, probe_bytes: int) -> Iterator[Finding]:
+    if not other.is_dir():
+        yield _error("peer", f"{other} is not there", "--peer is another volume", "mount the same volume there")
+        other = folder
+    yield _exclusive(folder, other)
+    yield _renames(folder)
+    yield _hard_links(folder)
+    yield _locks(folder, other)
+    if other != folder:
+        yield _visible(folder, other)
+    yield _clock(folder)
+    yield from _rates(folder, probe_bytes)
+
+
+def _exclusive(folder: Path, other: Path) -> Finding:
+    """A file that one mount has created exclusively, the other cannot."""
+    os.close(durable.open_for_write(folder / "claim", exclusive=True))
+    try:
+        os.close(durable.open_for_write(other / "claim", exclusive=True))
+    except FileExistsError:
+        return _ok("exclusive creates", "a file is created by one and refused to the others")
+    return _error(
+        "exclusive creates", "the same file was created twice", "two workers could both believe to hold a claim",
+        "do not use this file system for a store",
+    )  # fmt: skip
+
+
+def _renames(folder: Path) -> Finding:
+    for name in ("staged", "published"):
+        durable.make_folder(folder / name)
+        durable.write_atomic(folder / name / "file", name.encode())
+    try:
+        durable.rename(folder / "staged", folder / "published")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return _ok("renames", "a folder that is there is not replaced")
+        what = f"renaming onto a folder fails with {error.strerror}"
+        return _error("renames", what, "publishing relies on it", "do not use this file system for a store")
+    return _error(
+        "renames", "a folder was replaced by a rename", "a second publisher would replace the first one's snapshot",
+        "do not use this file system for a store",
+    )  # fmt: skip
+
+
+def _hard_links(folder: Path) -> Finding:
+    durable.write_atomic(folder / "one", b"1")
+    try:
+        durable.link(folder / "one", folder / "two")
+    except FileNotFoundError:
+        raise
+    except (ModelStoreError, OSError) as error:
+        return _warning("hard links", str(error), "files of two variants are stored twice", "plan more space")
+    return _ok("hard links", "they work")
+
+
+def _locks(folder: Path, other: Path) -> Finding:
+    """A lock that another process holds, through the other mount where there is one, is seen here."""
+    durable.write_atomic(folder / "lock", b"")
+    with subprocess.Popen(
+        [sys.executable, "-c", _LOCKER, str(other / "lock")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=bare_environment(),
+    ) as holder:  # fmt: skip
+        assert holder.stdout is not None
+        held = holder.stdout.readline().strip() == b"held"
+        fd = durable.open_for_read(folder / "lock")
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            excluded = False
+        except OSError:
+            excluded = True
+        finally:
+            os.close(fd)
+            holder.kill()
+    if held and excluded:
+        return _ok("locks", f"they exclude {'another mount' if other != folder else 'another process of this host'}")
+    return _warning(
+        "locks", "a lock that another process holds is not seen", "a dead worker is found by its heartbeat, later",
+        "nothing: the store is correct without locks",
+    )  # fmt: skip
+
+
+def _visible(folder: Path, other: Path) -> Finding:
+    began = time.monotonic()
+    durable.write_atomic(folder / "seen", b"1")
+    while time.monotonic() - began < _VISIBLE_S:
+        if (other / "seen").exists():
+            return _ok("visibility", f"a new file is seen from the other mount within {time.monotonic() - began:.3f} s")
+        time.sleep(0.001)
+    return _warning(
+        "visibility", f"a new file is not seen from the other mount within {_VISIBLE_S:g} s",
+        "workers learn late what others have published", "mount it with shorter caches of names",
+    )  # fmt: skip
+
+
+def _clock(folder: Path) -> Finding:
+    off = time.time() - durable.touch(folder / "clock")
+    if abs(off) > _CLOCK_OFF_S:
+        what = f"this host's clock is {off:+.0f} s off the volume's"
+        return _warning("clock", what, "times in the history are wrong; nothing else relies on it", "set the clock")
+    return _ok("clock", f"within {max(abs(off), 1):.0f} s of the volume's")
+
+
+def _rates(folder: Path, probe_bytes: int) -> Iterator[Finding]:
+    """Write and read once, past this host's cache where the file system lets it."""
+    path, block = folder / "rate", os.urandom(1 << 20)
+    began = time.monotonic()
+    fd = durable.open_for_write(path)
+    try:
+        for offset in range(0, probe_bytes, len(block)):
+            durable.write_at(fd, block, offset, path=path)
+        durable.sync(fd, path=path)
+    finally:
+        durable.close(fd, path=path)
+    wrote = probe_bytes / (time.monotonic() - began)
+    fd = durable.open_for_read(path)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        began = time.monotonic()
+        while os.read(fd, 8 << 20):
+            pass
+        read = probe_bytes / (time.monotonic() - began)
+    finally:
+        os.close(fd)
+    for name, rate in (("write rate", wrote), ("read rate", read)):
+        if rate < _SLOW_BYTES_PER_S:
+            minutes = 16e9 / rate / 60
+            why = f"a model of 16 GB takes {minutes:.0f} minutes"
+            yield _warning(name, f"{rate / 1e6:.0f} MB/s", why, "ask whether the volume is under load, try again")
+        else:
+            yield _ok(name, f"{rate / 1e6:.0f} MB/s over {probe_bytes / 1e6:.0f} MB")
+
+
+def _quota(layout: Layout, settings: Settings) -> Finding:
+    try:
+        found = inventory.space(layout, settings)
+    except (ModelStoreError, OSError) as error:
+        return _failed("quota", error, *_UNCOUNTED)
+    taken = f"the store takes {size(found['taken'])}"
+    if found["quota"] is None:
+        return _warning(
+            "quota", f"{taken}, without a quota", "the volume's own limit shows in the middle of a download",
+            "set MODELSTORE_QUOTA to a little less than the volume's size",
+        )  # fmt: skip
+    free = f"{taken} of {size(found['quota'])}"
+    if found["free"] < found["quota"] / 20:
+        do = f"evict ({size(found['evictable'])} may go): `modelstore gc --to …`, or raise the quota"
+        return _warning("quota", free, "the next model may not fit", do)
+    return _ok("quota", free)
+
+
+def _leftovers(layout: Layout, settings: Settings) -> Finding:
+    try:
+        wanted = plan(layout, settings)
+        damaged = [record for record in inventory.models(layout) if not record["complete"]]
+    except (ModelStoreError, OSError) as error:
+        return _failed("leftovers", error, *_UNCOUNTED)
+    if damaged:
+        names = ", ".join(record["repo_id"] for record in damaged[:3])
+        return _error(
+            "snapshots", f"{len(damaged)} of them lack files or a manifest: {names}", "a worker downloads them again",
+            "run `modelstore verify`, then seed them again", 5,
+        )  # fmt: skip
+    if wanted.garbage:
+        what = f"{len(wanted.garbage)} leftovers, {size(sum(item.size_bytes for item in wanted.garbage))}"
+        return _warning("leftovers", what, "they take space", "run `modelstore gc`")
+    return _ok("leftovers", "nothing that nobody needs")
+
+
+def _hub(settings: Settings) -> Iterator[Finding]:
+    if settings.offline:
+        yield _ok("hub", "MODELSTORE_OFFLINE is set: it is never asked")
+        return
+    from modelstore.fill.hub import check_token
+
+    if settings.hf_token is None:
+        yield Finding("token", "ok", "HF_TOKEN is not set: public models alone")
+    else:
+        try:
+            yield _ok("token", f"HF_TOKEN belongs to {check_token(settings)}")
+        except ModelStoreError as error:
+            yield _failed("token", error, "gated and private models are refused", "set another")
+
+
+def _access(layout: Layout, settings: Settings, reference: str) -> Finding:
+    """Whether a worker that is told to serve `reference` comes by it, in the order in which it looks: published, a
+    folder, an HF cache on the volume, the Hub."""
+    from modelstore.fill.hub import HubSource
+
+    try:
+        wanted = parse_reference(reference)
+        if (snapshot := Catalog(layout).find(wanted, settings.dtype)) is not None:
+            return _ok("access", f"{reference} is published, {snapshot.key}: a start asks nobody")
+        if wanted.kind == "alias":  # its snapshot was evicted, and is made again
+            key = aliases.target(layout, wanted.name)
+            wanted = Reference("hub", key.repo_id, key.commit)
+        if wanted.kind == "file":
+            if not Path(wanted.name).is_dir():
+                raise NotFound(f"{reference} is not a folder: give the folder that holds the model's files")
+            return _ok("access", f"{reference} is a folder")
+        if any(HfCacheSource(cache, wanted).whole() for cache in settings.hf_caches):
+            return _ok("access", f"{reference} lies in an HF cache on the volume")
+        if settings.offline:
+            raise SnapshotNotFound(f"{reference} is not on the volume as {settings.dtype}")
+        return _ok("access", f"{reference} is within reach, at {HubSource(wanted, settings).resolve().commit[:12]}")
+    except ModelStoreError as error:
+        return _failed("access", error, "a worker cannot serve it", "seed another, or see above")
+    except OSError as error:
+        return _failed("access", error, "a worker cannot serve it", "check the folder")

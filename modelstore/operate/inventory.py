@@ -1,0 +1,150 @@
+"""What is on a volume, as records: its snapshots and who uses them, what takes the space, who downloads what.
+
+Reads, and writes nothing but the touch that tells the volume's time.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from modelstore.settings import Settings
+from modelstore.volume import aliases, durable, pins
+from modelstore.volume.claim import ClaimRecord, current_record
+from modelstore.volume.evict import survey
+from modelstore.volume.layout import Layout, SnapshotKey
+from modelstore.volume.snapshots import Catalog, keyed_folders
+from modelstore.volume.space import Space
+
+_LOOK_AGAIN_S = 1.5
+
+_Seen = tuple[SnapshotKey, durable.Contents | None, set[str] | None, tuple[pins.Mark, ...]]
+
+
+def models(layout: Layout) -> list[dict[str, Any]]:
+    """The snapshots, by repo and commit: size, last use, pin, aliases, and the workers that use them now.
+
+    `complete` is false where a file that the manifest names is not there, or the manifest cannot be read; sizes and
+    bytes are what `verify` compares.
+    """
+    catalog = Catalog(layout)
+    keys = list(catalog.keys())
+    now = pins.volume_time(layout) if keys else 0.0
+    aliased, pinned, marked = aliases.targets(layout).known, pins.pinned(layout), pins.marked_repos(layout)
+
+    records = []
+    # What is read is parsed after all was read: a thread that computes holds up those that read.
+    for seen in durable.at_once(lambda key: _seen(catalog, layout, key, now, marked), keys):
+        if seen is None:
+            continue
+        key, file, names, marks = seen
+        manifest = catalog.parse(key, file)
+        tops = {file.path.split("/")[0] for file in manifest.files} if manifest else set()
+        records.append(
+            {
+                "repo_id": key.repo_id,
+                "commit": key.commit,
+                "dtype": key.dtype,
+                "path": str(layout.snapshot(key)),
+                "files": len(manifest.files) if manifest else 0,
+                "bytes": manifest.size_bytes if manifest else 0,
+                "complete": bool(tops) and (names is None or tops <= names),
+                "idle_s": round(max(now - marks[0].touched_at, 0.0)) if marks else None,
+                "pinned": key in pinned,
+                "aliases": list(aliased.get(key, ())),
+                "in_use_by": list(pins.users_of(marks, now)),
+            }
+        )
+    return records
+
+
+def space(layout: Layout, settings: Settings) -> dict[str, Any]:
+    """What takes how many bytes, against the quota, and what an eviction frees; files with two names count once."""
+    Catalog(layout).check_format()
+    candidates = survey(layout)
+    seen: set[tuple[int, int]] = set()
+    folders = {"models": layout.models, "staging": layout.root / "staging"}
+    folders |= {"quarantine": layout.quarantine, "trash": layout.trash}
+    kinds = {kind: durable.tree_bytes(folder, seen) for kind, folder in folders.items()}
+    taken = Space(layout, settings).taken()
+    kinds["promised"] = max(taken - sum(kinds.values()), 0)  # to downloads that run
+    may_go = [candidate for candidate in candidates if not candidate.kept_because]
+    return {
+        "root": str(layout.root),
+        "quota": settings.quota_bytes,
+        "taken": taken,
+        "free": None if settings.quota_bytes is None else max(settings.quota_bytes - taken, 0),
+        "kinds": kinds,
+        "evictable": sum(candidate.size_bytes for candidate in may_go),
+        "snapshots": [
+            {
+                "repo_id": candidate.key.repo_id,
+                "commit": candidate.key.commit,
+                "dtype": candidate.key.dtype,
+                "bytes": candidate.size_bytes,
+                "idle_s": round(candidate.idle_s),
+                "kept_because": candidate.kept_because,
+            }
+            for candidate in sorted(candidates, key=lambda candidate: -candidate.size_bytes)
+        ],
+    }
+
+
+def claims(layout: Layout, *, sleep: Callable[[float], None] = time.sleep) -> list[dict[str, Any]]:
+    """The downloads that somebody holds the claim of: who, how far, how long still, and whether the holder is alive.
+
+    Looks twice, a few heartbeats apart: a holder that said nothing in between is gone, or its host is.
+    """
+    Catalog(layout).check_format()
+
+    def held(key: SnapshotKey) -> tuple[SnapshotKey, int, ClaimRecord] | None:
+        generation, record = current_record(layout.claims(key))
+        return (key, generation, record) if record is not None and record.state == "held" else None
+
+    keys = [key for key, _folder in keyed_folders(layout.root / "claims")]
+    first = [found for found in durable.at_once(held, keys) if found is not None]
+    if not first:
+        return []
+    sleep(_LOOK_AGAIN_S)
+    records = []
+    for key, generation, before in first:
+        found = held(key)
+        if found is None:
+            continue
+        _key, now_generation, record = found
+        records.append(
+            {
+                "repo_id": key.repo_id,
+                "commit": key.commit,
+                "dtype": key.dtype,
+                "generation": now_generation,
+                "worker": record.worker,
+                "host": record.host,
+                "pid": record.pid,
+                "phase": record.phase,
+                "done": record.done,
+                "total": record.total,
+                "eta_s": record.eta_s,
+                "alive": (now_generation, record.beat) != (generation, before.beat),
+            }
+        )
+    return records
+
+
+def _seen(catalog: Catalog, layout: Layout, key: SnapshotKey, now: float, marked: frozenset[str]) -> _Seen | None:
+    """A snapshot's manifest, what lies in its folder, and its marks; None where it was evicted meanwhile.
+
+    The names are None where the folder's time says that nothing was put or removed since the manifest was written. That
+    saves a round trip on MooseFS, whose times are whole seconds; where they are finer, the folder is always later. A
+    copy that left files out and restored the times is not seen: that takes `verify`.
+    """
+    file, folder = catalog.read(key), layout.snapshot(key)
+    names: set[str] | None = None
+    try:
+        if file is None or os.lstat(folder).st_mtime_ns > file.state.st_mtime_ns:
+            names = set(os.listdir(folder))
+    except FileNotFoundError:
+        return None
+    return key, file, names, pins.recent_marks(layout, key, now) if key.parts[0] in marked else ()

@@ -1,0 +1,89 @@
+"""A list of models that a volume shall hold, as a TOML file that people keep beside their code.
+
+[[model]]
+reference = "org/name@main"       # as `modelstore seed` takes it
+dtype = "bfloat16"                # and the rest where it is wanted
+overflow = "bfloat16"
+aliases = ["chat"]
+pin = true
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from modelstore.errors import InvalidReference, InvalidSetting, UsageError
+from modelstore.reference import Reference, parse_reference
+from modelstore.settings import Dtype, parse_dtype
+from modelstore.volume import aliases
+
+_KEYS: Mapping[str, tuple[type, str]] = {
+    "reference": (str, "a string"),
+    "dtype": (str, "a string"),
+    "overflow": (str, "stop or bfloat16"),
+    "aliases": (list, "a list of names"),
+    "pin": (bool, "true or false"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A model that shall be on the volume, and what it is to be called there."""
+
+    reference: Reference
+    dtype: Dtype | None = None
+    overflow: Literal["stop", "bfloat16"] = "stop"
+    aliases: tuple[str, ...] = ()
+    pin: bool = False
+
+
+def read_list(path: Path) -> tuple[Wanted, ...]:
+    """The models that a file names. Raises UsageError with the entry and what is wrong with it."""
+    try:
+        data = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no TOML file: {error}") from error
+    entries = data.pop("model", None)
+    if data or not isinstance(entries, list) or not entries:
+        extra = f", not {', '.join(data)}" if data else ""
+        raise UsageError(f"{path} must hold tables [[model]]{extra}: see `modelstore seed --help`")
+    found = []
+    for number, entry in enumerate(entries, 1):
+        try:
+            found.append(_wanted(entry))
+        except (UsageError, InvalidReference, InvalidSetting) as error:
+            raise UsageError(f"{path}: model {number}: {error}") from error
+    names = [name for one in found for name in one.aliases]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UsageError(f"{path}: the alias {min(twice)} is given to two models")
+    return tuple(found)
+
+
+def _wanted(entry: Any) -> Wanted:
+    if not isinstance(entry, dict) or "reference" not in entry:
+        raise UsageError('it has no reference, as in reference = "org/name"')
+    for name, value in entry.items():
+        if name not in _KEYS:
+            raise UsageError(f"{name} is not known: use {', '.join(_KEYS)}")
+        kind, meant = _KEYS[name]
+        if not isinstance(value, kind):
+            raise UsageError(f"{name} must be {meant}, not {value!r}")
+    reference = parse_reference(entry["reference"])
+    if reference.kind == "alias":
+        raise UsageError(f"{reference} is an alias: name the model itself, and the alias in aliases")
+    overflow = entry.get("overflow", "stop")
+    if overflow not in ("stop", "bfloat16"):
+        raise UsageError(f"overflow must be stop or bfloat16, not {overflow!r}")
+    return Wanted(
+        reference,
+        parse_dtype("dtype", entry["dtype"]) if "dtype" in entry else None,
+        cast(Literal["stop", "bfloat16"], overflow),
+        tuple(aliases.checked(str(name).removeprefix("@")) for name in entry.get("aliases", [])),
+        entry.get("pin", False),
+    )

@@ -1,0 +1,150 @@
+"""The weights of a snapshot that is still being made, in memory before it is published.
+
+Who makes it keeps what it writes; who waits looks at the staging now and then, and reads what is finished there: that
+was verified, and has a record with its checksums. Nothing of it is used before the snapshot is published and its
+manifest names the same bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modelstore.errors import ModelStoreError, SnapshotNotFound
+from modelstore.fill.observer import Observer
+from modelstore.fill.progress import Progress
+from modelstore.fill.staging import finished_record
+from modelstore.load.reader import Reading, host_memory
+from modelstore.volume import durable
+from modelstore.volume.claim import is_generation
+from modelstore.volume.layout import Layout, SnapshotKey, StagingLayout
+from modelstore.volume.manifest import BLOCK_BYTES, FileRecord
+from modelstore.volume.snapshots import Snapshot
+
+if TYPE_CHECKING:
+    from modelstore.volume.claim import Holder
+
+logger = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 0.5
+
+
+class Following(Observer):
+    """Watches how a snapshot is made, tells `observer` of it, and has `reading` take what is finished.
+
+    Use `finish` for the snapshot that was made, and `give_up` where there will be none.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        observer: Observer,
+        reading: Reading,
+        *,
+        keep_bytes: float = float("inf"),
+        check: Callable[[SnapshotKey, int], None] = lambda _key, _weights_bytes: None,
+    ) -> None:
+        """`keep_bytes`: host memory for what this process writes itself. `check` is told of what is planned; what it
+        raises stops that."""
+        self._layout = layout
+        self._observer = observer
+        self._reading = reading
+        self._check = check
+        self._left = keep_bytes
+        self._kept: dict[str, memoryview] = {}
+        self._key: SnapshotKey | None = None
+        self._followed: dict[str, FileRecord] = {}
+        self._looked = float("-inf")
+        self._lock = threading.Lock()
+
+    def planned(self, key: SnapshotKey, *, weights_bytes: int) -> None:
+        self._check(key, weights_bytes)
+        self._observer.planned(key, weights_bytes=weights_bytes)
+
+    def filling(self, key: SnapshotKey, progress: Progress) -> None:
+        self._observer.filling(key, progress)
+
+    def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
+        self._observer.waiting(key, holder, left_s=left_s)
+        now = time.monotonic()
+        if now - self._looked >= _LOOK_EVERY_S:
+            self._looked = now
+            try:
+                self._look(key)
+            except (ModelStoreError, OSError) as error:  # it moves under us, when it is published or taken over
+                logger.debug("the staging of %s cannot be followed just now: %s", key, error)
+
+    def failed(self, key: SnapshotKey) -> None:
+        self._observer.failed(key)
+
+    def memory(self, key: SnapshotKey, path: str, size_bytes: int) -> memoryview | None:
+        with self._lock:
+            self._left += len(self._kept.pop(path, b""))
+            if not self._is_of(key) or path in self._followed or size_bytes > self._left:
+                return None
+            memory = self._kept[path] = host_memory(size_bytes)
+            self._left -= len(memory)
+            return memory
+
+    def finished(self, key: SnapshotKey, folder: Path, record: FileRecord) -> None:
+        self._observer.finished(key, folder, record)
+        try:
+            self._take(key, folder, record)
+        except (ModelStoreError, OSError) as error:
+            logger.debug("%s cannot be read just now: %s", record.path, error)
+
+    def finish(self, snapshot: Snapshot) -> Reading | None:
+        """The reading of all of the snapshot, of which a part has arrived; None where it is of no use, because what was
+        published is something else."""
+        if any(snapshot.manifest.file(path) != record for path, record in self._followed.items()):
+            logger.info("%s was published otherwise than what was followed: it is read again", snapshot.key)
+            self.give_up()
+            return None
+        rest = [file for file in snapshot.manifest.files if file.path not in self._followed]
+        try:
+            self._reading.add(snapshot.path, rest, block_bytes=snapshot.manifest.block_bytes)
+        except SnapshotNotFound:  # evicted already: whoever asks will look again
+            self.give_up()
+            return None
+        self._reading.no_more()
+        return self._reading
+
+    def give_up(self) -> None:
+        """Stop to read."""
+        self._kept.clear()
+        self._reading.close()
+
+    def _is_of(self, key: SnapshotKey) -> bool:
+        """Whether this is the snapshot that is followed, the first one; where float16 overflows, another comes."""
+        self._key = self._key or key
+        return self._key == key
+
+    def _take(self, key: SnapshotKey, folder: Path, record: FileRecord) -> None:
+        with self._lock:
+            memory = self._kept.pop(record.path, None)
+            if not self._is_of(key) or record.path in self._followed:
+                return
+            if memory is not None:
+                self._reading.adopt(folder, record, memory, block_bytes=BLOCK_BYTES)
+            else:
+                self._reading.add(folder, [record], block_bytes=BLOCK_BYTES)
+            self._followed[record.path] = record
+
+    def _look(self, key: SnapshotKey) -> None:
+        folder = self._layout.staging(key)
+        generations = [path for path in durable.entries(folder) if is_generation(path.name)]
+        if not generations:
+            return
+        staging = StagingLayout(max(generations, key=lambda path: int(path.name)))
+        for path in durable.entries(staging.done):
+            name = path.name.removesuffix(".json")
+            if name in self._followed or not name.endswith(".safetensors"):
+                continue
+            record = finished_record(path)
+            if record is not None and record.path == name:
+                logger.info("reading %s, which is finished, while the rest is made", name)
+                self._take(key, staging.snapshot, record)

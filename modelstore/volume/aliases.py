@@ -1,0 +1,170 @@
+"""Aliases: names on the volume that point to a snapshot and can be repointed, which is how models are swapped.
+
+A record, `aliases/<name>.json`, is the alias's whole history, the last entry being where it points now. It is replaced
+by one rename, so a reader sees either the old or the new. An entry for a part of the fleet ("percent") is a canary: the
+workers of that share, told by their ids, follow it, and the others the last entry that is for all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modelstore.dtypes import DTYPES
+from modelstore.errors import InvalidReference, ModelStoreError, SnapshotNotFound
+from modelstore.reference import is_alias, is_commit, is_repo_id
+from modelstore.units import printable
+from modelstore.volume import durable
+from modelstore.volume.layout import Layout, SnapshotKey
+
+_KEPT = 100
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Pointed:
+    """Where an alias pointed from `at` on (seconds since 1970), who pointed it there, and for how much of the fleet."""
+
+    key: SnapshotKey
+    at: int
+    by: str
+    percent: int = 100
+
+    def as_json(self) -> dict[str, Any]:
+        """As it stands in the record."""
+        return {
+            "repo_id": self.key.repo_id,
+            "commit": self.key.commit,
+            "dtype": self.key.dtype,
+            "at": self.at,
+            "by": self.by,
+            **({"percent": self.percent} if self.percent < 100 else {}),
+        }
+
+
+def names(layout: Layout) -> Iterator[str]:
+    """All aliases."""
+    for path in durable.entries(layout.aliases):
+        if path.suffix == ".json" and is_alias(path.stem):
+            yield path.stem
+
+
+def history(layout: Layout, name: str) -> tuple[Pointed, ...]:
+    """Where an alias has pointed, the latest last; empty where there is no such alias.
+
+    Raises InvalidReference where its record cannot be read.
+    """
+    path = layout.alias(name)
+    try:
+        data = durable.read_file(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    except OSError as error:
+        raise InvalidReference(f"{path} cannot be read ({error.strerror}): point @{name} anew") from error
+    try:
+        entries = [
+            Pointed(
+                SnapshotKey(one["repo_id"], one["commit"], one["dtype"]),
+                int(one["at"]),
+                printable(str(one["by"])),
+                int(one.get("percent", 100)),
+            )
+            for one in json.loads(data)["history"]
+        ]
+        if entries and all(
+            isinstance(e.key.repo_id, str)
+            and is_repo_id(e.key.repo_id)
+            and is_commit(e.key.commit)
+            and e.key.dtype in DTYPES
+            and 1 <= e.percent <= 100
+            and 0 <= e.at < 1e11
+            for e in entries
+        ):
+            return tuple(entries)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        pass
+    raise InvalidReference(f"{path} is damaged: point @{name} anew")
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The aliases that point to each snapshot, and those whose record is damaged: they may point to any."""
+
+    known: Mapping[SnapshotKey, tuple[str, ...]]
+    damaged: tuple[str, ...]
+
+    def keeping(self, key: SnapshotKey) -> tuple[str, ...]:
+        """The aliases for whose sake a snapshot must stay."""
+        return self.known.get(key, ()) + self.damaged
+
+
+def targets(layout: Layout) -> Targets:
+    """Where all aliases point; a damaged record is a warning."""
+    known: dict[SnapshotKey, tuple[str, ...]] = {}
+    damaged = []
+    for name in names(layout):
+        try:
+            entries = history(layout, name)
+        except InvalidReference as error:
+            logger.warning("%s", error)
+            damaged.append(name)
+            continue
+        for key in {entries[-1].key, stable(entries).key} if entries else ():
+            known[key] = (*known.get(key, ()), name)
+    return Targets(known, tuple(damaged))
+
+
+def checked(name: str) -> str:
+    """`name`, if it can be an alias's. Raises InvalidReference."""
+    if not is_alias(name):
+        raise InvalidReference(f"{name!r} is not an alias: use lower-case letters, digits, '.', '_' and '-'")
+    return name
+
+
+def target(layout: Layout, name: str, *, worker: str | None = None) -> SnapshotKey:
+    """Where an alias points; for a worker of a canary's share, to that. Raises SnapshotNotFound where there is no such
+    alias."""
+    found = history(layout, name)
+    if not found:
+        raise SnapshotNotFound(f"the store has no alias @{name}: set it, or name the model as org/name")
+    if worker is not None and share_of(name, worker) < found[-1].percent:
+        return found[-1].key
+    return stable(found).key
+
+
+def stable(entries: Sequence[Pointed]) -> Pointed:
+    """The last entry that is for the whole fleet; where there is none, the last."""
+    return next((entry for entry in reversed(entries) if entry.percent == 100), entries[-1])
+
+
+def remove(layout: Layout, name: str) -> None:
+    """Take an alias away, with its history."""
+    path = layout.alias(name)
+    durable.check_no_links(layout.root, path)
+    durable.remove_file(path)
+
+
+def share_of(name: str, worker: str) -> int:
+    """A worker's place among a hundred, always the same; a canary of n percent is for those below n."""
+    return zlib.crc32(f"{name}:{worker}".encode()) % 100
+
+
+def point(layout: Layout, name: str, key: SnapshotKey, by: str, *, percent: int = 100) -> None:
+    """Let an alias point to a snapshot that the caller knows to be published; `percent`: for how much of the fleet."""
+    try:
+        before = history(layout, name)
+    except ModelStoreError:
+        before = ()
+    if before and (before[-1].key, before[-1].percent) == (key, percent):
+        return
+    entries = [*before, Pointed(key, int(time.time()), by, percent)]
+    entries = [entry for entry in entries[:-_KEPT] if entry is stable(entries)] + entries[-_KEPT:]
+    path = layout.alias(name)
+    durable.check_no_links(layout.root, path)
+    durable.write_atomic(path, json.dumps({"history": [entry.as_json() for entry in entries]}).encode() + b"\n")

@@ -1,0 +1,115 @@
+"""The digests of a file: SHA-256 over all of it, XXH3-64 for each of its blocks; made in one pass.
+
+The block checksums are what the manifest keeps and what every reader compares; SHA-256 is what sources state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from modelstore.volume import durable
+from modelstore.volume.manifest import BLOCK_BYTES, CHECKSUM_HEX, FileRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """A file's own digests: SHA-256, and the XXH3-64 of each block in hex, joined."""
+
+    sha256: str
+    blocks: str
+
+
+class RunningDigests:
+    """SHA-256 and block checksums of bytes that are given in order."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self._block = xxhash.xxh3_64()
+        self._in_block = 0
+        self._blocks: list[str] = []
+
+    def update(self, data: bytes | bytearray | memoryview) -> None:
+        self._sha256.update(data)
+        view = memoryview(data)
+        while view:
+            part = view[: BLOCK_BYTES - self._in_block]
+            self._block.update(part)
+            self._in_block += len(part)
+            view = view[len(part) :]
+            if self._in_block == BLOCK_BYTES:
+                self._end_block()
+
+    def finish(self) -> Digests:
+        if self._in_block:
+            self._end_block()
+        return Digests(self._sha256.hexdigest(), "".join(self._blocks))
+
+    def _end_block(self) -> None:
+        self._blocks.append(self._block.hexdigest())
+        self._block = xxhash.xxh3_64()
+        self._in_block = 0
+
+
+def digests_of_file(path: Path, *, guard: Callable[[], None] = lambda: None) -> Digests:
+    """The digests of a file as it lies; `guard` is called for each block, and may raise."""
+    running = RunningDigests()
+    fd = durable.open_for_read(path)
+    try:
+        while data := os.read(fd, BLOCK_BYTES):
+            guard()
+            running.update(data)
+    finally:
+        os.close(fd)
+    return running.finish()
+
+
+def git_oid(fd: int, size_bytes: int) -> str:
+    """Git's name for the file's bytes: SHA-1 over a small header and them."""
+    digest = hashlib.sha1(b"blob %d\0" % size_bytes, usedforsecurity=False)
+    offset = 0
+    while data := os.pread(fd, 1 << 20, offset):
+        digest.update(data)
+        offset += len(data)
+    return digest.hexdigest()
+
+
+def git_oid_of(path: Path) -> str:
+    """The same, of a file by its path."""
+    fd = durable.open_for_read(path)
+    try:
+        return git_oid(fd, os.fstat(fd).st_size)
+    finally:
+        os.close(fd)
+
+
+def has_blocks(path: Path, record: FileRecord) -> bool:
+    """Whether the file at `path` has the record's size and block checksums and can be read; links are not followed."""
+    try:
+        fd = durable.open_for_read(path)
+    except OSError:
+        return False
+    try:
+        whole = os.fstat(fd).st_size == record.size_bytes
+        return whole and all(has_block(fd, record, index) for index in range(block_count(record)))
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def block_count(record: FileRecord) -> int:
+    """How many blocks a file has."""
+    return len(record.blocks) // CHECKSUM_HEX
+
+
+def has_block(fd: int, record: FileRecord, index: int, block_bytes: int = BLOCK_BYTES) -> bool:
+    """Whether one block of an open file has the checksum that its record states."""
+    length = min(block_bytes, record.size_bytes - index * block_bytes)
+    data = os.pread(fd, length, index * block_bytes)
+    return xxhash.xxh3_64_hexdigest(data) == record.blocks[index * CHECKSUM_HEX : (index + 1) * CHECKSUM_HEX]

@@ -1,0 +1,165 @@
+"""The starts of a fleet, a small record each, so that somebody can see later why one was slow; and what befell models.
+
+    starts/2026-11-21/1795277497.<worker>.<random>.json    {"at": 1795277497, "error": "", "worker": …, "spans": […]}
+    events/2026-11-21/1795277497.evicted.<random>.json     {"at": 1795277497, "kind": "evicted", "repo_id": …, …}
+
+`at` of a start is when the process began, in seconds since 1970 by that host's clock; the rest is the timeline's.
+Every writer removes the days that are older than a month, and the oldest records of its day beyond `KEPT_A_DAY`.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from modelstore.errors import ModelStoreError
+from modelstore.timeline import Timeline
+from modelstore.units import printable
+from modelstore.volume import durable
+from modelstore.volume.layout import Layout, SnapshotKey
+from modelstore.volume.snapshots import Catalog
+
+KEPT_DAYS = 30
+KEPT_A_DAY = 256  # workers that start and fail in a loop would leave thousands
+_RECORD = re.compile(r"\d{1,12}\.[^/]+\.[0-9a-f]{8}\.json")
+EVENTS = ("evicted", "quarantined")
+
+logger = logging.getLogger(__name__)
+
+
+def add(layout: Layout, timeline: Timeline, *, error: str = "") -> None:
+    """Keep the record of a start, or of one that failed. A volume that does not take it fails nothing."""
+    began = time.time() - timeline.now()
+    record = {"at": round(began, 3), "error": error[:2000], **timeline.as_json()}
+    _keep(layout, layout.starts, quote(timeline.worker, safe="", errors="replace")[:100], record)
+
+
+def note(layout: Layout, kind: str, key: SnapshotKey) -> None:
+    """Keep what befell a snapshot; `kind` is one of EVENTS. A volume that does not take it fails nothing."""
+    record = {
+        "at": round(time.time(), 3),
+        "kind": kind,
+        "repo_id": key.repo_id,
+        "commit": key.commit,
+        "dtype": key.dtype,
+    }
+    _keep(layout, layout.events, kind, record)
+
+
+def events(layout: Layout) -> list[dict[str, Any]]:
+    """What befell snapshots, the oldest first; what cannot be read is left out."""
+    found = [_json(path) for day in _days(layout.events) for path in durable.entries(day)]
+    return [record for record in found if isinstance(record, dict) and record.get("kind") in EVENTS]
+
+
+def _keep(layout: Layout, folder: Path, what: str, record: dict[str, Any]) -> None:
+    day = folder / time.strftime("%Y-%m-%d", time.gmtime(record["at"]))
+    try:
+        Catalog(layout).check_format()
+        durable.check_no_links(layout.root, day)
+        is_new_day = not day.exists()
+        path = day / f"{int(record['at'])}.{what}.{secrets.token_hex(4)}.json"
+        durable.write_atomic(path, json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        records = [path for path in durable.entries(day) if _RECORD.fullmatch(path.name)]
+        for path in records[:-KEPT_A_DAY]:  # their names begin with the time
+            durable.remove_file(path)
+        if is_new_day:
+            for old in _days(folder)[:-KEPT_DAYS]:
+                durable.remove_tree(old)
+    except (ModelStoreError, OSError) as failed:
+        logger.warning("this is not in the volume's history: %s", failed)
+
+
+def starts(layout: Layout, *, limit: int, model: str | None = None) -> list[dict[str, Any]]:
+    """The latest records, or the latest of one model, the oldest of them first; what cannot be read is left out."""
+    found: list[dict[str, Any]] = []
+    for day in reversed(_days(layout.starts)):
+        left = durable.entries(day)  # their names begin with the time
+        while left and (missing := limit - len(found)):
+            read = durable.at_once(_read, left[-missing:])
+            found += [record for record in read if record is not None and model in (None, record["model"])]
+            del left[-missing:]
+    return sorted(found, key=lambda record: record["at"])
+
+
+def verdict(record: dict[str, Any]) -> str:
+    """What took longest in a start, in words: "12.0 s of 19.0 s waiting for worker abc's download"."""
+    if record["error"]:
+        return f"failed: {record['error']}"
+    total = total_s(record)
+    by_name: dict[str, float] = {}
+    moved: dict[str, int] = {}
+    for span in record["spans"]:
+        by_name[span["name"]] = by_name.get(span["name"], 0.0) + span["end"] - span["start"]
+        moved[span["name"]] = moved.get(span["name"], 0) + span.get("bytes", 0)
+    name, seconds = max(by_name.items(), key=lambda item: item[1], default=("", 0.0))
+    doing = {
+        "lookup": "looking for the model on the volume and at the Hub",
+        "wait": f"waiting for worker {record['waited_for']}'s download"
+        if record.get("waited_for")
+        else "waiting for another worker's download",
+        "download": "downloading from the Hub",
+        "verify": "comparing the snapshot with its manifest",
+        "convert": "converting to the storage dtype",
+        "publish": "publishing the snapshot",
+        "read": "reading the weights from the volume",
+        "import": "importing libraries",
+        "transfer": "moving the weights to the GPU",
+        "build": "building the model",
+    }.get(name, name)
+    rate = f" at {moved[name] / seconds / 1e6:.0f} MB/s" if moved.get(name) and seconds else ""
+    return f"{seconds:.1f} s of {total:.1f} s {doing}{rate}" if doing else "nothing was recorded"
+
+
+def total_s(record: dict[str, Any]) -> float:
+    """Seconds from the process's begin to the end of its last span."""
+    return max((float(span["end"]) for span in record["spans"]), default=0.0)
+
+
+def _days(folder: Path) -> list[Path]:
+    return [path for path in durable.entries(folder) if len(path.name) == 10 and path.name[:4].isdigit()]
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(durable.read_file(path, 1 << 16))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A record made of nothing but what was checked; None where it is damaged."""
+    record = _json(path)
+    try:
+        spans: list[dict[str, Any]] = [
+            {"name": printable(str(one["name"])), "start": _seconds(one["start"]), "end": _seconds(one["end"])}
+            | ({"bytes": _bytes(one["bytes"])} if "bytes" in one else {})
+            for one in record["spans"]
+        ]
+        texts = {name: record[name] for name in ("worker", "model", "commit", "dtype", "reason", "error")}
+        texts |= {name: record.get(name) or "" for name in ("outcome", "waited_for")}
+        at = _seconds(record["at"])
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return None
+    if not all(isinstance(text, str) for text in texts.values()) or not all(s["start"] <= s["end"] for s in spans):
+        return None
+    return {"at": at, **{name: printable(text) for name, text in texts.items()}, "spans": spans}
+
+
+def _bytes(value: object) -> int:
+    if not isinstance(value, int) or not 0 <= value < 1e18:
+        raise ValueError
+    return value
+
+
+def _seconds(value: object) -> float:
+    if not isinstance(value, int | float) or not 0 <= value < 1e11:
+        raise ValueError
+    return float(value)

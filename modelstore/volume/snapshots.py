@@ -1,0 +1,291 @@
+"""What is published: finding a snapshot by what its manifest says. Reads the volume, writes nothing, asks nobody.
+
+A revision that was resolved once is answered from its record under `refs/`, so a fleet serves one commit until somebody
+seeds again, and a Hub that is down changes nothing. Standard library only: this is the first thing a worker does.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from modelstore.errors import BadManifest, CodeRefused, FormatTooNew, IntegrityError, RootUnusable, UnsafeName
+from modelstore.reference import DEFAULT_REVISION, Reference, is_commit, is_local, local_repo_id
+from modelstore.volume import aliases, durable
+from modelstore.volume.layout import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Layout,
+    SnapshotKey,
+    is_aside,
+    key_from_parts,
+    repo_folder,
+)
+from modelstore.volume.manifest import FileRecord, Manifest, parse_manifest
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["downloaded", "resumed", "present", "waited"]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A published snapshot: an immutable folder that `from_pretrained`, vLLM or diffusers can open by `path`.
+
+    `status` and `downloaded_bytes` tell how this process came to it; `inode` is the manifest file's, which tells it
+    from one that was published in its place.
+    """
+
+    path: Path
+    manifest: Manifest
+    inode: int = 0
+    status: Status = "present"
+    downloaded_bytes: int = 0
+
+    @property
+    def key(self) -> SnapshotKey:
+        return self.manifest.key
+
+    @property
+    def repo_id(self) -> str:
+        return self.key.repo_id
+
+    @property
+    def commit(self) -> str:
+        return self.key.commit
+
+    @property
+    def dtype(self) -> str:
+        """The storage dtype that was asked for when it was made."""
+        return self.key.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        return self.manifest.size_bytes
+
+    @property
+    def weights(self) -> tuple[FileRecord, ...]:
+        """The weights at the top of the snapshot; for a pipeline, which has none there, those of its parts."""
+        found = tuple(f for f in self.manifest.files if f.path.endswith(".safetensors"))
+        return tuple(f for f in found if "/" not in f.path) or found
+
+    def as_json(self) -> dict[str, Any]:
+        """What `seed --json` and `show --json` print."""
+        return {
+            "repo_id": self.repo_id,
+            "commit": self.commit,
+            "dtype": self.dtype,
+            "path": str(self.path),
+            "files": len(self.manifest.files),
+            "bytes": self.size_bytes,
+            "downloaded_bytes": self.downloaded_bytes,
+            "status": self.status,
+        }
+
+
+def check_code(snapshot: Snapshot, *, trusted: bool) -> None:
+    """Raise CodeRefused if the snapshot was stored with code of its own and that is not `trusted`."""
+    if snapshot.manifest.remote_code and not trusted:
+        raise CodeRefused(
+            f"{snapshot.key} was stored with code of its own: to run it here, set MODELSTORE_TRUST_REMOTE_CODE=1 and "
+            f"name the commit in full, {snapshot.repo_id}@{snapshot.commit}, in MODEL_ID or MODELSTORE_ALLOWED_MODELS"
+        )
+
+
+class Catalog:
+    """The published snapshots of one store."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    def find(self, wanted: Reference, dtype: str, *, worker: str | None = None) -> Snapshot | None:
+        """The snapshot that the volume's records lead to, or None; an alias has its own dtype, and may lead this worker
+        to another snapshot than the rest of the fleet.
+
+        Raises FormatTooNew, RootUnusable, and SnapshotNotFound for an alias that does not exist.
+        """
+        self.check_format()
+        if wanted.kind == "alias":
+            return self.published(aliases.target(self._layout, wanted.name, worker=worker))
+        commit = self.recorded_commit(wanted)
+        return self.published(SnapshotKey(repo_id_of(wanted), commit, dtype)) if commit else None
+
+    def keys(self, repo_id: str | None = None) -> Iterator[SnapshotKey]:
+        """Whatever stands where a snapshot belongs, damaged or not, of all repos or of one. Raises UnsafeName where
+        `models` is a link."""
+        self.check_format()
+        models = self._layout.models
+        durable.check_no_links(self._layout.root, models)
+        repos = durable.folder_names(models) if repo_id is None else [repo_folder(repo_id)]
+        variants = durable.at_once(lambda repo: durable.folder_names(f"{models}/{repo}"), repos)
+        for repo, names in zip(repos, variants, strict=True):
+            for name in names:
+                if (key := key_from_parts(repo, name)) is not None:
+                    yield key
+
+    def snapshots(self) -> Iterator[Snapshot]:
+        """Every published snapshot, by repo and commit; damaged ones are left out, with a warning."""
+        for key in self.keys():
+            if (snapshot := self.published(key)) is not None:
+                yield snapshot
+
+    def find_key(self, wanted: Reference, dtype: str) -> SnapshotKey | None:
+        """What `find` would look at, if anything stands there, damaged or not."""
+        self.check_format()
+        if wanted.kind == "alias":
+            key = aliases.target(self._layout, wanted.name)
+        else:
+            key = SnapshotKey(repo_id_of(wanted), self.recorded_commit(wanted), dtype)
+        return key if key.commit and self._layout.snapshot(key).is_dir() else None
+
+    def published(self, key: SnapshotKey) -> Snapshot | None:
+        """The snapshot, if its manifest is there and every file that it names is there with its size."""
+        path = self._layout.snapshot(key)
+        read = self._read_plain(key)
+        manifest = self.parse(key, read)
+        if read is None or manifest is None:
+            return None
+        for folder in {os.path.dirname(file.path) for file in manifest.files} - {""}:
+            if not _is_plain(path, folder):
+                logger.warning("%s is passed over: %s is a link", path, folder)
+                return None
+        for file in manifest.files:
+            try:
+                state = os.lstat(path / file.path)
+            except (FileNotFoundError, NotADirectoryError):
+                state = None
+            except OSError as error:
+                raise RootUnusable(f"cannot read {path}: {error.strerror}; check the mount") from error
+            if state is None or not stat.S_ISREG(state.st_mode) or state.st_size != file.size_bytes:
+                logger.warning("%s is passed over: %s is missing or has another size", path, file.path)
+                return None
+        return Snapshot(path, manifest, read.state.st_ino)
+
+    def check_unchanged(self, snapshot: Snapshot) -> None:
+        """Raise IntegrityError where what is published is not any more what this snapshot's manifest says."""
+        found = self.published(snapshot.key)
+        if found is None or found.manifest != snapshot.manifest:
+            raise IntegrityError(f"{snapshot.key} is not on the volume as it was loaded: restart the worker")
+
+    def manifest(self, key: SnapshotKey) -> Manifest | None:
+        """What stands where the snapshot belongs says that it is; None where it says nothing that can be trusted."""
+        return self.parse(key, self._read_plain(key))
+
+    def _read_plain(self, key: SnapshotKey) -> durable.Contents | None:
+        path = self._layout.snapshot(key)
+        if not _is_plain(self._layout.root, str(path.relative_to(self._layout.root))):
+            logger.warning("%s is passed over: a folder on its way is a link", path)
+            return None
+        return self.read(key)
+
+    def read(self, key: SnapshotKey) -> durable.Contents | None:
+        """The manifest's bytes and state for one of `keys`, which pass no link; None where there is no such file."""
+        path = self._layout.snapshot(key) / MANIFEST
+        try:
+            return durable.read_with_state(path, durable.MANIFEST_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EINVAL):
+                raise RootUnusable(f"cannot read {path.parent}: {error.strerror}; check the mount") from error
+            logger.warning("%s is passed over: its manifest is no file of ours", path.parent)
+            return None
+
+    def parse(self, key: SnapshotKey, read: durable.Contents | None) -> Manifest | None:
+        """The manifest; None where it cannot be trusted."""
+        path = self._layout.snapshot(key)
+        try:
+            manifest = parse_manifest(read.data, where=str(path / MANIFEST)) if read is not None else None
+        except BadManifest as error:
+            logger.warning("%s", error)
+            return None
+        if manifest is not None and manifest.key != key:
+            logger.warning("%s holds the manifest of %s: it is passed over", path, manifest.key)
+            return None
+        return manifest
+
+    def recorded_commit(self, wanted: Reference) -> str:
+        """The commit that this fleet uses for the reference; empty where none was recorded."""
+        if is_commit(wanted.revision):
+            return wanted.revision
+        return self.ref_commit(self._layout.ref(repo_id_of(wanted), revision_of(wanted)))
+
+    def ref_commit(self, path: Path) -> str:
+        """The commit in one record under `refs/`; empty where there is none."""
+        if not _is_plain(self._layout.root, str(path.relative_to(self._layout.root))):
+            return ""
+        try:
+            commit = json.loads(durable.read_file(path))["commit"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return ""
+        return commit if isinstance(commit, str) and is_commit(commit) else ""
+
+    def check_format(self) -> None:
+        """Raise FormatTooNew where a newer version wrote the store, RootUnusable where it cannot be read."""
+        try:
+            text = durable.read_file(self._layout.format_file).strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise RootUnusable(
+                f"cannot read {self._layout.root}: {error.strerror}; check the mount and MODELSTORE_ROOT"
+            ) from error
+        if not text.isdigit() or len(text) > 9 or int(text) > FORMAT_VERSION:
+            raise FormatTooNew(
+                f"{self._layout.root} has store format {text[:20].decode(errors='replace')!r}, this version knows "
+                f"{FORMAT_VERSION}: upgrade modelstore, or set MODELSTORE_ROOT to another folder"
+            )
+
+
+def check_place(root: Path) -> None:
+    """Raise RootUnusable where the folder that a store would lie in is not there. A mounted volume or the user's home
+    is place enough, because whoever fills the store makes what is between."""
+    if root.parent.is_dir() or root.is_relative_to(os.path.expanduser("~")):
+        return
+    there = next(folder for folder in root.parents if folder.exists())
+    if there == Path("/") or not there.is_mount():
+        raise RootUnusable(f"there is no folder {root.parent}: mount the volume, or set MODELSTORE_ROOT or --root")
+
+
+def keyed_folders(folder: Path) -> Iterator[tuple[SnapshotKey, Path]]:
+    """What belongs to a snapshot below `staging/`, `claims/` or `used/`, with its key."""
+    for repo in durable.entries(folder):
+        for variant in durable.entries(repo):
+            if (key := key_from_parts(repo.name, variant.name)) is not None:
+                yield key, variant
+
+
+def moved_aside(folder: Path) -> list[Path]:
+    """What the store has put in its trash or its quarantine; whatever else lies there is somebody's."""
+    return [path for path in durable.entries(folder) if is_aside(path.name) and path.is_dir()]
+
+
+def revision_of(wanted: Reference) -> str:
+    """What a reference's commit is recorded as under `refs/`: a folder's path is its revision; an alias has none."""
+    return wanted.name if wanted.kind == "file" else wanted.revision
+
+
+def recorded_revisions(repo_id: str, revision: str) -> tuple[str, ...]:
+    """All that its commit is recorded as: for a folder also `main`, so that its name in `ls` means what was seeded
+    last."""
+    return (revision, DEFAULT_REVISION) if is_local(repo_id) else (revision,)
+
+
+def repo_id_of(wanted: Reference) -> str:
+    """The repo id that a reference's snapshots are kept under."""
+    return local_repo_id(wanted) if wanted.kind == "file" else wanted.name
+
+
+def _is_plain(path: Path, folder: str) -> bool:
+    try:
+        durable.check_no_links(path, path / folder)
+    except UnsafeName:
+        return False
+    return True

@@ -1,0 +1,200 @@
+"""How much the store may take: its own accounting against MODELSTORE_QUOTA, and room for what is to come.
+
+statfs shows the whole cluster on RunPod, not the volume's quota, so what the store takes is added up here, file by
+file. A holder writes into its claim what its snapshot will take before it downloads, and everybody who counts counts
+that, so that two downloads which fit only one after the other do not run into the wall together. One process at a time
+counts and evicts, under a claim of its own (`claims/space`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from modelstore.errors import NoSpace
+from modelstore.settings import Settings
+from modelstore.units import size
+from modelstore.volume import durable
+from modelstore.volume.claim import DEAD_AFTER_S, Claim, Contender, reserved_bytes
+from modelstore.volume.evict import evict, least_recently_used, survey
+from modelstore.volume.layout import Layout, SnapshotKey
+from modelstore.volume.snapshots import keyed_folders, moved_aside
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+_ROUNDS = 3
+
+
+class Space:
+    """The space of one store, seen by one process."""
+
+    def __init__(self, layout: Layout, settings: Settings, *, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._layout = layout
+        self._settings = settings
+        self._sleep = sleep
+
+    def reserve(
+        self,
+        key: SnapshotKey,
+        claim: Claim,
+        needed_bytes: int,
+        *,
+        present_bytes: int,
+        damaged: Path | None = None,
+    ) -> None:
+        """Make sure that `key` may take `needed_bytes` with its staging, of which `present_bytes` are there already.
+
+        `damaged`: a quarantined snapshot whose files are used again, and are counted in `needed_bytes`. Raises NoSpace.
+        """
+        claim.reserve(needed_bytes)
+        quota = self._settings.quota_bytes
+        if quota is None:
+            self._ask_the_file_system(key, needed_bytes - present_bytes)
+            return
+        if needed_bytes > quota:
+            raise NoSpace(
+                f"{key} takes up to {size(needed_bytes)} while it is made and MODELSTORE_QUOTA is {size(quota)}: "
+                "raise it, or choose a smaller model",
+                free_bytes=quota,
+            )
+
+        def missing_bytes() -> int:
+            return needed_bytes - (quota - self.taken(apart_from=key, damaged=damaged))
+
+        with self._alone(claim):
+            missing = self._find_room(key, missing_bytes, damaged=damaged)
+        if missing > 0:
+            free = max(needed_bytes - missing, 0)
+            hint = "remove a model" if self._settings.evict else "remove a model, run gc, set MODELSTORE_EVICT=1"
+            raise NoSpace(
+                f"{key} takes up to {size(needed_bytes)} while it is made and {size(free)} of "
+                f"MODELSTORE_QUOTA={size(quota)} are free: {hint}, or raise the quota",
+                free_bytes=free,
+            )
+
+    def make_room(self, key: SnapshotKey, size_bytes: int) -> bool:
+        """Find `size_bytes` for `key` after the volume itself said that it is full; whether anything went.
+
+        Not alone: a claim could not be written now. Two at once may evict more than they need.
+        """
+        before = durable.tree_bytes(self._layout.root)
+
+        def missing_bytes() -> int:
+            return size_bytes - (before - durable.tree_bytes(self._layout.root))
+
+        return self._find_room(key, missing_bytes, damaged=None) < size_bytes
+
+    def _find_room(self, key: SnapshotKey, missing_bytes: Callable[[], int], *, damaged: Path | None) -> int:
+        """Remove what is worth least until nothing is missing; what is missing still.
+
+        First what was removed already and is still there. Then, where MODELSTORE_EVICT allows it, quarantined
+        snapshots, downloads that nobody goes on with, and the least recently used snapshots, those only if they are
+        enough.
+        """
+        missing = missing_bytes()
+        steps: list[Callable[[int], None]] = [lambda _missing: self._remove_all(self._layout.trash, None)]
+        if self._settings.evict:
+            steps.append(lambda _missing: self._remove_all(self._layout.quarantine, damaged))
+            steps.append(lambda _missing: self._remove_abandoned(key))
+            steps += [lambda missing: self._evict(key, missing)] * _ROUNDS
+        for step in steps:
+            if missing <= 0:
+                break
+            step(missing)
+            missing = missing_bytes()
+        return missing
+
+    def _remove_all(self, folder: Path, but: Path | None) -> None:
+        for path in moved_aside(folder):
+            if path != but:
+                durable.check_no_links(self._layout.root, path)
+                durable.remove_tree(path)
+
+    def _remove_abandoned(self, key: SnapshotKey) -> None:
+        """Remove the staging of downloads whose worker is gone; one look tells of a release, two of a death."""
+        contenders = {}
+        for other, variant in keyed_folders(self._layout.root / "staging"):
+            if other != key and durable.entries(variant):
+                contenders[other] = Contender(
+                    self._layout.claims(other), worker=self._settings.worker_id, lease_s=self._settings.lease_s
+                )
+        for _look in range(2):
+            for other, contender in list(contenders.items()):
+                claim = contender.try_claim()
+                if isinstance(claim, Claim):
+                    with claim:
+                        durable.remove_tree(self._layout.staging(other))
+                    logger.warning("removed the unfinished download of %s to make room for %s", other, key)
+                    del contenders[other]
+            if not contenders:
+                return
+            self._sleep(DEAD_AFTER_S + _POLL_S)
+
+    def _evict(self, key: SnapshotKey, size_bytes: int) -> None:
+        """Evict the least recently used that may go and together free `size_bytes`; nothing where they do not."""
+        others = tuple(candidate for candidate in survey(self._layout) if candidate.key != key)
+        chosen = least_recently_used(others, size_bytes)
+        if sum(candidate.size_bytes for candidate in chosen) < size_bytes:
+            return
+        for candidate in chosen:
+            if evict(self._layout, candidate.key):
+                logger.warning("evicted %s (%s) to make room for %s", candidate.key, size(candidate.size_bytes), key)
+
+    def taken(self, *, apart_from: SnapshotKey | None = None, damaged: Path | None = None) -> int:
+        """Bytes that the store takes or has promised to downloads that run, without the staging of `apart_from` and the
+        quarantined folder `damaged`."""
+        seen: set[tuple[int, int]] = set()
+        kept = (self._layout.models, self._layout.trash, *durable.entries(self._layout.quarantine))
+        total = sum(durable.tree_bytes(folder, seen) for folder in kept if folder != damaged)
+        promised: dict[SnapshotKey, tuple[int, int]] = {}
+        for key, variant in keyed_folders(self._layout.root / "staging"):
+            if key == apart_from:
+                continue
+            present = durable.tree_bytes(variant, seen)
+            reserved, beat = reserved_bytes(self._layout.claims(key))
+            total += present
+            if reserved > present:
+                promised[key] = (reserved - present, beat)
+        return total + self._of_the_living(promised)
+
+    def could_fit(self, needed_bytes: int, error: NoSpace) -> bool:
+        """Whether a snapshot would fit if everything else in the store made room.
+
+        Without a quota of ours the store is as large as it was when it ran full.
+        """
+        if self._settings.quota_bytes is not None:
+            return needed_bytes <= self._settings.quota_bytes
+        return needed_bytes <= durable.tree_bytes(self._layout.root) + error.free_bytes
+
+    def _of_the_living(self, promised: dict[SnapshotKey, tuple[int, int]]) -> int:
+        """The promises of claims whose heart beats; a dead worker needs no room."""
+        if promised:
+            self._sleep(DEAD_AFTER_S)
+        alive = {key for key, (_size, beat) in promised.items() if reserved_bytes(self._layout.claims(key))[1] != beat}
+        return sum(size for key, (size, _beat) in promised.items() if key in alive)
+
+    def _ask_the_file_system(self, key: SnapshotKey, needed_bytes: int) -> None:
+        """Fail where even the file system says that it cannot fit (on RunPod it says too much)."""
+        state = os.statvfs(self._layout.root)
+        free = state.f_bavail * state.f_frsize
+        if needed_bytes > free:
+            raise NoSpace(
+                f"{key} needs {size(needed_bytes)} more and {self._layout.root} has {size(free)} free: "
+                "free some, or remove a model",
+                free_bytes=free,
+            )
+
+    @contextmanager
+    def _alone(self, claim: Claim) -> Iterator[None]:
+        durable.check_no_links(self._layout.root, self._layout.space_claim)
+        contender = Contender(self._layout.space_claim, worker=self._settings.worker_id, lease_s=self._settings.lease_s)
+        while not isinstance(held := contender.try_claim(), Claim):
+            claim.check()
+            self._sleep(_POLL_S)
+        with held:
+            yield

@@ -1,0 +1,222 @@
+"""Whether a snapshot still is what its manifest says: offline, whole or a sample, at once or in parts.
+
+Blocks are counted over all files of a snapshot. A sample of 1/20 compares the blocks r, r + 20, r + 40, … and the next
+run takes the next r, so that twenty runs have compared every byte. Where a run came to is kept beside the snapshot
+(`verified/`), so that one that is cut short, by its time or by a kill, is gone on with. Names, sizes and foreign files
+are compared in every run. Bytes come from the volume: what this machine's page cache holds of a file is dropped first.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from modelstore.errors import BadManifest, FormatTooNew, ModelStoreError, UsageError
+from modelstore.units import printable
+from modelstore.volume import durable
+from modelstore.volume.checksums import block_count, has_block
+from modelstore.volume.layout import MANIFEST, Layout, SnapshotKey
+from modelstore.volume.manifest import FileRecord, Manifest, parse_manifest
+from modelstore.volume.snapshots import Snapshot
+
+_SAVE_EVERY_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One file that is not as the manifest has it."""
+
+    path: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a verification stands: `done` of the blocks whose number is `first` modulo `stride` were compared."""
+
+    stride: int = 1
+    first: int = 0
+    done: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What one run found. `compared` of `planned` bytes were read; `position` is where the next run goes on."""
+
+    findings: tuple[Finding, ...]
+    compared: int = 0
+    planned: int = 0
+    position: Position = Position()
+
+    @property
+    def ok(self) -> bool:
+        return not self.findings
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run compared all that it planned to."""
+        return self.compared == self.planned
+
+
+def parse_sample(text: str) -> int:
+    """`1/20`, `5%` or `0.05` as 20: one block of how many. Raises UsageError."""
+    match = re.fullmatch(r"1/(\d{1,6})", text.strip())
+    try:
+        number = text.strip()
+        share = float(number[:-1]) / 100 if number.endswith("%") else float(number) if not match else 1.0
+        stride = int(match[1]) if match else round(1 / share) if 0 < share <= 1 else 0
+    except (ValueError, OverflowError):
+        stride = 0
+    if not 1 <= stride <= 1_000_000:
+        raise UsageError(f"{text!r} is no sample: write it like 1/20 or 5%")
+    return stride
+
+
+def verify_snapshot(snapshot: Snapshot) -> Verified:
+    """`verify_folder` for a snapshot that was found, every byte of it."""
+    return verify_folder(snapshot.path, snapshot.key)
+
+
+def verify_folder(
+    folder: Path,
+    key: SnapshotKey,
+    position: Position | None = None,
+    *,
+    until: float = float("inf"),
+    on_position: Callable[[Position], object] | None = None,
+) -> Verified:
+    """Compare files with the manifest's checksums from `position` on, and look for files that do not belong.
+
+    `folder` is where the snapshot `key` belongs, damaged or not. `until`: monotonic seconds at which to stop.
+    `on_position` gets where the run stands, every few seconds.
+    """
+    position = position or Position()
+    try:
+        manifest = parse_manifest(durable.read_file(folder / MANIFEST, durable.MANIFEST_BYTES), where=MANIFEST)
+    except (OSError, BadManifest, FormatTooNew) as error:
+        return Verified((Finding(MANIFEST, str(error)),))
+    if manifest.key != key:
+        return Verified((Finding(MANIFEST, f"it is the manifest of {manifest.key}"),))
+    found = {file.path: problem for file in manifest.files if (problem := _at_a_glance(folder, file))}
+    blocks = list(_blocks(manifest))[position.first :: position.stride]
+    if position.done >= len(blocks):  # a run that came to the end has kept the next one's start
+        position = replace(position, done=0)
+    planned = sum(_length(manifest, file, index) for file, index in blocks[position.done :])
+    compared, done, said = 0, position.done, time.monotonic()
+    with _Files(folder) as files:
+        for file, index in blocks[position.done :]:
+            if time.monotonic() >= until:
+                break
+            if file.path not in found and (problem := _in_block(files, file, index, manifest.block_bytes)):
+                found[file.path] = f"{problem}, at byte {index * manifest.block_bytes}"
+            compared += _length(manifest, file, index)
+            done += 1
+            if on_position is not None and time.monotonic() - said > _SAVE_EVERY_S:
+                said = time.monotonic()
+                on_position(Position(position.stride, position.first, done))
+    findings = [*(Finding(path, problem) for path, problem in found.items()), *_foreign(folder, manifest)]
+    whole = done >= len(blocks)
+    after = Position(position.stride, (position.first + 1) % position.stride) if whole else None
+    return Verified(
+        tuple(sorted(findings, key=lambda finding: finding.path)),
+        compared,
+        planned,
+        after or Position(position.stride, position.first, done),
+    )
+
+
+def saved_position(layout: Layout, key: SnapshotKey, stride: int) -> Position:
+    """Where the last run with this stride came to; the start where there was none."""
+    try:
+        record = json.loads(durable.read_file(layout.verified(key), 4096))
+        position = Position(*(operator.index(record[name]) for name in ("stride", "first", "done")))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return Position(stride)
+    usable = position.stride == stride and 0 <= position.first < stride and position.done >= 0
+    return position if usable else Position(stride)
+
+
+def save_position(layout: Layout, key: SnapshotKey, position: Position) -> bool:
+    """Keep where a run came to; False where the volume does not take it, and the next run starts over."""
+    record = {"stride": position.stride, "first": position.first, "done": position.done}
+    try:
+        durable.check_no_links(layout.root, layout.verified(key))
+        durable.write_atomic(layout.verified(key), json.dumps(record).encode() + b"\n")
+    except (ModelStoreError, OSError):
+        return False
+    return True
+
+
+def _blocks(manifest: Manifest) -> Iterator[tuple[FileRecord, int]]:
+    for file in manifest.files:
+        for index in range(block_count(file)):
+            yield file, index
+
+
+def _length(manifest: Manifest, file: FileRecord, index: int) -> int:
+    return min(manifest.block_bytes, file.size_bytes - index * manifest.block_bytes)
+
+
+class _Files:
+    """Opens one file at a time, without what the page cache holds of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = ""
+        self._fd = -1
+
+    def open(self, file: FileRecord) -> int:
+        if file.path != self._path:
+            self.close()
+            self._fd = durable.open_for_read(self._folder / file.path)
+            self._path = file.path
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        return self._fd
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+def _in_block(files: _Files, file: FileRecord, index: int, block_bytes: int) -> str:
+    try:
+        return "" if has_block(files.open(file), file, index, block_bytes) else "not the bytes that were published"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _at_a_glance(folder: Path, file: FileRecord) -> str:
+    """What is wrong with a file as its folder shows it."""
+    try:
+        state = os.lstat(folder / file.path)
+    except OSError:
+        return "missing"
+    if not stat.S_ISREG(state.st_mode):
+        return "not a regular file"
+    if state.st_size != file.size_bytes:
+        return f"{state.st_size} bytes where {file.size_bytes} were published"
+    return ""
+
+
+def _foreign(folder: Path, manifest: Manifest) -> Iterator[Finding]:
+    known = {MANIFEST, *(file.path for file in manifest.files)}
+    for parent, folders, names in os.walk(folder):
+        links = [name for name in folders if Path(parent, name).is_symlink()]
+        for name in [*names, *links]:
+            path = str(Path(parent, name).relative_to(folder))
+            if path not in known:
+                yield Finding(printable(path), "not named by the manifest")

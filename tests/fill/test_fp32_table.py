@@ -1,0 +1,15 @@
+"""The table of what transformers keeps in fp32 is the one that this transformers gives."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_committed_table_is_what_the_script_makes_of_the_installed_transformers() -> None:
+    script = Path(__file__).parent.parent.parent / "scripts" / "dev" / "fp32_table.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"run scripts/dev/fp32_table.py and look at what changed:\n{done.stdout}{done.stderr}"

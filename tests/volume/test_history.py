@@ -1,0 +1,215 @@
+"""The records of starts, and the pages made of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelstore.operate import report
+from modelstore.timeline import Span, Timeline
+from modelstore.volume import history
+from modelstore.volume.layout import Layout
+from tests.conftest import Cli
+from tests.handler.test_main import write_model
+from tests.support.hub import Hub
+
+
+def timeline(**changes: Any) -> Timeline:
+    made = Timeline(worker="w/1", model="org/name", commit="c" * 40, dtype="float16", outcome="hit", reason="there")
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+def with_spans(made: Timeline, *spans: Span) -> Timeline:
+    for span in spans:
+        made.add(span)
+    return made
+
+
+def test_what_is_kept_is_read_again_in_order(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    for number in range(3):
+        history.add(layout, timeline(worker=f"w{number}", began=time.monotonic() - 5 + number))
+    history.add(layout, timeline(worker="bad", began=time.monotonic()), error="NotFound: no such model")
+    found = history.starts(layout, limit=9)
+    assert [record["worker"] for record in found] == ["w0", "w1", "w2", "bad"]
+    assert found[-1]["error"] == "NotFound: no such model"
+    assert abs(found[0]["at"] - (time.time() - 5)) < 1
+    assert [record["worker"] for record in history.starts(layout, limit=2)] == ["w2", "bad"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [json.dumps({"at": at, "error": "", "worker": "", "model": "", "commit": "", "dtype": "", "reason": "", "spans": [span]})
+     for at, span in ((float("nan"), {}), (1e30, {}), (1, {"name": "a", "start": "0", "end": 1}),
+                      (1, {"name": "a", "start": 0, "end": 10**400}), (1, {"name": "a", "start": 2, "end": 1}),
+                      *((1, {"name": "a", "start": 1, "end": 2, "bytes": count}) for count in (10**400, -1, 1.5, "1")))]
+    + ["", "{}", "[]", '{"at": "x", "spans": []}', "[" * 9999, '{"at": 1, "error": "", "spans": [{"name": "a"}]}',
+     json.dumps({"at": 1, "error": "", "worker": 7, "model": "", "commit": "", "dtype": "", "reason": "", "spans": []})],
+)  # fmt: skip
+def test_a_damaged_record_is_passed_over(tmp_path: Path, text: str) -> None:
+    layout = Layout(tmp_path)
+    history.add(layout, timeline())
+    day = next(layout.starts.iterdir())
+    (day / "0.x.json").write_text(text)
+    assert len(history.starts(layout, limit=9)) == 1
+
+
+def test_a_terminal_obeys_nothing_that_a_record_says(cli: Cli, store_env: dict[str, str]) -> None:
+    layout = Layout(Path(store_env["MODELSTORE_ROOT"]))
+    evil = "\x1b[31mX\x1b]0;title\x07\ud800"
+    history.add(layout, with_spans(timeline(worker=evil, model=evil), Span(evil, 0.1, 3), Span("ready", 3, 3)))
+    for encoding in ("utf-8", "ascii"):
+        cli.env["PYTHONIOENCODING"] = encoding
+        for command in (["history"], ["report", "--text"], ["metrics"]):
+            shown = cli(*command).stdout
+            assert "X" in shown
+            assert not {"\x1b", "\x07"} & set(shown)
+
+
+def test_days_older_than_a_month_go(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    for day in range(1, 32):
+        (layout.starts / f"2020-01-{day:02d}").mkdir(parents=True)
+    history.add(layout, timeline())
+    days = sorted(path.name for path in layout.starts.iterdir())
+    assert len(days) == history.KEPT_DAYS
+    assert days[0] == "2020-01-03"
+
+
+def test_a_volume_that_takes_no_record_fails_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    history.add(Layout(tmp_path / "file"), timeline())
+    assert "not in the volume's history" in caplog.text
+    newer = Layout(tmp_path / "newer")
+    newer.root.mkdir()
+    newer.format_file.write_text("99\n")
+    history.add(newer, timeline())
+    assert not newer.starts.exists(), "nothing is written into a store of another format"
+
+
+@pytest.mark.parametrize(
+    ("spans", "changes", "words"),
+    [
+        (
+            [Span("wait", 1, 13), Span("read", 13, 19)],
+            {"waited_for": "abc"},
+            "12.0 s of 19.0 s waiting for worker abc's download",
+        ),
+        ([Span("wait", 1, 13), Span("read", 13, 19)], {}, "waiting for another worker's download"),
+        (
+            [Span("read", 1, 6, 1_500_000_000), Span("import", 0, 4)],
+            {},
+            "5.0 s of 6.0 s reading the weights from the volume at 300 MB/s",
+        ),
+        ([Span("import", 0, 2), Span("import", 3, 5), Span("read", 0, 3)], {}, "4.0 s of 5.0 s importing libraries"),
+        ([], {}, "nothing was recorded"),
+    ],
+)
+def test_the_slowest_part_is_named_in_words(spans: list[Span], changes: dict[str, str], words: str) -> None:
+    record = {"error": "", **with_spans(timeline(**changes), *spans).as_json()}
+    assert words in history.verdict(record)
+
+
+def test_a_worker_keeps_the_record_of_its_start_and_of_a_failed_one(
+    hub: Hub, cli: Cli, store_env: dict[str, str]
+) -> None:
+    write_model(hub.folder / "org" / "name", seed=1)
+    for model, code in (("org/name", 0), ("org/missing", 3)):
+        done = subprocess.run(
+            [sys.executable, "-m", "handler", "--test_input", '{"input": {"prompt": "hello", "max_tokens": 1}}'],
+            env=os.environ | store_env | {"MODEL_ID": model}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+    good, bad = cli.json("history")
+    assert (good["model"], good["outcome"], good["error"]) == ("org/name", "downloaded", "")
+    assert {span["name"] for span in good["spans"]} >= {"download", "read", "ready"}
+    assert bad["error"].startswith("RepoNotFound: ")
+    assert [record["model"] for record in cli.json("history", "--model", "org/name", "--limit", "1")] == ["org/name"]
+    assert cli("history", "--model", "org/other").stdout == "no start of org/other has been recorded yet\n"
+    shown = cli("report", "--text").stdout
+    assert "org/name  downloaded" in shown
+    assert "failed: RepoNotFound" in shown
+    assert "█" in shown
+
+
+class Page(HTMLParser):
+    """What a page is made of; fails where tags do not close."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def test_the_page_is_whole_and_loads_nothing(hub: Hub, cli: Cli, tmp_path: Path, store_env: dict[str, str]) -> None:
+    layout = Layout(Path(store_env["MODELSTORE_ROOT"]))
+    write_model(hub.folder / "org" / "name", seed=1)
+    cli("seed", "org/name")
+    evil = "<script>alert(1)</script>"
+    spans = (Span("import", 0.1, 3), Span("read", 0.5, 4, 10**9), Span("ready", 4.2, 4.2))
+    history.add(layout, with_spans(timeline(worker=evil, model=evil), *spans))
+    history.add(layout, timeline(), error=f"Broken: {evil}")
+    out = tmp_path / "page.html"
+    told = cli.json("report", "--out", str(out))
+    assert told == {"path": str(out), "starts": 2, "models": 1}
+    text = out.read_text()
+    page = Page(text)
+    assert {"script", "link", "img", "iframe"}.isdisjoint({tag for tag, _attributes in page.seen})
+    assert not re.search(r"(?:src|href)=|url\(|https?://", text)
+    assert evil in page.words, "as text"
+    assert "3.5 s of 4.2 s reading the weights from the volume at 286 MB/s" in page.words
+    assert len([tag for tag, _ in page.seen if tag == "circle"]) == 2
+    assert len([tag for tag, _ in page.seen if tag == "rect"]) == 1
+    assert page.open == []
+
+
+def test_an_empty_store_has_a_page_too(cli: Cli, tmp_path: Path) -> None:
+    cli("report", "--out", str(tmp_path / "page.html"))
+    text = (tmp_path / "page.html").read_text()
+    assert "No start has been recorded yet." in text
+    assert "No models are on the volume." in text
+    assert "no start has been recorded yet" in cli("report", "--text").stdout
+
+
+def test_a_page_that_cannot_be_written_is_one_line(cli: Cli) -> None:
+    assert cli("report", "--out", "/dev/null/page.html", code=1).stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("sizes", [[1.0], [6.0, 6.0, 4.0, 3.0, 2.0, 2.0, 1.0], [1000.0, 1.0, 1.0], [5.0] * 40])
+def test_a_treemap_fills_its_rectangle_in_proportion(sizes: list[float]) -> None:
+    placed = report.squarified(sizes, 600, 400)
+    areas = [w * h for _x, _y, w, h in placed]
+    assert sum(areas) == pytest.approx(600 * 400)
+    assert areas == pytest.approx([600 * 400 * size / sum(sizes) for size in sizes])
+    assert all(x >= -1e-6 and y >= -1e-6 and x + w <= 600 + 1e-6 and y + h <= 400 + 1e-6 for x, y, w, h in placed)
+    for index, (x, y, w, h) in enumerate(placed):
+        for a, b, c, d in placed[index + 1 :]:
+            assert min(x + w, a + c) - max(x, a) < 1e-6 or min(y + h, b + d) - max(y, b) < 1e-6, "none overlap"
+    assert report.squarified([], 1, 1) == []
