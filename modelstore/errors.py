@@ -22,7 +22,7 @@
     │   ├── UnsafeName
     │   ├── PickleRefused
     │   ├── CodeRefused
-    │   ├── Float16Overflow
+    │   ├── WeightOverflow
     │   └── FormatTooNew
     ├── ClaimLost                       1
     ├── HubUnavailable                  1
@@ -48,7 +48,6 @@ __all__ = [
     "CodeRefused",
     "DigestMismatch",
     "DoesNotFit",
-    "Float16Overflow",
     "FormatTooNew",
     "HubUnavailable",
     "IntegrityError",
@@ -68,6 +67,7 @@ __all__ = [
     "UsageError",
     "VolumeUnavailable",
     "WaitTimeout",
+    "WeightOverflow",
 ]
 
 
@@ -187,8 +187,8 @@ class CodeRefused(Refused):
     """The repo brings code of its own, and nobody said that it may run."""
 
 
-class Float16Overflow(Refused):
-    """Weights that float16 cannot hold."""
+class WeightOverflow(Refused):
+    """Weights that do not fit the storage dtype."""
 
     def __init__(self, message: str, *, tensors: tuple[str, ...]) -> None:
         super().__init__(message)

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args
 from urllib.parse import urlsplit
 
-from modelstore.dtypes import DTYPES
+from modelstore.dtypes import DEFAULT_DTYPE, DTYPES, Dtype, parse_dtype
 from modelstore.errors import InvalidReference, InvalidSetting, Refused
 from modelstore.reference import Reference, parse_reference, pins
 
-Dtype = Literal["float16", "bfloat16", "float32", "keep"]
 EngineName = Literal["text", "diffusion", "vllm"]
 
 RUNPOD_VOLUME = Path("/runpod-volume")
@@ -33,6 +32,8 @@ HUB = "https://huggingface.co"
 # The Hub's library reads the second, too.
 _HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|^AWS_ACCESS_KEY|^RUNPOD_.*API_KEY$")
+
+_DTYPE_NAMES = "{}` or `{}".format("`, `".join([*DTYPES][:-1]), [*DTYPES][-1])
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Field(NamedTuple):
 FIELDS = (
     Field("MODEL_ID", "", "the model to serve: `org/name`, `org/name@revision`, `file:///folder` (or `MODEL_NAME`)"),
     Field("MODEL_REVISION", "main", "branch, tag or commit, where the reference names none"),
-    Field("MODEL_DTYPE", "float16", "storage dtype: `float16`, `bfloat16`, `float32` or `keep`"),
+    Field("MODEL_DTYPE", DEFAULT_DTYPE, f"storage dtype: `{_DTYPE_NAMES}`"),
     Field("MODELSTORE_ROOT", "<volume>/modelstore", "the store's folder on the network volume"),
     Field("MODELSTORE_QUOTA", "", "what the store may take on the volume, such as `200GB`; no limit without it"),
     Field("MODELSTORE_EVICT", "0", "`1`: a download may remove the least recently used models to find room"),
@@ -144,7 +145,7 @@ class Settings:
 
     root: Path
     model: Reference | None = None
-    dtype: Dtype = "float16"
+    dtype: Dtype = DEFAULT_DTYPE
     quota_bytes: int | None = None
     evict: bool = False
     lease_s: float = 30.0
@@ -190,7 +191,7 @@ class Settings:
         return cls(
             root=_root(env, mounts) if root is None else root.absolute(),
             model=model,
-            dtype=parse_dtype("MODEL_DTYPE", env.get("MODEL_DTYPE") or "float16"),
+            dtype=parse_dtype("MODEL_DTYPE", env.get("MODEL_DTYPE") or DEFAULT_DTYPE),
             quota_bytes=parse_size("MODELSTORE_QUOTA", quota) if quota else None,
             evict=_switch(env, "MODELSTORE_EVICT"),
             lease_s=_number(env, "MODELSTORE_LEASE_S", 30.0, at_least=2.0),
@@ -236,16 +237,6 @@ class Settings:
         """
         operator = (self.model, *self.allowed_models, named)
         return self.trust_remote_code and any(each is not None and pins(each, repo_id, commit) for each in operator)
-
-
-def parse_dtype(variable: str, text: str) -> Dtype:
-    """`text` as a storage dtype; torch's and common short names are understood."""
-    short = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
-    name = text.strip().lower().removeprefix("torch.")
-    name = short.get(name, name)
-    if name not in DTYPES:
-        raise InvalidSetting(f"{variable}={text!r} is not a storage dtype: use one of {', '.join(DTYPES)}")
-    return cast(Dtype, name)
 
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(I?)B?", re.IGNORECASE | re.ASCII)

@@ -9,27 +9,28 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from modelstore.dtypes import Dtype, Overflow, accepted_dtypes, parse_dtype
 from modelstore.errors import (
     BadManifest,
     ClaimLost,
     DigestMismatch,
-    Float16Overflow,
     ModelStoreError,
     NoSpace,
     RootUnusable,
     SnapshotNotFound,
     WaitTimeout,
+    WeightOverflow,
 )
 from modelstore.fill.observer import SILENT, Observer
 from modelstore.fill.sources import FolderSource, HfCacheSource, Resolved, Source, read_all
 from modelstore.reference import Reference, is_commit, is_local, parse_reference
-from modelstore.settings import Dtype, Settings, parse_dtype
+from modelstore.settings import Settings
 from modelstore.timeline import Span, Timeline
 from modelstore.volume import aliases, durable, history
 from modelstore.volume.claim import Claim, Contender, Holder
@@ -41,8 +42,6 @@ from modelstore.volume.verify import verify_snapshot
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.25
-
-Overflow = Literal["stop", "bfloat16"]
 
 
 class ModelStore:
@@ -117,10 +116,8 @@ class ModelStore:
             wanted, variant = Reference("hub", key.repo_id, key.commit), parse_dtype("alias", key.dtype)
         source, resolved = self._resolve(wanted, refresh=True)
         key = SnapshotKey(resolved.repo_id, resolved.commit, variant)
-        snapshot = self.catalog.published(key)
-        if snapshot is None and overflow == "bfloat16" and variant == "float16":
-            snapshot = self.catalog.published(replace(key, dtype="bfloat16"))
-            key = snapshot.key if snapshot is not None else key
+        snapshot = self._published(key, accepted_dtypes(variant, overflow))
+        key = snapshot.key if snapshot is not None else key
         record: dict[str, Any] = {"repo_id": key.repo_id, "commit": key.commit, "dtype": key.dtype}
         if snapshot is not None:
             files = len(snapshot.manifest.files)
@@ -195,9 +192,8 @@ class ModelStore:
             wanted, variant = Reference("hub", key.repo_id, key.commit), parse_dtype("alias", key.dtype)
         timeline = timeline or Timeline()
         with timeline.span("lookup"):
-            found = self.lookup(wanted, dtype=variant)
-            if found is None and overflow == "bfloat16" and variant == "float16":
-                found = self.lookup(wanted, dtype="bfloat16")
+            lookups = (self.lookup(wanted, dtype=dtype) for dtype in accepted_dtypes(variant, overflow))
+            found = next(filter(None, lookups), None)
         if found is not None and _same(found, damaged):
             wanted, variant = replace(wanted, revision=found.commit), parse_dtype("dtype", found.dtype)
         elif found is not None and (not refresh or is_commit(wanted.revision) or self.settings.offline):
@@ -209,20 +205,25 @@ class ModelStore:
         with timeline.span("lookup"):
             source, resolved = self._resolve(wanted, refresh=refresh)
         code = self._may_take_code(named, resolved)
-        other = SnapshotKey(resolved.repo_id, resolved.commit, "bfloat16")
-        instead = overflow == "bfloat16" and variant == "float16" and damaged is None and self.catalog.published(other)
-        try:
-            snapshot = instead or self._obtain(
-                source, resolved, variant, damaged, wait_s, observer, timeline, code=code
-            )
-        except Float16Overflow as error:
-            if overflow != "bfloat16":
-                raise
-            logger.warning("%s: storing bfloat16 instead, as allowed", error)
-            snapshot = self._obtain(source, resolved, "bfloat16", damaged, wait_s, observer, timeline, code=code)
+        accepted = accepted_dtypes(variant, overflow)
+        key = SnapshotKey(resolved.repo_id, resolved.commit, variant)
+        snapshot = self._published(key, accepted[1:]) if damaged is None else None
+        for dtype in accepted if snapshot is None else ():
+            try:
+                snapshot = self._obtain(source, resolved, dtype, damaged, wait_s, observer, timeline, code=code)
+                break
+            except WeightOverflow as error:
+                if dtype == accepted[-1]:
+                    raise
+                logger.warning("%s: storing %s instead, as allowed", error, accepted[-1])
+        assert snapshot is not None
         self._record_commit(resolved, replacing=refresh)
         mark_used(self.layout, snapshot.key)
         return snapshot
+
+    def _published(self, key: SnapshotKey, dtypes: Sequence[Dtype]) -> Snapshot | None:
+        """The first of these variants of a snapshot that is published."""
+        return next(filter(None, (self.catalog.published(replace(key, dtype=dtype)) for dtype in dtypes)), None)
 
     def _obtain(
         self,

@@ -23,7 +23,6 @@ from modelstore.errors import (
     AccessDenied,
     BadSafetensors,
     DigestMismatch,
-    Float16Overflow,
     FormatTooNew,
     HubUnavailable,
     ModelStoreError,
@@ -37,6 +36,7 @@ from modelstore.errors import (
     SnapshotNotFound,
     UnsafeName,
     WaitTimeout,
+    WeightOverflow,
 )
 from modelstore.fill.observer import Observer
 from modelstore.fill.peak import Peak
@@ -227,7 +227,7 @@ def test_a_conversion_that_fails_ends_the_download_of_those_that_wait_for_it(hub
     tensors = random_tensors(8) | {"layers.0.weight": np.full((256, 256), 1e6, np.float32)}
     write_repo(hub.folder / "org" / "name", tensors, shards=8)
     began = time.monotonic()
-    with pytest.raises(Float16Overflow):
+    with pytest.raises(WeightOverflow):
         store.ensure("org/name")
     assert time.monotonic() - began < 10
 
@@ -452,7 +452,7 @@ def test_offline_serves_what_is_there_and_says_what_is_not(hub: Hub, make_store:
 def test_weights_that_float16_cannot_hold_stop_the_seed_or_are_stored_as_bfloat16(hub: Hub, store: ModelStore) -> None:
     tensors = random_tensors(2) | {"huge": np.array([1e6, 1.0], np.float32)}
     write_repo(hub.folder / "org" / "name", tensors)
-    with pytest.raises(Float16Overflow, match="huge"):
+    with pytest.raises(WeightOverflow, match="huge"):
         store.ensure("org/name")
     assert published(store) == []
     snapshot = store.ensure("org/name", overflow="bfloat16")

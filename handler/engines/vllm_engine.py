@@ -28,6 +28,7 @@ import aiohttp
 
 from handler.engines.server import SharedFolder
 from handler.jobs import Code, JobError, Piece, Prompt, TextRequest, invalid, not_served
+from modelstore.dtypes import DTYPES
 from modelstore.errors import IntegrityError, ModelStoreError, NotFound, Refused
 from modelstore.logs import LINE_CHARACTERS
 from modelstore.settings import Settings, server_environment
@@ -156,7 +157,7 @@ class VllmEngine:
         timeline.add(Span("read", reading.began - timeline.began, ended - timeline.began, reading.size_bytes))
         engine = cls(server, folder, begun)
         names = dict.fromkeys((snapshot.key.repo_id, str(begun.settings.model)))
-        dtype = "auto" if snapshot.key.dtype == "keep" else snapshot.key.dtype
+        dtype = DTYPES[snapshot.key.dtype].torch_name or "auto"
         check_code(snapshot, trusted=begun.trusted)
         arguments = [str(folder.path), "--served-model-name", *names, "--dtype", dtype]
         arguments += ["--trust-remote-code"] if begun.trusted else []

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from modelstore.bench.loaders import LOAD
+from modelstore.dtypes import DTYPES
 from modelstore.errors import InvalidSetting, ModelStoreError, NoSpace
 from modelstore.settings import Settings, without_secrets
 from modelstore.store import ModelStore
@@ -44,8 +45,6 @@ _CUDA_ONLY = ("instanttensor",)
 _PACKAGES = ("torch", "transformers", "safetensors", "runpod", "runai-model-streamer", "fastsafetensors", "numpy")
 _VOCABULARY = 32_000
 _TIMES = 7  # what is made takes, by the size of the model
-_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
-_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(slots=True)
@@ -249,7 +248,7 @@ def _write_weights(folder: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], 
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     taken = 0
     for name, shape in shapes:
-        length = int(np.prod(shape)) * _WIDTH[dtype]
+        length = int(np.prod(shape)) * DTYPES[dtype].width_bytes
         if taken and taken + length > shard_bytes:
             shards.append([])
             taken = 0
@@ -263,8 +262,8 @@ def _write_weights(folder: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], 
         path = folder / ("model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
         infos, begin = [], 0
         for name, shape in shard:
-            end = begin + int(np.prod(shape)) * _WIDTH[dtype]
-            infos.append(TensorInfo(name, _SAFETENSORS[dtype], shape, begin, end))
+            end = begin + int(np.prod(shape)) * DTYPES[dtype].width_bytes
+            infos.append(TensorInfo(name, DTYPES[dtype].safetensors, shape, begin, end))
             weight_map[name] = path.name
             begin = end
         with path.open("wb") as file:

@@ -20,9 +20,9 @@ from modelstore.cli.app import (
     observer_of,
     table,
 )
+from modelstore.dtypes import parse_dtype
 from modelstore.errors import InvalidReference, SnapshotNotFound, UsageError
 from modelstore.reference import parse_reference
-from modelstore.settings import parse_dtype
 from modelstore.volume import aliases
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.snapshots import Catalog

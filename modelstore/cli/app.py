@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelstore.dtypes import DTYPES
+from modelstore.dtypes import DEFAULT_DTYPE, DTYPES
 from modelstore.errors import ModelStoreError, Refused
 from modelstore.fill.observer import LogObserver, Observer
 from modelstore.logs import LINE_CHARACTERS, log_to_stderr
@@ -81,7 +81,7 @@ DTYPE = Annotated[
     str | None,
     typer.Option(
         "--dtype",
-        help="float16 or fp16 (default), bfloat16 or bf16, float32, keep",
+        help=f"{', '.join(DTYPES)}; {DEFAULT_DTYPE} by default",
         autocompletion=lambda: list(DTYPES),
     ),
 ]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -26,13 +26,14 @@ from modelstore.cli.app import (
     report_error,
     table,
 )
+from modelstore.dtypes import OVERFLOWS, parse_dtype
 from modelstore.errors import ModelStoreError, UsageError
 from modelstore.fill.observer import Observer
 from modelstore.fill.progress import Progress
 from modelstore.operate import inventory
 from modelstore.operate.seed_list import Wanted, read_list
 from modelstore.reference import parse_reference
-from modelstore.settings import Settings, parse_dtype
+from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.units import size
 from modelstore.volume import aliases, pins
@@ -62,7 +63,7 @@ def seed(
     dtype: DTYPE = None,
     revision: REVISION = None,
     overflow: Annotated[
-        str, typer.Option("--overflow", help="Where float16 cannot hold a weight: stop, or store bfloat16.")
+        str, typer.Option("--overflow", help="What to do if a weight does not fit float16: stop, or store bfloat16.")
     ] = "stop",
     listed: Annotated[
         Path | None,
@@ -90,8 +91,8 @@ def seed(
     yes: YES = False,
 ) -> None:
     """Publish models before any worker needs them. Fetches only what is missing."""
-    if overflow not in ("stop", "bfloat16"):
-        raise typer.BadParameter("use stop or bfloat16", param_hint="--overflow")
+    if overflow not in OVERFLOWS:
+        raise typer.BadParameter(f"use {' or '.join(OVERFLOWS)}", param_hint="--overflow")
     if wait_s is not None and not wait_s >= 0:
         raise UsageError("--wait-s must be a number of seconds, at least 0")
     if prune and listed is None:
@@ -104,7 +105,7 @@ def seed(
     allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     store = context.store(**{name: True for name, wanted in allowed.items() if wanted})
     shared = Wanted(parse_reference("any/model"), parse_dtype("--dtype", dtype) if dtype else None)
-    shared = replace(shared, overflow=cast(Literal["stop", "bfloat16"], overflow))
+    shared = replace(shared, overflow=overflow)
     models = [replace(shared, reference=parse_reference(text, revision=revision)) for text in references or ()]
     models += read_list(listed) if listed is not None else ()
     if not models:

@@ -39,9 +39,10 @@ from modelstore.cli.app import (
     print_verified,
     without_status,
 )
+from modelstore.dtypes import parse_dtype
 from modelstore.errors import NoSpace, NotFound, Refused, SnapshotNotFound, UsageError
 from modelstore.reference import is_cut_commit, parse_reference
-from modelstore.settings import parse_dtype, parse_size
+from modelstore.settings import parse_size
 from modelstore.store import ModelStore
 from modelstore.units import size
 from modelstore.volume import (

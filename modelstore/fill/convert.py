@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelstore.errors import BadSafetensors, Float16Overflow
-from modelstore.settings import Dtype
+from modelstore.dtypes import DTYPES, Dtype
+from modelstore.errors import BadSafetensors, WeightOverflow
 from modelstore.volume import durable
 from modelstore.volume.checksums import Digests, RunningDigests
 from modelstore.volume.header import (
@@ -38,8 +38,7 @@ from modelstore.volume.header import (
 )
 
 CHUNK_BYTES = 8 << 20
-_STORED_AS: Mapping[str, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-_WIDTH = {"F16": 2, "BF16": 2, "F32": 4}
+_CONVERTED = frozenset({"F16", "BF16", "F32"})  # of a source; tensors in other dtypes are stored as they come
 _MOST_NAMED = 5
 
 
@@ -53,11 +52,11 @@ class StoragePolicy:
 
     def stored_dtype(self, tensor: TensorInfo) -> str:
         """The safetensors dtype that `tensor` is stored in."""
-        if self.unchanged_because or tensor.dtype not in _WIDTH:
+        if self.unchanged_because or tensor.dtype not in _CONVERTED:
             return tensor.dtype
         if self.keep is not None and self.keep.search(tensor.name):
             return tensor.dtype
-        return _STORED_AS[self.dtype]
+        return DTYPES[self.dtype].safetensors
 
 
 def storage_policy(dtype: Dtype, config: Mapping[str, Any] | None) -> StoragePolicy:
@@ -155,7 +154,7 @@ def converted_tensors(header: Header, policy: StoragePolicy) -> tuple[TensorInfo
         dtype = policy.stored_dtype(tensor)
         size = tensor.size_bytes
         if dtype != tensor.dtype:
-            size = size // _WIDTH[tensor.dtype] * _WIDTH[dtype]
+            size = size * DTYPE_BITS[dtype] // DTYPE_BITS[tensor.dtype]
         tensors.append(TensorInfo(tensor.name, dtype, tensor.shape, position, position + size))
         position += size
     return tuple(tensors)
@@ -173,7 +172,7 @@ def convert_file(
     """Write `source`, whose header is `header`, to `target` as `policy` stores it; returns size in bytes and digests.
 
     `guard` is called for each chunk. `memory` is asked for as many bytes as will be written, which then go there, too.
-    Raises Float16Overflow with every tensor of the file that does not fit.
+    Raises WeightOverflow with every tensor of the file that does not fit.
     """
     tensors = converted_tensors(header, policy)
     digests = RunningDigests()
@@ -207,7 +206,7 @@ def convert_file(
                     overflowing.append(before.name)
                 write(cast.data.cast("B"))
         if overflowing:
-            raise _overflow(target.name, overflowing)
+            raise _overflow(policy.dtype, target.name, overflowing)
         durable.set_size(target_fd, position, path=target)
         durable.sync(target_fd, path=target)
         return position, digests.finish()
@@ -217,20 +216,22 @@ def convert_file(
             durable.close(target_fd, path=target)
 
 
-def _overflow(file: str, names: list[str]) -> Float16Overflow:
+def _overflow(dtype: Dtype, file: str, names: list[str]) -> WeightOverflow:
+    wider = DTYPES[dtype].falls_back_to
     shown = ", ".join(names[:_MOST_NAMED]) + (
         f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     )
-    return Float16Overflow(
-        f"float16 ends at 65504 and {shown} in {file} go beyond it: nothing was published; "
-        "store bfloat16 (MODEL_DTYPE=bfloat16, --dtype bfloat16), or allow it with --overflow bfloat16",
+    return WeightOverflow(
+        f"{dtype} ends at {DTYPES[dtype].largest} and {shown} in {file} go beyond it: nothing was published; "
+        f"store {wider} (MODEL_DTYPE={wider}, --dtype {wider}), or allow it with --overflow {wider}",
         tensors=tuple(names),
     )
 
 
 def _chunks(fd: int, tensor: TensorInfo, data_start: int, path: Path) -> Iterator[npt.NDArray[Any]]:
     """A tensor's bytes as little-endian words of its width, a chunk at a time."""
-    word = np.dtype(f"<u{_WIDTH.get(tensor.dtype, 1)}")
+    width = DTYPE_BITS[tensor.dtype] // 8 if tensor.dtype in _CONVERTED else 1
+    word = np.dtype(f"<u{width}")
     position, end = data_start + tensor.begin, data_start + tensor.end
     while position < end:
         data = os.pread(fd, min(CHUNK_BYTES, end - position), position)

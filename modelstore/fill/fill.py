@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from modelstore.dtypes import DTYPES, Dtype
 from modelstore.errors import (
     ClaimLost,
     CodeRefused,
@@ -46,7 +47,7 @@ from modelstore.fill.progress import Progress
 from modelstore.fill.selection import MAX_SMALL_BYTES, Selection, code_in, is_pickle, select_files, stored_path
 from modelstore.fill.sources import Resolved, Source, SourceFile
 from modelstore.fill.staging import FinishedFiles
-from modelstore.settings import Dtype, Settings
+from modelstore.settings import Settings
 from modelstore.timeline import Span, Timeline
 from modelstore.volume import durable
 from modelstore.volume.checksums import Digests, RunningDigests, digests_of_file, has_blocks
@@ -197,7 +198,7 @@ class Fill:
             repo_id=self._key.repo_id,
             pickles=self._settings.allow_pickle,
             code=self._code,
-            fp16=self._dtype == "float16",
+            variant=DTYPES[self._dtype].file_variant,
         )
 
     def _check_code(self, selection: Selection) -> None:

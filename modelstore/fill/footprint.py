@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from modelstore.dtypes import DTYPES, Dtype
 from modelstore.fill.convert import storage_policy
 from modelstore.fill.selection import select_files
 from modelstore.fill.sources import Resolved, Source, SourceFile, read_all
-from modelstore.settings import Dtype, Settings
-
-WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4}
+from modelstore.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ def estimate(source: Source, resolved: Resolved, dtype: Dtype, settings: Setting
         repo_id=resolved.repo_id,
         pickles=settings.allow_pickle,
         code=code,
-        fp16=dtype == "float16",
+        variant=DTYPES[dtype].file_variant,
     )
     parts = [(*file.path.rpartition("/")[::2], file) for file in selection.small]
     configs = {folder: file for folder, name, file in parts if name == "config.json"}
@@ -64,8 +63,8 @@ def stored_ratio(config: Mapping[str, Any], dtype: Dtype, *, unchanged: bool) ->
     before = named_dtype(config)
     if unchanged or before == dtype:
         return 0.0
-    width = WIDTH.get(before)
-    return WIDTH[dtype] / width if width else max(1.0, WIDTH[dtype] / 2)
+    width, stored = (DTYPES[name].width_bytes if name in DTYPES else 0 for name in (before, dtype))
+    return stored / (width or min(stored, 2))
 
 
 def named_dtype(config: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from modelstore.dtypes import DTYPES
 from modelstore.errors import BadSafetensors, NoWeights, PickleRefused
 from modelstore.fill.sources import SourceFile
 from modelstore.volume.layout import check_file_name, check_file_names
@@ -26,7 +27,10 @@ _FOREIGN = re.compile(r"(pytorch_model|tf_model|flax_model|consolidated|rust_mod
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _ENDING = ".index.json"
 _INDEX = ".safetensors.index.json"
-_VARIANT = re.compile(r"\.fp16\.safetensors$|\.fp16-\d+-of-\d+\.safetensors$|\.safetensors\.index\.fp16\.json$")
+_INFIX = rf"\.({'|'.join(dtype.file_variant for dtype in DTYPES.values() if dtype.file_variant)})"
+_VARIANT = re.compile(
+    rf"{_INFIX}(?=\.safetensors$|-\d+-of-\d+\.safetensors$)|(?<=\.safetensors\.index){_INFIX}(?=\.json$)"
+)
 _EXTRA_FOLDERS = ("additional_chat_templates",)
 MAX_SMALL_BYTES = 512 << 20
 
@@ -57,7 +61,7 @@ def stored_path(path: str) -> str:
     index by what they stand for."""
     folder, name = _folder_of(path), PurePosixPath(path).name
     if _is_variant(path):
-        return _join(folder, name.replace(".fp16.", ".").replace(".fp16-", "-"))
+        return _join(folder, _VARIANT.sub("", name))
     if name.endswith(".bin.index.json"):
         return _join(folder, _stored_stem(name.removesuffix(".bin.index.json")) + _INDEX)
     if is_pickle(path):
@@ -66,7 +70,7 @@ def stored_path(path: str) -> str:
 
 
 def _is_variant(path: str) -> bool:
-    """Whether a file holds, or lists, weights that their authors have converted to float16."""
+    """Whether a file holds, or lists, weights that their authors have converted to a dtype, as its name says."""
     return _VARIANT.search(path) is not None
 
 
@@ -114,10 +118,10 @@ def select_files(
     repo_id: str,
     pickles: bool = False,
     code: bool = False,
-    fp16: bool = False,
+    variant: str = "",
 ) -> Selection:
     """Choose a snapshot's files; `read` gives the bytes of a small one. `pickles`, `code`: whether they are allowed;
-    `fp16`: whether a pipeline's own float16 files are preferred.
+    `variant`: the infix of a pipeline's own files that are preferred, such as `fp16`.
 
     Raises NoWeights or PickleRefused where there are no safetensors, UnsafeName for a name that leaves the folder, and
     BadSafetensors for an index that names files the repo does not have.
@@ -135,12 +139,12 @@ def select_files(
         small += [file for file in here if _is_small(file) or (code and file.path.endswith(".py"))]
         name = _join(folder, _weights_name(here, pickles=pickles))
         index, single = by_path.get(name + _ENDING), by_path.get(name)
-        if fp16 and folder:
-            variant = by_path.get(f"{name.removesuffix('.safetensors')}.fp16.safetensors")
-            listed = by_path.get(f"{name}.index.fp16.json")
-            if variant or listed:
+        if variant and folder:
+            preferred = by_path.get(f"{name.removesuffix('.safetensors')}.{variant}.safetensors")
+            listed = by_path.get(f"{name}.index.{variant}.json")
+            if preferred or listed:
                 small = [file for file in small if file is not index]
-                index, single = listed, variant
+                index, single = listed, preferred
         if single:
             weights.append(single)
             small = [file for file in small if file is not index]

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, modeling_utils
 
+from modelstore.dtypes import DTYPES
 from modelstore.errors import BadConfig, DoesNotFit, IntegrityError, NoWeights, UsageError
 from modelstore.load.reader import Reading, start_reading
 from modelstore.load.tensors import Weights, check_fits, load_tensors, ring_bytes_for, usable_device
@@ -144,7 +145,7 @@ def _from_tensors(
             None,
             config=config,
             state_dict=tensors,
-            dtype="auto" if snapshot.dtype == "keep" else getattr(torch, snapshot.dtype),
+            dtype=_torch_dtype(snapshot) or "auto",
             device_map=None if on_cpu else dict(device_map),
             output_loading_info=True,
         )
@@ -307,6 +308,12 @@ def _without_allocating_ahead() -> Iterator[None]:
         modeling_utils.caching_allocator_warmup = real
 
 
+def _torch_dtype(snapshot: Snapshot) -> torch.dtype | None:
+    """The dtype that the snapshot is stored in; None if it is stored as the source has it."""
+    name = DTYPES[snapshot.dtype].torch_name
+    return None if name is None else getattr(torch, name)
+
+
 def _spread(
     device_map: DeviceMap, cls: type[PreTrainedModel], config: Any, snapshot: Snapshot
 ) -> dict[str, str | int | torch.device]:
@@ -315,7 +322,7 @@ def _spread(
         return dict(device_map)
     if device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
         raise UsageError(f"{device_map!r} is no device map: use auto, balanced, sequential, or devices by module")
-    dtype = torch.float16 if snapshot.dtype == "keep" else getattr(torch, snapshot.dtype)
+    dtype = _torch_dtype(snapshot) or torch.float16
     with _BUILDING, bounded_build(snapshot, _MOST_TENSORS), torch.device("meta"):
         skeleton = cls(copy.deepcopy(config)).to(dtype)
     skeleton.tie_weights()

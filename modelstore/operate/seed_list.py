@@ -14,17 +14,17 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
+from modelstore.dtypes import OVERFLOWS, Dtype, Overflow, parse_dtype
 from modelstore.errors import InvalidReference, InvalidSetting, UsageError
 from modelstore.reference import Reference, parse_reference
-from modelstore.settings import Dtype, parse_dtype
 from modelstore.volume import aliases
 
 _KEYS: Mapping[str, tuple[type, str]] = {
     "reference": (str, "a string"),
     "dtype": (str, "a string"),
-    "overflow": (str, "stop or bfloat16"),
+    "overflow": (str, " or ".join(OVERFLOWS)),
     "aliases": (list, "a list of names"),
     "pin": (bool, "true or false"),
 }
@@ -36,7 +36,7 @@ class Wanted:
 
     reference: Reference
     dtype: Dtype | None = None
-    overflow: Literal["stop", "bfloat16"] = "stop"
+    overflow: Overflow = "stop"
     aliases: tuple[str, ...] = ()
     pin: bool = False
 
@@ -78,12 +78,12 @@ def _wanted(entry: Any) -> Wanted:
     if reference.kind == "alias":
         raise UsageError(f"{reference} is an alias: name the model itself, and the alias in aliases")
     overflow = entry.get("overflow", "stop")
-    if overflow not in ("stop", "bfloat16"):
-        raise UsageError(f"overflow must be stop or bfloat16, not {overflow!r}")
+    if overflow not in OVERFLOWS:
+        raise UsageError(f"overflow must be {' or '.join(OVERFLOWS)}, not {overflow!r}")
     return Wanted(
         reference,
         parse_dtype("dtype", entry["dtype"]) if "dtype" in entry else None,
-        cast(Literal["stop", "bfloat16"], overflow),
+        overflow,
         tuple(aliases.checked(str(name).removeprefix("@")) for name in entry.get("aliases", [])),
         entry.get("pin", False),
     )

@@ -31,8 +31,9 @@ from transformers import GenerationConfig  # noqa: E402
 from handler.engines.text import TextEngine  # noqa: E402
 from handler.jobs import Limits, parse_text  # noqa: E402
 from modelstore.bench.race import environment  # noqa: E402
+from modelstore.dtypes import Dtype, parse_dtype  # noqa: E402
 from modelstore.reference import parse_reference  # noqa: E402
-from modelstore.settings import Dtype, Settings, parse_dtype  # noqa: E402
+from modelstore.settings import Settings  # noqa: E402
 from modelstore.warmstart import begin  # noqa: E402
 from scripts.bench.sections import write_section  # noqa: E402
 

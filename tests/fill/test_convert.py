@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
-from modelstore.errors import Float16Overflow
+from modelstore.dtypes import Dtype
+from modelstore.errors import WeightOverflow
 from modelstore.fill.convert import config_in_dtype, convert_file, converted_tensors, read_header, storage_policy
-from modelstore.settings import Dtype
 from modelstore.volume.checksums import RunningDigests
 
 LLAMA = {"model_type": "llama"}
@@ -59,7 +59,7 @@ def test_all_bfloat16_values_become_torchs_float16(tmp_path: Path) -> None:
 
 def test_weights_that_float16_cannot_hold_stop_the_conversion_and_are_named(tmp_path: Path) -> None:
     tensors = {"fine": torch.ones(3), "big": torch.tensor([1.0, 65520.0]), "bigger": torch.tensor([-1e9])}
-    with pytest.raises(Float16Overflow, match="bfloat16") as caught:
+    with pytest.raises(WeightOverflow, match="bfloat16") as caught:
         convert(tmp_path, tensors, "float16")
     assert sorted(caught.value.tensors) == ["big", "bigger"]
     assert caught.value.exit_code == 8
