@@ -20,7 +20,7 @@ from modelstore.fill.progress import Progress
 from modelstore.fill.staging import finished_record
 from modelstore.load.reader import Reading, host_memory
 from modelstore.volume import durable
-from modelstore.volume.claim import is_generation
+from modelstore.volume.claim import highest_generation
 from modelstore.volume.layout import Layout, SnapshotKey, StagingLayout
 from modelstore.volume.manifest import BLOCK_BYTES, FileRecord
 from modelstore.volume.snapshots import Snapshot
@@ -136,10 +136,9 @@ class Following(Observer):
 
     def _look(self, key: SnapshotKey) -> None:
         folder = self._layout.staging(key)
-        generations = [path for path in durable.entries(folder) if is_generation(path.name)]
-        if not generations:
+        if (generation := highest_generation(folder)) == 0:
             return
-        staging = StagingLayout(max(generations, key=lambda path: int(path.name)))
+        staging = StagingLayout(folder / str(generation))
         for path in durable.entries(staging.done):
             name = path.name.removesuffix(".json")
             if name in self._followed or not name.endswith(".safetensors"):

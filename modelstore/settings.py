@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args
@@ -19,14 +19,11 @@ from urllib.parse import urlsplit
 
 from modelstore.dtypes import DEFAULT_DTYPE, DTYPES, Dtype, parse_dtype
 from modelstore.errors import InvalidReference, InvalidSetting, Refused
+from modelstore.mount import default_root, read_mounts
 from modelstore.reference import Reference, parse_reference, pins
 
 EngineName = Literal["text", "diffusion", "vllm"]
 
-RUNPOD_VOLUME = Path("/runpod-volume")
-POD_VOLUME = Path("/workspace")
-_OCTAL = re.compile(r"\\([0-7]{3})")  # how the mount table writes spaces and the like
-NETWORK_FILE_SYSTEMS = frozenset({"fuse", "fuse.mfs", "nfs", "nfs4", "ceph", "lustre", "beegfs", "cifs", "gpfs"})
 HUB = "https://huggingface.co"
 
 # The Hub's library reads the second, too.
@@ -338,48 +335,3 @@ def _root(env: Mapping[str, str], mounts: str | None) -> Path:
             raise InvalidSetting(f"MODELSTORE_ROOT={text!r} is not absolute: give the full path of a folder")
         return Path(text)
     return default_root(read_mounts() if mounts is None else mounts, env.get, Path.is_dir)
-
-
-def default_root(mounts: str, get: Callable[[str], str | None], is_dir: Callable[[Path], bool]) -> Path:
-    """The root where none is set: on the serverless volume, else the pod's, else in the user's cache, with a warning.
-
-    The mount table is asked, not the folder: RunPod's cached models make `/runpod-volume` exist without a volume.
-    """
-    if any(mount.point == RUNPOD_VOLUME for mount in _mounts(mounts)):
-        return RUNPOD_VOLUME / "modelstore"
-    if is_dir(POD_VOLUME):
-        return POD_VOLUME / "modelstore"
-    cache = Path(get("XDG_CACHE_HOME") or Path(get("HOME") or "/root") / ".cache") / "modelstore"
-    logger.warning("no network volume is mounted: using %s, which no other worker sees; set MODELSTORE_ROOT", cache)
-    return cache
-
-
-class Mount(NamedTuple):
-    """A line of the mount table."""
-
-    device: str
-    point: Path
-    kind: str
-    options: tuple[str, ...]
-
-
-def mount_of(path: Path, mounts: str) -> Mount | None:
-    """The mount that `path` lies on; None where there is no table."""
-    around = [mount for mount in _mounts(mounts) if path.is_relative_to(mount.point)]
-    return max(around, key=lambda mount: len(mount.point.parts), default=None)
-
-
-def _mounts(mounts: str) -> Iterator[Mount]:
-    """The later of two mounts on one folder covers the other, and comes first."""
-    for line in reversed(mounts.splitlines()):
-        device, point, kind, options, *_rest = [*line.split(), "", "", "", ""]
-        device, point = (_OCTAL.sub(lambda found: chr(int(found[1], 8)), text) for text in (device, point))
-        yield Mount(device, Path(point), kind, tuple(options.split(",")))
-
-
-def read_mounts() -> str:
-    """This system's mount table."""
-    try:
-        return Path("/proc/mounts").read_text(errors="surrogateescape")
-    except OSError:
-        return ""

@@ -5,7 +5,6 @@ Looking up is `catalog.py`'s: it reads the volume and nothing else. Here is what
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -22,7 +21,6 @@ from modelstore.errors import (
     DigestMismatch,
     ModelStoreError,
     NoSpace,
-    RootUnusable,
     SnapshotNotFound,
     WaitTimeout,
     WeightOverflow,
@@ -32,11 +30,11 @@ from modelstore.fill.sources import FolderSource, HfCacheSource, Resolved, Sourc
 from modelstore.reference import Reference, is_commit, is_local, parse_reference
 from modelstore.settings import Settings
 from modelstore.timeline import Span, Timeline
-from modelstore.volume import aliases, durable, history
+from modelstore.volume import aliases, durable, history, refs
 from modelstore.volume.claim import Claim, Contender, Holder
-from modelstore.volume.layout import FORMAT_VERSION, Layout, SnapshotKey
+from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.pins import mark_used, wait_while_evicting
-from modelstore.volume.snapshots import Catalog, Snapshot, check_place, recorded_revisions
+from modelstore.volume.snapshots import Catalog, Snapshot
 from modelstore.volume.verify import verify_snapshot
 
 logger = logging.getLogger(__name__)
@@ -118,7 +116,7 @@ class ModelStore:
         key = SnapshotKey(resolved.repo_id, resolved.commit, variant)
         snapshot = self._published(key, accepted_dtypes(variant, overflow))
         key = snapshot.key if snapshot is not None else key
-        record: dict[str, Any] = {"repo_id": key.repo_id, "commit": key.commit, "dtype": key.dtype}
+        record: dict[str, Any] = key.as_json()
         if snapshot is not None:
             files = len(snapshot.manifest.files)
             return record | {"status": "present", "files": files, "bytes": snapshot.size_bytes, "downloaded_bytes": 0}
@@ -138,7 +136,7 @@ class ModelStore:
         """Publish what a source has on this host already; weights that need no conversion are linked, not copied, where
         they lie on the same volume. Raises what `ensure` raises."""
         variant = self._dtype(dtype)
-        self.catalog.check_format()
+        refs.check_format(self.layout)
         if Reference("hub", resolved.repo_id, resolved.commit) not in self.settings.allowed_models:
             self.settings.check_allowed(Reference("hub", resolved.repo_id, resolved.revision))
         if resolved.record.kind == "hf-cache" and not resolved.record.compared_with:
@@ -153,7 +151,9 @@ class ModelStore:
             resolved = found
         code = self._may_take_code(None, resolved)
         snapshot = self._obtain(source, resolved, variant, None, None, observer, Timeline(), link=True, code=code)
-        self._record_commit(resolved, replacing=resolved.record.kind == "file")  # a cache may be older than the fleet
+        refs.record_commit(
+            self.layout, resolved.repo_id, resolved.revision, resolved.commit, replacing=resolved.record.kind == "file"
+        )  # a cache may be older than the fleet
         mark_used(self.layout, snapshot.key)
         return snapshot
 
@@ -217,7 +217,7 @@ class ModelStore:
                     raise
                 logger.warning("%s: storing %s instead, as allowed", error, accepted[-1])
         assert snapshot is not None
-        self._record_commit(resolved, replacing=refresh)
+        refs.record_commit(self.layout, resolved.repo_id, resolved.revision, resolved.commit, replacing=refresh)
         mark_used(self.layout, snapshot.key)
         return snapshot
 
@@ -251,7 +251,7 @@ class ModelStore:
                     return snapshot
                 timeline.add(Span("wait", waited_from, timeline.now()))
                 return replace(snapshot, status="waited")
-            self._prepare_root()
+            refs.prepare_store(self.layout)
             durable.check_no_links(self.layout.root, self.layout.claims(key))
             contender = contender or Contender(
                 self.layout.claims(key), worker=self.settings.worker_id, lease_s=self.settings.lease_s
@@ -361,7 +361,7 @@ class ModelStore:
         if refresh and not self.settings.offline and not is_local(wanted.name):
             commit = HubSource(wanted, self.settings, sleep=self._sleep).resolve().commit
         else:
-            commit = self.catalog.recorded_commit(wanted)
+            commit = refs.recorded_commit(self.layout, wanted)
         pinned = replace(wanted, revision=commit) if commit else wanted
         for cache in self.settings.hf_caches:
             cached = HfCacheSource(cache, pinned)
@@ -390,32 +390,8 @@ class ModelStore:
             logger.warning("the HF cache of %s is passed over: %s", named, error)
             return None
 
-    def _record_commit(self, resolved: Resolved, *, replacing: bool) -> None:
-        """Let the fleet use this commit for the revision from now on; `replacing` another one is for a seed alone."""
-        for revision in recorded_revisions(resolved.repo_id, resolved.revision):
-            path = self.layout.ref(resolved.repo_id, revision)
-            recorded = self.catalog.ref_commit(path)
-            if is_commit(revision) or recorded == resolved.commit or (recorded and not replacing):
-                continue
-            durable.check_no_links(self.layout.root, path)
-            record = {"revision": revision, "commit": resolved.commit, "resolved_at": int(time.time())}
-            durable.write_atomic(path, json.dumps(record).encode() + b"\n")
-
     def _dtype(self, dtype: str | None) -> Dtype:
         return parse_dtype("dtype", dtype) if dtype else self.settings.dtype
-
-    def _prepare_root(self) -> None:
-        if self.layout.format_file.exists():
-            return
-        missing = ""
-        try:
-            check_place(self.layout.root)
-        except RootUnusable as error:  # the first who fills a store makes its place, but may not have meant to
-            missing = str(error)
-        durable.make_folder(self.layout.trash)  # now, because a volume that is full may have no room for it
-        durable.write_atomic(self.layout.format_file, b"%d\n" % FORMAT_VERSION)
-        if missing:
-            logger.warning("%s; until then it is made here", missing)
 
     def _quarantine(self, key: SnapshotKey, claim: Claim) -> Snapshot | None:
         """Move what stands where the snapshot belongs and is none, or a damaged one, out of the way; it is kept, and

@@ -23,7 +23,7 @@ FLOORS = {
     "cli": {"ground", "volume", "fill", "load", "store", "start", "operate", "bench"},
     "handler": {"ground", "volume", "load", "store", "start"},
 }
-GROUND = {"errors", "units", "logs", "timeline", "reference", "dtypes", "settings", "isolation", "startup"}
+GROUND = {"errors", "units", "logs", "timeline", "reference", "dtypes", "mount", "settings", "isolation", "startup"}
 ALONE = {"store": "store", "prefetch": "start", "warmstart": "start"}
 
 HEAVY = {"torch", "transformers", "runpod", "accelerate"}

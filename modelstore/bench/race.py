@@ -28,12 +28,12 @@ import numpy as np
 from modelstore.bench.loaders import LOAD
 from modelstore.dtypes import DTYPES
 from modelstore.errors import InvalidSetting, ModelStoreError, NoSpace
+from modelstore.mount import check_place
 from modelstore.settings import Settings, without_secrets
 from modelstore.store import ModelStore
 from modelstore.units import size
 from modelstore.volume import durable
 from modelstore.volume.header import TensorInfo, encode_header
-from modelstore.volume.snapshots import check_place
 
 NEEDS = {
     "runai": "runai_model_streamer",

@@ -23,9 +23,8 @@ from modelstore.cli.app import (
 from modelstore.dtypes import parse_dtype
 from modelstore.errors import InvalidReference, SnapshotNotFound, UsageError
 from modelstore.reference import parse_reference
-from modelstore.volume import aliases
+from modelstore.volume import aliases, refs
 from modelstore.volume.layout import SnapshotKey
-from modelstore.volume.snapshots import Catalog
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,7 +82,7 @@ def set_alias(
 def list_aliases(context: Context) -> None:
     """Where each alias points, and since when."""
     layout = context.volume().layout
-    Catalog(layout).check_format()
+    refs.check_format(layout)
     found = {}
     for name in sorted(aliases.names(layout)):
         try:
@@ -171,4 +170,4 @@ def _now(context: Context, name: str) -> SnapshotKey | None:
 def _record(name: str, key: SnapshotKey | None) -> dict[str, Any]:
     if key is None:
         return {"alias": name}
-    return {"alias": name, "repo_id": key.repo_id, "commit": key.commit, "dtype": key.dtype}
+    return {"alias": name, **key.as_json()}

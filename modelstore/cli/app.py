@@ -22,12 +22,13 @@ from modelstore.dtypes import DEFAULT_DTYPE, DTYPES
 from modelstore.errors import ModelStoreError, Refused
 from modelstore.fill.observer import LogObserver, Observer
 from modelstore.logs import LINE_CHARACTERS, log_to_stderr
+from modelstore.mount import check_place
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.units import ago, one_line, printable_lines, size
 from modelstore.volume import aliases
 from modelstore.volume.layout import Layout
-from modelstore.volume.snapshots import Catalog, Snapshot, check_place
+from modelstore.volume.snapshots import Catalog, Snapshot
 
 if TYPE_CHECKING:  # a fifth of the time of a command that draws nothing, as with --json
     from rich.console import Console

@@ -30,6 +30,7 @@ from modelstore.dtypes import OVERFLOWS, parse_dtype
 from modelstore.errors import ModelStoreError, UsageError
 from modelstore.fill.observer import Observer
 from modelstore.fill.progress import Progress
+from modelstore.mount import check_place
 from modelstore.operate import inventory
 from modelstore.operate.seed_list import Wanted, read_list
 from modelstore.reference import parse_reference
@@ -41,7 +42,7 @@ from modelstore.volume.claim import Holder
 from modelstore.volume.evict import evict, survey
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.manifest import FileRecord
-from modelstore.volume.snapshots import check_place, recorded_revisions, revision_of
+from modelstore.volume.refs import revision_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -255,9 +256,7 @@ def _uploaded(
                     sent = 0 if volume.has(snapshot) else volume.upload(snapshot, observer=observer)
                     if verify:
                         volume.verify(snapshot)
-                    if (revision := revision_of(wanted.reference)) != "":
-                        for each in recorded_revisions(snapshot.repo_id, revision):
-                            volume.record_commit(store.layout, snapshot, each)
+                    volume.record_commit(store.layout, snapshot, revision_of(wanted.reference))
                 status = "uploaded" if sent else "present"
                 said.append(volume.record(snapshot, sent=sent, status=status))
             except ModelStoreError as error:
@@ -286,7 +285,7 @@ def _pruned(store: ModelStore, kept: set[SnapshotKey]) -> list[dict[str, Any]]:
         gone = not candidate.kept_because and evict(store.layout, key)
         if not gone:
             logger.warning("%s stays: %s", key, candidate.kept_because or "somebody began to use it")
-        record = {"repo_id": key.repo_id, "commit": key.commit, "dtype": key.dtype, "bytes": candidate.size_bytes}
+        record = {**key.as_json(), "bytes": candidate.size_bytes}
         records.append(record | {"status": "removed" if gone else "kept"})
     return records
 
@@ -323,7 +322,7 @@ def _preview(context: Context, store: ModelStore, models: list[Wanted], *, prune
     less = sum(one.size_bytes for one in others)
     plan = {
         "models": records,
-        "removed": [{"repo_id": one.key.repo_id, "commit": one.key.commit, "dtype": one.key.dtype} for one in others],
+        "removed": [one.key.as_json() for one in others],
         "aliases_moved": _moved_aliases(store, models, records),
         "download_bytes": download,
         "taken_before": space["taken"],

@@ -14,7 +14,7 @@ from modelstore.cli.app import Context, app, command, console, table
 from modelstore.errors import NotFound, UsageError
 from modelstore.operate import inventory
 from modelstore.units import ago, size
-from modelstore.volume import durable, history
+from modelstore.volume import durable, history, refs
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -184,7 +184,7 @@ def metrics(
     except ModuleNotFoundError as error:
         raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[metrics]'") from error
     store = context.volume()
-    store.catalog.check_format()
+    refs.check_format(store.layout)
     if file is not None:
         write(store.layout, store.settings, file)
     if port is not None:

@@ -48,11 +48,13 @@ from modelstore.units import size
 from modelstore.volume import (
     aliases,
     pins,
+    refs,
 )
 from modelstore.volume.evict import evict, survey
 from modelstore.volume.garbage import GRACE_S, plan
 from modelstore.volume.layout import SnapshotKey
-from modelstore.volume.snapshots import Snapshot, repo_id_of
+from modelstore.volume.refs import repo_id_of
+from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.space import Space
 from modelstore.volume.verify import parse_sample, save_position, saved_position, verify_folder
 
@@ -259,7 +261,7 @@ def collect_garbage(
         raise UsageError(f"--to {to} has no unit: write it like {to}GB, or {to}B")
     if not grace_s >= settings.lease_s:
         raise UsageError(f"--grace-s must be at least the lease, {settings.lease_s:g} s")
-    store.catalog.check_format()
+    refs.check_format(store.layout)
     wanted = plan(layout, settings, grace_s=grace_s, limit_bytes=limit)
     if not dry_run and (wanted.garbage or wanted.evicted):
         what = f"leftovers: {len(wanted.garbage)}, models: {len(wanted.evicted)}, {size(wanted.size_bytes)} in all"
@@ -361,7 +363,7 @@ def _mtime(path: Path) -> float:
 
 
 def _key_record(key: SnapshotKey, folder: Path) -> dict[str, Any]:
-    return {"repo_id": key.repo_id, "commit": key.commit, "dtype": key.dtype, "path": str(folder)}
+    return {**key.as_json(), "path": str(folder)}
 
 
 def _found_key(store: ModelStore, reference: str, revision: str | None, dtype: str | None) -> SnapshotKey:

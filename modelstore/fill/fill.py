@@ -51,7 +51,7 @@ from modelstore.settings import Settings
 from modelstore.timeline import Span, Timeline
 from modelstore.volume import durable
 from modelstore.volume.checksums import Digests, RunningDigests, digests_of_file, has_blocks
-from modelstore.volume.claim import Claim, is_generation
+from modelstore.volume.claim import Claim, generations
 from modelstore.volume.config_sizes import Sizes
 from modelstore.volume.header import Header
 from modelstore.volume.layout import MANIFEST, Layout, SnapshotKey, StagingLayout
@@ -183,7 +183,8 @@ class Fill:
 
     def _inherit(self) -> list[StagingLayout]:
         """Earlier generations' staging: moved to be ours where nobody can still write there, else to be copied from."""
-        folders = _generations(self._layout.staging(self._key), below=self._claim.generation)
+        staging = self._layout.staging(self._key)
+        folders = [staging / str(each) for each in generations(staging) if each < self._claim.generation]
         if folders and self._claim.after_the_dead:
             durable.rename(folders[0], self._staging.folder)
             return []
@@ -515,15 +516,6 @@ class Fill:
         progress = self._progress
         self._claim.report("downloading", done=progress.done, total=progress.total, eta_s=progress.eta_s)
         self._observer.filling(self._key, progress)
-
-
-def _generations(folder: Path, *, below: int) -> list[Path]:
-    """The staging folders of earlier generations, the latest first."""
-    try:
-        numbers = sorted((int(name) for name in os.listdir(folder) if is_generation(name)), reverse=True)
-    except FileNotFoundError:
-        return []
-    return [folder / str(number) for number in numbers if number < below]
 
 
 def _config_path(folder: str) -> str:

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -29,7 +27,6 @@ from urllib.parse import urlsplit
 
 from modelstore.errors import (
     AccessDenied,
-    FormatTooNew,
     IntegrityError,
     ModelStoreError,
     NoSpace,
@@ -39,8 +36,8 @@ from modelstore.errors import (
 )
 from modelstore.fill.observer import SILENT, Observer
 from modelstore.fill.progress import Progress
-from modelstore.volume import durable
-from modelstore.volume.layout import FORMAT_VERSION, MANIFEST, Layout
+from modelstore.volume import durable, refs
+from modelstore.volume.layout import MANIFEST, Layout
 from modelstore.volume.manifest import FileRecord, parse_manifest
 from modelstore.volume.snapshots import Snapshot
 
@@ -191,9 +188,7 @@ class Volume:
         """The record of one upload; `sent` in bytes."""
         return {
             "to": str(self.target),
-            "repo_id": snapshot.repo_id,
-            "commit": snapshot.commit,
-            "dtype": snapshot.dtype,
+            **snapshot.key.as_json(),
             "files": len(snapshot.manifest.files),
             "bytes": snapshot.size_bytes,
             "uploaded_bytes": sent,
@@ -202,17 +197,17 @@ class Volume:
 
     def record_commit(self, layout: Layout, snapshot: Snapshot, revision: str) -> None:
         """Let workers on that volume use this commit for the revision."""
-        path = layout.ref(snapshot.repo_id, revision)
-        record = {"revision": revision, "commit": snapshot.commit, "resolved_at": int(time.time())}
-        self._put(f"{self.target.folder}/{path.relative_to(layout.root)}", json.dumps(record).encode() + b"\n")
+        for name in refs.recorded_revisions(snapshot.repo_id, revision):
+            path = layout.ref(snapshot.repo_id, name).relative_to(layout.root)
+            self._put(f"{self.target.folder}/{path}", refs.commit_record(name, snapshot.commit))
 
     def _check_format(self) -> None:
         key = f"{self.target.folder}/FORMAT"
-        there = self._read(key)
-        if there is None:
-            self._put(key, b"%d\n" % FORMAT_VERSION)
-        elif there.strip() != b"%d" % FORMAT_VERSION:
-            raise FormatTooNew(f"{self.target} has store format {there[:20]!r}, this version knows {FORMAT_VERSION}")
+        data = self._read(key)
+        if data is None:
+            self._put(key, refs.FORMAT_BYTES)
+        else:
+            refs.check_format_bytes(data, store=str(self.target))
 
     def _key(self, snapshot: Snapshot, path: str) -> str:
         return "/".join((self.target.folder, "models", *snapshot.key.parts, path))

@@ -21,14 +21,15 @@ from typing import Literal
 
 from modelstore.errors import FormatTooNew, ModelStoreError, NoSpace, NotFound, RootUnusable, SnapshotNotFound
 from modelstore.fill.sources import HfCacheSource
+from modelstore.mount import NETWORK_FILE_SYSTEMS, check_place, mount_of, read_mounts
 from modelstore.operate import inventory
 from modelstore.reference import Reference, parse_reference
-from modelstore.settings import NETWORK_FILE_SYSTEMS, Settings, bare_environment, mount_of, read_mounts
+from modelstore.settings import Settings, bare_environment
 from modelstore.units import size
-from modelstore.volume import aliases, durable
+from modelstore.volume import aliases, durable, refs
 from modelstore.volume.garbage import plan
 from modelstore.volume.layout import Layout
-from modelstore.volume.snapshots import Catalog, check_place
+from modelstore.volume.snapshots import Catalog
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def _mounted(root: Path) -> Finding:
 
 def _format(layout: Layout) -> Finding:
     try:
-        Catalog(layout).check_format()
+        refs.check_format(layout)
     except FormatTooNew as error:
         return _failed("format", error, "this version would misread it", "upgrade modelstore")
     except ModelStoreError as error:

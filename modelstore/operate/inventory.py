@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from modelstore.settings import Settings
-from modelstore.volume import aliases, durable, pins
+from modelstore.volume import aliases, durable, pins, refs
 from modelstore.volume.claim import ClaimRecord, current_record
 from modelstore.volume.evict import survey
 from modelstore.volume.layout import Layout, SnapshotKey
@@ -44,9 +44,7 @@ def models(layout: Layout) -> list[dict[str, Any]]:
         tops = {file.path.split("/")[0] for file in manifest.files} if manifest else set()
         records.append(
             {
-                "repo_id": key.repo_id,
-                "commit": key.commit,
-                "dtype": key.dtype,
+                **key.as_json(),
                 "path": str(layout.snapshot(key)),
                 "files": len(manifest.files) if manifest else 0,
                 "bytes": manifest.size_bytes if manifest else 0,
@@ -62,7 +60,7 @@ def models(layout: Layout) -> list[dict[str, Any]]:
 
 def space(layout: Layout, settings: Settings) -> dict[str, Any]:
     """What takes how many bytes, against the quota, and what an eviction frees; files with two names count once."""
-    Catalog(layout).check_format()
+    refs.check_format(layout)
     candidates = survey(layout)
     seen: set[tuple[int, int]] = set()
     folders = {"models": layout.models, "staging": layout.root / "staging"}
@@ -80,9 +78,7 @@ def space(layout: Layout, settings: Settings) -> dict[str, Any]:
         "evictable": sum(candidate.size_bytes for candidate in may_go),
         "snapshots": [
             {
-                "repo_id": candidate.key.repo_id,
-                "commit": candidate.key.commit,
-                "dtype": candidate.key.dtype,
+                **candidate.key.as_json(),
                 "bytes": candidate.size_bytes,
                 "idle_s": round(candidate.idle_s),
                 "kept_because": candidate.kept_because,
@@ -97,7 +93,7 @@ def claims(layout: Layout, *, sleep: Callable[[float], None] = time.sleep) -> li
 
     Looks twice, a few heartbeats apart: a holder that said nothing in between is gone, or its host is.
     """
-    Catalog(layout).check_format()
+    refs.check_format(layout)
 
     def held(key: SnapshotKey) -> tuple[SnapshotKey, int, ClaimRecord] | None:
         generation, record = current_record(layout.claims(key))
@@ -116,9 +112,7 @@ def claims(layout: Layout, *, sleep: Callable[[float], None] = time.sleep) -> li
         _key, now_generation, record = found
         records.append(
             {
-                "repo_id": key.repo_id,
-                "commit": key.commit,
-                "dtype": key.dtype,
+                **key.as_json(),
                 "generation": now_generation,
                 "worker": record.worker,
                 "host": record.host,

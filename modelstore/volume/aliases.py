@@ -39,9 +39,7 @@ class Pointed:
     def as_json(self) -> dict[str, Any]:
         """As it stands in the record."""
         return {
-            "repo_id": self.key.repo_id,
-            "commit": self.key.commit,
-            "dtype": self.key.dtype,
+            **self.key.as_json(),
             "at": self.at,
             "by": self.by,
             **({"percent": self.percent} if self.percent < 100 else {}),

@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -45,7 +46,7 @@ _HEARTBEAT_S = 0.5
 _LOCK_TIMEOUT_S = 1.0
 _RECORD_BYTES = 1024
 _KEPT_GENERATIONS = 8
-_GENERATION_DIGITS = 15  # a file that somebody gave a longer number would be the last generation
+_GENERATION = re.compile(r"[1-9][0-9]{0,14}")  # a file with a longer number could have no successor
 _ENDLESS = 1e18  # no number of bytes, seconds or beats is as large
 
 logger = logging.getLogger(__name__)
@@ -180,10 +181,10 @@ class Contender:
 
     def _remove_old_generations(self, below: int) -> None:
         """Remove records that nobody reads any more; only the highest counts, and a holder has its own open."""
-        for name in durable.names(self._folder):
-            if is_generation(name) and int(name) < below:
+        for generation in generations(self._folder):
+            if generation < below:
                 with suppress(ModelStoreError, OSError):  # `gc` removes it later
-                    durable.remove_file(self._folder / name)
+                    durable.remove_file(self._folder / str(generation))
 
 
 class Claim:
@@ -281,17 +282,14 @@ class Claim:
             durable.sync(self._fd, path=self._path)
 
 
-def is_generation(name: str) -> bool:
-    """Whether a file or a folder of staging is named by a generation's number."""
-    return name.isascii() and name.isdigit() and len(name) <= _GENERATION_DIGITS
+def generations(folder: Path) -> list[int]:
+    """The generations that have a file in a claim's folder, or a folder in a snapshot's staging, the highest first."""
+    return sorted((int(name) for name in durable.names(folder) if _GENERATION.fullmatch(name)), reverse=True)
 
 
 def highest_generation(folder: Path) -> int:
-    """The highest generation in a claim's folder; 0 where there is none."""
-    try:
-        return max((int(name) for name in os.listdir(folder) if is_generation(name)), default=0)
-    except (FileNotFoundError, NotADirectoryError):
-        return 0
+    """The first of `generations`; 0 if there is none."""
+    return max(generations(folder), default=0)
 
 
 def current_record(folder: Path) -> tuple[int, ClaimRecord | None]:

@@ -390,6 +390,15 @@ def check_no_links(root: Path, path: Path) -> None:
             return
 
 
+def is_free_of_links(root: Path, path: Path) -> bool:
+    """Whether no component of `path` below `root` is a symbolic link: see `check_no_links`."""
+    try:
+        check_no_links(root, path)
+    except UnsafeName:
+        return False
+    return True
+
+
 def check_no_links_below(folder: Path) -> None:
     """Raise UnsafeName if a symbolic link lies anywhere below `folder`; one that does not exist is fine."""
     for parent, folders, names in os.walk(folder):

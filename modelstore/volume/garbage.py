@@ -23,7 +23,7 @@ from typing import Literal
 from modelstore.errors import ModelStoreError
 from modelstore.settings import Settings
 from modelstore.volume import durable, pins
-from modelstore.volume.claim import Claim, Contender, highest_generation, is_generation
+from modelstore.volume.claim import Claim, Contender, generations, highest_generation
 from modelstore.volume.evict import Candidate, evict, least_recently_used, survey
 from modelstore.volume.layout import Layout, SnapshotKey, key_from_parts
 from modelstore.volume.snapshots import keyed_folders, moved_aside
@@ -126,10 +126,8 @@ def _candidates(layout: Layout, now: float) -> Iterator[Garbage]:
         for path in moved_aside(folder):
             yield replace(_file(kind, path, now), size_bytes=durable.tree_bytes(path, unshared=True))
     for folder in (layout.space_claim, *(variant for _key, variant in keyed_folders(layout.root / "claims"))):
-        highest = highest_generation(folder)
-        for path in durable.entries(folder):
-            if is_generation(path.name) and int(path.name) < highest:
-                yield _file("generation", path, now)
+        for generation in generations(folder)[1:]:
+            yield _file("generation", folder / str(generation), now)
     for key, variant in keyed_folders(layout.root / "used"):
         kept = 1 if layout.snapshot(key).is_dir() else 0
         marks = sorted((_file("mark", path, now) for path in durable.entries(variant)), key=lambda mark: mark.age_s)

@@ -22,9 +22,8 @@ from urllib.parse import quote
 from modelstore.errors import ModelStoreError
 from modelstore.timeline import Timeline
 from modelstore.units import printable
-from modelstore.volume import durable
+from modelstore.volume import durable, refs
 from modelstore.volume.layout import Layout, SnapshotKey
-from modelstore.volume.snapshots import Catalog
 
 KEPT_DAYS = 30
 KEPT_A_DAY = 256  # workers that start and fail in a loop would leave thousands
@@ -46,9 +45,7 @@ def note(layout: Layout, kind: str, key: SnapshotKey) -> None:
     record = {
         "at": round(time.time(), 3),
         "kind": kind,
-        "repo_id": key.repo_id,
-        "commit": key.commit,
-        "dtype": key.dtype,
+        **key.as_json(),
     }
     _keep(layout, layout.events, kind, record)
 
@@ -62,7 +59,7 @@ def events(layout: Layout) -> list[dict[str, Any]]:
 def _keep(layout: Layout, folder: Path, what: str, record: dict[str, Any]) -> None:
     day = folder / time.strftime("%Y-%m-%d", time.gmtime(record["at"]))
     try:
-        Catalog(layout).check_format()
+        refs.check_format(layout)
         durable.check_no_links(layout.root, day)
         is_new_day = not day.exists()
         path = day / f"{int(record['at'])}.{what}.{secrets.token_hex(4)}.json"

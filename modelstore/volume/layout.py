@@ -28,6 +28,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from modelstore.dtypes import DTYPES
@@ -111,6 +112,10 @@ class SnapshotKey:
 
     def __str__(self) -> str:
         return f"{self.repo_id}@{self.commit[:12]} ({self.dtype})"
+
+    def as_json(self) -> dict[str, Any]:
+        """The key as it begins every JSON record about a snapshot."""
+        return {"repo_id": self.repo_id, "commit": self.commit, "dtype": self.dtype}
 
     @property
     def parts(self) -> tuple[str, str]:

@@ -104,9 +104,7 @@ class Manifest:
         """The manifest's bytes; equal records give equal bytes."""
         record = {
             "format_version": FORMAT_VERSION,
-            "repo_id": self.key.repo_id,
-            "commit": self.key.commit,
-            "dtype": self.key.dtype,
+            **self.key.as_json(),
             "created_at": self.created_at,
             "source": self.source.as_json(),
             "block_bytes": self.block_bytes,

@@ -7,7 +7,6 @@ seeds again, and a Hub that is down changes nothing. Standard library only: this
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import stat
@@ -16,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from modelstore.errors import BadManifest, CodeRefused, FormatTooNew, IntegrityError, RootUnusable, UnsafeName
-from modelstore.reference import DEFAULT_REVISION, Reference, is_commit, is_local, local_repo_id
-from modelstore.volume import aliases, durable
+from modelstore.errors import BadManifest, CodeRefused, IntegrityError, RootUnusable
+from modelstore.reference import Reference
+from modelstore.volume import aliases, durable, refs
 from modelstore.volume.layout import (
-    FORMAT_VERSION,
     MANIFEST,
     Layout,
     SnapshotKey,
@@ -79,9 +77,7 @@ class Snapshot:
     def as_json(self) -> dict[str, Any]:
         """What `seed --json` and `show --json` print."""
         return {
-            "repo_id": self.repo_id,
-            "commit": self.commit,
-            "dtype": self.dtype,
+            **self.key.as_json(),
             "path": str(self.path),
             "files": len(self.manifest.files),
             "bytes": self.size_bytes,
@@ -111,16 +107,16 @@ class Catalog:
 
         Raises FormatTooNew, RootUnusable, and SnapshotNotFound for an alias that does not exist.
         """
-        self.check_format()
+        refs.check_format(self._layout)
         if wanted.kind == "alias":
             return self.published(aliases.target(self._layout, wanted.name, worker=worker))
-        commit = self.recorded_commit(wanted)
-        return self.published(SnapshotKey(repo_id_of(wanted), commit, dtype)) if commit else None
+        commit = refs.recorded_commit(self._layout, wanted)
+        return self.published(SnapshotKey(refs.repo_id_of(wanted), commit, dtype)) if commit else None
 
     def keys(self, repo_id: str | None = None) -> Iterator[SnapshotKey]:
         """Whatever stands where a snapshot belongs, damaged or not, of all repos or of one. Raises UnsafeName where
         `models` is a link."""
-        self.check_format()
+        refs.check_format(self._layout)
         models = self._layout.models
         durable.check_no_links(self._layout.root, models)
         repos = durable.folder_names(models) if repo_id is None else [repo_folder(repo_id)]
@@ -138,11 +134,11 @@ class Catalog:
 
     def find_key(self, wanted: Reference, dtype: str) -> SnapshotKey | None:
         """What `find` would look at, if anything stands there, damaged or not."""
-        self.check_format()
+        refs.check_format(self._layout)
         if wanted.kind == "alias":
             key = aliases.target(self._layout, wanted.name)
         else:
-            key = SnapshotKey(repo_id_of(wanted), self.recorded_commit(wanted), dtype)
+            key = SnapshotKey(refs.repo_id_of(wanted), refs.recorded_commit(self._layout, wanted), dtype)
         return key if key.commit and self._layout.snapshot(key).is_dir() else None
 
     def published(self, key: SnapshotKey) -> Snapshot | None:
@@ -153,7 +149,7 @@ class Catalog:
         if read is None or manifest is None:
             return None
         for folder in {os.path.dirname(file.path) for file in manifest.files} - {""}:
-            if not _is_plain(path, folder):
+            if not durable.is_free_of_links(path, path / folder):
                 logger.warning("%s is passed over: %s is a link", path, folder)
                 return None
         for file in manifest.files:
@@ -180,7 +176,7 @@ class Catalog:
 
     def _read_plain(self, key: SnapshotKey) -> durable.Contents | None:
         path = self._layout.snapshot(key)
-        if not _is_plain(self._layout.root, str(path.relative_to(self._layout.root))):
+        if not durable.is_free_of_links(self._layout.root, path):
             logger.warning("%s is passed over: a folder on its way is a link", path)
             return None
         return self.read(key)
@@ -211,48 +207,6 @@ class Catalog:
             return None
         return manifest
 
-    def recorded_commit(self, wanted: Reference) -> str:
-        """The commit that this fleet uses for the reference; empty where none was recorded."""
-        if is_commit(wanted.revision):
-            return wanted.revision
-        return self.ref_commit(self._layout.ref(repo_id_of(wanted), revision_of(wanted)))
-
-    def ref_commit(self, path: Path) -> str:
-        """The commit in one record under `refs/`; empty where there is none."""
-        if not _is_plain(self._layout.root, str(path.relative_to(self._layout.root))):
-            return ""
-        try:
-            commit = json.loads(durable.read_file(path))["commit"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return ""
-        return commit if isinstance(commit, str) and is_commit(commit) else ""
-
-    def check_format(self) -> None:
-        """Raise FormatTooNew where a newer version wrote the store, RootUnusable where it cannot be read."""
-        try:
-            text = durable.read_file(self._layout.format_file).strip()
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        except OSError as error:
-            raise RootUnusable(
-                f"cannot read {self._layout.root}: {error.strerror}; check the mount and MODELSTORE_ROOT"
-            ) from error
-        if not text.isdigit() or len(text) > 9 or int(text) > FORMAT_VERSION:
-            raise FormatTooNew(
-                f"{self._layout.root} has store format {text[:20].decode(errors='replace')!r}, this version knows "
-                f"{FORMAT_VERSION}: upgrade modelstore, or set MODELSTORE_ROOT to another folder"
-            )
-
-
-def check_place(root: Path) -> None:
-    """Raise RootUnusable where the folder that a store would lie in is not there. A mounted volume or the user's home
-    is place enough, because whoever fills the store makes what is between."""
-    if root.parent.is_dir() or root.is_relative_to(os.path.expanduser("~")):
-        return
-    there = next(folder for folder in root.parents if folder.exists())
-    if there == Path("/") or not there.is_mount():
-        raise RootUnusable(f"there is no folder {root.parent}: mount the volume, or set MODELSTORE_ROOT or --root")
-
 
 def keyed_folders(folder: Path) -> Iterator[tuple[SnapshotKey, Path]]:
     """What belongs to a snapshot below `staging/`, `claims/` or `used/`, with its key."""
@@ -265,27 +219,3 @@ def keyed_folders(folder: Path) -> Iterator[tuple[SnapshotKey, Path]]:
 def moved_aside(folder: Path) -> list[Path]:
     """What the store has put in its trash or its quarantine; whatever else lies there is somebody's."""
     return [path for path in durable.entries(folder) if is_aside(path.name) and path.is_dir()]
-
-
-def revision_of(wanted: Reference) -> str:
-    """What a reference's commit is recorded as under `refs/`: a folder's path is its revision; an alias has none."""
-    return wanted.name if wanted.kind == "file" else wanted.revision
-
-
-def recorded_revisions(repo_id: str, revision: str) -> tuple[str, ...]:
-    """All that its commit is recorded as: for a folder also `main`, so that its name in `ls` means what was seeded
-    last."""
-    return (revision, DEFAULT_REVISION) if is_local(repo_id) else (revision,)
-
-
-def repo_id_of(wanted: Reference) -> str:
-    """The repo id that a reference's snapshots are kept under."""
-    return local_repo_id(wanted) if wanted.kind == "file" else wanted.name
-
-
-def _is_plain(path: Path, folder: str) -> bool:
-    try:
-        durable.check_no_links(path, path / folder)
-    except UnsafeName:
-        return False
-    return True

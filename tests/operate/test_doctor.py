@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from modelstore.errors import NoSpace, RootUnusable
+from modelstore.mount import check_place
 from modelstore.operate import doctor
 from modelstore.operate.doctor import Finding, diagnose, exit_code
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.volume import durable
-from modelstore.volume.snapshots import check_place
 from tests.conftest import Cli, MakeStore
 from tests.support.checkpoints import write_repo
 from tests.support.hub import Hub

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from modelstore.mount import mount_of
 from modelstore.operate import inventory
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
@@ -243,7 +244,6 @@ def test_help_is_there_at_once() -> None:
 
 
 def test_settings_of_a_volume_are_found_by_its_mount() -> None:
-    from modelstore.settings import mount_of
 
     table = (
         "/dev/a / ext4 rw 0 0\nmfs#m:9421 /runpod-volume fuse rw,mfsnobsdlocks 0 0\nx /with\\040space tmpfs ro 0 0\n"

@@ -110,7 +110,11 @@ def test_the_command_lines_that_are_shown_work_one_after_the_other(
 def test_every_script_that_is_shown_has_the_options_it_is_shown_with() -> None:
     """Most of them measure for minutes; what they do, other tests try on less."""
     shown = "\n".join(
-        [README, *(path.read_text() for path in (HERE / "docs").glob("*.md")), (HERE / "scripts" / "bench" / "all").read_text()]
+        [
+            README,
+            *(path.read_text() for path in (HERE / "docs").glob("*.md")),
+            (HERE / "scripts" / "bench" / "all").read_text(),
+        ]
     )
     lines = re.findall(r"(scripts/[\w/]+(?:\.py)?)((?: (?:--)?[\w.,'\"/…:@-]+)+)", shown)
     assert len(lines) > 10
@@ -145,7 +149,9 @@ def test_the_error_tree_in_its_docstring_is_the_tree() -> None:
 
 @pytest.mark.parametrize("page", ["features.md", "security.md"])
 def test_every_row_of_a_page_of_tests_names_one_that_is_there(page: str) -> None:
-    rows = re.findall(r"^\| .* \| `((?:\w+/)?test_\w+\.py)::(test_\w+)` \|$", (HERE / "docs" / page).read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| .* \| `((?:\w+/)?test_\w+\.py)::(test_\w+)` \|$", (HERE / "docs" / page).read_text(), re.MULTILINE
+    )
     assert len(rows) > 20
     for file, name in rows:
         assert re.search(rf"^def {name}\(", (HERE / "tests" / file).read_text(), re.MULTILINE), f"{file}::{name}"
