@@ -19,15 +19,14 @@ from modelstore.errors import (
     BadManifest,
     ClaimLost,
     DigestMismatch,
-    ModelStoreError,
     NoSpace,
-    SnapshotNotFound,
     WaitTimeout,
     WeightOverflow,
 )
 from modelstore.fill.observer import SILENT, Observer
-from modelstore.fill.sources import FolderSource, HfCacheSource, Resolved, Source, read_all
-from modelstore.reference import Reference, is_commit, is_local, parse_reference
+from modelstore.fill.source import Resolved, Source
+from modelstore.fill.sources import resolve
+from modelstore.reference import Reference, is_commit, parse_reference
 from modelstore.settings import Settings
 from modelstore.timeline import Span, Timeline
 from modelstore.volume import aliases, durable, history, refs
@@ -120,7 +119,9 @@ class ModelStore:
         if snapshot is not None:
             files = len(snapshot.manifest.files)
             return record | {"status": "present", "files": files, "bytes": snapshot.size_bytes, "downloaded_bytes": 0}
-        found = estimate(source, resolved, variant, self.settings, code=self._may_take_code(named, resolved))
+        found = estimate(
+            source, resolved, variant, self.settings, code=source.may_bring_code(resolved, self.settings, named=named)
+        )
         staged = durable.tree_blocks(self.layout.staging(key))
         return record | {
             "status": "resumable" if staged else "missing",
@@ -139,20 +140,17 @@ class ModelStore:
         refs.check_format(self.layout)
         if Reference("hub", resolved.repo_id, resolved.commit) not in self.settings.allowed_models:
             self.settings.check_allowed(Reference("hub", resolved.repo_id, resolved.revision))
-        if resolved.record.kind == "hf-cache" and not resolved.record.compared_with:
-            from modelstore.fill.hub import confirmed
-
-            found = confirmed(source, resolved, self.settings)
-            if found is None:
-                raise DigestMismatch(
-                    f"the HF cache of {resolved.repo_id} is not what the Hub states for {resolved.commit}: remove the "
-                    "cache, and seed the model from the Hub"
-                )
-            resolved = found
-        code = self._may_take_code(None, resolved)
+        confirmed = source.confirmed(resolved)
+        if confirmed is None:
+            raise DigestMismatch(
+                f"the HF cache of {resolved.repo_id} is not what the Hub states for {resolved.commit}: remove the "
+                "cache, and seed the model from the Hub"
+            )
+        resolved = confirmed
+        code = source.may_bring_code(resolved, self.settings, named=None)
         snapshot = self._obtain(source, resolved, variant, None, None, observer, Timeline(), link=True, code=code)
         refs.record_commit(
-            self.layout, resolved.repo_id, resolved.revision, resolved.commit, replacing=resolved.record.kind == "file"
+            self.layout, resolved.repo_id, resolved.revision, resolved.commit, replacing=source.replaces_recorded_commit
         )  # a cache may be older than the fleet
         mark_used(self.layout, snapshot.key)
         return snapshot
@@ -204,7 +202,7 @@ class ModelStore:
                 return found
         with timeline.span("lookup"):
             source, resolved = self._resolve(wanted, refresh=refresh)
-        code = self._may_take_code(named, resolved)
+        code = source.may_bring_code(resolved, self.settings, named=named)
         accepted = accepted_dtypes(variant, overflow)
         key = SnapshotKey(resolved.repo_id, resolved.commit, variant)
         snapshot = self._published(key, accepted[1:]) if damaged is None else None
@@ -339,56 +337,10 @@ class ModelStore:
             raise BadManifest(f"{key} was published and cannot be read back: check the volume, then seed again")
         return replace(snapshot, status="resumed" if filled.reused else "downloaded", downloaded_bytes=filled.network)
 
-    def _may_take_code(self, named: Reference | None, resolved: Resolved) -> bool:
-        """Whether a repo's Python files are stored too: only of a commit that a person named in full, or of a folder
-        that a person named; never of an HF cache, which anybody who can write the volume may have made."""
-        if resolved.record.kind == "hf-cache":
-            return False
-        if resolved.record.kind == "file":
-            return self.settings.trust_remote_code
-        return self.settings.may_run_code_of(resolved.repo_id, resolved.commit, named=named)
-
-    def _resolve(self, wanted: Reference, *, refresh: bool) -> tuple[Source, Resolved]:
-        """The source to fill from, and the commit: the Hub's where it is asked, else the one that was recorded.
-
-        An HF cache on the volume that has the commit goes before the Hub: it costs no network.
-        """
-        from modelstore.fill.hub import HubSource
-
-        if wanted.kind == "file":
-            folder = FolderSource(wanted)
-            return folder, folder.resolve()
-        if refresh and not self.settings.offline and not is_local(wanted.name):
-            commit = HubSource(wanted, self.settings, sleep=self._sleep).resolve().commit
-        else:
-            commit = refs.recorded_commit(self.layout, wanted)
-        pinned = replace(wanted, revision=commit) if commit else wanted
-        for cache in self.settings.hf_caches:
-            cached = HfCacheSource(cache, pinned)
-            if (found := self._usable(cached, wanted)) is not None:
-                return cached, found.for_revision(wanted.revision)
-        if self.settings.offline:
-            raise _not_here(wanted, self.settings)
-        hub = HubSource(pinned, self.settings, sleep=self._sleep)
-        return hub, hub.resolve().for_revision(wanted.revision)
-
-    def _usable(self, cached: HfCacheSource, named: Reference) -> Resolved | None:
-        """What an HF cache on the volume holds of a model, unless a part is missing, the Hub states otherwise, or the
-        model's own code is wanted, which only the Hub gives."""
-        from modelstore.fill.hub import confirmed
-
-        try:
-            found = cached.whole()
-            if found is None:
-                return None
-            trusted = self.settings.may_run_code_of(found.repo_id, found.commit, named=named)
-            if trusted and _names_code(cached, found):
-                logger.info("%s brings code, which is never taken from an HF cache: asking the Hub", found.repo_id)
-                return None
-            return confirmed(cached, found, self.settings)
-        except (ModelStoreError, OSError) as error:
-            logger.warning("the HF cache of %s is passed over: %s", named, error)
-            return None
+    def _resolve(self, reference: Reference, *, refresh: bool) -> tuple[Source, Resolved]:
+        """The source to fill from, and the commit."""
+        recorded = refs.recorded_commit(self.layout, reference)
+        return resolve(reference, self.settings, recorded_commit=recorded, refresh=refresh, sleep=self._sleep)
 
     def _dtype(self, dtype: str | None) -> Dtype:
         return parse_dtype("dtype", dtype) if dtype else self.settings.dtype
@@ -415,20 +367,6 @@ class ModelStore:
         return Snapshot(aside, manifest) if manifest is not None else None
 
 
-def _names_code(source: Source, resolved: Resolved) -> bool:
-    """Whether a config of what the source holds names code of the repo."""
-    from modelstore.fill.selection import code_in
-
-    files = source.list_files(resolved)
-    names = {file.path for file in files}
-    for file in files:
-        if file.path.endswith(".json"):
-            with source.open(resolved, file, 0, file.size_bytes) as stream:
-                if code_in(file.path, read_all(stream, file.size_bytes), names):
-                    return True
-    return False
-
-
 def _same(snapshot: Snapshot, damaged: Snapshot | None) -> bool:
     """Whether what is published is still what was found damaged."""
     return damaged is not None and (snapshot.key, snapshot.inode) == (damaged.key, damaged.inode)
@@ -436,12 +374,6 @@ def _same(snapshot: Snapshot, damaged: Snapshot | None) -> bool:
 
 def _parsed(reference: str | Reference, revision: str | None) -> Reference:
     return parse_reference(reference, revision=revision) if isinstance(reference, str) else reference
-
-
-def _not_here(wanted: Reference, settings: Settings) -> SnapshotNotFound:
-    return SnapshotNotFound(
-        f"{wanted} is not in {settings.root} and MODELSTORE_OFFLINE is set: seed it, or unset MODELSTORE_OFFLINE"
-    )
 
 
 def _waited_too_long(key: SnapshotKey, holder: Holder, waited_s: float) -> WaitTimeout:

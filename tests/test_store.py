@@ -400,7 +400,7 @@ def test_an_hf_cache_that_cannot_be_trusted_is_passed_over(hub: Hub, store: Mode
 def test_a_folder_that_changes_while_it_is_seeded_is_refused(
     store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from modelstore.fill.sources import FolderSource
+    from modelstore.fill.folder import FolderSource
 
     folder = write_repo(tmp_path / "model")
     resolve = FolderSource.resolve

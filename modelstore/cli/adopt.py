@@ -23,7 +23,7 @@ def adopt(
     dtype: DTYPE = None,
 ) -> None:
     """Make snapshots of models that lie on this volume already. No download, and links where nothing is converted."""
-    from modelstore.fill.hf_cache import find
+    from modelstore.fill.adoption import find
 
     store = context.store()
     records: list[dict[str, Any]] = []

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelstore.errors import DigestMismatch, HubUnavailable
-from modelstore.fill.hub import backoff_s
 from modelstore.fill.progress import Progress
-from modelstore.fill.sources import ByteStream, Resolved, Source, SourceFile
+from modelstore.fill.source import ByteStream, Resolved, Source, SourceFile, backoff_s
 from modelstore.fill.staged_file import GRANULE_BYTES, PartialFile
 from modelstore.volume.checksums import Digests
 from modelstore.volume.layout import StagingLayout

@@ -45,7 +45,7 @@ from modelstore.fill.observer import Observer
 from modelstore.fill.peak import Peak
 from modelstore.fill.progress import Progress
 from modelstore.fill.selection import MAX_SMALL_BYTES, Selection, code_in, is_pickle, select_files, stored_path
-from modelstore.fill.sources import Resolved, Source, SourceFile
+from modelstore.fill.source import Resolved, Source, SourceFile
 from modelstore.fill.staging import FinishedFiles
 from modelstore.settings import Settings
 from modelstore.timeline import Span, Timeline

@@ -10,7 +10,7 @@ from typing import Any
 from modelstore.dtypes import DTYPES, Dtype
 from modelstore.fill.convert import storage_policy
 from modelstore.fill.selection import select_files
-from modelstore.fill.sources import Resolved, Source, SourceFile, read_all
+from modelstore.fill.source import Resolved, Source
 from modelstore.settings import Settings
 
 
@@ -28,14 +28,9 @@ def estimate(source: Source, resolved: Resolved, dtype: Dtype, settings: Setting
 
     Raises what choosing its files does: NoWeights, Refused, and so on.
     """
-
-    def read(file: SourceFile) -> bytes:
-        with source.open(resolved, file, 0, file.size_bytes) as stream:
-            return read_all(stream, file.size_bytes)
-
     selection = select_files(
         source.list_files(resolved),
-        read,
+        lambda file: source.read(resolved, file),
         repo_id=resolved.repo_id,
         pickles=settings.allow_pickle,
         code=code,
@@ -48,7 +43,7 @@ def estimate(source: Source, resolved: Resolved, dtype: Dtype, settings: Setting
     for file in selection.weights:
         folder = file.path.rpartition("/")[0]
         if folder not in ratios:
-            config = _config(read(configs[folder])) if folder in configs else {}
+            config = _config(source.read(resolved, configs[folder])) if folder in configs else {}
             ratios[folder] = stored_ratio(
                 config, dtype, unchanged=bool(storage_policy(dtype, config).unchanged_because)
             )

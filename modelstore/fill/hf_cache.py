@@ -1,188 +1,146 @@
-"""Models that already lie on the volume, in somebody else's layout: found, and made snapshots without a download.
+"""The cache of huggingface_hub on the volume: a source, as RunPod's cached models are, and a place to export to.
 
-    models--org--name/{refs,snapshots,blobs}     an HF cache, or the folder that holds several of them
-    config.json, model.safetensors, …            a folder that `save_pretrained` wrote, or a pipeline's
-    manifest.json, small.tar, big/               a mirror by the RunPod SDK's VolumeCache of either of them
-
-A mirror keeps neither the links nor the refs of an HF cache: the names of its blobs are asked of the Hub, which tells
-them by their digests.
+models--org--name/{refs,snapshots,blobs}
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-import tarfile
-from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from modelstore.errors import BadSafetensors, ModelStoreError, NotFound, Refused, UsageError
-from modelstore.fill.sources import (
-    ByteStream,
-    HfCacheSource,
-    LocalFiles,
-    Resolved,
-    Source,
-    SourceFile,
-    files_below,
-    stream_of,
-)
-from modelstore.reference import Reference, is_commit, is_repo_id, local_repo_id
+from modelstore.errors import ModelStoreError, NotFound, Refused, RepoNotFound, UnsafeName
+from modelstore.fill.selection import code_in
+from modelstore.fill.source import ByteStream, Resolved, Source, SourceFile, stream_of
+from modelstore.reference import Reference, is_commit
 from modelstore.settings import Settings
 from modelstore.volume import durable
 from modelstore.volume.checksums import git_oid_of
-from modelstore.volume.layout import check_file_name
+from modelstore.volume.manifest import SourceRecord
 from modelstore.volume.snapshots import Snapshot
 
 logger = logging.getLogger(__name__)
 
-_INDEXES = ("config.json", "model_index.json")
 
+class HfCacheSource(Source):
+    """A model in an HF cache on the volume: `models--org--name/{refs,snapshots,blobs}`.
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A model that lies somewhere, and how to read it."""
-
-    what: str
-    source: Source
-    resolved: Resolved
-
-
-def find(path: Path, settings: Settings, *, repo_id: str | None = None) -> Iterator[Found]:
-    """The models at `path`. `repo_id`: what a folder without a name of its own is to be called.
-
-    Raises NotFound where there is none, and UsageError where a name is missing or given to several.
+    The cache names its blobs by their digests, with which all that is stored from here is compared; that they are those
+    of the commit is for the Hub to confirm (`hub.confirmed`). A cache whose download was cut short, or whose files are
+    no links to blobs, is not `whole`, and the Hub is asked.
     """
-    if repo_id is not None and not is_repo_id(repo_id):
-        raise UsageError(f"--as {repo_id!r} is not a repo id: write it like org/name")
-    if not path.is_dir():
-        raise NotFound(
-            f"{path} is not a folder: give an HF cache, a model's folder, or a mirror by the SDK's VolumeCache"
-        )
-    if (path / "big").is_dir() and (path / "manifest.json").is_file():
-        yield from _in_mirror(path, settings, repo_id)
-        return
-    if any((path / name).is_file() for name in _INDEXES):
-        yield _folder(str(path), path.name, files_below(path), repo_id, str(path))
-        return
-    caches = [path] if path.name.startswith("models--") else sorted(path.glob("models--*"))
-    if not caches:
-        raise NotFound(f"{path} holds no model: neither {' nor '.join(_INDEXES)} nor models--org--name")
-    if repo_id is not None:
-        raise UsageError(f"{path} is an HF cache, whose models have names: leave out --as")
-    found = [one for cache in caches for one in _in_cache(cache)]
-    if not found:
-        raise NotFound(f"{path} holds no whole model: let the download that it belongs to end, or seed it from the Hub")
-    yield from found
-
-
-def _in_cache(repo: Path) -> Iterator[Found]:
-    """The revisions of one repo in an HF cache, those that are whole."""
-    name = repo.name.removeprefix("models--").replace("--", "/", 1)
-    if not is_repo_id(name):
-        return
-    refs = repo / "refs"
-    names = [str(ref.relative_to(refs)) for ref in sorted(refs.rglob("*")) if ref.is_file()] if refs.is_dir() else []
-    by_commit = {path.name: path.name for path in sorted((repo / "snapshots").glob("*")) if is_commit(path.name)}
-    for ref in names:
-        try:
-            by_commit[durable.read_file(refs / ref).decode(errors="replace").strip()] = ref
-        except OSError as error:
-            logger.warning("%s is passed over: %s", refs / ref, error.strerror)
-    for revision in by_commit.values():
-        source = HfCacheSource(repo.parent, Reference("hub", name, revision))
-        try:
-            resolved = source.whole()
-        except ModelStoreError as error:
-            logger.warning("%s is passed over: %s", repo, error)
-            continue
-        if resolved is not None:
-            yield Found(str(repo), source, resolved)
-
-
-def _folder(what: str, name: str, paths: Mapping[str, Path], repo_id: str | None, revision: str) -> Found:
-    source = LocalFiles(
-        repo_id or local_repo_id(Reference("file", f"/{name}", "")), "main" if repo_id else revision, name, paths
-    )
-    return Found(what, source, source.resolve())
-
-
-def _in_mirror(mirror: Path, settings: Settings, repo_id: str | None) -> Iterator[Found]:
-    """What the SDK's VolumeCache has mirrored: files by their full names on the container, the small ones in a tar."""
-    with TemporaryDirectory(prefix="modelstore-") as folder:
-        paths = {f"/{name}": path for name, path in files_below(mirror / "big").items()}
-        paths |= _unpacked(mirror / "small.tar", Path(folder))
-        tops = sorted({name.rpartition("/")[0] for name in paths if name.rpartition("/")[2] in _INDEXES})
-        tops = [top for top in tops if not any(top.startswith(f"{other}/") for other in tops)]
-        if repo_id is not None and len(tops) > 1:
-            raise UsageError(f"{mirror} holds {len(tops)} models: --as can name only one")
-        for top in tops:
-            inside = {name.removeprefix(f"{top}/"): path for name, path in paths.items() if name.startswith(f"{top}/")}
-            yield _folder(f"{mirror}: {top}", top.rpartition("/")[2], inside, repo_id, top)
-        repos: dict[str, dict[str, Path]] = {}
-        for name, path in paths.items():
-            before, blobs, digest = name.rpartition("/blobs/")
-            repo = before.rpartition("/")[2]
-            if blobs and repo.startswith("models--"):
-                repos.setdefault(repo.removeprefix("models--").replace("--", "/", 1), {})[digest] = path
-        for name, found in sorted(repos.items()):
-            source = _Blobs(Reference("hub", name, "main"), settings, found)
-            yield Found(f"{mirror}: {name}", source, source.resolve())
-        if not tops and not repos:
-            raise NotFound(f"{mirror} is a mirror of something else than models")
-
-
-def _unpacked(archive: Path, folder: Path) -> dict[str, Path]:
-    if not archive.is_file():
-        return {}
-    try:
-        with os.fdopen(durable.open_for_read(archive), "rb") as file, tarfile.open(fileobj=file) as tar:
-            members = [member for member in tar.getmembers() if member.isfile()]
-            for member in members:
-                check_file_name(member.name)
-            tar.extractall(folder, members, filter="data")
-    except (tarfile.TarError, EOFError) as error:
-        raise BadSafetensors(f"{archive} cannot be unpacked ({error}): seed the model from the Hub") from error
-    return {f"/{member.name}": folder / member.name for member in members}
-
-
-class _Blobs:
-    """An HF cache that has lost its links: the Hub names the files, the blobs are here."""
 
     over_network = False
 
-    def __init__(self, reference: Reference, settings: Settings, blobs: Mapping[str, Path]) -> None:
-        from modelstore.fill.hub import HubSource
-
-        if settings.offline:
-            raise Refused(
-                "a mirror has lost its files' names, the Hub tells them, and MODELSTORE_OFFLINE is set: unset it"
-            )
-        self._hub = HubSource(reference, settings)
-        self._blobs = blobs
+    def __init__(
+        self, cache: Path, reference: Reference, settings: Settings, *, named: Reference | None = None
+    ) -> None:
+        """`named`: the reference as the caller gave it, if `reference` was pinned to a commit since."""
+        self._repo = cache / f"models--{reference.name.replace('/', '--')}"
+        self._reference = reference
+        self._settings = settings
+        self._named = named or reference
 
     def resolve(self) -> Resolved:
-        resolved = self._hub.resolve()
-        return replace(resolved, record=replace(resolved.record, kind="hf-cache", compared_with="hub"))
+        revision = self._reference.revision
+        commit = revision
+        if not is_commit(revision):
+            try:
+                commit = durable.read_file(self._repo / "refs" / revision).decode(errors="replace").strip()
+            except OSError:
+                commit = ""
+        if not is_commit(commit) or not (self._repo / "snapshots" / commit).is_dir():
+            raise RepoNotFound(f"{self._reference} is not in the HF cache at {self._repo.parent}: seed it from the Hub")
+        record = SourceRecord(kind="hf-cache", location=self._repo.parent.name, revision=revision)
+        return Resolved(self._reference.name, commit, revision, record)
+
+    def whole(self) -> Resolved | None:
+        """What the cache holds of the revision, if no part of a model can be missing and all can be verified."""
+        try:
+            resolved = self.resolve()
+        except NotFound:
+            return None
+        files = {file.path: file for file in self.list_files(resolved)}
+        if any((self._repo / "blobs").glob("*.incomplete")) or "config.json" not in files:
+            return None
+        if not all(file.sha256 or file.git_oid for file in files.values()):
+            return None
+        if "model.safetensors" in files:
+            return resolved
+        index = files.get("model.safetensors.index.json")
+        if index is None:
+            return None
+        try:
+            shards = set(json.loads(self.read(resolved, index))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            return None
+        return resolved if shards <= files.keys() else None
+
+    def offer(self) -> Resolved | None:
+        """The commit, unless a part of the model is missing, the Hub states other files, or the model brings code that
+        may be stored, which only the Hub gives."""
+        try:
+            resolved = self.whole()
+            if resolved is None:
+                return None
+            if self._settings.may_run_code_of(resolved.repo_id, resolved.commit, named=self._named) and self._has_code(
+                resolved
+            ):
+                logger.info("%s brings code, which is never taken from an HF cache: asking the Hub", resolved.repo_id)
+                return None
+            return self.confirmed(resolved)
+        except (ModelStoreError, OSError) as error:
+            logger.warning("the HF cache of %s is passed over: %s", self._named, error)
+            return None
+
+    def reach(self) -> str:
+        return "lies in an HF cache on the volume" if self.whole() is not None else ""
+
+    def confirmed(self, resolved: Resolved) -> Resolved | None:
+        """`resolved` once the Hub confirms that the cache holds the commit's own files: see `hub.confirmed`."""
+        from modelstore.fill.hub import confirmed
+
+        return confirmed(self, resolved, self._settings)
+
+    def may_bring_code(self, resolved: Resolved, settings: Settings, *, named: Reference | None) -> bool:
+        return False  # anybody who can write the volume may have made the cache
+
+    def _has_code(self, resolved: Resolved) -> bool:
+        """Whether a config in the cache names code of the repo."""
+        files = self.list_files(resolved)
+        names = {file.path for file in files}
+        configs = (file for file in files if file.path.endswith(".json"))
+        return any(code_in(file.path, self.read(resolved, file), names) for file in configs)
 
     def list_files(self, resolved: Resolved) -> tuple[SourceFile, ...]:
-        return self._hub.list_files(resolved)
+        folder = self._repo / "snapshots" / resolved.commit
+        found = []
+        for parent, _folders, names in os.walk(folder):
+            for name in names:
+                path = Path(parent, name)
+                blob = self._inside(path)
+                if blob.is_file():
+                    sha256 = blob.name if len(blob.name) == 64 and blob.parent.name == "blobs" else None
+                    git_oid = blob.name if len(blob.name) == 40 and blob.parent.name == "blobs" else None
+                    found.append(SourceFile(str(path.relative_to(folder)), blob.stat().st_size, sha256, git_oid))
+        return tuple(sorted(found, key=lambda file: file.path))
 
     def open(
         self, resolved: Resolved, file: SourceFile, offset: int, length: int
     ) -> AbstractContextManager[ByteStream]:
-        path = self.path_of(resolved, file)
-        if path is None:
-            raise NotFound(
-                f"the mirror lacks {file.path} of {resolved.repo_id}@{resolved.commit[:12]}: seed it from the Hub"
-            )
-        return stream_of(path, offset, length)
+        return stream_of(self.path_of(resolved, file), offset, length)
 
-    def path_of(self, resolved: Resolved, file: SourceFile) -> Path | None:
-        return self._blobs.get(file.sha256 or file.git_oid or "")
+    def path_of(self, resolved: Resolved, file: SourceFile) -> Path:
+        return self._inside(self._repo / "snapshots" / resolved.commit / file.path)
+
+    def _inside(self, path: Path) -> Path:
+        """`path` with its links followed, as long as they stay in this repo's folder."""
+        real = path.resolve()
+        if not real.is_relative_to(self._repo.resolve()):
+            raise UnsafeName(f"{path} is a link that leaves its HF cache: it is refused")
+        return real
 
 
 def export_to_hf_cache(snapshot: Snapshot, cache: Path, *, revision: str) -> Path:

@@ -1,4 +1,4 @@
-"""The Hub as a source: metadata and auth through huggingface_hub, bytes by HTTP ranges (`wire.py`).
+"""The Hub as a source: metadata and auth through huggingface_hub, bytes by HTTP ranges (`http_range.py`).
 
 The library's own download is not used because it cannot resume in another process and accepts wrong bytes of the right
 size. Every error of the library and of HTTP becomes one of ours here; none of them ever carries a token or the query
@@ -34,7 +34,7 @@ from modelstore.errors import (
     RevisionNotFound,
 )
 from modelstore.fill.http_range import open_url
-from modelstore.fill.sources import ByteStream, Resolved, Source, SourceFile
+from modelstore.fill.source import ByteStream, Resolved, Source, SourceFile, backoff_s
 from modelstore.reference import Reference, is_commit, is_local
 from modelstore.settings import Settings
 from modelstore.volume.manifest import SourceRecord
@@ -73,7 +73,7 @@ def check_token(settings: Settings) -> str:
     return str(name)
 
 
-class HubSource:
+class HubSource(Source):
     """One model on the Hub, at what a revision resolves to."""
 
     over_network = True
@@ -112,6 +112,12 @@ class HubSource:
         record = SourceRecord(kind="hub", location=self._endpoint, revision=revision, compared_with="hub")
         return Resolved(repo_id=self._reference.name, commit=commit, revision=revision, record=record)
 
+    def reach(self) -> str:
+        return f"is within reach, at {self.resolve().commit[:12]}"
+
+    def may_bring_code(self, resolved: Resolved, settings: Settings, *, named: Reference | None) -> bool:
+        return settings.may_run_code_of(resolved.repo_id, resolved.commit, named=named)
+
     def list_files(self, resolved: Resolved) -> tuple[SourceFile, ...]:
         """Every file of the commit with what the Hub states of it."""
         entries = self._retrying(
@@ -127,9 +133,6 @@ class HubSource:
             for entry in entries
             if isinstance(entry, RepoFile)
         )
-
-    def path_of(self, resolved: Resolved, file: SourceFile) -> None:
-        """Nothing of the Hub lies here."""
 
     @contextmanager
     def open(self, resolved: Resolved, file: SourceFile, offset: int, length: int) -> Iterator[ByteStream]:
@@ -297,11 +300,6 @@ def _within(limit_s: float, call: Callable[[], T]) -> T:
 
     threading.Thread(target=run, name="hub-metadata", daemon=True).start()
     return outcome.result(limit_s)
-
-
-def backoff_s(attempt: int, retry_after_s: float | None) -> float:
-    """How long to wait before the next attempt (1 after the first): what the server asked for, else 0.5 s doubling."""
-    return min(retry_after_s if retry_after_s is not None else 0.5 * 2 ** (attempt - 1), 120.0)
 
 
 def _retry_after(response: Any) -> float | None:

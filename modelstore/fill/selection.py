@@ -18,7 +18,7 @@ from pathlib import PurePosixPath
 
 from modelstore.dtypes import DTYPES
 from modelstore.errors import BadSafetensors, NoWeights, PickleRefused
-from modelstore.fill.sources import SourceFile
+from modelstore.fill.source import SourceFile
 from modelstore.volume.layout import check_file_name, check_file_names
 
 _SMALL_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe"})

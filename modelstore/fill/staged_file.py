@@ -26,7 +26,7 @@ from pathlib import Path
 import xxhash
 
 from modelstore.errors import DigestMismatch
-from modelstore.fill.sources import SourceFile
+from modelstore.fill.source import SourceFile
 from modelstore.volume import durable
 from modelstore.volume.checksums import Digests, RunningDigests, git_oid
 from modelstore.volume.layout import StagingLayout

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from modelstore.errors import ModelStoreError
 from modelstore.fill.selection import stored_path
-from modelstore.fill.sources import SourceFile
+from modelstore.fill.source import SourceFile
 from modelstore.volume import durable
 from modelstore.volume.checksums import has_blocks
 from modelstore.volume.layout import StagingLayout

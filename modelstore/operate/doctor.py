@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from modelstore.errors import FormatTooNew, ModelStoreError, NoSpace, NotFound, RootUnusable, SnapshotNotFound
-from modelstore.fill.sources import HfCacheSource
+from modelstore.errors import FormatTooNew, ModelStoreError, NoSpace, RootUnusable, SnapshotNotFound
+from modelstore.fill.sources import sources_for
 from modelstore.mount import NETWORK_FILE_SYSTEMS, check_place, mount_of, read_mounts
 from modelstore.operate import inventory
 from modelstore.reference import Reference, parse_reference
@@ -352,8 +352,6 @@ def _hub(settings: Settings) -> Iterator[Finding]:
 def _access(layout: Layout, settings: Settings, reference: str) -> Finding:
     """Whether a worker that is told to serve `reference` comes by it, in the order in which it looks: published, a
     folder, an HF cache on the volume, the Hub."""
-    from modelstore.fill.hub import HubSource
-
     try:
         wanted = parse_reference(reference)
         if (snapshot := Catalog(layout).find(wanted, settings.dtype)) is not None:
@@ -361,15 +359,10 @@ def _access(layout: Layout, settings: Settings, reference: str) -> Finding:
         if wanted.kind == "alias":  # its snapshot was evicted, and is made again
             key = aliases.target(layout, wanted.name)
             wanted = Reference("hub", key.repo_id, key.commit)
-        if wanted.kind == "file":
-            if not Path(wanted.name).is_dir():
-                raise NotFound(f"{reference} is not a folder: give the folder that holds the model's files")
-            return _ok("access", f"{reference} is a folder")
-        if any(HfCacheSource(cache, wanted).whole() for cache in settings.hf_caches):
-            return _ok("access", f"{reference} lies in an HF cache on the volume")
-        if settings.offline:
+        phrase = next(filter(None, (source.reach() for source in sources_for(wanted, settings))), None)
+        if phrase is None:
             raise SnapshotNotFound(f"{reference} is not on the volume as {settings.dtype}")
-        return _ok("access", f"{reference} is within reach, at {HubSource(wanted, settings).resolve().commit[:12]}")
+        return _ok("access", f"{reference} {phrase}")
     except ModelStoreError as error:
         return _failed("access", error, "a worker cannot serve it", "seed another, or see above")
     except OSError as error:

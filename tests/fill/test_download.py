@@ -10,9 +10,9 @@ import pytest
 
 from modelstore.errors import AccessDenied, ClaimLost, DigestMismatch, HubUnavailable, RepoNotFound, RevisionNotFound
 from modelstore.fill.download import Download
-from modelstore.fill.hub import HubSource, backoff_s
+from modelstore.fill.hub import HubSource
 from modelstore.fill.progress import Progress
-from modelstore.fill.sources import SourceFile
+from modelstore.fill.source import SourceFile, backoff_s
 from modelstore.fill.staged_file import GRANULE_BYTES, PartialFile
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings

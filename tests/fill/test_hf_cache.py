@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from modelstore.fill import fill
+from modelstore.fill.adoption import find
 from modelstore.fill.convert import StoragePolicy
-from modelstore.fill.hf_cache import find
 from modelstore.store import ModelStore
 from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.verify import verify_snapshot

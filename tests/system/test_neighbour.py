@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from modelstore.errors import ModelStoreError, UnsafeName
-from modelstore.fill.hf_cache import export_to_hf_cache
+from modelstore.fill.adoption import export_to_hf_cache
 from modelstore.store import ModelStore
 from modelstore.volume import durable, pins
 from modelstore.volume.claim import ClaimRecord, Contender
