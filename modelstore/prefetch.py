@@ -46,7 +46,7 @@ class Following(Observer):
         reading: Reading,
         *,
         keep_bytes: float = float("inf"),
-        check: Callable[[SnapshotKey, int], None] = lambda _key, _weights_bytes: None,
+        check: Callable[[object, int], None] = lambda _key, _weights_bytes: None,
     ) -> None:
         """`keep_bytes`: host memory for what this process writes itself. `check` is told of what is planned; what it
         raises stops that."""

@@ -15,18 +15,16 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 from modelstore.errors import DigestMismatch, DoesNotFit, InvalidSetting, ModelStoreError, SnapshotNotFound
 from modelstore.fill.observer import LogObserver, Observer
-from modelstore.load import gpu, memory
+from modelstore.load import memory
 from modelstore.load.reader import RING_BYTES, Reading, start_reading
 from modelstore.settings import Settings
 from modelstore.timeline import Outcome, Timeline
-from modelstore.units import size
 from modelstore.volume.config_sizes import check_configs
-from modelstore.volume.layout import Layout, SnapshotKey
+from modelstore.volume.layout import Layout
 from modelstore.volume.pins import InUse, wait_while_evicting
 from modelstore.volume.snapshots import Catalog, Snapshot, Status
 
@@ -158,9 +156,10 @@ def begin(
     settings.check_allowed(settings.model)
     observer = observer or LogObserver()
     layout = Layout(settings.root)
-    gpus = gpu.free_bytes(settings.visible_gpus) if into == "device" else None
+    gpus = memory.free_gpu_memory(settings.visible_gpus) if into == "device" else None
     ring_bytes = 0 if gpus is None else RING_BYTES
-    check_fits = partial(_check_fits, gpus, memory.free_bytes())
+    free = gpus or memory.free_host_memory()  # asked once: the read itself takes memory
+    check_fits = free.check_fits if free is not None else _fits
     mark: InUse | None = None
     reading: Reading | None = None
     early: object = None
@@ -209,7 +208,7 @@ def _made(
     settings: Settings,
     observer: Observer,
     timeline: Timeline,
-    check_fits: Callable[[SnapshotKey, int], None],
+    check_fits: Callable[[object, int], None],
     ring_bytes: int,
     meanwhile: Callable[[Reading], object],
 ) -> tuple[Snapshot, Reading | None, object]:
@@ -226,7 +225,7 @@ def _made(
     try:
         with _beside(lambda: meanwhile(reading)) as early:
             snapshot = store.ensure(settings.model, timeline=timeline, observer=following)
-            check_fits(snapshot.key, sum(file.size_bytes for file in snapshot.weights))
+            check_fits(snapshot.key, snapshot.weights_bytes)
             followed = following.finish(snapshot)
     except BaseException:
         following.give_up()
@@ -234,10 +233,10 @@ def _made(
     return snapshot, followed, early[0] if early and followed is not None else None
 
 
-def _worth_reading(snapshot: Snapshot, check_fits: Callable[[SnapshotKey, int], None], into: Into) -> bool:
+def _worth_reading(snapshot: Snapshot, check_fits: Callable[[object, int], None], into: Into) -> bool:
     """Whether to read the weights, too; raises DoesNotFit where nothing else will do."""
     try:
-        check_fits(snapshot.key, sum(file.size_bytes for file in snapshot.weights))
+        check_fits(snapshot.key, snapshot.weights_bytes)
     except DoesNotFit as error:
         if into != "shared":
             raise
@@ -246,14 +245,5 @@ def _worth_reading(snapshot: Snapshot, check_fits: Callable[[SnapshotKey, int], 
     return True
 
 
-def _check_fits(gpus: list[int] | None, host_bytes: int | None, key: SnapshotKey, weights_bytes: int) -> None:
-    """Raise DoesNotFit where what was free when the start began, on the GPUs or else on the host, is less than the
-    weights: before anything is read, or downloaded."""
-    free = host_bytes if gpus is None else sum(gpus)
-    if free is None or weights_bytes <= free:
-        return
-    where = "this machine has" if gpus is None else f"{len(gpus)} GPU(s) have"
-    what = "use a larger machine" if gpus is None else "use larger GPUs"
-    raise DoesNotFit(
-        f"{key} takes {size(weights_bytes)} and {where} {size(free)} free: {what}, or a smaller or quantized model"
-    )
+def _fits(_label: object, _needed_bytes: int) -> None:
+    """The check if the system does not say what is free."""

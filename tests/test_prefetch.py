@@ -212,7 +212,7 @@ def test_weights_are_on_the_device_before_the_snapshot_is_published(
     who: str, hub: Hub, store: ModelStore, last: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, but that the device is the CPU: all goes through a ring that holds a part of it."""
-    monkeypatch.setattr("modelstore.load.gpu.free_bytes", lambda _visible: [1 << 40])
+    monkeypatch.setattr("modelstore.load.memory.free_gpu_bytes", lambda _visible: [1 << 40])
     monkeypatch.setattr("modelstore.warmstart.RING_BYTES", 1)
     monkeypatch.setattr("modelstore.warmstart._KEPT_BYTES", 0)
     names = sorted(path.name for path in (hub.folder / "org" / "name").glob("*.safetensors"))
@@ -247,9 +247,9 @@ def test_a_model_too_large_for_the_gpus_is_not_downloaded(
     hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(MODELS["llama"](), hub.folder / "org" / "name", shards=False)
-    monkeypatch.setattr("modelstore.load.gpu.free_bytes", lambda _visible: [1000, 1000])
+    monkeypatch.setattr("modelstore.load.memory.free_gpu_bytes", lambda _visible: [1000, 1000])
     before = children()
-    with pytest.raises(DoesNotFit, match=r"2 GPU\(s\) have 2.0 kB free"):
+    with pytest.raises(DoesNotFit, match=r"2 GPUs have 2\.0 kB free"):
         begin(replace(store.settings, model=parse_reference("org/name")))
     assert not [request for request in hub.served.requests if "safetensors" in str(request)]
     assert children() == before
@@ -260,7 +260,7 @@ def test_a_start_that_does_not_fit_leaves_no_mark_of_use(
 ) -> None:
     save(MODELS["llama"](), hub.folder / "org" / "name", shards=False)
     snapshot = store.ensure("org/name")
-    monkeypatch.setattr("modelstore.load.gpu.free_bytes", lambda _visible: [1000])
+    monkeypatch.setattr("modelstore.load.memory.free_gpu_bytes", lambda _visible: [1000])
     threads = set(threading.enumerate())
     for _ in range(3):
         with pytest.raises(DoesNotFit):

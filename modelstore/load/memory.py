@@ -1,21 +1,96 @@
-"""How much memory this host, or the container on it, can still give."""
+"""Whether a model fits: what is free on this host and on its GPUs, asked without torch, and the one comparison with it.
+
+The GPUs are asked through the driver's own library (NVML), because a start compares before it imports torch.
+"""
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from modelstore.errors import DoesNotFit
+from modelstore.units import size
 
 _UNLIMITED = 1 << 60
+_DRIVER = "/dev/nvidiactl"
+_LIBRARY = "libnvidia-ml.so.1"
 
 
-def free_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a process may still take before something is killed: of the machine's memory, and of the container's limit;
-    the page cache counts as free. None where it cannot be told."""
-    found = [
-        size
-        for size in (_of_machine(proc / "meminfo"), _of_cgroup_2(cgroup), _of_cgroup_1(cgroup / "memory"))
-        if size is not None
-    ]
-    return max(0, min(found)) if found else None
+@dataclass(frozen=True, slots=True)
+class FreeMemory:
+    """Free memory. `place`: a phrase such as "cuda:0 has"; `larger`: what to use if it is too small."""
+
+    free_bytes: int
+    place: str
+    larger: str = "a larger GPU"
+
+    def check_fits(self, label: object, needed_bytes: int) -> None:
+        """Raise DoesNotFit if less is free than `label` needs."""
+        if needed_bytes > self.free_bytes:
+            raise DoesNotFit(
+                f"{label} takes {size(needed_bytes)} and {self.place} {size(self.free_bytes)} free: "
+                f"use {self.larger}, or a smaller or quantized model"
+            )
+
+
+def free_gpu_memory(visible: str | None = None) -> FreeMemory | None:
+    """The free memory of all GPUs that this process may use: see `free_gpu_bytes`."""
+    free = free_gpu_bytes(visible)
+    if free is None:
+        return None
+    place = "the GPU has" if len(free) == 1 else f"{len(free)} GPUs have"
+    return FreeMemory(sum(free), place, "larger GPUs")
+
+
+def free_host_memory() -> FreeMemory | None:
+    """The free memory of this host: see `free_host_bytes`."""
+    free = free_host_bytes()
+    return None if free is None else FreeMemory(free, "this machine has", "a larger machine")
+
+
+def free_gpu_bytes(visible: str | None = None) -> list[int] | None:
+    """Free bytes of each GPU that this process may use; None if there is none, or the driver does not say.
+
+    `visible`: CUDA_VISIBLE_DEVICES, if it is set; numbers only.
+    """
+    if not os.path.exists(_DRIVER):
+        return None
+    if visible is not None and not all(part.strip().isdigit() for part in visible.split(",")):
+        return None
+    import ctypes
+
+    try:
+        nvml: Any = ctypes.CDLL(_LIBRARY)
+        if nvml.nvmlInit_v2() != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    try:
+        count = ctypes.c_uint()
+        if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+            return None
+        numbers = range(count.value) if visible is None else [int(part) for part in visible.split(",")]
+        free = []
+        for number in numbers:
+            handle, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()  # total, free, used
+            if nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(number), ctypes.byref(handle)) != 0:
+                return None
+            if nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) != 0:
+                return None
+            free.append(int(memory[1]))
+        return free or None
+    finally:
+        nvml.nvmlShutdown()
+
+
+def free_host_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that a process may still take before something is killed: of the machine's memory, and of the container's
+    limit; the page cache counts as free. None if the system does not say."""
+    amounts = (_of_machine(proc / "meminfo"), _of_cgroup_2(cgroup), _of_cgroup_1(cgroup / "memory"))
+    known = [amount for amount in amounts if amount is not None]
+    return max(0, min(known)) if known else None
 
 
 def _of_machine(meminfo: Path) -> int | None:
@@ -37,12 +112,14 @@ def _of_cgroup_1(folder: Path) -> int | None:
 
 def _left(limit: Path, usage: Path, stat: Path, prefix: str) -> int | None:
     """A container's limit less what it holds, but for cached files."""
-    most, held = _read(limit).strip(), _read(usage).strip()
-    if not (most.isdigit() and held.isdigit()) or int(most) >= _UNLIMITED:
+    limit_text, usage_text = _read(limit).strip(), _read(usage).strip()
+    if not (limit_text.isdigit() and usage_text.isdigit()) or int(limit_text) >= _UNLIMITED:
         return None
     cache = (f"{prefix}inactive_file", f"{prefix}active_file")
     lines = [line.split() for line in _read(stat).splitlines()]
-    return int(most) - int(held) + sum(int(line[1]) for line in lines if len(line) == 2 and line[0] in cache)
+    return (
+        int(limit_text) - int(usage_text) + sum(int(line[1]) for line in lines if len(line) == 2 and line[0] in cache)
+    )
 
 
 def _read(path: Path) -> str:

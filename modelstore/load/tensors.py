@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from modelstore.errors import BadSafetensors, DigestMismatch, DoesNotFit, UsageError
+from modelstore.errors import BadSafetensors, DigestMismatch, UsageError
 from modelstore.load.device import transfer
+from modelstore.load.memory import FreeMemory
 from modelstore.load.reader import RING_BYTES, Arrival, Reading, start_reading
 from modelstore.timeline import Span, Timeline
-from modelstore.units import size
 from modelstore.volume.header import Header, TensorInfo
 from modelstore.volume.snapshots import Snapshot
 
@@ -72,33 +72,23 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
 
 def check_fits(snapshot: Snapshot, devices: Sequence[torch.device]) -> None:
-    """Raise DoesNotFit where the weights are larger than what is free on these GPUs together."""
-    if any(device.type != "cuda" for device in devices):
-        return
-    needed = _weights_bytes(snapshot)
-    free = sum(_free_bytes(device) for device in devices)
-    if needed > free:
-        names = ", ".join(str(device) for device in devices)
-        raise DoesNotFit(
-            f"{snapshot.key} takes {size(needed)} and {names} has {size(free)} free: "
-            "use a larger GPU, or a smaller or quantized model"
-        )
+    """Raise DoesNotFit if the weights are larger than what is free on these GPUs together."""
+    if all(device.type == "cuda" for device in devices):
+        place = " and ".join(str(device) for device in devices) + (" have" if len(devices) > 1 else " has")
+        free = FreeMemory(sum(_free_bytes(device) for device in devices), place)
+        free.check_fits(snapshot.key, snapshot.weights_bytes)
 
 
 def needs_several_gpus(snapshot: Snapshot) -> bool:
     """Whether the weights are larger than what is free on the first GPU, and there are more."""
-    return torch.cuda.device_count() > 1 and _weights_bytes(snapshot) > _free_bytes(torch.device("cuda", 0))
+    return torch.cuda.device_count() > 1 and snapshot.weights_bytes > _free_bytes(torch.device("cuda", 0))
 
 
 def check_room(model: torch.nn.Module, device: torch.device, *, besides: torch.nn.Module) -> None:
-    """Raise DoesNotFit where a GPU has no room for a model once another one has left it."""
+    """Raise DoesNotFit if a GPU has no room for a model once another one has left it."""
     needed, leaving = (sum(p.numel() * p.itemsize for p in each.parameters()) for each in (model, besides))
-    free = _free_bytes(device) + leaving
-    if needed > free:
-        raise DoesNotFit(
-            f"the model takes {size(needed)} and {device} has {size(free)}, the one before left out: "
-            "use a larger GPU, or a smaller or quantized model"
-        )
+    free = FreeMemory(_free_bytes(device) + leaving, f"{device}, without the model before, has")
+    free.check_fits("the model", needed)
 
 
 def load_tensors(
@@ -429,10 +419,6 @@ def _view(memory: memoryview, header: Header, tensor: TensorInfo, path: str) -> 
 
 def _address(memory: memoryview) -> int:
     return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-
-
-def _weights_bytes(snapshot: Snapshot) -> int:
-    return sum(file.size_bytes for file in snapshot.weights)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -74,6 +74,10 @@ class Snapshot:
         found = tuple(f for f in self.manifest.files if f.path.endswith(".safetensors"))
         return tuple(f for f in found if "/" not in f.path) or found
 
+    @property
+    def weights_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.weights)
+
     def as_json(self) -> dict[str, Any]:
         """What `seed --json` and `show --json` print."""
         return {

@@ -123,7 +123,7 @@ def test_what_was_moved_before_it_was_published_is_what_is_drawn_with(
     """As a first run on a GPU, but that the device is the CPU: one taker gets all blocks."""
     from handler.engines.diffusion import DiffusionEngine
 
-    monkeypatch.setattr("modelstore.load.gpu.free_bytes", lambda _visible: [1 << 40])
+    monkeypatch.setattr("modelstore.load.memory.free_gpu_bytes", lambda _visible: [1 << 40])
     monkeypatch.setattr("modelstore.warmstart.RING_BYTES", 1)
     monkeypatch.setattr("modelstore.warmstart._KEPT_BYTES", 0)
 

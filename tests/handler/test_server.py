@@ -79,7 +79,7 @@ def test_wrong_bytes_are_never_shared(snapshot: Snapshot) -> None:
 def test_a_model_larger_than_the_host_is_left_to_the_server(
     snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(warmstart.host, "free_bytes", lambda: 1)
+    monkeypatch.setattr("modelstore.load.memory.free_host_bytes", lambda: 1)
     settings = Settings(root=tmp_path / "store", model=parse_reference(f"file://{tmp_path}/source"))
     begun = warmstart.begin(settings, into="shared")
     folder = SharedFolder(begun.snapshot, begun.reading)

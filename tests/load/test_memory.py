@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from modelstore.load.memory import free_bytes
+from modelstore.load.memory import free_host_bytes
 
 GB = 10**9
 
@@ -25,36 +25,36 @@ def write(folder: Path, **files: str) -> Path:
 
 
 def test_the_machines_memory_where_there_is_no_limit(proc: Path, tmp_path: Path) -> None:
-    assert free_bytes(proc, tmp_path / "none") == 40_960_000_000
+    assert free_host_bytes(proc, tmp_path / "none") == 40_960_000_000
     unlimited = write(tmp_path / "two", memory__max="max\n", memory__current="5\n", memory__stat="")
-    assert free_bytes(proc, unlimited) == 40_960_000_000
+    assert free_host_bytes(proc, unlimited) == 40_960_000_000
     write(
         tmp_path / "one" / "memory",
         memory__limit_in_bytes=str(2**63 - 4096),
         memory__usage_in_bytes="5",
         memory__stat="",
     )
-    assert free_bytes(proc, tmp_path / "one") == 40_960_000_000
+    assert free_host_bytes(proc, tmp_path / "one") == 40_960_000_000
 
 
 def test_a_containers_limit_counts_and_its_cache_is_free(proc: Path, tmp_path: Path) -> None:
     stat = f"anon 7\ninactive_file {2 * GB}\nactive_file {GB}\ntotal_inactive_file {GB}\ntotal_active_file {3 * GB}\n"
     two = write(tmp_path / "two", memory__max=str(16 * GB), memory__current=str(10 * GB), memory__stat=stat)
-    assert free_bytes(proc, two) == 9 * GB
+    assert free_host_bytes(proc, two) == 9 * GB
     write(
         tmp_path / "one" / "memory",
         memory__limit_in_bytes=str(16 * GB),
         memory__usage_in_bytes=str(10 * GB),
         memory__stat=stat,
     )
-    assert free_bytes(proc, tmp_path / "one") == 10 * GB
+    assert free_host_bytes(proc, tmp_path / "one") == 10 * GB
 
 
 def test_nothing_is_told_where_nothing_is_known(tmp_path: Path) -> None:
-    assert free_bytes(tmp_path, tmp_path) is None
+    assert free_host_bytes(tmp_path, tmp_path) is None
 
 
 def test_this_machine_has_some() -> None:
-    found = free_bytes()
+    found = free_host_bytes()
     assert found is not None
     assert found > 10**8
