@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from handler.engines import ENGINES, engine_for
 from handler.privileges import become_owner_of
 from modelstore.errors import ModelStoreError, NotFound
 from modelstore.logs import LINE_CHARACTERS, log_to_stderr, take_library_logs
@@ -23,14 +24,13 @@ from modelstore.timeline import Timeline
 from modelstore.units import one_line
 from modelstore.volume import history
 from modelstore.volume.layout import Layout
-from modelstore.warmstart import Begun, begin
+from modelstore.warmstart import begin
 
 if TYPE_CHECKING:
-    from handler.engines import Engine
-    from modelstore.load.reader import Reading
-    from modelstore.volume.snapshots import Snapshot
+    from types import ModuleType
 
-_MODULES: Mapping[EngineName, str] = {"text": "text", "diffusion": "diffusion", "vllm": "vllm_engine"}
+    from handler.engines import Engine, Loader
+    from modelstore.load.reader import Reading
 
 logger = logging.getLogger("handler")
 
@@ -71,88 +71,54 @@ def start() -> Callable[[], None]:
 
 
 def _loaded(settings: Settings, timeline: Timeline) -> Engine:
-    def import_engine(name: EngineName) -> None:
+    """The engine that serves the model. The read starts before the imports, but for an engine that is a server: that
+    one imports while the snapshot is looked up."""
+
+    def import_engine(name: EngineName) -> ModuleType:
+        entry = ENGINES[name]
         with timeline.span("import"):
             try:
-                import_module(f"handler.engines.{_MODULES[name]}")
+                module = import_module(f"handler.engines.{entry.module}")
             except ModuleNotFoundError as error:
-                extra = "worker" if name == "text" else name
-                raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[{extra}]'") from error
+                extra = f"runpod-modelstore[{entry.extra}]"
+                raise NotFound(f"{error.name} is not installed: pip install '{extra}'") from error
             import handler.worker  # noqa: F401
 
             take_library_logs()
+        return module
 
     def import_sdk() -> None:
         with timeline.span("import"):
             import runpod  # noqa: F401  last, because nothing before needs it
 
-    def beside_a_download(reading: Reading) -> object:
-        import_engine(settings.engine or "text")  # what it will be is known only with the model's own index
+    def while_filling(reading: Reading) -> object:
+        import_engine(settings.engine or "text")  # the engine is known only with the model's own index
         from modelstore.load.tensors import place_early
 
         weights = place_early(reading, timeline)
         import_sdk()
         return weights
 
-    if settings.engine == "vllm":
-        logger.info("the engine is vllm: as set by ENGINE")
-        import_engine("vllm")
-        return _with_vllm(settings, timeline, import_sdk)
-    begun = begin(settings, timeline=timeline, meanwhile=beside_a_download)
-    name = settings.engine or _engine_for(begun.snapshot)
-    logger.info("the engine is %s: %s", name, "as set by ENGINE" if settings.engine else "by what the snapshot holds")
-    import_engine(name)
-    return (_drawing if name == "diffusion" else _writing)(begun, import_sdk)
-
-
-def _engine_for(snapshot: Snapshot) -> EngineName:
-    """A pipeline has an index; anything else is a model."""
-    return "diffusion" if snapshot.manifest.file("model_index.json") else "text"
-
-
-def _writing(begun: Begun, meanwhile: Callable[[], None]) -> Engine:
-    from handler.engines.batcher import free_memory
-    from handler.engines.chat_template import Renderer
-    from handler.engines.multi import Several
-    from handler.engines.text import TextEngine
-
-    renderer = Renderer()
-
-    def load_another(wanted: Settings) -> TextEngine:
-        free_memory()  # what torch keeps for itself would count as taken
-        begun = begin(wanted, timeline=Timeline())
-        try:
-            return begun.load(partial(TextEngine.load, renderer=renderer))
-        except BaseException:
-            begun.in_use.end()
-            raise
-
-    own = begun.load(partial(TextEngine.load, meanwhile=meanwhile, renderer=renderer))
-    renderer.start()
-    return Several(own, begun.settings, load_another)
-
-
-def _with_vllm(settings: Settings, timeline: Timeline, meanwhile: Callable[[], None]) -> Engine:
-    from handler.engines.vllm_engine import Server, VllmEngine
-
-    server = Server(settings.vllm_python)  # it imports vLLM beside all that follows
+    name = settings.engine
+    target = ENGINES[name].target if name else "device"
+    loader: Loader | None = None
+    if name and target == "shared":
+        loader = import_engine(name).Loader(settings)
     try:
-        begun = begin(settings, timeline=timeline, into="shared")
-        meanwhile()
+        begun = begin(settings, timeline=timeline, into=target, meanwhile=while_filling)
         try:
-            return begun.load(partial(VllmEngine.load, server))
+            reason = "as set by ENGINE" if name else "by what the snapshot holds"
+            name = name or engine_for(begun.snapshot.manifest)
+            logger.info("the engine is %s: %s", name, reason)
+            loader = loader or import_engine(name).Loader(settings)
+            return loader.load(begun, import_sdk)
         except BaseException:
             begun.in_use.end()
             raise
     except BaseException:
-        server.end()
+        if loader is not None:
+            loader.cancel()
         raise
-
-
-def _drawing(begun: Begun, meanwhile: Callable[[], None]) -> Engine:
-    from handler.engines.diffusion import DiffusionEngine
-
-    return begun.load(partial(DiffusionEngine.load, meanwhile=meanwhile))
 
 
 def _failed(reason: str, code: int) -> int:

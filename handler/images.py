@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from handler.jobs import MAX_SEED, Limits, flag, integer, invalid, named_model, number
+from handler.errors import invalid
+from handler.jobs import MAX_SEED, Limits, flag, integer, named_model, number
 
 MAX_GUIDANCE = 50.0
 _MULTIPLE = 8
@@ -62,14 +63,46 @@ class Images:
     seed: int
     model: str
 
-    def as_json(self, request: ImageRequest) -> dict[str, Any]:
+
+class ImageAnswer:
+    """Puts the steps and the pictures of one request in RunPod's form: a Responder."""
+
+    def __init__(self, request: ImageRequest) -> None:
+        self.streams = request.stream
+        self._request = request
+        self._step: Step | None = None
+        self._images: Images | None = None
+
+    def chunks(self, piece: Step | Images) -> list[Any]:
+        """Take the next step, or the pictures; returns its chunk of a stream."""
+        if isinstance(piece, Step):
+            self._step = piece
+            return [piece.as_json()] if self.streams else []
+        self._images = piece
+        return [self.output() | {"progress": 1.0, "finished": True}] if self.streams else []
+
+    def merge(self, chunks: list[Any]) -> list[Any]:
+        """Each step stays a chunk of its own."""
+        return chunks
+
+    def progress(self) -> Mapping[str, Any] | None:
+        """The last step; None once the output is next."""
+        step = self._step
+        return step.as_json() if self._images is None and step is not None and step.step < step.steps else None
+
+    def last_chunks(self) -> list[Any]:
+        """Nothing: the chunk with the pictures says that it is finished."""
+        return []
+
+    def output(self) -> dict[str, Any]:
         """The output of a finished job."""
+        assert self._images is not None
         return {
-            "image_base64": self.images[0],
-            "images": list(self.images),
-            "seed": self.seed,
-            "model": self.model,
-            "parameters": request.parameters,
+            "image_base64": self._images.images[0],
+            "images": list(self._images.images),
+            "seed": self._images.seed,
+            "model": self._images.model,
+            "parameters": self._request.parameters,
         }
 
 

@@ -15,13 +15,11 @@
 from __future__ import annotations
 
 import re
-import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
-from modelstore.units import one_line
+from handler.errors import invalid, shown
 
 MIN_TEMPERATURE = 0.01
 MAX_TEMPERATURE = 2.0
@@ -32,34 +30,8 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 200
 MAX_SEED = 2**63 - 1
 MAX_MESSAGES = 4096
-_MAX_ERROR_CHARACTERS = 2000
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # a lone surrogate, as a text cut by UTF-16 units ends with
 _BESIDE_THE_PROMPT = 1 << 16  # characters of a request's names, numbers and short texts
-_GPU_LOST = ("CUDA error", "device-side assert", "launch failure", "cuBLAS", "CUBLAS_STATUS", "cuDNN error")
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-
-
-class Code(StrEnum):
-    """Why a job failed; the `code` of an error."""
-
-    INVALID_INPUT = "INVALID_INPUT"
-    OOM = "OOM"
-    TIMEOUT = "TIMEOUT"
-    MODEL_NOT_ALLOWED = "MODEL_NOT_ALLOWED"
-    MODEL_UNAVAILABLE = "MODEL_UNAVAILABLE"
-    INTERNAL_ERROR = "INTERNAL_ERROR"
-
-
-class JobError(Exception):
-    """A job that ends in an error that its sender gets to see: one line, however long and strange what it quotes is."""
-
-    def __init__(self, code: Code, message: str) -> None:
-        super().__init__(one_line(message, _MAX_ERROR_CHARACTERS))
-        self.code = code
-
-    def payload(self) -> dict[str, str]:
-        """The handler's return value; the SDK sends `error` as the job's error, and makes an empty one vanish."""
-        return {"error": str(self) or self.code.value, "code": self.code.value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,19 +93,6 @@ class TextRequest:
     choices: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Some more text of prompt number `index`, made of so many tokens by `model`; the last one says why it ended, and
-    how many tokens the prompt had."""
-
-    index: int
-    text: str
-    tokens: int
-    finish_reason: str | None = None
-    prompt_tokens: int = 0
-    model: str = ""
-
-
 def input_of(job: Mapping[str, Any], limits: Limits | None = None) -> Mapping[str, Any]:
     """A job's input object. Raises JobError if it is none, if all that it carries is longer than a prompt may be, or if
     a text in it is no Unicode."""
@@ -170,11 +129,6 @@ def named_model(data: Mapping[str, Any]) -> str | None:
     if name is not None and not isinstance(name, str):
         raise invalid(f"model must be a string, not {shown(name)}")
     return name
-
-
-def not_served(asked: str, model: str) -> JobError:
-    """The error for a job that names another model than the one that is served."""
-    return JobError(Code.MODEL_NOT_ALLOWED, f"this worker serves {model}, not {shown(asked)}")
 
 
 def parse_text(data: Mapping[str, Any], limits: Limits) -> TextRequest:
@@ -220,66 +174,6 @@ def parse_sampling(
         seed=seed,
         stop=_stop(data.get("stop")),
     )
-
-
-class Answer:
-    """Collects the pieces of one request, and says them in RunPod's form."""
-
-    def __init__(self, request: TextRequest) -> None:
-        self._request = request
-        self.model = ""
-        self.texts = ["" for _prompt in request.prompts]
-        self.tokens = [0 for _prompt in request.prompts]
-        self.reasons = ["" for _prompt in request.prompts]
-        self.prompt_tokens = 0
-
-    def add(self, piece: Piece) -> None:
-        """Take the next piece."""
-        self.model = piece.model
-        self.prompt_tokens += piece.prompt_tokens
-        self.texts[piece.index] += piece.text
-        self.tokens[piece.index] += piece.tokens
-        self.reasons[piece.index] = piece.finish_reason or ""
-
-    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
-        """What a stream says of a piece that was added."""
-        which = {"index": piece.index} if self._request.listed else {}
-        said: list[dict[str, Any]] = []
-        if piece.text:
-            said.append({"token": piece.text, "finished": False} | which)
-        if piece.finish_reason:
-            said.append({"token": "", "finished": True} | which | self._output(*self._of(piece.index)))
-        return said
-
-    def output(self) -> dict[str, Any]:
-        """The output of a finished job."""
-        if self._request.listed:
-            return self._output(self.texts, self.tokens, self.reasons)
-        return self._output(*self._of(0))
-
-    def _of(self, index: int) -> tuple[str, int, str]:
-        return self.texts[index], self.tokens[index], self.reasons[index]
-
-    def _output(self, text: object, tokens: object, reason: object) -> dict[str, Any]:
-        return {
-            "generated_text": text,
-            "tokens_generated": tokens,
-            "finish_reason": reason,
-            "model": self.model,
-            "parameters": self._request.sampling.parameters,
-        }
-
-
-def merged(chunks: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Chunks of a stream with those of one prompt that follow each other made one, as long as it goes on."""
-    said: list[dict[str, Any]] = []
-    for chunk in chunks:
-        last = said[-1] if said else None
-        if last and not last["finished"] and not chunk["finished"] and last.get("index") == chunk.get("index"):
-            said[-1] = last | {"token": last["token"] + chunk["token"]}
-        else:
-            said.append(chunk)
-    return said
 
 
 def parse_messages(value: object, limits: Limits) -> tuple[Mapping[str, str], ...]:
@@ -386,34 +280,3 @@ def number(
         low = f"at least {at_least:g}" if at_least is not None else f"above {above:g}"
         raise invalid(f"{name} must be a number {low} and at most {at_most:g}, not {shown(value)}")
     return float(value)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, of the host or of a GPU, has run out."""
-    return isinstance(error, MemoryError) or any(phrase in str(error).lower() for phrase in _OUT_OF_MEMORY)
-
-
-def is_gpu_lost(error: BaseException) -> bool:
-    """Whether an error says that the GPU answers nothing in this process any more."""
-    return not is_out_of_memory(error) and any(phrase in str(error) for phrase in _GPU_LOST)
-
-
-def invalid(message: str) -> JobError:
-    """The error for input that its sender can mend."""
-    return JobError(Code.INVALID_INPUT, message)
-
-
-class _Short(reprlib.Repr):
-    """Quotes a value that somebody sent in a few characters, without making the whole of it first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxstring, self.maxlong, self.maxother = 3, 80, 40, 80
-
-
-def shown(value: object) -> str:
-    """A value of a request as an error quotes it: escaped, and cut to about 80 characters."""
-    if value is None:
-        return "nothing"
-    text = _Short().repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -11,23 +11,19 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from handler.answers import TextAnswer, TextDelta
+from handler.errors import Code, JobError, invalid, shown
 from handler.jobs import (
-    Answer,
-    Code,
-    JobError,
     Limits,
-    Piece,
     Prompt,
     TextRequest,
     check_message_count,
     flag,
     integer,
-    invalid,
     named_model,
     parse_messages,
     parse_sampling,
     parse_text,
-    shown,
 )
 
 Route = Literal["chat/completions", "completions", "models"]
@@ -96,10 +92,15 @@ def parse_request(route: object, body: object, limits: Limits) -> tuple[str, Map
     return f"/{path}", body
 
 
-def parse_body(route: Route, body: object, limits: Limits) -> TextRequest:
-    """The request of a completion; `n` choices are as many prompts. Raises JobError."""
+def checked_body(body: object) -> Mapping[str, Any]:
+    """`body`, which is an object. Raises JobError."""
     if not isinstance(body, dict):
         raise invalid("openai_input must be an object")
+    return body
+
+
+def parse_body(route: Route, body: Mapping[str, Any], limits: Limits) -> TextRequest:
+    """The request of a completion; `n` choices are as many prompts. Raises JobError."""
     for name, harmless in _WITHOUT_EFFECT.items():
         if body.get(name) is not None and body[name] not in harmless:
             raise invalid(f"{name} is not served: leave it out")
@@ -128,46 +129,57 @@ def parse_body(route: Route, body: object, limits: Limits) -> TextRequest:
     )
 
 
-def wants_usage(body: Mapping[str, Any]) -> bool:
+def _wants_usage(body: Mapping[str, Any]) -> bool:
     """Whether a stream shall end with a chunk of token counts."""
     options = body.get("stream_options")
     return isinstance(options, dict) and options.get("include_usage") is True
 
 
 class OpenAIAnswer:
-    """Says the pieces of one request in OpenAI's form."""
+    """Puts the pieces of one request in OpenAI's form: a Responder."""
 
-    def __init__(self, route: Route, request: TextRequest, *, job_id: str, created: int) -> None:
-        """`created`: seconds since 1970."""
+    def __init__(
+        self, route: Route, request: TextRequest, body: Mapping[str, Any], *, job_id: str, created: int
+    ) -> None:
+        """`body`: the request as it came; `created`: seconds since 1970."""
+        self.streams = request.stream
+        self._usage_wanted = _wants_usage(body)
         self._chat = route == "chat/completions"
         self._request = request
-        self._collected = Answer(request)
+        self._collected = TextAnswer(request)
         self._begun: set[int] = set()
         kind = "chat.completion" if self._chat else "text_completion"
         self._id = {"id": f"{'chatcmpl' if self._chat else 'cmpl'}-{job_id}", "created": created}
         self._object = kind
 
-    def add(self, piece: Piece) -> None:
-        """Take the next piece."""
+    def chunks(self, piece: TextDelta) -> list[Any]:
+        """Take the next piece; returns its events of a stream."""
         self._collected.add(piece)
-
-    def events(self, piece: Piece) -> list[str]:
-        """What a stream says of a piece that was added."""
-        said: list[dict[str, Any]] = []
+        if not self.streams:
+            return []
+        choices: list[dict[str, Any]] = []
         if self._chat and piece.index not in self._begun:
             self._begun.add(piece.index)
-            said.append(self._choice(piece.index, {"delta": {"role": "assistant", "content": ""}}, None))
+            choices.append(self._choice(piece.index, {"delta": {"role": "assistant", "content": ""}}, None))
         if piece.text:
             part: dict[str, Any] = {"delta": {"content": piece.text}} if self._chat else {"text": piece.text}
-            said.append(self._choice(piece.index, part, None))
+            choices.append(self._choice(piece.index, part, None))
         if piece.finish_reason:
             part = {"delta": {}} if self._chat else {"text": ""}
-            said.append(self._choice(piece.index, part, piece.finish_reason))
-        return [self._event({"choices": [choice]}) for choice in said]
+            choices.append(self._choice(piece.index, part, piece.finish_reason))
+        return [self._event({"choices": [choice]}) for choice in choices]
 
-    def last_events(self, *, usage: bool) -> list[str]:
-        """How a stream ends."""
-        counts = [self._event({"choices": [], "usage": self._usage()})] if usage else []
+    def merge(self, chunks: list[Any]) -> list[Any]:
+        """Events follow each other in one text."""
+        return ["".join(chunks)]
+
+    def progress(self) -> Mapping[str, Any] | None:
+        """OpenAI's clients get no progress."""
+        return None
+
+    def last_chunks(self) -> list[Any]:
+        """The token counts if they were asked for, and the end."""
+        counts = [self._event({"choices": [], "usage": self._usage()})] if self._usage_wanted else []
         return [*counts, DONE]
 
     def output(self) -> dict[str, Any]:
@@ -191,6 +203,38 @@ class OpenAIAnswer:
     def _usage(self) -> dict[str, int]:
         prompt, new = self._collected.prompt_tokens, sum(self._collected.tokens)
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+class PassedAnswer:
+    """Passes on the answer of a server that has OpenAI's routes itself, the events of a stream or the one object: a
+    Responder."""
+
+    def __init__(self) -> None:
+        self.streams = True
+        self._output: dict[str, Any] = {}
+
+    def chunks(self, piece: str | dict[str, Any]) -> list[Any]:
+        """Take an event of a stream, which is sent as it is, or the whole answer."""
+        if isinstance(piece, str):
+            return [piece]
+        self.streams, self._output = False, piece
+        return []
+
+    def merge(self, chunks: list[Any]) -> list[Any]:
+        """Events follow each other in one text."""
+        return ["".join(chunks)]
+
+    def progress(self) -> Mapping[str, Any] | None:
+        """OpenAI's clients get no progress."""
+        return None
+
+    def last_chunks(self) -> list[Any]:
+        """Nothing: the server sends the end, too."""
+        return []
+
+    def output(self) -> dict[str, Any]:
+        """The whole answer."""
+        return self._output
 
 
 def models(names: list[str], *, created: int) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""The RunPod loop: one loaded engine, the handler that the SDK calls, and what becomes of errors.
+"""The RunPod loop: one loaded engine, the handler that the SDK calls, and the answer to each error.
+
+    {"input": {"prompt" | "prompts" | "messages": …}}               a text, see jobs.py; or a picture, see images.py
+    {"input": {"openai_route": "/v1/…", "openai_input": {…}}}       a request in OpenAI's form, see openai_routes.py
+    {"input": {"op": "status"}}                                     the engine, counts of jobs, the start
 
 The handler is a coroutine and no generator, though it streams: the SDK turns a generator's typed error into a bare
 text, drops what had been aggregated, ignores its refresh_worker, and wraps every plain answer in a list. Chunks of a
@@ -12,77 +16,35 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, TypeVar
 
 from handler import openai_routes
 from handler.alias_follower import AliasFollower
-from handler.engines import Engine, ImageEngine, OpenAIEngine, TextEngine
-from handler.images import Images, Step, parse_image
-from handler.jobs import (
-    Answer,
-    Code,
-    JobError,
-    Limits,
-    Piece,
-    input_of,
-    is_out_of_memory,
-    merged,
-    parse_text,
-    shown,
-)
+from handler.answers import Responder, TextAnswer
+from handler.delivery import Job, JobChannel, RunPodChannel, deliver
+from handler.engines import Engine
+from handler.errors import Code, JobError, invalid, is_out_of_memory, shown
+from handler.images import ImageAnswer, parse_image
+from handler.jobs import Limits, input_of, parse_text
 from handler.termination import Termination
 from modelstore.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-Job = Mapping[str, Any]
-T = TypeVar("T")
-
-_PROGRESS_EVERY_S = 5.0
-
-
-class Wire:
-    """What goes to RunPod while a job runs. This one says nothing: there is nobody to tell in a local run."""
-
-    async def stream(self, job: Job, chunks: list[Any]) -> None:
-        """Send chunks of a stream; returns when they are there."""
-
-    async def progress(self, job: Job, progress: Mapping[str, Any]) -> None:
-        """Send a progress update; returns when it is there, so that it cannot come after the result."""
-
-
-class RunPodWire(Wire):
-    """By the SDK's own functions, over one HTTP session."""
-
-    def __init__(self) -> None:
-        self._session: Any = None
-
-    def _opened(self) -> Any:
-        if self._session is None:
-            from runpod.http_client import AsyncClientSession
-
-            self._session = AsyncClientSession()
-        return self._session
-
-    async def stream(self, job: Job, chunks: list[Any]) -> None:
-        from runpod.serverless.modules.rp_http import stream_result
-
-        for chunk in chunks:
-            await stream_result(self._opened(), {"output": chunk}, job)
-
-    async def progress(self, job: Job, progress: Mapping[str, Any]) -> None:
-        from runpod.serverless.modules.rp_http import send_result
-
-        await send_result(self._opened(), {"status": "IN_PROGRESS", "output": dict(progress)}, job)
+P = TypeVar("P")
 
 
 class Worker:
     """Answers jobs with one engine. Nothing that a job does ends it."""
 
     def __init__(
-        self, engine: Engine, settings: Settings, *, wire: Wire | None = None, timeline: Mapping[str, Any] | None = None
+        self,
+        engine: Engine,
+        settings: Settings,
+        *,
+        channel: JobChannel | None = None,
+        timeline: Mapping[str, Any] | None = None,
     ) -> None:
         """`timeline`: the record of this worker's start, for its status."""
         self._engine = engine
@@ -97,7 +59,7 @@ class Worker:
         )
         folders = sorted({str(settings.root), str(settings.root.parent)} - {"/"}, key=len, reverse=True)
         self._volume = re.compile(rf"(?:file://)?(?:{'|'.join(map(re.escape, folders))})(?:/[^\s'\":,;()]*)?")
-        self._wire = wire or Wire()
+        self._channel = channel or JobChannel()
         self._timeline = timeline
         self._replace_because = ""
         self.config: dict[str, Any] = {}
@@ -133,8 +95,8 @@ class Worker:
 
     def concurrency(self, _current: int) -> int:
         """How many jobs to take at once. The SDK takes none before it is free where this changes."""
-        most = 1 if isinstance(self._engine, ImageEngine) else self._settings.max_concurrency
-        return 1 if self.retiring else most
+        limit = 1 if self._engine.kind == "image" else self._settings.max_concurrency
+        return 1 if self.retiring else limit
 
     def replace(self, reason: str) -> None:
         """Have RunPod replace this worker once what it runs is answered; the job after that, where it runs nothing."""
@@ -169,118 +131,28 @@ class Worker:
             return self.status()
         if _is_openai(job):
             return await self._answer_openai(job, data)
-        if isinstance(self._engine, ImageEngine):
-            return await self._draw(job, data, self._engine)
+        if self._engine.kind == "image":
+            image = parse_image(data, self._limits)
+            return await self._deliver(job, self._engine.draw(image), ImageAnswer(image))
         request = parse_text(data, self._limits)
-        answer = Answer(request)
-
-        def chunks(piece: Piece) -> list[Any]:
-            answer.add(piece)
-            return answer.chunks(piece) if request.stream else []
-
-        def progress(piece: Piece) -> Mapping[str, Any] | None:
-            return None if all(answer.reasons) else {"tokens_generated": sum(answer.tokens)}
-
-        said = await self._consumed(job, self._text_engine().generate(request), chunks, merged, progress)
-        return said if request.stream else answer.output()
-
-    async def _draw(self, job: Job, data: Mapping[str, Any], engine: ImageEngine) -> Any:
-        request = parse_image(data, self._limits)
-        output: dict[str, Any] = {}
-
-        def chunks(drawn: Step | Images) -> list[Any]:
-            if isinstance(drawn, Images):
-                output.update(drawn.as_json(request))
-                return [output | {"progress": 1.0, "finished": True}] if request.stream else []
-            return [drawn.as_json()] if request.stream else []
-
-        def progress(drawn: Step | Images) -> Mapping[str, Any] | None:
-            return drawn.as_json() if isinstance(drawn, Step) and drawn.step < drawn.steps else None
-
-        said = await self._consumed(job, engine.draw(request), chunks, list, progress)
-        return said if request.stream else output
-
-    def _text_engine(self) -> TextEngine:
-        if not isinstance(self._engine, TextEngine):
-            raise JobError(Code.INVALID_INPUT, f"this worker draws with {self._engine.model}: send a prompt alone")
-        return self._engine
+        return await self._deliver(job, self._engine.generate(request), TextAnswer(request))
 
     async def _answer_openai(self, job: Job, data: Mapping[str, Any]) -> Any:
-        if isinstance(self._engine, OpenAIEngine):
-            return await self._pass_on(job, data, self._engine)
-        route = openai_routes.parse_route(data["openai_route"])
+        if self._engine.kind == "openai":
+            path, passed = openai_routes.parse_request(data["openai_route"], data.get("openai_input"), self._limits)
+            return await self._deliver(job, self._engine.openai(path, passed), openai_routes.PassedAnswer())
+        route, created = openai_routes.parse_route(data["openai_route"]), int(time.time())
         if route == "models":
-            return openai_routes.models(self._models(), created=int(time.time()))
-        body = data.get("openai_input")
+            return openai_routes.models(self._models(), created=created)
+        if self._engine.kind == "image":
+            raise invalid(f"this worker draws with {self._engine.model}: send a prompt alone")
+        body = openai_routes.checked_body(data.get("openai_input"))
         request = openai_routes.parse_body(route, body, self._limits)
-        assert isinstance(body, dict)
-        answer = openai_routes.OpenAIAnswer(route, request, job_id=str(job.get("id")), created=int(time.time()))
+        answer = openai_routes.OpenAIAnswer(route, request, body, job_id=str(job.get("id")), created=created)
+        return await self._deliver(job, self._engine.generate(request), answer)
 
-        def events(piece: Piece) -> list[Any]:
-            answer.add(piece)
-            return answer.events(piece) if request.stream else []
-
-        said = await self._consumed(
-            job, self._text_engine().generate(request), events, lambda events: ["".join(events)]
-        )
-        if not request.stream:
-            return answer.output()
-        end = answer.last_events(usage=openai_routes.wants_usage(body))
-        await self._wire.stream(job, end)
-        return said + end
-
-    async def _pass_on(self, job: Job, data: Mapping[str, Any], engine: OpenAIEngine) -> Any:
-        route, body = openai_routes.parse_request(data["openai_route"], data.get("openai_input"), self._limits)
-        whole: list[dict[str, Any]] = []
-
-        def events(said: str | dict[str, Any]) -> list[Any]:
-            if isinstance(said, str):
-                return [said]
-            whole.append(said)
-            return []
-
-        streamed = await self._consumed(job, engine.openai(route, body), events, lambda events: ["".join(events)])
-        return whole[0] if whole else streamed
-
-    async def _consumed(
-        self,
-        job: Job,
-        pieces: AsyncIterator[T],
-        chunks: Callable[[T], list[Any]],
-        together: Callable[[list[Any]], list[Any]],
-        progress: Callable[[T], Mapping[str, Any] | None] = lambda _piece: None,
-    ) -> list[Any]:
-        """Take all pieces; send what `chunks` makes of each, with those that came while others were sent in one go.
-
-        `progress`: what to tell of a request that is not streamed, now and then; None where its result is next.
-        Returns what was sent, which is nothing for such a request.
-        """
-        said: list[Any] = []
-        waiting: list[Any] = []
-        sending: asyncio.Task[None] | None = None
-        told = time.monotonic()
-        try:
-            async with aclosing(pieces) as source:  # type: ignore[type-var]
-                async for piece in source:
-                    waiting += chunks(piece)
-                    if waiting and (sending is None or sending.done()):
-                        now, waiting = together(waiting), []
-                        said += now
-                        sending = asyncio.create_task(self._wire.stream(job, now))
-                    elif not said and not waiting and time.monotonic() - told >= _PROGRESS_EVERY_S:
-                        told = time.monotonic()
-                        if (update := progress(piece)) is not None:
-                            await self._wire.progress(job, update)
-            if sending is not None:
-                await sending
-            if waiting:
-                now = together(waiting)
-                await self._wire.stream(job, now)
-                said += now
-        finally:
-            if sending is not None:
-                sending.cancel()
-        return said
+    async def _deliver(self, job: Job, pieces: AsyncIterator[P], responder: Responder[P]) -> Any:
+        return await deliver(job, pieces, responder, self._channel)
 
     def _models(self) -> list[str]:
         """The names that a job may give: the worker's own model, and those that it may load beside it."""
@@ -337,7 +209,7 @@ def serve(engine: Engine, settings: Settings, timeline: Mapping[str, Any]) -> No
         engine.check()
 
     runpod.serverless.register_fitness_check(model_is_as_published)
-    worker = Worker(engine, settings, wire=Wire() if IS_LOCAL_TEST else RunPodWire(), timeline=timeline)
+    worker = Worker(engine, settings, channel=JobChannel() if IS_LOCAL_TEST else RunPodChannel(), timeline=timeline)
 
     if settings.model is not None and settings.model.kind == "alias":
         AliasFollower(engine, settings, worker.replace).start()

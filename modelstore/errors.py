@@ -27,7 +27,10 @@
     ├── ClaimLost                       1
     ├── HubUnavailable                  1
     ├── RootUnusable                    1
-    └── VolumeUnavailable               1
+    ├── VolumeUnavailable               1
+    │   └── ObjectMissing
+    └── ProcessFailed                   1
+        └── ServerFailed
 
 The number is the exit code of the command line. A message is one line: what happened, to what, and what to do. Errors
 of other libraries are mapped to these where they enter the package; whatever is not in this tree is a bug of ours.
@@ -57,11 +60,14 @@ __all__ = [
     "NoSpace",
     "NoWeights",
     "NotFound",
+    "ObjectMissing",
     "PickleRefused",
+    "ProcessFailed",
     "Refused",
     "RepoNotFound",
     "RevisionNotFound",
     "RootUnusable",
+    "ServerFailed",
     "SnapshotNotFound",
     "UnsafeName",
     "UsageError",
@@ -217,3 +223,15 @@ class RootUnusable(ModelStoreError):
 
 class VolumeUnavailable(ModelStoreError):
     """A volume's S3 address does not answer, or not with what was asked for."""
+
+
+class ObjectMissing(VolumeUnavailable):
+    """An object or an upload on the volume is gone: another process has completed or ended it."""
+
+
+class ProcessFailed(ModelStoreError):
+    """A process of ours has ended by itself: a conversion, a measurement."""
+
+
+class ServerFailed(ProcessFailed):
+    """The server of an engine has ended by itself."""

@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from modelstore.errors import InvalidSetting, ModelStoreError
+from modelstore.errors import InvalidSetting, ModelStoreError, UsageError
 from modelstore.reference import parse_reference
 from modelstore.settings import FIELDS, Settings
 
@@ -128,7 +128,7 @@ def deploy(options: argparse.Namespace) -> dict[str, Any]:
 def _id_of(found: list[dict[str, Any]], name: str) -> str | None:
     ids = [str(one["id"]) for one in found if one["name"] == name]
     if len(ids) > 1:
-        raise ModelStoreError(f"there are {len(ids)} of the name {name!r}: rename or remove all but one")
+        raise UsageError(f"there are {len(ids)} of the name {name!r}: rename or remove all but one")
     return ids[0] if ids else None
 
 

@@ -1,25 +1,38 @@
-"""Engines: each turns a snapshot into something that answers requests, behind one small interface."""
+"""Engines: each turns a snapshot into something that answers jobs, behind one small interface.
+
+    text.py, multi.py      transformers: one model that can be exchanged, and several of them in one worker
+    diffusion.py           diffusers
+    vllm_engine.py         vLLM, a server in a process of its own (server.py), which has OpenAI's routes itself
+
+`ENGINES` is the table of them. A new engine is a line there, its name in `settings.EngineName`, and a module with a
+`Loader`; another server with OpenAI's routes takes `server.py` as vLLM does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
+from handler.answers import TextDelta
 from handler.images import ImageRequest, Images, Step
-from handler.jobs import Piece, TextRequest
+from handler.jobs import TextRequest
+from modelstore.settings import EngineName
 from modelstore.timeline import Timeline
+from modelstore.volume.manifest import Manifest
+from modelstore.warmstart import Begun, Into
 
 
-class Engine(Protocol):
+class BaseEngine(Protocol):
     """What the worker needs of a loaded model, whatever it makes."""
 
     @property
     def model(self) -> str:
-        """The name of the model that answers where a job names none."""
+        """The name of the model that answers if a job names none."""
 
     @property
     def broken(self) -> str:
-        """Why nothing can be answered any more in this process; empty where all is well."""
+        """Why no job can be answered any more in this process; empty if all is well."""
 
     def serves(self, name: str) -> bool:
         """Whether a job may call the model so without loading another."""
@@ -27,33 +40,37 @@ class Engine(Protocol):
     def swap(self, reference: str) -> Timeline:
         """Serve another model from now on; returns the record of its start. The current one answers meanwhile.
 
-        Raises Refused where that takes a new process.
+        Raises Refused if that takes a new process.
         """
 
     def status(self) -> dict[str, Any]:
         """Model, commit, dtype, memory in bytes."""
 
     def check(self) -> None:
-        """Raise ModelStoreError where the model is not what the volume's records say, or cannot answer."""
+        """Raise ModelStoreError if the model is not what the volume's records say, or cannot answer."""
 
     def close(self) -> None:
-        """End, and give the memory back; what still runs comes to its end first."""
+        """Finish running requests, then release the model."""
 
 
-@runtime_checkable
-class TextEngine(Engine, Protocol):
-    """Continues texts."""
-
-    def generate(self, request: TextRequest) -> AsyncIterator[Piece]:
-        """The pieces of all the request's prompts, as they come; whoever stops to ask for them ends the generation.
+class _GeneratesText(BaseEngine, Protocol):
+    def generate(self, request: TextRequest) -> AsyncIterator[TextDelta]:
+        """The pieces of all the request's prompts, as they come. A caller that stops the iteration ends the generation.
 
         Raises JobError for what the sender can mend. Requests may overlap.
         """
 
 
-@runtime_checkable
-class OpenAIEngine(TextEngine, Protocol):
+class TextEngine(_GeneratesText, Protocol):
+    """Continues texts."""
+
+    kind: Literal["text"]
+
+
+class OpenAIEngine(_GeneratesText, Protocol):
     """Continues texts, and serves OpenAI's routes by itself."""
+
+    kind: Literal["openai"]
 
     def openai(self, route: str, body: Mapping[str, Any] | None) -> AsyncIterator[str | dict[str, Any]]:
         """The events of a stream as they come, each as it goes over the wire, or else the one answer.
@@ -62,12 +79,50 @@ class OpenAIEngine(TextEngine, Protocol):
         """
 
 
-@runtime_checkable
-class ImageEngine(Engine, Protocol):
+class ImageEngine(BaseEngine, Protocol):
     """Draws pictures."""
 
+    kind: Literal["image"]
+
     def draw(self, request: ImageRequest) -> AsyncIterator[Step | Images]:
-        """The steps as they are done, and the pictures; whoever stops to ask for them ends the drawing.
+        """The steps as they are done, and the pictures. A caller that stops the iteration ends the drawing.
 
         Raises JobError for what the sender can mend. Requests may overlap.
         """
+
+
+Engine = TextEngine | OpenAIEngine | ImageEngine
+
+
+class Loader(Protocol):
+    """Loads an engine of one kind: the class `Loader` of the engine's module, made with the settings."""
+
+    def load(self, begun: Begun, import_sdk: Callable[[], None]) -> Engine:
+        """The engine of a start whose bytes are in flight; `import_sdk` is called once, while bytes still arrive."""
+
+    def cancel(self) -> None:
+        """Give up: `load` failed, or was never called."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEntry:
+    """One engine. `module`: below `handler.engines`; `extra`: of the distribution; `can_serve`: whether a snapshot with
+    this manifest is served by it if ENGINE is not set; `target`: what its bytes are read into, see `warmstart.begin`.
+    """
+
+    module: str
+    extra: str
+    can_serve: Callable[[Manifest], bool]
+    target: Into = "device"
+
+
+ENGINES: Mapping[EngineName, EngineEntry] = {  # the first that can serve a snapshot is taken
+    "diffusion": EngineEntry("diffusion", "diffusion", lambda manifest: manifest.file("model_index.json") is not None),
+    "vllm": EngineEntry("vllm_engine", "vllm", lambda _manifest: False, target="shared"),
+    "text": EngineEntry("multi", "worker", lambda _manifest: True),
+}
+
+
+def engine_for(manifest: Manifest) -> EngineName:
+    """The engine that serves a snapshot if ENGINE is not set."""
+    return next(name for name, entry in ENGINES.items() if entry.can_serve(manifest))

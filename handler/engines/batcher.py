@@ -34,7 +34,8 @@ from transformers import (
 
 from handler.engines.detokenizer import Detokenizer
 from handler.engines.generation_defaults import GenerationDefaults, generation_defaults
-from handler.jobs import Code, JobError, Sampling, is_gpu_lost, is_out_of_memory
+from handler.errors import Code, JobError, is_gpu_lost, is_out_of_memory
+from handler.jobs import Sampling
 
 JOIN_EVERY = 16  # tokens; joining sooner would pay the pass over the tokens so far too often
 _SAY_EVERY = 32

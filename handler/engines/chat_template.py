@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from handler.errors import TemplateError, TemplateTimeout
 from modelstore import isolation
 from modelstore.settings import bare_environment
 from modelstore.units import one_line
@@ -36,14 +37,6 @@ _MEMORY_BYTES = 2 << 30
 _WARM_UP = "{{ strftime_now('%d %b %Y') }}{{ [1] | tojson }}{% for _ in [1] %}{% break %}{% endfor %}"
 _MAX_ERROR_CHARACTERS = 500
 _ESCAPED = 12  # characters of JSON for one beyond Unicode's first plane
-
-
-class TemplateError(ValueError):
-    """The template does not take these messages; the text is the template's own."""
-
-
-class TemplateTimeout(TimeoutError):
-    """The template did not end in time, or its process ended otherwise than it should."""
 
 
 class Renderer:

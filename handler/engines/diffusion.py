@@ -11,19 +11,21 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import accelerate
 import diffusers
 import torch
 
 from handler.engines.batcher import free_memory
+from handler.errors import is_gpu_lost, not_served
 from handler.images import ImageRequest, Images, Step
-from handler.jobs import is_gpu_lost, not_served
 from modelstore.errors import BadSafetensors, NoWeights, Refused
 from modelstore.load.model import bounded_build, build_part
 from modelstore.load.tensors import load_tensors
+from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.volume import durable
 from modelstore.volume.layout import Layout
@@ -37,7 +39,7 @@ _STUCK_S = 120.0  # for a step of the pipeline that goes on though nobody waits 
 class DiffusionEngine:
     """Draws with one pipeline, one request at a time: a picture has the whole GPU."""
 
-    kind = "image"
+    kind: Literal["image"] = "image"
 
     def __init__(self, pipeline: Any, begun: Begun) -> None:
         self._pipeline = pipeline
@@ -218,3 +220,17 @@ def _png(image: Any) -> str:
     data = io.BytesIO()
     image.save(data, format="PNG")
     return base64.b64encode(data.getvalue()).decode()
+
+
+class Loader:
+    """See `handler.engines.Loader`."""
+
+    def __init__(self, settings: Settings) -> None:
+        pass
+
+    def load(self, begun: Begun, import_sdk: Callable[[], None]) -> DiffusionEngine:
+        """See `handler.engines.Loader`."""
+        return begun.load(partial(DiffusionEngine.load, meanwhile=import_sdk))
+
+    def cancel(self) -> None:
+        """See `handler.engines.Loader`."""

@@ -15,7 +15,8 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from handler.jobs import MAX_REPETITION_PENALTY, MAX_TOP_K, MIN_REPETITION_PENALTY, shown
+from handler.errors import shown
+from handler.jobs import MAX_REPETITION_PENALTY, MAX_TOP_K, MIN_REPETITION_PENALTY
 
 logger = logging.getLogger(__name__)
 

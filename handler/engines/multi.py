@@ -1,5 +1,5 @@
-"""Several models in one worker: whichever a job names, loaded when it is first asked for, the least recently used given
-up where the memory does not hold one more."""
+"""Several models in one worker. The model that a job names is loaded when a job first asks for it; when memory is full,
+the least recently used model is unloaded."""
 
 from __future__ import annotations
 
@@ -12,19 +12,26 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
+from handler.answers import TextDelta
 from handler.engines import TextEngine
-from handler.jobs import Code, JobError, Piece, TextRequest, invalid, not_served
+from handler.engines.batcher import free_memory
+from handler.engines.chat_template import Renderer
+from handler.engines.text import TextEngine as TransformersEngine
+from handler.errors import Code, JobError, invalid, not_served
+from handler.jobs import TextRequest
 from modelstore.errors import DoesNotFit, ModelStoreError, Refused
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
+from modelstore.warmstart import Begun, begin
 
 logger = logging.getLogger(__name__)
 
 
-class _Held:
+class _Resident:
     """A loaded model, how many answers it makes, and when one last began."""
 
     def __init__(self, engine: TextEngine) -> None:
@@ -33,13 +40,15 @@ class _Held:
         self.used_at = time.monotonic()
 
 
-class Several:
+class MultiModelEngine:
     """An engine of engines. The first is the worker's own, which answers the jobs that name no model."""
+
+    kind: Literal["text"] = "text"
 
     def __init__(self, own: TextEngine, settings: Settings, load: Callable[[Settings], TextEngine]) -> None:
         """`load` makes the engine of a model; raises DoesNotFit where the memory has no room for it."""
-        self._own = _Held(own)
-        self._others: dict[str, _Held] = {}
+        self._own = _Resident(own)
+        self._others: dict[str, _Resident] = {}
         self._settings = settings
         self._load = load
         self._changed = threading.Condition()
@@ -79,7 +88,7 @@ class Several:
         for held in self._all():
             held.engine.close()
 
-    async def generate(self, request: TextRequest) -> AsyncIterator[Piece]:
+    async def generate(self, request: TextRequest) -> AsyncIterator[TextDelta]:
         """See Engine. What a job names beside the worker's own model has to be among MODELSTORE_ALLOWED_MODELS."""
         if request.model is not None:
             request = replace(request, model=self._normal(request.model))
@@ -98,7 +107,7 @@ class Several:
             finally:
                 self._end(held)
 
-    async def _held(self, name: str | None) -> _Held:
+    async def _held(self, name: str | None) -> _Resident:
         """What answers for `name`, with one more answer counted. Raises JobError."""
         if name is None or self._own.engine.serves(name):
             with self._changed:
@@ -133,7 +142,7 @@ class Several:
                 loading.add_done_callback(lambda _done: self._loads.pop(name, None))
             return loading
 
-    def _end(self, held: _Held) -> None:
+    def _end(self, held: _Resident) -> None:
         with self._changed:
             held.answering -= 1
             self._changed.notify_all()
@@ -157,10 +166,10 @@ class Several:
         except Refused as error:
             raise JobError(Code.MODEL_NOT_ALLOWED, str(error)) from error
 
-    def _all(self) -> list[_Held]:
+    def _all(self) -> list[_Resident]:
         return [self._own, *self._others.values()]
 
-    def _found(self, name: str) -> _Held | None:
+    def _found(self, name: str) -> _Resident | None:
         """A model that is loaded, with one more answer counted, so that nobody gives it up."""
         with self._changed:
             held = self._others.get(name)
@@ -182,7 +191,7 @@ class Several:
                 raise JobError(Code.MODEL_UNAVAILABLE, f"{type(error).__name__}: {error}") from error
             logger.info("%s is loaded beside %d other models", name, len(self._others) + 1)
             with self._changed:
-                self._others[name] = _Held(engine)
+                self._others[name] = _Resident(engine)
 
     def _worth(self, name: str) -> tuple[bool, bool, float]:
         """What speaks for keeping a loaded model: who waits for it, whom it answers, when it was used last."""
@@ -201,3 +210,30 @@ class Several:
         logger.info("%s makes room for another model", name)
         held.engine.close()
         return True
+
+
+class Loader:
+    """See `handler.engines.Loader`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._renderer = Renderer()
+
+    def load(self, begun: Begun, import_sdk: Callable[[], None]) -> MultiModelEngine:
+        """See `handler.engines.Loader`."""
+        load = partial(TransformersEngine.load, meanwhile=import_sdk, renderer=self._renderer)
+        own = begun.load(load)
+        self._renderer.start()
+        return MultiModelEngine(own, begun.settings, self._load_another)
+
+    def cancel(self) -> None:
+        """See `handler.engines.Loader`."""
+        self._renderer.close()
+
+    def _load_another(self, settings: Settings) -> TransformersEngine:
+        free_memory()  # what torch keeps for itself would count as taken
+        begun = begin(settings, timeline=Timeline())
+        try:
+            return begun.load(partial(TransformersEngine.load, renderer=self._renderer))
+        except BaseException:
+            begun.in_use.end()
+            raise

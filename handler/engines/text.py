@@ -10,16 +10,18 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from handler.answers import TextDelta
 from handler.engines.batcher import Batcher, Row, free_memory
-from handler.engines.chat_template import Renderer, TemplateTimeout
+from handler.engines.chat_template import Renderer
 from handler.engines.detokenizer import Detokenizer
 from handler.engines.offload import Offload
-from handler.jobs import Code, JobError, Piece, Prompt, Sampling, TextRequest, invalid, not_served
+from handler.errors import Code, JobError, TemplateTimeout, invalid, not_served
+from handler.jobs import Prompt, Sampling, TextRequest
 from modelstore.errors import IntegrityError, Refused
 from modelstore.load.model import load_model
 from modelstore.load.tensors import check_room, needs_several_gpus
@@ -77,6 +79,8 @@ class Loaded:
 
 class TextEngine:
     """Answers with one loaded model, many requests at once; the model can be exchanged for another meanwhile."""
+
+    kind: Literal["text"] = "text"
 
     def __init__(self, loaded: Loaded, settings: Settings, renderer: Renderer | None = None) -> None:
         """`renderer`: of chat templates, one that others use too; by default the engine has its own."""
@@ -138,7 +142,7 @@ class TextEngine:
             "memory": memory,
         }
 
-    async def generate(self, request: TextRequest) -> AsyncIterator[Piece]:
+    async def generate(self, request: TextRequest) -> AsyncIterator[TextDelta]:
         """See Engine. Greedy where the temperature is 0."""
         while not self._begin_answer():
             await asyncio.sleep(_LOOK_AGAIN_S)
@@ -287,15 +291,15 @@ class _Pieces:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
+        self._queue: asyncio.Queue[TextDelta | BaseException] = asyncio.Queue()
 
-    def put(self, piece: Piece | BaseException) -> None:
+    def put(self, piece: TextDelta | BaseException) -> None:
         try:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
         except RuntimeError:  # the loop has ended, and with it whoever waited
             logger.debug("nobody waits for an answer any more")
 
-    async def next(self) -> Piece:
+    async def next(self) -> TextDelta:
         piece = await self._queue.get()
         if isinstance(piece, BaseException):
             raise piece
@@ -310,7 +314,7 @@ class _Receiver:
     pieces: _Pieces
 
     def piece(self, text: str, tokens: int, finish_reason: str | None) -> None:
-        self.pieces.put(Piece(self.index, text, tokens, finish_reason))
+        self.pieces.put(TextDelta(self.index, text, tokens, finish_reason))
 
     def failed(self, error: BaseException) -> None:
         self.pieces.put(error)

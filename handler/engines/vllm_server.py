@@ -1,4 +1,4 @@
-"""`vllm serve`, with its imports done before anybody knows what to serve.
+"""`vllm serve`, with its imports done before the model is known.
 
     python vllm_server.py < one line, a JSON list of the arguments
 
@@ -21,11 +21,11 @@ _NEEDED = ("vllm.v1.engine.async_llm", "vllm.entrypoints.openai.api_server", "vl
 
 
 def main() -> int:
-    sys.path.pop(0)  # this file's folder, where another file is called vllm
+    sys.path.pop(0)  # our own files, whose names are not for vLLM to find
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
-        return 1  # whoever wanted this has ended meanwhile
+        return 1  # the parent has ended meanwhile
     from vllm.entrypoints.cli.main import main as vllm
 
     for name in _NEEDED:

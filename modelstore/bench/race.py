@@ -27,7 +27,7 @@ import numpy as np
 
 from modelstore.bench.loaders import LOAD
 from modelstore.dtypes import DTYPES
-from modelstore.errors import InvalidSetting, ModelStoreError, NoSpace
+from modelstore.errors import InvalidSetting, ModelStoreError, NoSpace, ProcessFailed
 from modelstore.mount import check_place
 from modelstore.settings import Settings, without_secrets
 from modelstore.store import ModelStore
@@ -152,7 +152,7 @@ def run_contender(name: str, folder: Path, device: str, prefix: Sequence[str] = 
     command = [*prefix, sys.executable, "-m", "modelstore.bench.loaders", name, device, str(folder)]
     done = subprocess.run(command, env=without_secrets(), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ModelStoreError(f"{name} failed: {done.stderr.strip()[-400:]}")
+        raise ProcessFailed(f"{name} failed: {done.stderr.strip()[-400:]}")
     record = json.loads(done.stdout.strip().splitlines()[-1])
     return Sample(record["seconds"], record["peak_bytes"], record.get("spans", ()))
 
@@ -172,7 +172,7 @@ def run_worker(root: Path, model: str, prefix: Sequence[str] = ()) -> tuple[Samp
     seconds = time.monotonic() - began
     line = next((line for line in done.stderr.splitlines() if line.startswith('{"timeline"')), None)
     if done.returncode or line is None:
-        raise ModelStoreError(f"the worker failed: {done.stderr.strip()[-400:]}")
+        raise ProcessFailed(f"the worker failed: {done.stderr.strip()[-400:]}")
     spans = json.loads(line)["timeline"]["spans"]
     ready = next(span["start"] for span in spans if span["name"] == "ready")
     return Sample(ready, spans=spans), Sample(seconds, spans=spans)
@@ -376,7 +376,7 @@ def start_contenders(
 
     def answered() -> Sample:
         if not answers:
-            raise ModelStoreError("the worker was not ready")
+            raise ProcessFailed("the worker was not ready")
         return answers[0]
 
     return [

@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from modelstore import isolation
-from modelstore.errors import ModelStoreError, NoSpace, NotFound, PickleRefused
+from modelstore.errors import NoSpace, NotFound, PickleRefused, ProcessFailed
 
 _SPARE_BYTES = 6 << 30  # what torch itself and the interpreter map
 _NO_TORCH = 3
@@ -82,7 +82,7 @@ def convert(
     if "(os error 28)" in text or "(os error 122)" in text:
         raise NoSpace(f"no space to convert {name}: free some, raise the quota, or remove a model")
     if process.returncode < 0:
-        raise ModelStoreError(
+        raise ProcessFailed(
             f"the process that converts {name} was ended by signal {-process.returncode}: give it memory"
         )
     if process.returncode:

@@ -31,6 +31,7 @@ from modelstore.errors import (
     ModelStoreError,
     NoSpace,
     NotFound,
+    ObjectMissing,
     UsageError,
     VolumeUnavailable,
 )
@@ -145,7 +146,7 @@ class Volume:
             try:
                 for start in range(0, size, PART_BYTES):
                     digest.update(self._body(self._key(snapshot, path), start, min(start + PART_BYTES, size) - 1))
-            except _Missing:
+            except ObjectMissing:
                 digest = hashlib.sha256(b"?")
             if digest.hexdigest() != sha256:
                 self.call("delete_object", Key=self._key(snapshot, MANIFEST))
@@ -218,7 +219,7 @@ class Volume:
     def _read(self, key: str) -> bytes | None:
         try:
             return self._body(key)
-        except _Missing:
+        except ObjectMissing:
             return None
 
     def _body(self, key: str, start: int | None = None, last: int | None = None) -> bytes:
@@ -238,7 +239,7 @@ class Volume:
         """An object's size and tag; None and nothing where there is none."""
         try:
             head = self.call("head_object", Key=key)
-        except _Missing:
+        except ObjectMissing:
             return None, ""
         return int(head["ContentLength"]), str(head.get("ETag", "")).strip('"')
 
@@ -277,16 +278,12 @@ class Volume:
         if code == "NoSuchBucket":
             return NotFound(f"{self.target}: there is no such volume in this datacenter: look at its page")
         if code == "NoSuchUpload" or status == 404:
-            return _Missing(f"{self.target} has no {key or code} any more: try again, it goes on from here")
+            return ObjectMissing(f"{self.target} has no {key or code} any more: try again, it goes on from here")
         if status in (401, 403):
             return AccessDenied(f"{self.target} refuses these S3 keys ({code}): a pair belongs to one account")
         if code == "BadDigest":
             return None
         return None if status in _BUSY or not status else VolumeUnavailable(f"{self.target} answers {status} {code}")
-
-
-class _Missing(VolumeUnavailable):
-    """There is no such object, or no such upload: somebody else has completed or ended it."""
 
 
 class _Upload:
@@ -366,7 +363,7 @@ class _Upload:
                 return ""
             upload_id = str(uploads[-1]["UploadId"])
             self._known = dict(self._listed_parts(upload_id))
-        except (ModelStoreError, _Missing, KeyError) as error:
+        except (ModelStoreError, KeyError) as error:
             logger.debug("no earlier upload of %s: %s", self._key, error)
             return ""
         return upload_id
@@ -425,7 +422,7 @@ class _Upload:
                     Key=self._key, UploadId=self._upload_id, MultipartUpload={"Parts": parts}, attempts=1,
                 )  # fmt: skip
                 return
-            except (VolumeUnavailable, _Missing) as error:
+            except VolumeUnavailable as error:
                 logger.info("completing %s: %s", self._key, error)
             if self._volume._size(self._key) == self._size:
                 return

@@ -52,10 +52,10 @@ _KILL_EVERY_S, _SWAP_EVERY_S, _SAMPLE_EVERY_S = 15.0, 5.0, 2.0
 # The worker, with one call wrapped: memory for one model beside its own, so that jobs push models out.
 WORKER = """
 import sys
-from handler.engines import several
+from handler.engines import multi
 from modelstore.errors import DoesNotFit
 
-real = several.Several.__init__
+real = several.MultiModelEngine.__init__
 
 def with_room_for_one(self, own, settings, load):
     def loaded(wanted):
@@ -64,7 +64,7 @@ def with_room_for_one(self, own, settings, load):
         return load(wanted)
     real(self, own, settings, loaded)
 
-several.Several.__init__ = with_room_for_one
+several.MultiModelEngine.__init__ = with_room_for_one
 from handler.__main__ import main
 sys.exit(main())
 """

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import transformers as tf
 
-from handler.engines.chat_template import LIMIT_S, Renderer, TemplateError, TemplateTimeout
+from handler.engines.chat_template import LIMIT_S, Renderer
+from handler.errors import TemplateError, TemplateTimeout
 from tests.handler.test_main import write_model
 
 MESSAGES = [{"role": "user", "content": "hello \ud800 \u20ac"}, {"role": "assistant", "content": ""}]

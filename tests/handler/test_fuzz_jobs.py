@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from handler.engines.multi import Several
+from handler.engines.multi import MultiModelEngine
 from handler.engines.text import TextEngine
+from handler.errors import Code
 from handler.images import ImageRequest, Images, Step
-from handler.jobs import Code
 from handler.worker import Worker
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
@@ -82,6 +82,8 @@ QUIET = settings(max_examples=200, deadline=None, suppress_health_check=list(Hea
 class Draws(Engine):
     """An image engine that makes one picture."""
 
+    kind = "image"
+
     async def draw(self, request: ImageRequest) -> AsyncIterator[Step | Images]:
         yield Step(1, 1)
         yield Images(("AAAA",) * request.count, 7, self.model)
@@ -98,7 +100,9 @@ def text_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
         own = Settings(root=root, hf_endpoint=hub.url, model=parse_reference("org/name"), max_tokens=16)
         own = replace(own, allowed_models=(parse_reference("org/name"),), max_prompts=4, max_prompt_characters=2000)
         ModelStore(root, settings=own).ensure("org/name")
-        engine = Several(begin(own).load(TextEngine.load), own, lambda _settings: pytest.fail("nothing else is listed"))
+        engine = MultiModelEngine(
+            begin(own).load(TextEngine.load), own, lambda _settings: pytest.fail("nothing else is listed")
+        )
         yield Worker(engine, own)
         engine.close()
 

@@ -6,19 +6,9 @@ from typing import Any
 
 import pytest
 
-from handler.jobs import (
-    Answer,
-    Code,
-    JobError,
-    Limits,
-    Piece,
-    Prompt,
-    TextRequest,
-    input_of,
-    merged,
-    not_served,
-    parse_text,
-)
+from handler.answers import TextAnswer, TextDelta
+from handler.errors import Code, JobError, not_served
+from handler.jobs import Limits, Prompt, TextRequest, input_of, parse_text
 
 MODEL = "org/name"
 LIMITS = Limits()
@@ -149,8 +139,8 @@ def test_limits_are_those_of_the_settings() -> None:
 
 
 def test_an_output_has_the_contracts_fields() -> None:
-    answer = Answer(parse(prompt="a"))
-    answer.add(Piece(0, "text", 3, "stop", 1, MODEL))
+    answer = TextAnswer(parse(prompt="a"))
+    answer.add(TextDelta(0, "text", 3, "stop", 1, MODEL))
     assert answer.output()["model"] == MODEL
     assert answer.output().keys() >= {"generated_text", "tokens_generated", "model", "parameters"}
 
@@ -160,7 +150,7 @@ def test_chunks_of_one_prompt_are_merged_while_it_goes_on() -> None:
         return {"index": index, "token": token, "finished": finished}
 
     chunks = [chunk(0, "a"), chunk(0, "b"), chunk(1, "c"), chunk(0, "d"), chunk(0, "", finished=True), chunk(1, "e")]
-    assert [(one["index"], one["token"]) for one in merged(chunks)] == [
+    assert [(one["index"], one["token"]) for one in TextAnswer(parse(prompt="a")).merge(chunks)] == [
         (0, "ab"),
         (1, "c"),
         (0, "d"),

@@ -1,4 +1,4 @@
-"""Several models in one worker, and an alias that is followed: no job is lost, none is answered by another model."""
+"""MultiModelEngine models in one worker, and an alias that is followed: no job is lost, none is answered by another model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from handler.alias_follower import AliasFollower
-from handler.engines.multi import Several
+from handler.answers import TextAnswer
+from handler.engines.multi import MultiModelEngine
 from handler.engines.text import TextEngine
-from handler.jobs import Answer, Code, JobError, Limits, parse_text
+from handler.errors import Code, JobError
+from handler.jobs import Limits, parse_text
 from modelstore import ModelStore
 from modelstore.errors import DoesNotFit, Refused
 from modelstore.reference import parse_reference
@@ -59,8 +61,8 @@ def made() -> Made:
 
 
 @pytest.fixture
-def engine(settings: Settings, made: Made) -> Iterator[Several]:
-    several = Several(made(settings), settings, made)
+def engine(settings: Settings, made: Made) -> Iterator[MultiModelEngine]:
+    several = MultiModelEngine(made(settings), settings, made)
     yield several
     several.close()
 
@@ -68,13 +70,13 @@ def engine(settings: Settings, made: Made) -> Iterator[Several]:
 async def answered(engine: Any, model: str | None = None, **more: Any) -> dict[str, Any]:
     data = {"prompt": "hello world", "temperature": 0, "max_tokens": 5, "model": model} | more
     request = parse_text(data, Limits())
-    answer = Answer(request)
+    answer = TextAnswer(request)
     async for piece in engine.generate(request):
         answer.add(piece)
     return answer.output()
 
 
-def test_a_job_gets_the_model_that_it_names(engine: Several, made: Made) -> None:
+def test_a_job_gets_the_model_that_it_names(engine: MultiModelEngine, made: Made) -> None:
     outputs = [asyncio.run(answered(engine, name)) for name in (None, *NAMES, "org/other")]
     assert [output["model"] for output in outputs] == ["org/name", *NAMES, "org/other"]
     assert outputs[0]["generated_text"] == outputs[1]["generated_text"]
@@ -82,7 +84,7 @@ def test_a_job_gets_the_model_that_it_names(engine: Several, made: Made) -> None
     assert engine.status()["other_models"] == ["org/other", "org/third"]
 
 
-def test_many_jobs_for_a_model_load_it_once(engine: Several, made: Made) -> None:
+def test_many_jobs_for_a_model_load_it_once(engine: MultiModelEngine, made: Made) -> None:
     async def run() -> list[dict[str, Any]]:
         return await asyncio.gather(*(answered(engine, name) for name in NAMES * 4))
 
@@ -91,7 +93,7 @@ def test_many_jobs_for_a_model_load_it_once(engine: Several, made: Made) -> None
     assert sorted(made.names) == sorted(NAMES)
 
 
-def test_the_least_recently_used_makes_room(engine: Several, made: Made) -> None:
+def test_the_least_recently_used_makes_room(engine: MultiModelEngine, made: Made) -> None:
     made.room = 1
     for name in ("org/other", "org/third", "org/third", None, "org/other"):
         assert asyncio.run(answered(engine, name))["model"] == (name or "org/name")
@@ -99,7 +101,9 @@ def test_the_least_recently_used_makes_room(engine: Several, made: Made) -> None
     assert len(engine.status()["other_models"]) == 1
 
 
-def test_where_there_is_no_room_at_all_the_job_fails_and_the_worker_goes_on(engine: Several, made: Made) -> None:
+def test_where_there_is_no_room_at_all_the_job_fails_and_the_worker_goes_on(
+    engine: MultiModelEngine, made: Made
+) -> None:
     made.room = 0
     with pytest.raises(JobError, match="takes 3 GB") as caught:
         asyncio.run(answered(engine, "org/other"))
@@ -107,13 +111,15 @@ def test_where_there_is_no_room_at_all_the_job_fails_and_the_worker_goes_on(engi
     assert asyncio.run(answered(engine))["model"] == "org/name"
 
 
-def test_a_model_may_be_written_in_several_ways(engine: Several, made: Made) -> None:
+def test_a_model_may_be_written_in_several_ways(engine: MultiModelEngine, made: Made) -> None:
     for name in ("hf://org/name", "org/other@main", "hf://org/other", "org/other"):
         assert asyncio.run(answered(engine, name))["model"] == name.removeprefix("hf://").partition("@")[0]
     assert made.names == ["org/name", "org/other"]
 
 
-def test_a_model_that_was_exchanged_meanwhile_is_loaded_beside_the_new_one(engine: Several, made: Made) -> None:
+def test_a_model_that_was_exchanged_meanwhile_is_loaded_beside_the_new_one(
+    engine: MultiModelEngine, made: Made
+) -> None:
     own = engine._own.engine
     real = own.generate
 
@@ -128,7 +134,9 @@ def test_a_model_that_was_exchanged_meanwhile_is_loaded_beside_the_new_one(engin
     assert engine.model == "org/third"
 
 
-def test_a_job_that_is_cancelled_while_its_model_is_loaded_does_not_keep_it(engine: Several, made: Made) -> None:
+def test_a_job_that_is_cancelled_while_its_model_is_loaded_does_not_keep_it(
+    engine: MultiModelEngine, made: Made
+) -> None:
     made.room = 1
 
     async def run() -> None:
@@ -147,13 +155,15 @@ def test_a_job_that_is_cancelled_while_its_model_is_loaded_does_not_keep_it(engi
     ("name", "code"),
     [("org/unlisted", Code.MODEL_NOT_ALLOWED), ("what is this", Code.INVALID_INPUT), ("../x", Code.INVALID_INPUT)],
 )
-def test_what_may_not_be_asked_for(engine: Several, name: str, code: Code) -> None:
+def test_what_may_not_be_asked_for(engine: MultiModelEngine, name: str, code: Code) -> None:
     with pytest.raises(JobError) as caught:
         asyncio.run(answered(engine, name))
     assert caught.value.code is code
 
 
-def test_more_jobs_than_threads_wait_for_models_without_holding_up_the_others(engine: Several, made: Made) -> None:
+def test_more_jobs_than_threads_wait_for_models_without_holding_up_the_others(
+    engine: MultiModelEngine, made: Made
+) -> None:
     made.room = 1
 
     async def run() -> list[dict[str, Any]]:
@@ -183,7 +193,7 @@ def test_a_follower_lives_on_whatever_it_finds(
 
 
 def test_without_a_list_only_the_own_model_is_served(settings: Settings, made: Made) -> None:
-    engine = Several(made(settings), replace(settings, allowed_models=()), made)
+    engine = MultiModelEngine(made(settings), replace(settings, allowed_models=()), made)
     with pytest.raises(JobError, match="this worker serves org/name, not 'org/other'"):
         asyncio.run(answered(engine, "org/other"))
     engine.close()
@@ -277,7 +287,7 @@ def test_a_job_cannot_bring_another_revision_of_an_allowed_model(
     later = hub.commit(hub.folder / "org/other")
     hub.served.requests.clear()
     allowed = (parse_reference("org/name"), parse_reference(listed.replace("COMMIT", commit)))
-    engine = Several(made(settings), replace(settings, allowed_models=allowed), made)
+    engine = MultiModelEngine(made(settings), replace(settings, allowed_models=allowed), made)
     published = sorted(store.layout.models.glob("*/*"))
     with pytest.raises(JobError) as caught:
         asyncio.run(answered(engine, asked.replace("LATER", later)))
@@ -293,7 +303,7 @@ def test_the_bare_name_is_the_own_revision_and_main_is_another(
     commit = next(key.commit for key in store.catalog.keys("org/name"))
     own = parse_reference(f"org/name@{commit}")
     pinned = replace(settings, model=own, allowed_models=(own,))
-    engine = Several(made(pinned), pinned, made)
+    engine = MultiModelEngine(made(pinned), pinned, made)
     assert asyncio.run(answered(engine, "org/name"))["model"] == "org/name"
     assert asyncio.run(answered(engine, f"org/name@{commit}"))["model"] == "org/name"
     with pytest.raises(JobError, match="MODELSTORE_ALLOWED_MODELS"):
@@ -301,7 +311,7 @@ def test_the_bare_name_is_the_own_revision_and_main_is_another(
     engine.close()
 
 
-def test_names_that_jobs_give_are_not_kept(engine: Several) -> None:
+def test_names_that_jobs_give_are_not_kept(engine: MultiModelEngine) -> None:
     for number in range(50):
         with pytest.raises(JobError):
             asyncio.run(answered(engine, f"org/other@v{number}"))

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from handler.jobs import JobError, Limits, Piece, Prompt, TextRequest
+from handler.answers import TextDelta
+from handler.errors import JobError
+from handler.jobs import Limits, Prompt, TextRequest
 from handler.openai_routes import (
     OpenAIAnswer,
     Route,
+    checked_body,
     failed,
     models,
     parse_body,
     parse_request,
     parse_route,
-    wants_usage,
 )
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 LIMITS = Limits(prompts=4)
 
 
-def answer(route: Route, request: TextRequest) -> OpenAIAnswer:
-    return OpenAIAnswer(route, request, job_id="7", created=1)
+def answer(route: Route, request: TextRequest, body: Mapping[str, Any] | None = None) -> OpenAIAnswer:
+    return OpenAIAnswer(route, request, body or {}, job_id="7", created=1)
 
 
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "v1/chat/completions/", "/v1/chat/completions?x=1"])
@@ -89,14 +92,14 @@ def test_fields_without_effect_may_be_there() -> None:
 @pytest.mark.parametrize("body", [None, [], "x"])
 def test_a_body_is_an_object(body: object) -> None:
     with pytest.raises(JobError, match="openai_input must be an object"):
-        parse_body("completions", body, LIMITS)
+        checked_body(body)
 
 
 def test_a_whole_answer() -> None:
     request = parse_body("completions", {"prompt": ["a", "b"]}, LIMITS)
     whole = answer("completions", request)
-    for piece in (Piece(1, "y", 1, "length", 3), Piece(0, "x", 2), Piece(0, "z", 1, "stop", 2)):
-        whole.add(piece)
+    for piece in (TextDelta(1, "y", 1, "length", 3), TextDelta(0, "x", 2), TextDelta(0, "z", 1, "stop", 2)):
+        whole.chunks(piece)
     output = whole.output()
     assert output["id"] == "cmpl-7"
     assert output["object"] == "text_completion"
@@ -109,12 +112,11 @@ def test_a_whole_answer() -> None:
 
 def test_a_stream_begins_with_the_role_and_ends_with_the_reason_and_the_usage() -> None:
     body = CHAT | {"stream": True, "stream_options": {"include_usage": True}}
-    stream = answer("chat/completions", parse_body("chat/completions", body, LIMITS))
+    stream = answer("chat/completions", parse_body("chat/completions", body, LIMITS), body)
     events: list[str] = []
-    for piece in (Piece(0, "é", 1), Piece(0, "x", 1, "stop", 4)):
-        stream.add(piece)
-        events += stream.events(piece)
-    events += stream.last_events(usage=wants_usage(body))
+    for piece in (TextDelta(0, "é", 1), TextDelta(0, "x", 1, "stop", 4)):
+        events += stream.chunks(piece)
+    events += stream.last_chunks()
     assert all(event.startswith("data: ") and event.endswith("\n\n") for event in events)
     assert events.pop() == "data: [DONE]\n\n"
     said = [json.loads(event[6:]) for event in events]

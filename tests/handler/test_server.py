@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from handler.engines.server import SharedFolder
+from handler.engines.server import MemoryBackedSnapshot
 from modelstore import warmstart
 from modelstore.errors import DigestMismatch
 from modelstore.load.reader import start_reading
@@ -41,12 +41,12 @@ def assert_same(folder: Path, manifest: Manifest) -> None:
 
 
 def test_another_process_reads_the_weights_from_memory_until_they_are_let_go(snapshot: Snapshot) -> None:
-    folder = SharedFolder(snapshot, start_reading(snapshot, beside=True))
+    folder = MemoryBackedSnapshot(snapshot, start_reading(snapshot, beside=True))
     weights = snapshot.weights[0].path
     assert (folder.path / weights).readlink().parts[:2] == ("/", "proc")
     assert_same(folder.path, snapshot.manifest)
     opened = (folder.path / weights).open("rb")
-    folder.let_go()
+    folder.release_memory()
     assert (folder.path / weights).readlink() == snapshot.path / weights
     assert_same(folder.path, snapshot.manifest)
     with opened:
@@ -57,10 +57,10 @@ def test_another_process_reads_the_weights_from_memory_until_they_are_let_go(sna
 
 @pytest.mark.parametrize("how", [{"beside": False}, {"beside": True, "weights": False}])
 def test_without_shared_memory_the_links_lead_to_the_volume(snapshot: Snapshot, how: dict[str, bool]) -> None:
-    folder = SharedFolder(snapshot, start_reading(snapshot, **how))
+    folder = MemoryBackedSnapshot(snapshot, start_reading(snapshot, **how))
     assert {(folder.path / file.path).readlink().parent for file in snapshot.weights} == {snapshot.path}
     assert_same(folder.path, snapshot.manifest)
-    folder.let_go()
+    folder.release_memory()
     folder.close()
 
 
@@ -72,7 +72,7 @@ def test_wrong_bytes_are_never_shared(snapshot: Snapshot) -> None:
     path.write_bytes(data)
     reading = start_reading(snapshot, beside=True)
     with pytest.raises(DigestMismatch):
-        SharedFolder(snapshot, reading)
+        MemoryBackedSnapshot(snapshot, reading)
     reading.close()
 
 
@@ -82,10 +82,10 @@ def test_a_model_larger_than_the_host_is_left_to_the_server(
     monkeypatch.setattr("modelstore.load.memory.free_host_bytes", lambda: 1)
     settings = Settings(root=tmp_path / "store", model=parse_reference(f"file://{tmp_path}/source"))
     begun = warmstart.begin(settings, into="shared")
-    folder = SharedFolder(begun.snapshot, begun.reading)
+    folder = MemoryBackedSnapshot(begun.snapshot, begun.reading)
     assert (folder.path / snapshot.weights[0].path).readlink().parent == snapshot.path
     assert "the server will read the weights from the volume by itself" in caplog.text
-    folder.let_go()
+    folder.release_memory()
     folder.close()
     begun.in_use.end()
 
@@ -94,9 +94,9 @@ def test_a_server_starts_on_an_empty_volume(tmp_path: Path) -> None:
     write_repo(tmp_path / "source")
     settings = Settings(root=tmp_path / "store", model=parse_reference(f"file://{tmp_path}/source"))
     begun = warmstart.begin(settings, into="shared")
-    folder = SharedFolder(begun.snapshot, begun.reading)
+    folder = MemoryBackedSnapshot(begun.snapshot, begun.reading)
     assert begun.timeline.outcome == "downloaded"
     assert_same(folder.path, begun.snapshot.manifest)
-    folder.let_go()
+    folder.release_memory()
     folder.close()
     begun.in_use.end()

@@ -15,8 +15,9 @@ import pytest
 import torch
 import transformers as tf
 
+from handler.answers import TextDelta
 from handler.engines.text import TextEngine
-from handler.jobs import Limits, Piece, parse_text
+from handler.jobs import Limits, parse_text
 from modelstore import ModelStore
 from modelstore.errors import DoesNotFit, ModelStoreError, Refused, RepoNotFound
 from modelstore.load import blocks
@@ -61,7 +62,7 @@ def engine_for(engines: list[TextEngine]) -> Callable[[Settings], TextEngine]:
 def generated(engine: TextEngine) -> str:
     """The whole answer to the request."""
 
-    async def collect() -> list[Piece]:
+    async def collect() -> list[TextDelta]:
         return [piece async for piece in engine.generate(REQUEST)]
 
     return "".join(piece.text for piece in asyncio.run(collect()))

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
-from handler.jobs import Code, JobError, Piece, TextRequest, not_served
-from handler.worker import Wire, Worker
+from handler.answers import TextDelta
+from handler.delivery import JobChannel
+from handler.errors import Code, JobError, not_served
+from handler.jobs import TextRequest
+from handler.worker import Worker
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 
@@ -22,16 +25,17 @@ JOB = {"id": "1", "input": {"prompt": "hi"}}
 class Engine:
     """Answers with these pieces, or raises what it was given."""
 
+    kind = "text"
     model = "org/name"
 
-    def __init__(self, *pieces: Piece, error: BaseException | None = None, takes_s: float = 0.0) -> None:
-        self.pieces = pieces or (Piece(0, "hi", 1), Piece(0, " there", 1, "stop", 3))
+    def __init__(self, *pieces: TextDelta, error: BaseException | None = None, takes_s: float = 0.0) -> None:
+        self.pieces = pieces or (TextDelta(0, "hi", 1), TextDelta(0, " there", 1, "stop", 3))
         self.error = error
         self.takes_s = takes_s
         self.broken = ""
         self.left: list[str] = []
 
-    async def generate(self, request: TextRequest) -> AsyncIterator[Piece]:
+    async def generate(self, request: TextRequest) -> AsyncIterator[TextDelta]:
         left = "early"
         try:
             if request.model is not None and not self.serves(request.model):
@@ -59,7 +63,7 @@ class Engine:
     def close(self) -> None: ...
 
 
-class Told(Wire):
+class Told(JobChannel):
     """Keeps what is sent, and takes its time."""
 
     def __init__(self, takes_s: float = 0.0) -> None:
@@ -75,12 +79,12 @@ class Told(Wire):
         self.updates.append(progress)
 
 
-def worker(engine: Engine, wire: Wire | None = None, **settings: Any) -> Worker:
-    return Worker(engine, Settings(root=Path("/nowhere"), **settings), wire=wire, timeline={"outcome": "hit"})
+def worker(engine: Engine, channel: JobChannel | None = None, **settings: Any) -> Worker:
+    return Worker(engine, Settings(root=Path("/nowhere"), **settings), channel=channel, timeline={"outcome": "hit"})
 
 
-def answer(engine: Engine, job: Mapping[str, Any] = JOB, wire: Wire | None = None, **settings: Any) -> Any:
-    return asyncio.run(worker(engine, wire, **settings).handle(job))
+def answer(engine: Engine, job: Mapping[str, Any] = JOB, channel: JobChannel | None = None, **settings: Any) -> Any:
+    return asyncio.run(worker(engine, channel, **settings).handle(job))
 
 
 def test_a_good_job_is_answered() -> None:
@@ -94,7 +98,7 @@ def test_a_good_job_is_answered() -> None:
 
 
 def test_prompts_are_answered_as_lists_in_their_order() -> None:
-    engine = Engine(Piece(1, "b", 1, "length", 1), Piece(0, "a", 2, "stop", 1))
+    engine = Engine(TextDelta(1, "b", 1, "length", 1), TextDelta(0, "a", 2, "stop", 1))
     output = answer(engine, {"id": "1", "input": {"prompts": ["x", "y"]}})
     assert output["generated_text"] == ["a", "b"]
     assert output["tokens_generated"] == [2, 1]
@@ -113,7 +117,7 @@ def test_a_stream_is_sent_as_it_comes_and_is_the_output_too() -> None:
 
 def test_what_comes_while_a_chunk_is_sent_goes_out_together() -> None:
     told = Told(takes_s=0.1)
-    pieces = [*(Piece(0, f"{number} ", 1) for number in range(50)), Piece(0, "end", 1, "stop")]
+    pieces = [*(TextDelta(0, f"{number} ", 1) for number in range(50)), TextDelta(0, "end", 1, "stop")]
     output = answer(Engine(*pieces, takes_s=0.005), {"id": "1", "input": {"prompt": "hi", "stream": True}}, told)
     assert told.chunks == output
     assert len(output) < 15
@@ -121,7 +125,9 @@ def test_what_comes_while_a_chunk_is_sent_goes_out_together() -> None:
 
 
 def test_streams_of_several_prompts_say_whose_each_chunk_is() -> None:
-    engine = Engine(Piece(0, "a", 1), Piece(1, "b", 1), Piece(1, "c", 1, "stop"), Piece(0, "d", 1, "stop"))
+    engine = Engine(
+        TextDelta(0, "a", 1), TextDelta(1, "b", 1), TextDelta(1, "c", 1, "stop"), TextDelta(0, "d", 1, "stop")
+    )
     told = Told(takes_s=0.05)
     output = answer(engine, {"id": "1", "input": {"prompts": ["x", "y"], "stream": True}}, told)
     texts = ["".join(chunk["token"] for chunk in output if chunk["index"] == index) for index in (0, 1)]
@@ -130,9 +136,9 @@ def test_streams_of_several_prompts_say_whose_each_chunk_is() -> None:
 
 
 def test_a_long_job_says_how_far_it_is_and_never_after_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("handler.worker._PROGRESS_EVERY_S", 0.25)
+    monkeypatch.setattr("handler.delivery.PROGRESS_EVERY_S", 0.25)
     told = Told()
-    pieces = [*(Piece(0, "", 32) for _ in range(10)), Piece(0, "x", 1, "stop")]
+    pieces = [*(TextDelta(0, "", 32) for _ in range(10)), TextDelta(0, "x", 1, "stop")]
     output = answer(Engine(*pieces, takes_s=0.1), JOB, told)
     assert output["tokens_generated"] == 321
     assert 2 <= len(told.updates) <= 5
@@ -140,7 +146,7 @@ def test_a_long_job_says_how_far_it_is_and_never_after_its_end(monkeypatch: pyte
     told = Told()
     assert answer(Engine(takes_s=0.01), JOB, told)
     assert told.updates == [], "a short job has nothing to say"
-    assert answer(Engine(Piece(0, "late", 9, "stop"), takes_s=0.5), JOB, told)
+    assert answer(Engine(TextDelta(0, "late", 9, "stop"), takes_s=0.5), JOB, told)
     assert told.updates == [], "nor has one whose result is next"
 
 
@@ -197,7 +203,7 @@ def test_any_other_failure_is_one_line_with_a_code() -> None:
 
 def test_a_stream_that_fails_has_its_code_and_what_was_said_stays_said() -> None:
     told = Told()
-    engine = Engine(Piece(0, "hi", 1), error=JobError(Code.OOM, "too much"))
+    engine = Engine(TextDelta(0, "hi", 1), error=JobError(Code.OOM, "too much"))
     assert answer(engine, {"id": "1", "input": {"prompt": "hi", "stream": True}}, told) == {
         "error": "too much",
         "code": "OOM",

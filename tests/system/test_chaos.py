@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers as tf
 
-from handler.jobs import Code
+from handler.errors import Code
 from modelstore import ModelStore
 from modelstore.settings import Settings
 from tests.handler.test_main import write_model

@@ -1,0 +1,121 @@
+"""The answer of one job, made piece by piece from what an engine gives.
+
+Each kind of job has a responder of its own: `TextAnswer` here, `ImageAnswer` in `images.py`, `OpenAIAnswer` and
+`PassedAnswer` in `openai_routes.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from handler.jobs import TextRequest
+
+P = TypeVar("P", contravariant=True)
+
+
+class Responder(Protocol[P]):
+    """Puts the pieces of one answer in the form that the job's sender expects."""
+
+    streams: bool
+    """Whether the sender gets chunks as they come, and all of them as the output."""
+
+    def chunks(self, piece: P) -> list[Any]:
+        """Take the next piece; returns its chunks of a stream, none if nothing is to be streamed."""
+
+    def merge(self, chunks: list[Any]) -> list[Any]:
+        """The same chunks in fewer: they waited while others were sent."""
+
+    def progress(self) -> Mapping[str, Any] | None:
+        """The state of a job that is not streamed, for its sender; None if its output is next."""
+
+    def last_chunks(self) -> list[Any]:
+        """The end of a stream."""
+
+    def output(self) -> Any:
+        """The output of a finished job that is not streamed."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """Some more text of prompt number `index`, made of so many tokens by `model`; the last one says why it ended, and
+    how many tokens the prompt had."""
+
+    index: int
+    text: str
+    tokens: int
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    model: str = ""
+
+
+class TextAnswer:
+    """Collects the pieces of one text request, and puts them in RunPod's form: a Responder."""
+
+    def __init__(self, request: TextRequest) -> None:
+        self._request = request
+        self.streams = request.stream
+        self.model = ""
+        self.texts = ["" for _prompt in request.prompts]
+        self.tokens = [0 for _prompt in request.prompts]
+        self.reasons = ["" for _prompt in request.prompts]
+        self.prompt_tokens = 0
+
+    def add(self, piece: TextDelta) -> None:
+        """Take the next piece."""
+        self.model = piece.model
+        self.prompt_tokens += piece.prompt_tokens
+        self.texts[piece.index] += piece.text
+        self.tokens[piece.index] += piece.tokens
+        self.reasons[piece.index] = piece.finish_reason or ""
+
+    def chunks(self, piece: TextDelta) -> list[Any]:
+        """Take the next piece; returns its chunks of a stream."""
+        self.add(piece)
+        if not self.streams:
+            return []
+        index = {"index": piece.index} if self._request.listed else {}
+        chunks: list[Any] = []
+        if piece.text:
+            chunks.append({"token": piece.text, "finished": False} | index)
+        if piece.finish_reason:
+            chunks.append({"token": "", "finished": True} | index | self._output(*self._of(piece.index)))
+        return chunks
+
+    def merge(self, chunks: list[Any]) -> list[Any]:
+        """Chunks with those of one prompt that follow each other made one, as long as it goes on."""
+        merged: list[Any] = []
+        for chunk in chunks:
+            last = merged[-1] if merged else None
+            if last and not last["finished"] and not chunk["finished"] and last.get("index") == chunk.get("index"):
+                merged[-1] = last | {"token": last["token"] + chunk["token"]}
+            else:
+                merged.append(chunk)
+        return merged
+
+    def progress(self) -> Mapping[str, Any] | None:
+        """The tokens so far; None once the output is next."""
+        return None if all(self.reasons) else {"tokens_generated": sum(self.tokens)}
+
+    def last_chunks(self) -> list[Any]:
+        """Nothing: the last chunk of each prompt says that it is finished."""
+        return []
+
+    def output(self) -> dict[str, Any]:
+        """The output of a finished job."""
+        if self._request.listed:
+            return self._output(self.texts, self.tokens, self.reasons)
+        return self._output(*self._of(0))
+
+    def _of(self, index: int) -> tuple[str, int, str]:
+        return self.texts[index], self.tokens[index], self.reasons[index]
+
+    def _output(self, text: object, tokens: object, reason: object) -> dict[str, Any]:
+        return {
+            "generated_text": text,
+            "tokens_generated": tokens,
+            "finish_reason": reason,
+            "model": self.model,
+            "parameters": self._request.sampling.parameters,
+        }

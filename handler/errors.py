@@ -1,0 +1,82 @@
+"""Why a job fails: the codes, the error that its sender gets to see, and the meaning of a library's own errors.
+
+A JobError is no ModelStoreError: it ends one job with an answer, and neither a start nor a command.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from enum import StrEnum
+
+from modelstore.units import one_line
+
+_MAX_ERROR_CHARACTERS = 2000
+_GPU_LOST = ("CUDA error", "device-side assert", "launch failure", "cuBLAS", "CUBLAS_STATUS", "cuDNN error")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+class Code(StrEnum):
+    """Why a job failed; the `code` of an error."""
+
+    INVALID_INPUT = "INVALID_INPUT"
+    OOM = "OOM"
+    TIMEOUT = "TIMEOUT"
+    MODEL_NOT_ALLOWED = "MODEL_NOT_ALLOWED"
+    MODEL_UNAVAILABLE = "MODEL_UNAVAILABLE"
+    INTERNAL_ERROR = "INTERNAL_ERROR"
+
+
+class JobError(Exception):
+    """A job that ends in an error that its sender gets to see: one line, however long and strange what it quotes is."""
+
+    def __init__(self, code: Code, message: str) -> None:
+        super().__init__(one_line(message, _MAX_ERROR_CHARACTERS))
+        self.code = code
+
+    def payload(self) -> dict[str, str]:
+        """The handler's return value; the SDK sends `error` as the job's error, and makes an empty one vanish."""
+        return {"error": str(self) or self.code.value, "code": self.code.value}
+
+
+class TemplateError(ValueError):
+    """The template does not take these messages; the text is the template's own."""
+
+
+class TemplateTimeout(TimeoutError):
+    """The template did not end in time, or its process ended otherwise than it should."""
+
+
+def invalid(message: str) -> JobError:
+    """The error for input that its sender can mend."""
+    return JobError(Code.INVALID_INPUT, message)
+
+
+def not_served(asked: str, model: str) -> JobError:
+    """The error for a job that names another model than the one that is served."""
+    return JobError(Code.MODEL_NOT_ALLOWED, f"this worker serves {model}, not {shown(asked)}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the host or of a GPU, has run out."""
+    return isinstance(error, MemoryError) or any(phrase in str(error).lower() for phrase in _OUT_OF_MEMORY)
+
+
+def is_gpu_lost(error: BaseException) -> bool:
+    """Whether an error says that the GPU answers nothing in this process any more."""
+    return not is_out_of_memory(error) and any(phrase in str(error) for phrase in _GPU_LOST)
+
+
+class _Short(reprlib.Repr):
+    """Quotes a value that somebody sent in a few characters, without making the whole of it first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxlong, self.maxother = 3, 80, 40, 80
+
+
+def shown(value: object) -> str:
+    """A value of a request as an error quotes it: escaped, and cut to about 80 characters."""
+    if value is None:
+        return "nothing"
+    text = _Short().repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
