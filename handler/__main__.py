@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 from handler.engines import ENGINES, engine_for
 from handler.privileges import become_owner_of
+from modelstore.environment import forget_hub_tokens
 from modelstore.errors import ModelStoreError, NotFound
 from modelstore.logs import LINE_CHARACTERS, log_to_stderr, take_library_logs
-from modelstore.settings import EngineName, Settings, forget_hub_tokens
+from modelstore.settings import EngineName, Settings
 from modelstore.startup import without_collecting
 from modelstore.timeline import Timeline
 from modelstore.units import one_line

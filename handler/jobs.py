@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from handler.errors import invalid, shown
+from modelstore.settings import Settings
 
 MIN_TEMPERATURE = 0.01
 MAX_TEMPERATURE = 2.0
@@ -38,12 +39,24 @@ _BESIDE_THE_PROMPT = 1 << 16  # characters of a request's names, numbers and sho
 class Limits:
     """What one job may ask for."""
 
-    max_tokens: int = 2048
-    prompt_characters: int = 1_000_000
-    prompts: int = 32
-    steps: int = 150
-    pixels: int = 2048 * 2048
-    images: int = 4
+    max_tokens: int
+    prompt_characters: int
+    prompts: int
+    steps: int
+    pixels: int
+    images: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> Limits:
+        """The limits that the operator has set."""
+        return cls(
+            settings.max_tokens,
+            settings.max_prompt_characters,
+            settings.max_prompts,
+            settings.max_steps,
+            settings.max_pixels,
+            settings.max_images,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +106,13 @@ class TextRequest:
     choices: int = 1
 
 
-def input_of(job: Mapping[str, Any], limits: Limits | None = None) -> Mapping[str, Any]:
+def input_of(job: Mapping[str, Any], limits: Limits) -> Mapping[str, Any]:
     """A job's input object. Raises JobError if it is none, if all that it carries is longer than a prompt may be, or if
     a text in it is no Unicode."""
     data = job.get("input")
     if not isinstance(data, dict):
         raise invalid(f"input must be an object with a prompt or messages, not {shown(data)}")
-    _check_all(data, (limits or Limits()).prompt_characters + _BESIDE_THE_PROMPT)
+    _check_all(data, limits.prompt_characters + _BESIDE_THE_PROMPT)
     return data
 
 

@@ -49,14 +49,7 @@ class Worker:
         """`timeline`: the record of this worker's start, for its status."""
         self._engine = engine
         self._settings = settings
-        self._limits = Limits(
-            max_tokens=settings.max_tokens,
-            prompt_characters=settings.max_prompt_characters,
-            prompts=settings.max_prompts,
-            steps=settings.max_steps,
-            pixels=settings.max_pixels,
-            images=settings.max_images,
-        )
+        self._limits = Limits.of(settings)
         folders = sorted({str(settings.root), str(settings.root.parent)} - {"/"}, key=len, reverse=True)
         self._volume = re.compile(rf"(?:file://)?(?:{'|'.join(map(re.escape, folders))})(?:/[^\s'\":,;()]*)?")
         self._channel = channel or JobChannel()

@@ -23,7 +23,19 @@ FLOORS = {
     "cli": {"ground", "volume", "fill", "load", "store", "start", "operate", "bench"},
     "handler": {"ground", "volume", "load", "store", "start"},
 }
-GROUND = {"errors", "units", "logs", "timeline", "reference", "dtypes", "mount", "settings", "isolation", "startup"}
+GROUND = {
+    "errors",
+    "units",
+    "logs",
+    "timeline",
+    "reference",
+    "dtypes",
+    "mount",
+    "settings",
+    "environment",
+    "isolation",
+    "startup",
+}
 ALONE = {"store": "store", "prefetch": "start", "warmstart": "start"}
 
 HEAVY = {"torch", "transformers", "runpod", "accelerate"}
@@ -99,7 +111,7 @@ def test_only_the_loading_side_imports_torch_and_transformers() -> None:
 
 def test_only_settings_reads_the_environment() -> None:
     readers = [module for module, path in modules("modelstore") if "os.environ" in path.read_text()]
-    assert readers == ["modelstore.settings"]
+    assert readers == ["modelstore.environment", "modelstore.settings"]
 
 
 def test_only_durable_changes_the_volume() -> None:

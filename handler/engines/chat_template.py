@@ -27,7 +27,7 @@ from typing import Any
 
 from handler.errors import TemplateError, TemplateTimeout
 from modelstore import isolation
-from modelstore.settings import bare_environment
+from modelstore.environment import bare_environment
 from modelstore.units import one_line
 
 LIMIT_S = 10.0

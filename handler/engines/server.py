@@ -25,10 +25,10 @@ from typing import Any
 import aiohttp
 
 from handler.errors import Code, JobError
+from modelstore.environment import server_environment
 from modelstore.errors import ServerFailed
 from modelstore.load.reader import Reading
 from modelstore.logs import LINE_CHARACTERS
-from modelstore.settings import server_environment
 from modelstore.units import one_line
 from modelstore.volume.snapshots import Snapshot
 

@@ -27,9 +27,10 @@ import numpy as np
 
 from modelstore.bench.loaders import LOAD
 from modelstore.dtypes import DTYPES
+from modelstore.environment import without_secrets
 from modelstore.errors import InvalidSetting, ModelStoreError, NoSpace, ProcessFailed
 from modelstore.mount import check_place
-from modelstore.settings import Settings, without_secrets
+from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.units import size
 from modelstore.volume import durable

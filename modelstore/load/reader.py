@@ -27,9 +27,9 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from modelstore.environment import bare_environment
 from modelstore.errors import BadSafetensors, DigestMismatch, NoWeights, SnapshotNotFound
 from modelstore.load import blocks
-from modelstore.settings import bare_environment
 from modelstore.volume import durable
 from modelstore.volume.header import LENGTH_BYTES, Header, header_length, parse_header
 from modelstore.volume.manifest import FileRecord

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from modelstore.environment import bare_environment
 from modelstore.errors import FormatTooNew, ModelStoreError, NoSpace, RootUnusable, SnapshotNotFound
 from modelstore.fill.sources import sources_for
 from modelstore.mount import NETWORK_FILE_SYSTEMS, check_place, mount_of, read_mounts
 from modelstore.operate import inventory
 from modelstore.reference import Reference, parse_reference
-from modelstore.settings import Settings, bare_environment
+from modelstore.settings import Settings
 from modelstore.units import size
 from modelstore.volume import aliases, durable, refs
 from modelstore.volume.garbage import plan

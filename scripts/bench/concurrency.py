@@ -47,7 +47,9 @@ def prompts(count: int) -> list[str]:
 
 def ours(engine: TextEngine, count: int, tokens: int) -> int:
     async def one(prompt: str) -> int:
-        request = parse_text({"prompt": prompt, "max_tokens": tokens, "temperature": 0}, Limits())
+        request = parse_text(
+            {"prompt": prompt, "max_tokens": tokens, "temperature": 0}, Limits.of(Settings(root=Path("/")))
+        )
         return sum([piece.tokens async for piece in engine.generate(request)])
 
     async def all_of_them() -> int:

@@ -31,7 +31,7 @@ from typing import Any
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from handler.jobs import Code  # noqa: E402
+from handler.errors import Code  # noqa: E402
 from modelstore import ModelStore  # noqa: E402
 from modelstore.settings import Settings  # noqa: E402
 from tests.support.hub import Hub, running_hub  # noqa: E402
@@ -55,7 +55,7 @@ import sys
 from handler.engines import multi
 from modelstore.errors import DoesNotFit
 
-real = several.MultiModelEngine.__init__
+real = multi.MultiModelEngine.__init__
 
 def with_room_for_one(self, own, settings, load):
     def loaded(wanted):
@@ -64,7 +64,7 @@ def with_room_for_one(self, own, settings, load):
         return load(wanted)
     real(self, own, settings, loaded)
 
-several.MultiModelEngine.__init__ = with_room_for_one
+multi.MultiModelEngine.__init__ = with_room_for_one
 from handler.__main__ import main
 sys.exit(main())
 """

@@ -92,7 +92,7 @@ def engine(settings: Settings) -> Iterator[Any]:
 
 def drawn(engine: Any, **more: Any) -> tuple[list[Step], Images]:
     async def run() -> list[Step | Images]:
-        return [one async for one in engine.draw(parse_image(JOB | more, Limits()))]
+        return [one async for one in engine.draw(parse_image(JOB | more, Limits.of(Settings(root=Path("/")))))]
 
     *steps, images = asyncio.run(run())
     assert isinstance(images, Images)
@@ -259,7 +259,7 @@ def test_parts_that_are_not_served_or_not_whole_are_errors(settings: Settings, s
 )
 def test_bad_input_names_the_field_and_the_limit(data: dict[str, Any], words: str) -> None:
     with pytest.raises(JobError, match=words):
-        parse_image(data, Limits())
+        parse_image(data, Limits.of(Settings(root=Path("/"))))
 
 
 def test_what_a_class_keeps_in_fp32_is_fp32_bit_for_bit(hub: Hub, store: ModelStore) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +11,10 @@ import pytest
 from handler.answers import TextAnswer, TextDelta
 from handler.errors import Code, JobError, not_served
 from handler.jobs import Limits, Prompt, TextRequest, input_of, parse_text
+from modelstore.settings import Settings
 
 MODEL = "org/name"
-LIMITS = Limits()
+LIMITS = Limits.of(Settings(root=Path("/")))
 
 
 def parse(**data: Any) -> TextRequest:
@@ -115,7 +118,7 @@ def test_bad_input_names_the_field_the_limit_and_what_was_given(data: dict[str, 
 @pytest.mark.parametrize("job", [{}, {"input": None}, {"input": "hi"}, {"input": []}])
 def test_a_job_without_an_input_object_is_invalid(job: dict[str, Any]) -> None:
     with pytest.raises(JobError, match="input"):
-        input_of(job)
+        input_of(job, LIMITS)
 
 
 def test_a_model_is_named_by_a_string() -> None:
@@ -126,7 +129,7 @@ def test_a_model_is_named_by_a_string() -> None:
 
 
 def test_limits_are_those_of_the_settings() -> None:
-    small = Limits(max_tokens=10, prompt_characters=3, prompts=1)
+    small = replace(LIMITS, max_tokens=10, prompt_characters=3, prompts=1)
     assert parse_text({"prompt": "abc"}, small).sampling.max_tokens == 10, "the default is within the limit"
     for data, names in (
         ({"prompt": "abcd"}, "at most 3 characters, not 4"),

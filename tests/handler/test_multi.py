@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,7 +70,7 @@ def engine(settings: Settings, made: Made) -> Iterator[MultiModelEngine]:
 
 async def answered(engine: Any, model: str | None = None, **more: Any) -> dict[str, Any]:
     data = {"prompt": "hello world", "temperature": 0, "max_tokens": 5, "model": model} | more
-    request = parse_text(data, Limits())
+    request = parse_text(data, Limits.of(Settings(root=Path("/"))))
     answer = TextAnswer(request)
     async for piece in engine.generate(request):
         answer.add(piece)

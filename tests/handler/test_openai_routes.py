@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +22,10 @@ from handler.openai_routes import (
     parse_request,
     parse_route,
 )
+from modelstore.settings import Settings
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
-LIMITS = Limits(prompts=4)
+LIMITS = Limits.of(Settings(root=Path("/"), max_prompts=4))
 
 
 def answer(route: Route, request: TextRequest, body: Mapping[str, Any] | None = None) -> OpenAIAnswer:

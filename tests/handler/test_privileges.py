@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from modelstore import settings
+from modelstore import environment as environments
 from tests.handler.test_main import write_model
 from tests.support.hub import Hub
 from tests.support.runpod_api import FINAL, RunPod
@@ -30,14 +30,19 @@ def test_children_get_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
-    for environment in (settings.without_secrets(), settings.server_environment(), settings.bare_environment()):
+    for environment in (
+        environments.without_secrets(),
+        environments.server_environment(),
+        environments.bare_environment(),
+    ):
         assert not {*environment.values()} & {*SECRETS.values()}
-    assert settings.server_environment()["VLLM_LOGGING_LEVEL"] == "INFO"
+    assert environments.server_environment()["VLLM_LOGGING_LEVEL"] == "INFO"
 
 
 FORGETS = """
 import os, sys
-from modelstore.settings import Settings, forget_hub_tokens
+from modelstore.environment import forget_hub_tokens
+from modelstore.settings import Settings
 kept = Settings.from_env()
 forget_hub_tokens()
 assert kept.hf_token == "hf_secret_one"

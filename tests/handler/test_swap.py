@@ -29,7 +29,7 @@ from modelstore.warmstart import begin
 from tests.handler.test_main import write_model
 from tests.support.hub import Hub
 
-REQUEST = parse_text({"prompt": "hello world", "max_tokens": 5, "temperature": 0}, Limits())
+REQUEST = parse_text({"prompt": "hello world", "max_tokens": 5, "temperature": 0}, Limits.of(Settings(root=Path("/"))))
 
 
 Engines = Callable[[Settings], TextEngine]

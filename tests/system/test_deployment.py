@@ -58,7 +58,7 @@ def test_each_preset_is_a_set_of_settings(preset: dict[str, Any]) -> None:
 def test_each_test_of_the_hub_is_a_job(test: dict[str, Any]) -> None:
     assert 1000 <= test["timeout"] <= 600_000, "in milliseconds"
     if "op" not in test["input"]:
-        parse_text(test["input"], Limits())
+        parse_text(test["input"], Limits.of(Settings(root=Path("/"))))
 
 
 def test_the_hubs_tests_run_with_settings_that_are_known() -> None:
@@ -68,7 +68,9 @@ def test_the_hubs_tests_run_with_settings_that_are_known() -> None:
 
 
 def test_the_local_test_input_is_a_job() -> None:
-    parse_text(json.loads((HERE / "handler" / "test_input.json").read_text())["input"], Limits())
+    parse_text(
+        json.loads((HERE / "handler" / "test_input.json").read_text())["input"], Limits.of(Settings(root=Path("/")))
+    )
 
 
 def test_hadolint_finds_nothing_in_the_dockerfile() -> None:

@@ -1,0 +1,59 @@
+"""The environments of child processes, and the tokens in this one's.
+
+No child needs a token of the Hub; a process that runs foreign code gets next to nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from modelstore.settings import FIELDS, HUB_TOKENS
+
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|^AWS_ACCESS_KEY|^RUNPOD_.*API_KEY$")
+
+
+def bare_environment() -> dict[str, str]:
+    """For a process of our own: what the dynamic loader and the clock need, and no token."""
+    return {name: value for name, value in os.environ.items() if name in ("LD_LIBRARY_PATH", "TZ")}
+
+
+def without_secrets() -> dict[str, str]:
+    """This process's environment for a child of it: without tokens and keys, of the Hub, RunPod and S3."""
+    return {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
+
+
+def server_environment() -> dict[str, str]:
+    """For a server of somebody else's that loads a model by its path: all that is set but our settings and secrets, and
+    not a word to the Hub."""
+    ours = {field.variable for field in FIELDS} - {"CUDA_VISIBLE_DEVICES"}
+    kept = {name: value for name, value in without_secrets().items() if name not in ours}
+    return kept | {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+
+
+def forget_hub_tokens() -> None:
+    """Take the Hub's tokens out of this process's environment, after the settings were read: no child needs them, nor
+    a model's own code. What can read this process's memory finds them still."""
+    values = [value for name in HUB_TOKENS if (value := os.environ.pop(name, ""))]
+    if values:
+        _overwrite_in_first_environment(values)
+
+
+def _overwrite_in_first_environment(values: Iterable[str]) -> None:
+    """Blank texts in the block that the kernel gave this process as its environment: `/proc/PID/environ` shows that, of
+    a forked child too, whatever was taken out since. Best effort: on a system without /proc nothing happens."""
+    import ctypes
+
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        begin, end = int(fields[47]), int(fields[48])  # env_start and env_end, see proc(5)
+    except (OSError, ValueError, IndexError):
+        return
+    block = ctypes.string_at(begin, end - begin)
+    for value in map(os.fsencode, values):
+        place = block.find(needle := b"=" + value + b"\0")
+        while place >= 0:
+            ctypes.memset(begin + place + 1, ord("x"), len(value))
+            place = block.find(needle, place + 1)
