@@ -77,20 +77,22 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
 
     def import_engine(name: EngineName) -> ModuleType:
         entry = ENGINES[name]
-        with timeline.span("import"):
-            try:
+        try:
+            for library in entry.libraries[:-1]:
+                with timeline.span("import", library):
+                    import_module(library)
+            with timeline.span("import", entry.libraries[-1]):
                 module = import_module(f"handler.engines.{entry.module}")
-            except ModuleNotFoundError as error:
-                extra = f"runpod-modelstore[{entry.extra}]"
-                raise NotFound(f"{error.name} is not installed: pip install '{extra}'") from error
-            import handler.worker  # noqa: F401
-
-            take_library_logs()
+                import_module("handler.worker")
+        except ModuleNotFoundError as error:
+            extra = f"runpod-modelstore[{entry.extra}]"
+            raise NotFound(f"{error.name} is not installed: pip install '{extra}'") from error
+        take_library_logs()
         return module
 
     def import_sdk() -> None:
-        with timeline.span("import"):
-            import runpod  # noqa: F401  last, because nothing before needs it
+        with timeline.span("import", "runpod"):
+            import_module("runpod")  # last, because nothing before needs it
 
     def while_filling(reading: Reading) -> object:
         import_engine(settings.engine or "text")  # the engine is known only with the model's own index

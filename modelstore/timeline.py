@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 SpanName = Literal[
@@ -24,17 +25,54 @@ SpanName = Literal[
 Outcome = Literal["hit", "downloaded", "resumed", "waited"]
 
 
+_SHOWN_S = 0.05  # what is shorter reads as 0.0 s
+
+
+@dataclass(frozen=True, slots=True)
+class SpanKind:
+    """A kind of span: the phrase that says what the start did, with its detail in place of {}, and its colour."""
+
+    name: SpanName
+    phrase: str
+    colour: str
+    no_detail: str = ""
+
+
+SPAN_KINDS: Mapping[str, SpanKind] = {
+    kind.name: kind
+    for kind in (
+        SpanKind("lookup", "looking for the model on the volume and at the Hub", "#8a8f98"),
+        SpanKind("wait", "waiting for worker {}'s download", "#d9480f", "waiting for another worker's download"),
+        SpanKind("download", "fetching the model's files from their source", "#e8890c"),
+        SpanKind("convert", "converting to the storage dtype", "#b08900"),
+        SpanKind("verify", "comparing the snapshot with its manifest", "#7c6f00"),
+        SpanKind("publish", "publishing the snapshot", "#5c7c3f"),
+        SpanKind("read", "reading the weights from the volume", "#2b8a3e"),
+        SpanKind("import", "importing {}", "#1971c2", "importing libraries"),
+        SpanKind("build", "building the model", "#6741d9"),
+        SpanKind("transfer", "moving the weights to the GPU", "#0b8494"),
+        SpanKind("ready", "ready", "#c2255c"),
+    )
+}
+
+
 @dataclass(slots=True)
 class Span:
-    """One stretch of a start; times in seconds since the process began, `size_bytes` where bytes moved."""
+    """One stretch of a start; times in seconds since the process began, `size_bytes` if bytes moved.
+
+    `detail`: the library of an import.
+    """
 
     name: SpanName
     start: float
     end: float
     size_bytes: int | None = None
+    detail: str = ""
 
     def as_json(self) -> dict[str, Any]:
         record: dict[str, Any] = {"name": self.name, "start": round(self.start, 4), "end": round(self.end, 4)}
+        if self.detail:
+            record["detail"] = self.detail
         if self.size_bytes is not None:
             record["bytes"] = self.size_bytes
             record["bytes_per_s"] = round(self.size_bytes / max(self.end - self.start, 1e-6), 1)
@@ -61,9 +99,9 @@ class Timeline:
         return time.monotonic() - self.began
 
     @contextmanager
-    def span(self, name: SpanName) -> Iterator[Span]:
-        """Record the block under `name`; set `size_bytes` on what it yields. A block that raises is recorded too."""
-        span = Span(name, self.now(), 0.0)
+    def span(self, name: SpanName, detail: str = "") -> Iterator[Span]:
+        """Record the block under `name`; it may set the span's `size_bytes`. A block that raises is recorded too."""
+        span = Span(name, self.now(), 0.0, detail=detail)
         try:
             yield span
         finally:
@@ -109,6 +147,78 @@ class Timeline:
         return waterfall([span.as_json() for span in self.spans], width=width)
 
 
+def verdict(record: Mapping[str, Any]) -> str:
+    """Why a start took its time, in words: "12.0 s of 19.0 s waiting for worker abc's download".
+
+    Spans overlap, so the longest one need not have delayed anything. Named is the kind of span that was waited for the
+    longest: the time that no other span covers; and then the time that it shared with others.
+    """
+    if record["error"]:
+        return f"failed: {record['error']}"
+    alone, shared = _covered_s(record["spans"])
+    if not alone and not shared:
+        return "nothing was recorded"
+    total = total_s(record)
+    kind = max(alone, key=lambda each: alone[each], default=None)
+    if kind is None or alone[kind] < _SHOWN_S <= max(shared.values(), default=0.0):
+        kinds = max(shared, key=lambda each: shared[each])
+        phrases = " and ".join(_phrase(each, record) for each in sorted(kinds))
+        return f"{shared[kinds]:.1f} s of {total:.1f} s {phrases} at the same time"
+    text = f"{alone[kind]:.1f} s of {total:.1f} s {_phrase(kind, record)}{_rate(kind, record)}"
+    others = {each: seconds for kinds, seconds in shared.items() if kind in kinds for each in kinds - {kind}}
+    other = max(others, key=lambda each: others[each], default=None)
+    if other is not None and others[other] >= _SHOWN_S:
+        text += f"; {others[other]:.1f} s more at the same time as {_phrase(other, record)}"
+    return text
+
+
+def total_s(record: Mapping[str, Any]) -> float:
+    """Seconds from the start of the process to the end of its last span."""
+    return max((float(span["end"]) for span in record["spans"]), default=0.0)
+
+
+def label_of(span: Mapping[str, Any]) -> str:
+    """A span's name as a person reads it, with its detail."""
+    return f"{span['name']} {span['detail']}" if span.get("detail") else str(span["name"])
+
+
+def _kind_of(span: Mapping[str, Any]) -> tuple[str, str]:
+    return str(span["name"]), str(span.get("detail", ""))
+
+
+def _rate(kind: tuple[str, str], record: Mapping[str, Any]) -> str:
+    """The rate at which a kind of span moved its bytes, as a phrase; empty if it moved none."""
+    spans = [span for span in record["spans"] if _kind_of(span) == kind]
+    size_bytes = sum(span.get("bytes", 0) for span in spans)
+    seconds = sum(float(span["end"] - span["start"]) for span in spans)
+    return f" at {size_bytes / seconds / 1e6:.0f} MB/s" if size_bytes and seconds else ""
+
+
+def _covered_s(
+    spans: Sequence[Mapping[str, Any]],
+) -> tuple[dict[tuple[str, str], float], dict[frozenset[tuple[str, str]], float]]:
+    """Seconds that only one kind of span covers, by kind; and seconds that several kinds cover, by their set."""
+    alone: dict[tuple[str, str], float] = {}
+    shared: dict[frozenset[tuple[str, str]], float] = {}
+    times = sorted({time for span in spans for time in (span["start"], span["end"])})
+    for begin, end in pairwise(times):
+        kinds = frozenset(_kind_of(span) for span in spans if span["start"] <= begin and span["end"] >= end)
+        if len(kinds) == 1:
+            alone[next(iter(kinds))] = alone.get(next(iter(kinds)), 0.0) + end - begin
+        elif kinds:
+            shared[kinds] = shared.get(kinds, 0.0) + end - begin
+    return alone, shared
+
+
+def _phrase(kind: tuple[str, str], record: Mapping[str, Any]) -> str:
+    name, detail = kind
+    detail = detail or (str(record.get("waited_for", "")) if name == "wait" else "")
+    known = SPAN_KINDS.get(name)
+    if known is None:
+        return name
+    return known.phrase.format(detail) if detail or not known.no_detail else known.no_detail
+
+
 def waterfall(spans: Sequence[Mapping[str, Any]], *, width: int = 60) -> str:
     """A record's spans drawn as bars over one time axis, a line each, in `width` columns; under 10 ms is left out.
 
@@ -116,14 +226,14 @@ def waterfall(spans: Sequence[Mapping[str, Any]], *, width: int = 60) -> str:
     """
     spans = [span for span in spans if span["end"] - span["start"] >= 0.01 or span["name"] == "ready"]
     total = max((span["end"] for span in spans), default=0.0) or 1.0
-    label = max((len(span["name"]) for span in spans), default=0)
+    label = max((len(label_of(span)) for span in spans), default=0)
     bar = max(10, width - label - 10)
     lines = []
     for span in spans:
         took = span["end"] - span["start"]
         first = int(span["start"] / total * bar)
         length = min(max(1, round(took / total * bar)), bar - first or 1)
-        drawn = f"{span['name']:<{label}} {' ' * first}{'█' * length}".ljust(label + bar + 2)
+        drawn = f"{label_of(span):<{label}} {' ' * first}{'█' * length}".ljust(label + bar + 2)
         lines.append(f"{drawn}{span['end'] if span['name'] == 'ready' else took:6.2f} s")
     return "\n".join(lines)
 

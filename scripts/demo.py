@@ -178,7 +178,7 @@ def ask(worker: Worker) -> None:
 def waterfall(record: dict[str, Any], width: int) -> str:
     timeline = Timeline()
     for span in record["spans"]:
-        timeline.add(Span(span["name"], span["start"], span["end"], span.get("bytes")))
+        timeline.add(Span(span["name"], span["start"], span["end"], span.get("bytes"), span.get("detail", "")))
     return timeline.waterfall(width=width)
 
 

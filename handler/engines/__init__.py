@@ -106,20 +106,28 @@ class Loader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineEntry:
-    """One engine. `module`: below `handler.engines`; `extra`: of the distribution; `can_serve`: whether a snapshot with
-    this manifest is served by it if ENGINE is not set; `target`: what its bytes are read into, see `warmstart.begin`.
+    """One engine.
+
+    `module`: below `handler.engines`. `libraries`: the packages that the import takes its time for, the last of them
+    with the module itself. `extra`: of the distribution. `can_serve`: whether a snapshot with this manifest is served
+    by it if ENGINE is not set. `target`: what the bytes are read into, see `warmstart.begin`.
     """
 
     module: str
+    libraries: tuple[str, ...]
     extra: str
     can_serve: Callable[[Manifest], bool]
     target: Into = "device"
 
 
+def _is_pipeline(manifest: Manifest) -> bool:
+    return manifest.file("model_index.json") is not None
+
+
 ENGINES: Mapping[EngineName, EngineEntry] = {  # the first that can serve a snapshot is taken
-    "diffusion": EngineEntry("diffusion", "diffusion", lambda manifest: manifest.file("model_index.json") is not None),
-    "vllm": EngineEntry("vllm_engine", "vllm", lambda _manifest: False, target="shared"),
-    "text": EngineEntry("multi", "worker", lambda _manifest: True),
+    "diffusion": EngineEntry("diffusion", ("torch", "diffusers"), "diffusion", _is_pipeline),
+    "vllm": EngineEntry("vllm_engine", ("aiohttp",), "vllm", lambda _manifest: False, target="shared"),
+    "text": EngineEntry("multi", ("torch", "transformers"), "worker", lambda _manifest: True),
 }
 
 

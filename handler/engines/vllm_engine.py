@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
@@ -27,7 +26,7 @@ from handler.jobs import Prompt, TextRequest
 from modelstore.dtypes import DTYPES
 from modelstore.errors import IntegrityError, NotFound, Refused
 from modelstore.settings import Settings
-from modelstore.timeline import Span, Timeline
+from modelstore.timeline import Timeline
 from modelstore.volume.layout import Layout
 from modelstore.volume.snapshots import Catalog, Snapshot, check_code
 from modelstore.warmstart import Begun
@@ -53,8 +52,7 @@ class VllmEngine:
         snapshot, timeline = begun.snapshot, begun.timeline
         reading = begun.reading
         folder = MemoryBackedSnapshot(snapshot, reading)
-        ended = reading.ended or time.monotonic()
-        timeline.add(Span("read", reading.began - timeline.began, ended - timeline.began, reading.size_bytes))
+        timeline.add(reading.as_span(timeline))
         engine = cls(server, folder, begun)
         names = dict.fromkeys((snapshot.key.repo_id, str(begun.settings.model)))
         dtype = DTYPES[snapshot.key.dtype].torch_name or "auto"

@@ -13,6 +13,7 @@ import typer
 from modelstore.cli.app import Context, app, command, console, table
 from modelstore.errors import NotFound, UsageError
 from modelstore.operate import inventory
+from modelstore.timeline import total_s, verdict
 from modelstore.units import ago, size
 from modelstore.volume import durable, history, refs
 
@@ -126,13 +127,13 @@ def past_starts(
                 record["model"],
                 "failed" if record["error"] else record["outcome"] or "",
                 record["worker"],
-                f"{history.total_s(record):.1f} s",
+                f"{total_s(record):.1f} s",
             )
             if console.width >= _WIDE:
-                rows.add_row(*row, history.verdict(record))
+                rows.add_row(*row, verdict(record))
             else:
                 console.print("  ".join(row), soft_wrap=False)
-                console.print(Padding(history.verdict(record), (0, 0, 0, 4)), soft_wrap=False)
+                console.print(Padding(verdict(record), (0, 0, 0, 4)), soft_wrap=False)
         if console.width >= _WIDE:
             console.print(rows)
 

@@ -106,7 +106,7 @@ def warm(
             begun = begin(
                 store.settings, observer=observer, meanwhile=lambda _reading: import_module("modelstore.load.model")
             )
-        with begun.timeline.span("import"):
+        with begun.timeline.span("import", "transformers"):
             try:
                 from modelstore.load.model import load_model
             except ModuleNotFoundError as error:

@@ -30,6 +30,7 @@ from pathlib import Path
 from modelstore.environment import bare_environment
 from modelstore.errors import BadSafetensors, DigestMismatch, NoWeights, SnapshotNotFound
 from modelstore.load import blocks
+from modelstore.timeline import Span, Timeline
 from modelstore.volume import durable
 from modelstore.volume.header import LENGTH_BYTES, Header, header_length, parse_header
 from modelstore.volume.manifest import FileRecord
@@ -90,6 +91,11 @@ class Reading:
         self._arrivals: deque[Arrival] = deque()
         self._process = _Process.start(self) if beside else None
         self._threads = blocks.BlockReader(self._report) if self._process is None else None
+
+    def as_span(self, timeline: Timeline) -> Span:
+        """The read as a span of a start; it ends now if it has not ended yet."""
+        ended = time.monotonic() if self.ended is None else self.ended
+        return Span("read", self.began - timeline.began, ended - timeline.began, self.size_bytes)
 
     @property
     def size_bytes(self) -> int:

@@ -198,8 +198,7 @@ class Weights:
             size_bytes = sum(reading.record(path).size_bytes for path in self._slabs)
             timeline.add(Span("transfer", self._began, timeline.now(), size_bytes))
         reading.wait_all()
-        ended = reading.ended or reading.began
-        timeline.add(Span("read", reading.began - timeline.began, ended - timeline.began, reading.size_bytes))
+        timeline.add(reading.as_span(timeline))
         for path, header in self._headers.items():
             if path not in self._slabs:
                 self._check_header(path, reading.memory(path))

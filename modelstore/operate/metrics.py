@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from modelstore.operate import inventory
 from modelstore.settings import Settings
+from modelstore.timeline import total_s
 from modelstore.volume import history
 from modelstore.volume.layout import Layout
 
@@ -64,7 +65,7 @@ def _of_starts(starts: list[dict[str, Any]]) -> Iterator[Metric]:
     yield _counted("modelstore_starts", "Starts on record", "outcome", outcomes)
     yield _counted("modelstore_start_seconds", "Seconds of the starts on record", "span", seconds)
     yield _counted("modelstore_start_bytes", "Bytes that the starts on record moved", "span", +moved)
-    times = sorted(history.total_s(record) for record in starts if not record["error"])
+    times = sorted(total_s(record) for record in starts if not record["error"])
     ready = GaugeMetricFamily("modelstore_ready_seconds", "How long starts on record took", labels=["quantile"])
     for quantile in (0.5, 0.95) if times else ():
         ready.add_metric([str(quantile)], times[min(int(quantile * len(times)), len(times) - 1)])

@@ -10,24 +10,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from modelstore.timeline import waterfall
+from modelstore.timeline import SPAN_KINDS, label_of, total_s, verdict, waterfall
 from modelstore.units import ago, size
-from modelstore.volume import history
 
 _WATERFALLS = 40
-_COLOURS: Mapping[str, str] = {
-    "lookup": "#8a8f98",
-    "wait": "#d9480f",
-    "download": "#e8890c",
-    "convert": "#b08900",
-    "verify": "#7c6f00",
-    "publish": "#5c7c3f",
-    "read": "#2b8a3e",
-    "import": "#1971c2",
-    "build": "#6741d9",
-    "transfer": "#0b8494",
-    "ready": "#c2255c",
-}
 _OUTCOMES: Mapping[str, str] = {
     "hit": "#2b8a3e",
     "waited": "#d9480f",
@@ -74,7 +60,9 @@ def html(
         "<h2>What takes the volume</h2>",
         _treemap(models) if models else "<p class=faint>No models are on the volume.</p>",
         _table(models),
-        f"<h2>The latest starts</h2>{_keys(_COLOURS)}" if starts else "",
+        f"<h2>The latest starts</h2>{_keys({kind.name: kind.colour for kind in SPAN_KINDS.values()})}"
+        if starts
+        else "",
         *[_waterfall(record) for record in reversed(starts[-_WATERFALLS:])],
     ]
     return (
@@ -88,11 +76,11 @@ def html(
 def text(record: dict[str, Any], *, width: int) -> str:
     """One start as bars, a line each, in `width` columns, under a line that says what took longest."""
     head = f"{_clock(record['at'])} UTC  {record['model']}  {_outcome(record)}  by {record['worker']}"
-    return f"{head}\n{history.verdict(record)}\n{waterfall(record['spans'], width=width)}"
+    return f"{head}\n{verdict(record)}\n{waterfall(record['spans'], width=width)}"
 
 
 def _cards(models: Sequence[Mapping[str, Any]], space: Mapping[str, Any], starts: Sequence[dict[str, Any]]) -> str:
-    good = [history.total_s(record) for record in starts if not record["error"]]
+    good = [total_s(record) for record in starts if not record["error"]]
     hits = sum(record["outcome"] == "hit" for record in starts)
     quota = f" of {size(space['quota'])}" if space["quota"] else ""
     cards = [
@@ -112,7 +100,7 @@ def _scatter(starts: Sequence[dict[str, Any]]) -> str:
     """A point for each start: when, and how long it took."""
     width, height, left, bottom = 720, 220, 44, 24
     first, last = starts[0]["at"], starts[-1]["at"]
-    longest = max([history.total_s(record) for record in starts] + [0.1]) * 1.08
+    longest = max([total_s(record) for record in starts] + [0.1]) * 1.08
     parts = []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         y = (height - bottom) * (1 - share) + 4
@@ -120,7 +108,7 @@ def _scatter(starts: Sequence[dict[str, Any]]) -> str:
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{longest * share:.1f} s</text>')
     for record in starts:
         x = left + 8 + (record["at"] - first) / max(last - first, 1.0) * (width - left - 16)
-        y = (height - bottom) * (1 - history.total_s(record) / longest) + 4
+        y = (height - bottom) * (1 - total_s(record) / longest) + 4
         colour = _OUTCOMES[_outcome(record)]
         parts.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}" fill-opacity=".75">'
@@ -205,7 +193,7 @@ def _table(models: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _waterfall(record: dict[str, Any]) -> str:
-    total = history.total_s(record) or 1.0
+    total = total_s(record) or 1.0
     rows = []
     for span in record["spans"]:
         length = span["end"] - span["start"]
@@ -213,15 +201,15 @@ def _waterfall(record: dict[str, Any]) -> str:
             continue
         at, wide = 100 * span["start"] / total, 100 * length / total
         seconds = span["end"] if span["name"] == "ready" else length
-        colour = _COLOURS.get(span["name"], "#888")
+        colour = SPAN_KINDS[span["name"]].colour if span["name"] in SPAN_KINDS else "#888"
         rows.append(
-            f"<div class=row><span>{escape(span['name'])}</span><span class=track>"
+            f"<div class=row><span>{escape(label_of(span))}</span><span class=track>"
             f'<span class=bar style="left:{min(at, 99.5):.2f}%;width:{wide:.2f}%;background:{colour}"></span></span>'
             f"<span class=right>{seconds:.2f} s</span></div>"
         )
     return (
         f"<div class=start><h3>{escape(record['model'])} · {_outcome(record)} · {total:.1f} s</h3>"
-        f"<p>{escape(history.verdict(record))}</p>"
+        f"<p>{escape(verdict(record))}</p>"
         f"<p class=faint>{_clock(record['at'])} UTC, worker {escape(record['worker'])}, "
         f"{escape(record['dtype'])}, {escape(record['reason'])}</p>{''.join(rows)}</div>"
     )
@@ -239,7 +227,7 @@ def _drawing(width: int, height: int, parts: Sequence[str]) -> str:
 
 
 def _tip(record: dict[str, Any]) -> str:
-    return f"{_clock(record['at'])} {record['model']} {record['worker']}: {history.verdict(record)}"
+    return f"{_clock(record['at'])} {record['model']} {record['worker']}: {verdict(record)}"
 
 
 def _outcome(record: dict[str, Any]) -> str:

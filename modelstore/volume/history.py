@@ -86,40 +86,6 @@ def starts(layout: Layout, *, limit: int, model: str | None = None) -> list[dict
     return sorted(found, key=lambda record: record["at"])
 
 
-def verdict(record: dict[str, Any]) -> str:
-    """What took longest in a start, in words: "12.0 s of 19.0 s waiting for worker abc's download"."""
-    if record["error"]:
-        return f"failed: {record['error']}"
-    total = total_s(record)
-    by_name: dict[str, float] = {}
-    moved: dict[str, int] = {}
-    for span in record["spans"]:
-        by_name[span["name"]] = by_name.get(span["name"], 0.0) + span["end"] - span["start"]
-        moved[span["name"]] = moved.get(span["name"], 0) + span.get("bytes", 0)
-    name, seconds = max(by_name.items(), key=lambda item: item[1], default=("", 0.0))
-    doing = {
-        "lookup": "looking for the model on the volume and at the Hub",
-        "wait": f"waiting for worker {record['waited_for']}'s download"
-        if record.get("waited_for")
-        else "waiting for another worker's download",
-        "download": "downloading from the Hub",
-        "verify": "comparing the snapshot with its manifest",
-        "convert": "converting to the storage dtype",
-        "publish": "publishing the snapshot",
-        "read": "reading the weights from the volume",
-        "import": "importing libraries",
-        "transfer": "moving the weights to the GPU",
-        "build": "building the model",
-    }.get(name, name)
-    rate = f" at {moved[name] / seconds / 1e6:.0f} MB/s" if moved.get(name) and seconds else ""
-    return f"{seconds:.1f} s of {total:.1f} s {doing}{rate}" if doing else "nothing was recorded"
-
-
-def total_s(record: dict[str, Any]) -> float:
-    """Seconds from the process's begin to the end of its last span."""
-    return max((float(span["end"]) for span in record["spans"]), default=0.0)
-
-
 def _days(folder: Path) -> list[Path]:
     return [path for path in durable.entries(folder) if len(path.name) == 10 and path.name[:4].isdigit()]
 
@@ -137,6 +103,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     try:
         spans: list[dict[str, Any]] = [
             {"name": printable(str(one["name"])), "start": _seconds(one["start"]), "end": _seconds(one["end"])}
+            | ({"detail": printable(str(one["detail"]))} if "detail" in one else {})
             | ({"bytes": _bytes(one["bytes"])} if "bytes" in one else {})
             for one in record["spans"]
         ]

@@ -36,6 +36,7 @@ from modelstore.bench.race import (  # noqa: E402
     warm,
 )
 from modelstore.settings import parse_size  # noqa: E402
+from modelstore.timeline import SPAN_KINDS  # noqa: E402
 from scripts.bench import throttled as volumes  # noqa: E402
 from scripts.bench.sections import write_section  # noqa: E402
 from tests.support.moosefs import MooseFS, why_not  # noqa: E402
@@ -124,7 +125,7 @@ def draw(results: dict[str, list[Measured]], path: Path) -> None:
     mpl.rcParams |= {"svg.hashsalt": "modelstore", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
-    colours = {"import": "#4c78a8", "read": "#f58518", "build": "#54a24b", "lookup": "#b279a2"}
+    colours = {name: SPAN_KINDS[name].colour for name in ("import", "read", "build", "lookup")}
     figure, axes = pyplot.subplots(len(results), 1, figsize=(9, 2.6 * len(results)), squeeze=False)
     for (title, measured), axis in zip(results.items(), axes[:, 0], strict=True):
         shown = [result for result in measured[2:] if "ready" in result.label or "seed" in result.label]
