@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from modelstore.errors import (
     WeightOverflow,
 )
 from modelstore.fill.observer import SILENT, Observer
+from modelstore.fill.request import FillRequest
 from modelstore.fill.source import Resolved, Source
 from modelstore.fill.sources import resolve
 from modelstore.reference import Reference, is_commit, parse_reference
@@ -103,7 +103,7 @@ class ModelStore:
         """What `ensure(…, refresh=True)` would do, without doing it: `status` is "present", "resumable" or "missing";
         sizes in bytes. Raises what `ensure` raises for a source that cannot be read.
         """
-        from modelstore.fill.footprint import estimate
+        from modelstore.fill.plan import preview
 
         named = wanted = _parsed(reference, revision)
         variant = self._dtype(dtype)
@@ -119,15 +119,15 @@ class ModelStore:
         if snapshot is not None:
             files = len(snapshot.manifest.files)
             return record | {"status": "present", "files": files, "bytes": snapshot.size_bytes, "downloaded_bytes": 0}
-        found = estimate(
-            source, resolved, variant, self.settings, code=source.may_bring_code(resolved, self.settings, named=named)
-        )
+        code = source.may_bring_code(resolved, self.settings, named=named)
+        request = FillRequest(source=source, resolved=resolved, dtype=variant, code=code)
+        footprint = preview(request, self.settings).footprint
         staged = durable.tree_blocks(self.layout.staging(key))
         return record | {
             "status": "resumable" if staged else "missing",
-            "files": found.files,
-            "bytes": found.stored_bytes,
-            "downloaded_bytes": found.download_bytes,
+            "files": footprint.files,
+            "bytes": footprint.stored_bytes,
+            "downloaded_bytes": footprint.source_bytes if source.over_network else 0,
             "staged_bytes": staged,
         }
 
@@ -136,7 +136,6 @@ class ModelStore:
     ) -> Snapshot:
         """Publish what a source has on this host already; weights that need no conversion are linked, not copied, where
         they lie on the same volume. Raises what `ensure` raises."""
-        variant = self._dtype(dtype)
         refs.check_format(self.layout)
         if Reference("hub", resolved.repo_id, resolved.commit) not in self.settings.allowed_models:
             self.settings.check_allowed(Reference("hub", resolved.repo_id, resolved.revision))
@@ -148,7 +147,10 @@ class ModelStore:
             )
         resolved = confirmed
         code = source.may_bring_code(resolved, self.settings, named=None)
-        snapshot = self._obtain(source, resolved, variant, None, None, observer, Timeline(), link=True, code=code)
+        request = FillRequest(
+            source=source, resolved=resolved, dtype=self._dtype(dtype), code=code, link=True, observer=observer
+        )
+        snapshot = self._obtain(request)
         refs.record_commit(
             self.layout, resolved.repo_id, resolved.revision, resolved.commit, replacing=source.replaces_recorded_commit
         )  # a cache may be older than the fleet
@@ -202,16 +204,24 @@ class ModelStore:
                 return found
         with timeline.span("lookup"):
             source, resolved = self._resolve(wanted, refresh=refresh)
-        code = source.may_bring_code(resolved, self.settings, named=named)
+        request = FillRequest(
+            source=source,
+            resolved=resolved,
+            dtype=variant,
+            code=source.may_bring_code(resolved, self.settings, named=named),
+            damaged=damaged,
+            wait_s=wait_s,
+            observer=observer,
+            timeline=timeline,
+        )
         accepted = accepted_dtypes(variant, overflow)
-        key = SnapshotKey(resolved.repo_id, resolved.commit, variant)
-        snapshot = self._published(key, accepted[1:]) if damaged is None else None
-        for dtype in accepted if snapshot is None else ():
+        snapshot = self._published(request.key, accepted[1:]) if damaged is None else None
+        for accepted_dtype in accepted if snapshot is None else ():
             try:
-                snapshot = self._obtain(source, resolved, dtype, damaged, wait_s, observer, timeline, code=code)
+                snapshot = self._obtain(replace(request, dtype=accepted_dtype))
                 break
             except WeightOverflow as error:
-                if dtype == accepted[-1]:
+                if accepted_dtype == accepted[-1]:
                     raise
                 logger.warning("%s: storing %s instead, as allowed", error, accepted[-1])
         assert snapshot is not None
@@ -223,28 +233,16 @@ class ModelStore:
         """The first of these variants of a snapshot that is published."""
         return next(filter(None, (self.catalog.published(replace(key, dtype=dtype)) for dtype in dtypes)), None)
 
-    def _obtain(
-        self,
-        source: Source,
-        resolved: Resolved,
-        dtype: Dtype,
-        damaged: Snapshot | None,
-        wait_s: float | None,
-        observer: Observer,
-        timeline: Timeline,
-        *,
-        code: bool,
-        link: bool = False,
-    ) -> Snapshot:
-        """Claim and fill, or wait for whoever does; what is on the volume is looked at again after every change."""
-        key = SnapshotKey(resolved.repo_id, resolved.commit, dtype)
-        limit_s = self.settings.wait_s if wait_s is None else wait_s
+    def _obtain(self, request: FillRequest) -> Snapshot:
+        """Claim and fill, or wait for the process that does; the volume is looked at again after every change."""
+        key, timeline = request.key, request.timeline
+        limit_s = self.settings.wait_s if request.wait_s is None else request.wait_s
         deadline = self._clock() + limit_s
         waited_from: float | None = None
         contender: Contender | None = None
         while True:
             snapshot = self.catalog.published(key)
-            if snapshot is not None and not _same(snapshot, damaged):
+            if snapshot is not None and not _same(snapshot, request.damaged):
                 if waited_from is None:
                     return snapshot
                 timeline.add(Span("wait", waited_from, timeline.now()))
@@ -259,72 +257,44 @@ class ModelStore:
                 if waited_from is not None:
                     timeline.add(Span("wait", waited_from, timeline.now()))
                 try:
-                    return self._fill(
-                        outcome, key, dtype, source, resolved, damaged, observer, timeline, code=code, link=link
-                    )
+                    return self._fill(request, outcome)
                 except ClaimLost as error:
                     logger.warning("%s", error)
                     contender, waited_from = None, timeline.now()
                     continue
                 except BaseException:
-                    observer.failed(key)
+                    request.observer.failed(key)
                     raise
             if waited_from is None:
                 waited_from = timeline.now()
             left_s = deadline - self._clock()
             if left_s <= 0:
-                observer.failed(key)
+                request.observer.failed(key)
                 raise _waited_too_long(key, outcome, limit_s)
             timeline.waited_for = outcome.record.worker if outcome.record else timeline.waited_for
-            observer.waiting(key, outcome, left_s=left_s)
+            request.observer.waiting(key, outcome, left_s=left_s)
             self._sleep(min(_POLL_S, left_s))
 
-    def _fill(
-        self,
-        claim: Claim,
-        key: SnapshotKey,
-        dtype: Dtype,
-        source: Source,
-        resolved: Resolved,
-        damaged: Snapshot | None,
-        observer: Observer,
-        timeline: Timeline,
-        *,
-        code: bool,
-        link: bool,
-    ) -> Snapshot:
-        from modelstore.fill.fill import Fill  # numpy and HTTP are for who downloads, not for who looks
+    def _fill(self, request: FillRequest, claim: Claim) -> Snapshot:
+        """Fill the snapshot under a claim, unless another process has published it since."""
+        from modelstore.fill.fill import Fill  # numpy and HTTP are for a download alone
 
+        key = request.key
         with claim:
             # Between our look and our claim another worker may have published and released.
             if (snapshot := self.catalog.published(key)) is not None:
-                if not _same(snapshot, damaged):
+                if not _same(snapshot, request.damaged):
                     claim.finish("published")
                     return replace(snapshot, status="waited")
-                with timeline.span("verify"):
+                with request.timeline.span("verify"):
                     intact = verify_snapshot(snapshot).ok
                 if intact:
                     logger.warning("%s reads back as it was published: the damage was on its way to this worker", key)
                     claim.finish("published")
                     return snapshot
-            fresh_fill = partial(
-                Fill,
-                self.layout,
-                key,
-                dtype,
-                source,
-                resolved,
-                claim,
-                settings=self.settings,
-                timeline=timeline,
-                observer=observer,
-                damaged=self._quarantine(key, claim),
-                code=code,
-                link=link,
-                sleep=self._sleep,
-            )
+            request = replace(request, damaged=self._quarantine(key, claim))
             while True:
-                fill = fresh_fill()
+                fill = Fill(self.layout, request, claim, self.settings, sleep=self._sleep)
                 try:
                     filled = fill.run()
                     break

@@ -38,8 +38,8 @@ from modelstore.errors import (
     WaitTimeout,
     WeightOverflow,
 )
+from modelstore.fill.footprint import DiskBudget
 from modelstore.fill.observer import Observer
-from modelstore.fill.peak import Peak
 from modelstore.fill.progress import Progress
 from modelstore.store import ModelStore
 from modelstore.timeline import Timeline
@@ -206,7 +206,7 @@ def test_a_download_takes_at_most_one_original_more_than_what_is_stored(hub: Hub
 
 
 def test_many_shards_may_be_in_work_at_first_and_one_at_the_end() -> None:
-    peak = Peak(dict.fromkeys("abcde", (2, 4)))
+    peak = DiskBudget(dict.fromkeys("abcde", (2, 4)))
     assert peak.limit == 14
     assert [peak.begin(name) for name in "abc"] == [True, True, False]
     peak.end("a")
@@ -219,7 +219,7 @@ def test_many_shards_may_be_in_work_at_first_and_one_at_the_end() -> None:
     assert not peak.begin("e")
     peak.end("d")
     assert peak.begin("e")
-    unchanged = Peak(dict.fromkeys("abc", (5, 0)))
+    unchanged = DiskBudget(dict.fromkeys("abc", (5, 0)))
     assert all(unchanged.begin(name) for name in "abc"), "what is stored as it comes waits for nothing"
 
 

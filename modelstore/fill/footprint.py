@@ -1,64 +1,65 @@
-"""What a download will take, before it is begun: from the source's list of files and the config, nothing else."""
+"""What a fill takes: over the network, once it is stored, and on the volume while it is under way."""
 
 from __future__ import annotations
 
-import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modelstore.dtypes import DTYPES, Dtype
-from modelstore.fill.convert import storage_policy
-from modelstore.fill.selection import select_files
-from modelstore.fill.source import Resolved, Source
-from modelstore.settings import Settings
+from modelstore.dtypes import DTYPES
+from modelstore.fill.convert import StoragePolicy
+from modelstore.fill.selection import Selection, folder_of, is_pickle
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
-    """In bytes: what comes over the network, and what the snapshot takes once it is stored."""
+class Footprint:
+    """Sizes in bytes. `weights`: by file, what is stored of it, and what it takes beside that while it is in work."""
 
     files: int
-    download_bytes: int
-    stored_bytes: int
+    small_bytes: int
+    source_bytes: int
+    weights: Mapping[str, tuple[int, int]]
+
+    @property
+    def weights_bytes(self) -> int:
+        """All stored weights."""
+        return sum(stored for stored, _beside in self.weights.values())
+
+    @property
+    def stored_bytes(self) -> int:
+        """The snapshot."""
+        return self.small_bytes + self.weights_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The snapshot and its staging at their largest."""
+        return self.small_bytes + DiskBudget(self.weights).limit
 
 
-def estimate(source: Source, resolved: Resolved, dtype: Dtype, settings: Settings, *, code: bool) -> Estimate:
-    """What a snapshot of this commit will take, with its Python files if `code`.
-
-    Raises what choosing its files does: NoWeights, Refused, and so on.
-    """
-    selection = select_files(
-        source.list_files(resolved),
-        lambda file: source.read(resolved, file),
-        repo_id=resolved.repo_id,
-        pickles=settings.allow_pickle,
-        code=code,
-        variant=DTYPES[dtype].file_variant,
-    )
-    parts = [(*file.path.rpartition("/")[::2], file) for file in selection.small]
-    configs = {folder: file for folder, name, file in parts if name == "config.json"}
-    stored = sum(file.size_bytes for file in selection.small)
-    ratios: dict[str, float] = {}
+def footprint_of(
+    selection: Selection, configs: Mapping[str, Mapping[str, Any]], policies: Mapping[str, StoragePolicy]
+) -> Footprint:
+    """The footprint of the selected files; `configs` and `policies` by the folder of the weights beside them."""
+    weights = {}
     for file in selection.weights:
-        folder = file.path.rpartition("/")[0]
-        if folder not in ratios:
-            config = _config(source.read(resolved, configs[folder])) if folder in configs else {}
-            ratios[folder] = stored_ratio(
-                config, dtype, unchanged=bool(storage_policy(dtype, config).unchanged_because)
-            )
-        stored += int(file.size_bytes * (ratios[folder] or 1))
-    download = selection.size_bytes if source.over_network else 0
-    return Estimate(len(selection.small) + len(selection.weights), download, stored)
+        folder = folder_of(file.path)
+        ratio = stored_ratio(configs[folder], policies[folder])
+        beside = file.size_bytes if ratio else 0
+        if is_pickle(file.path):  # its tensors lie there once more, as safetensors, before they are converted
+            beside = 2 * file.size_bytes
+        weights[file.path] = (int(file.size_bytes * (ratio or 1)), beside)
+    small_bytes = sum(file.size_bytes for file in selection.small)
+    return Footprint(len(selection.small) + len(selection.weights), small_bytes, selection.size_bytes, weights)
 
 
-def stored_ratio(config: Mapping[str, Any], dtype: Dtype, *, unchanged: bool) -> float:
-    """Stored bytes for each byte of the original's weights, by the dtype that the config names; 0 where they are stored
-    as they come."""
+def stored_ratio(config: Mapping[str, Any], policy: StoragePolicy) -> float:
+    """Stored bytes for each byte of the original's weights, by the dtype that the config names; 0 if they are stored as
+    they come."""
     before = named_dtype(config)
-    if unchanged or before == dtype:
+    if policy.unchanged_because or before == policy.dtype:
         return 0.0
-    width, stored = (DTYPES[name].width_bytes if name in DTYPES else 0 for name in (before, dtype))
+    width, stored = (DTYPES[name].width_bytes if name in DTYPES else 0 for name in (before, policy.dtype))
     return stored / (width or min(stored, 2))
 
 
@@ -67,9 +68,42 @@ def named_dtype(config: Mapping[str, Any]) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
 
 
-def _config(data: bytes) -> Mapping[str, Any]:
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+class DiskBudget:
+    """Keeps what a fill takes on the volume at `limit`: all that will be stored, and once the largest original.
+
+    `sizes`: see `Footprint.weights`.
+    """
+
+    def __init__(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        self.limit = sum(stored for stored, _ in sizes.values()) + max(
+            (beside for _, beside in sizes.values()), default=0
+        )
+        self._sizes = sizes
+        self._taken = 0
+        self._in_work: set[str] = set()
+        self._lock = threading.Lock()
+
+    def needs_nothing_beside(self, path: str) -> bool:
+        """Whether a weights file is stored as it comes; False for other files."""
+        return path in self._sizes and self._sizes[path][1] == 0
+
+    def begin(self, path: str) -> bool:
+        """Count a file as in work; False if it has to wait until another one has ended."""
+        taken = sum(self._sizes[path])
+        with self._lock:
+            if self._in_work and self._taken + taken > self.limit:
+                return False
+            self._in_work.add(path)
+            self._taken += taken
+            return True
+
+    def end(self, path: str) -> None:
+        """The file is stored, and nothing else of it is left."""
+        with self._lock:
+            self._in_work.discard(path)
+            self._taken -= self._sizes[path][1]
+
+    def count_finished(self, path: str) -> None:
+        """Count a file that is stored already."""
+        self.begin(path)
+        self.end(path)

@@ -59,7 +59,7 @@ def is_pickle(path: str) -> bool:
 def stored_path(path: str) -> str:
     """The name under which a file is stored: a pickle and its index go by what they become, an `.fp16.` file and its
     index by what they stand for."""
-    folder, name = _folder_of(path), PurePosixPath(path).name
+    folder, name = folder_of(path), PurePosixPath(path).name
     if _is_variant(path):
         return _join(folder, _VARIANT.sub("", name))
     if name.endswith(".bin.index.json"):
@@ -135,7 +135,7 @@ def select_files(
     weights: list[SourceFile] = []
     indexes: dict[str, Mapping[str, str]] = {}
     for folder in folders:
-        here = [file for file in files if _folder_of(file.path) == folder and not _is_variant(file.path)]
+        here = [file for file in files if folder_of(file.path) == folder and not _is_variant(file.path)]
         small += [file for file in here if _is_small(file) or (code and file.path.endswith(".py"))]
         name = _join(folder, _weights_name(here, pickles=pickles))
         index, single = by_path.get(name + _ENDING), by_path.get(name)
@@ -154,11 +154,11 @@ def select_files(
             small += [index] if index not in small else []
             weights += [_shard(by_path, folder, shard, index.path) for shard in sorted(set(weight_map.values()))]
         else:
-            all_here = [file for file in files if _folder_of(file.path) == folder]
+            all_here = [file for file in files if folder_of(file.path) == folder]
             plain = [file for file in here if file.path.endswith(".safetensors")]
             weights += plain or [file for file in all_here if file.path.endswith(".safetensors")]
     for folder in _EXTRA_FOLDERS:
-        small += [file for file in files if _folder_of(file.path) == folder and _is_small(file)]
+        small += [file for file in files if folder_of(file.path) == folder and _is_small(file)]
     if not weights:
         raise _no_weights(files, repo_id)
     return Selection(tuple(small), tuple(weights), indexes)
@@ -175,7 +175,7 @@ def _component_folders(by_path: Mapping[str, SourceFile], read: Callable[[Source
         record = _parsed(modules.path, read(modules))
         if isinstance(record, list):
             named |= {str(module["path"]) for module in record if isinstance(module, dict) and module.get("path")}
-    return sorted(name for name in named if any(_folder_of(path) == name for path in by_path))
+    return sorted(name for name in named if any(folder_of(path) == name for path in by_path))
 
 
 def _weights_name(here: list[SourceFile], *, pickles: bool) -> str:
@@ -239,7 +239,8 @@ def _parsed(path: str, data: bytes) -> object:
         raise BadSafetensors(f"{path} is not JSON ({error}): the repo is damaged, name another revision") from error
 
 
-def _folder_of(path: str) -> str:
+def folder_of(path: str) -> str:
+    """The folder of a path in a repo; empty for the repo's root."""
     return path.rpartition("/")[0]
 
 

@@ -1,4 +1,4 @@
-"""The files of a snapshot that are finished in staging: what earlier processes left, and what this one adds.
+"""The staging of a fill: its folder, what earlier generations left, and the files that are finished.
 
 A finished file lies under `snapshot/` and has a record under `done/`, written after its bytes were synced. It is
 trusted only after the record's own digest and the file's blocks were compared. The intact files of a damaged snapshot
@@ -8,29 +8,83 @@ that is to be replaced count, too: they get a second name instead of a second do
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from modelstore.errors import ModelStoreError
+from modelstore.fill.progress import Progress
 from modelstore.fill.selection import stored_path
 from modelstore.fill.source import SourceFile
 from modelstore.volume import durable
 from modelstore.volume.checksums import has_blocks
-from modelstore.volume.layout import StagingLayout
+from modelstore.volume.claim import Claim, generations
+from modelstore.volume.layout import Layout, SnapshotKey, StagingLayout
 from modelstore.volume.manifest import BLOCK_BYTES, FileRecord, digest_of, file_as_json, parse_file_record
 from modelstore.volume.snapshots import Snapshot
 
 
-class FinishedFiles:
-    """The finished files of one staging folder; `records` by the path in the snapshot."""
+class Staging:
+    """The staging of one fill, under its claim. `paths`: of this generation; `records`: of the finished files, by the
+    path in the snapshot; `inherited`: staging of earlier generations, which may still be written to.
+    """
 
-    def __init__(
-        self, staging: StagingLayout, inherited: Sequence[StagingLayout] = (), damaged: Snapshot | None = None
-    ) -> None:
+    def __init__(self, layout: Layout, key: SnapshotKey, claim: Claim, damaged: Snapshot | None = None) -> None:
+        """Takes over what an earlier generation left, if nobody can still write there.
+
+        `damaged`: a snapshot, moved aside, whose intact files are used again. Raises UnsafeName if a link lies on the
+        way.
+        """
+        generation = str(claim.generation)
+        durable.check_no_links(layout.root, layout.staging(key) / generation)
+        durable.check_no_links_below(layout.staging(key))
+        self.paths = StagingLayout(layout.staging(key) / generation)
         self.records: dict[str, FileRecord] = {}
-        self._staging = staging
-        self._inherited = inherited
+        self.inherited = self._inherit(layout.staging(key), claim)
+        self.device = layout.root.stat().st_dev
         self._damaged = damaged
+
+    def _inherit(self, folder: Path, claim: Claim) -> list[StagingLayout]:
+        """Earlier generations' staging: moved to be ours if nobody can still write there, else to be copied from."""
+        folders = [folder / str(each) for each in generations(folder) if each < claim.generation]
+        if folders and claim.after_the_dead:
+            durable.rename(folders[0], self.paths.folder)
+            return []
+        return [StagingLayout(each) for each in folders]
+
+    @property
+    def present_bytes(self) -> int:
+        """What lies here already, with the inherited staging."""
+        return sum(durable.tree_blocks(paths.folder) for paths in (self.paths, *self.inherited))
+
+    def unfinished(
+        self, files: Sequence[SourceFile], progress: Progress, stored_unchanged: str = ""
+    ) -> list[SourceFile]:
+        """The files that no earlier process has finished; the others are counted as done and reused.
+
+        `stored_unchanged`: see `find`.
+        """
+        unfinished = []
+        for file in files:
+            if self.find(file, stored_unchanged=stored_unchanged) is None:
+                unfinished.append(file)
+            else:
+                progress.add(done=file.size_bytes, reused=file.size_bytes)
+        return unfinished
+
+    def keep_only(self, names: Iterable[str]) -> None:
+        """Remove what an earlier attempt left in the snapshot's folder and the manifest will not name."""
+        kept = set(names)
+        for parent, _folders, files in os.walk(self.paths.snapshot):
+            for name in files:
+                path = Path(parent, name)
+                if str(path.relative_to(self.paths.snapshot)) not in kept:
+                    durable.remove_file(path)
+
+    def remove(self) -> None:
+        """Remove it all, with the inherited staging."""
+        for paths in (self.paths, *self.inherited):
+            durable.remove_tree(paths.folder)
 
     def find(self, file: SourceFile, *, stored_unchanged: str) -> FileRecord | None:
         """The record of `file` if it is finished, here or where it can be taken over from.
@@ -43,32 +97,32 @@ class FinishedFiles:
         return record
 
     def add(self, file: SourceFile, record: FileRecord) -> None:
-        """Note a file whose bytes lie in place and are synced; what it was made from is removed."""
+        """Record a file whose bytes lie in place and are synced; its source file is removed."""
         self._write(file, record)
         self.records[record.path] = record
-        durable.remove_file(self._staging.source_file(file.path))
-        durable.remove_tree(self._staging.journal(file.path))
+        durable.remove_file(self.paths.source_file(file.path))
+        durable.remove_tree(self.paths.journal(file.path))
 
     def _here(self, file: SourceFile) -> FileRecord | None:
-        record = finished_record(self._staging.done_file(file.path))
+        record = finished_record(self.paths.done_file(file.path))
         if record is None or record.path != stored_path(file.path):
             return None
         before = record.original
         if before.size_bytes != file.size_bytes or file.sha256 not in (None, before.sha256):
             return None
-        return record if has_blocks(self._staging.snapshot_file(record.path), record) else None
+        return record if has_blocks(self.paths.snapshot_file(record.path), record) else None
 
     def _taken_over(self, file: SourceFile) -> FileRecord | None:
         """From staging of an earlier generation: it was synced, so nobody writes to it any more, and it is moved."""
-        for staging in self._inherited:
-            target = self._staging.snapshot_file(stored_path(file.path))
+        for staging in self.inherited:
+            target = self.paths.snapshot_file(stored_path(file.path))
             try:
                 data = durable.read_file(staging.done_file(file.path), durable.MANIFEST_BYTES)
                 durable.make_folder(target.parent)
                 durable.rename(staging.snapshot_file(stored_path(file.path)), target)
             except FileNotFoundError:
                 continue
-            durable.write_atomic(self._staging.done_file(file.path), data)
+            durable.write_atomic(self.paths.done_file(file.path), data)
             if (record := self._here(file)) is not None:
                 return record
         return None
@@ -84,14 +138,14 @@ class FinishedFiles:
         path = self._damaged.path / stored
         if record.original.size_bytes != file.size_bytes or not has_blocks(path, record):
             return None
-        if not _linked(path, self._staging.snapshot_file(stored)):
+        if not _linked(path, self.paths.snapshot_file(stored)):
             return None
         self._write(file, record)
         return self._here(file)
 
     def _write(self, file: SourceFile, record: FileRecord) -> None:
         data = {"record": file_as_json(record), "digest": digest_of(file_as_json(record))}
-        durable.write_atomic(self._staging.done_file(file.path), json.dumps(data, separators=(",", ":")).encode())
+        durable.write_atomic(self.paths.done_file(file.path), json.dumps(data, separators=(",", ":")).encode())
 
 
 def finished_record(path: Path) -> FileRecord | None:

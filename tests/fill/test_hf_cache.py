@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from modelstore.fill import fill
 from modelstore.fill.adoption import find
 from modelstore.fill.convert import StoragePolicy
 from modelstore.store import ModelStore
@@ -189,12 +188,13 @@ def test_a_link_that_was_left_behind_is_never_written_to(
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr(fill, "digests_of_file", killed)
+        patch.setattr("modelstore.fill.weights.digests_of_file", killed)
         with pytest.raises(SystemExit):
             store.adopt(found.source, found.resolved)
     assert [path for path in store.layout.root.rglob("*.linked") if path.samefile(folder / "model.safetensors")]
     with monkeypatch.context() as patch:
-        patch.setattr(fill, "storage_policy", lambda dtype, config: StoragePolicy(dtype))
+        for module in ("fill", "plan"):
+            patch.setattr(f"modelstore.fill.{module}.storage_policy", lambda dtype, config: StoragePolicy(dtype))
         store.adopt(found.source, found.resolved)
     assert (folder / "model.safetensors").read_bytes() == before
     assert is_sound(store, "me/mine").size_bytes < len(before)

@@ -1,0 +1,92 @@
+"""What a fill stores of one commit: the files, the storage policy of each folder, and what they take. Writes nothing.
+
+The dry run and the fill make the same plan, so that they cannot differ; each brings its own way to read a small file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from modelstore.dtypes import DTYPES
+from modelstore.fill.convert import StoragePolicy, storage_policy
+from modelstore.fill.footprint import Footprint, footprint_of, named_dtype
+from modelstore.fill.indexes import parse_json
+from modelstore.fill.request import FillRequest
+from modelstore.fill.selection import Selection, folder_of, select_files
+from modelstore.fill.source import SourceFile
+from modelstore.settings import Settings
+
+ReadFile = Callable[[SourceFile], bytes]
+
+
+def config_path(folder: str) -> str:
+    """The path of a folder's config in a repo; the folder is empty for the repo's root."""
+    return f"{folder}/config.json" if folder else "config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointPlan:
+    """The plan for one commit. `configs` and `policies`: by the folder of the weights beside them."""
+
+    selection: Selection
+    configs: Mapping[str, Mapping[str, Any]]
+    policies: Mapping[str, StoragePolicy]
+    footprint: Footprint
+
+    def policy_of(self, path: str) -> StoragePolicy:
+        """The storage policy of a weights file."""
+        return self.policies[folder_of(path)]
+
+    @property
+    def stored_unchanged(self) -> str:
+        """Why weights are stored as they come, for the manifest; empty if none are."""
+        return "; ".join(sorted({policy.unchanged_because for policy in self.policies.values()} - {""}))
+
+    @property
+    def sizes_are_known(self) -> bool:
+        """Whether each config names the dtype of its weights, so that the footprint is more than an upper bound."""
+        return all(named_dtype(config) for config in self.configs.values())
+
+
+def select(request: FillRequest, read: ReadFile, settings: Settings) -> tuple[tuple[SourceFile, ...], Selection]:
+    """All files of the commit, and those that its snapshot needs. Reads indexes with `read`.
+
+    Raises what `select_files` raises: NoWeights, Refused, and so on.
+    """
+    files = request.source.list_files(request.resolved)
+    selection = select_files(
+        files,
+        read,
+        repo_id=request.key.repo_id,
+        pickles=settings.allow_pickle,
+        code=request.code,
+        variant=DTYPES[request.dtype].file_variant,
+    )
+    return files, selection
+
+
+def plan_checkpoint(request: FillRequest, selection: Selection, read: ReadFile) -> CheckpointPlan:
+    """The plan for the selected files. Reads each config beside weights with `read`, as the source has it.
+
+    Raises BadSafetensors for a config that is not JSON.
+    """
+    small = {file.path: file for file in selection.small}
+    configs: dict[str, Mapping[str, Any]] = {}
+    for folder in sorted({folder_of(file.path) for file in selection.weights}):
+        file = small.get(config_path(folder))
+        config = parse_json(read(file), file.path) if file is not None else {}
+        configs[folder] = config if isinstance(config, dict) else {}
+    policies = {folder: storage_policy(request.dtype, config) for folder, config in configs.items()}
+    return CheckpointPlan(selection, configs, policies, footprint_of(selection, configs, policies))
+
+
+def preview(request: FillRequest, settings: Settings) -> CheckpointPlan:
+    """The plan of a fill that is not begun; reads indexes and configs from the source."""
+
+    def read(file: SourceFile) -> bytes:
+        return request.source.read(request.resolved, file)
+
+    _files, selection = select(request, read, settings)
+    return plan_checkpoint(request, selection, read)

@@ -1,0 +1,205 @@
+"""The weights of a fill: downloaded, converted beside the download, and stored, file by file.
+
+    source ──ranges──▶ staging/source ──verified──▶ convert or move ──▶ staging/snapshot
+
+A conversion that fails stops the download. What lies on this volume already is linked, if the request allows that.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from modelstore.errors import DigestMismatch, ModelStoreError
+from modelstore.fill.convert import convert_file, converted_tensors, read_header
+from modelstore.fill.download import Download
+from modelstore.fill.footprint import DiskBudget
+from modelstore.fill.plan import CheckpointPlan
+from modelstore.fill.progress import Progress
+from modelstore.fill.request import FillRequest
+from modelstore.fill.selection import is_pickle, stored_path
+from modelstore.fill.source import SourceFile
+from modelstore.fill.staging import Staging
+from modelstore.timeline import Span
+from modelstore.volume import durable
+from modelstore.volume.checksums import Digests, digests_of_file
+from modelstore.volume.header import Header
+from modelstore.volume.manifest import FileRecord, Origin
+
+logger = logging.getLogger(__name__)
+
+_CONVERSIONS = max(1, min(4, (os.cpu_count() or 2) // 2))
+_WAITING_CONVERSIONS = 2
+
+
+class WeightsPipeline:
+    """Stores all weights of a plan. `headers`: those of the sources, by the path in the snapshot."""
+
+    def __init__(
+        self,
+        request: FillRequest,
+        plan: CheckpointPlan,
+        staging: Staging,
+        download: Download,
+        *,
+        budget: DiskBudget,
+        guard: Callable[[], None],
+        progress: Progress,
+    ) -> None:
+        """`guard` is called before each step and raises ClaimLost if the work has to stop."""
+        self.headers: dict[str, Header] = {}
+        self._request = request
+        self._plan = plan
+        self._staging = staging
+        self._download = download
+        self._budget = budget
+        self._guard = guard
+        self._progress = progress
+        self._observer = request.observer
+        self._convert_began: float | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def linkable_bytes(self) -> int:
+        """The bytes of weights that will be linked: they take no space."""
+        return sum(file.size_bytes for file in self._plan.selection.weights if self._linkable(file) is not None)
+
+    def run(self, *, stop: Callable[[], None]) -> None:
+        """Fetch and store what no earlier process has finished; `stop` is called if it fails, and makes `guard` raise,
+        so that conversions end at their next chunk."""
+        files = self._unfinished()
+        room = threading.BoundedSemaphore(_CONVERSIONS + _WAITING_CONVERSIONS)
+        jobs: list[Future[None]] = []
+        with ThreadPoolExecutor(_CONVERSIONS, thread_name_prefix="convert") as pool:
+
+            def check() -> None:
+                for job in jobs:
+                    if job.done():
+                        job.result()  # a conversion that failed stops the download
+
+            def may_begin(file: SourceFile) -> bool:
+                self._guard()
+                check()
+                return self._budget.begin(file.path)
+
+            def on_file(file: SourceFile, path: Path, digests: Digests) -> None:
+                room.acquire()
+                check()
+                job = pool.submit(self._store, file, path, digests)
+                job.add_done_callback(lambda _job: room.release())
+                jobs.append(job)
+
+            try:
+                files = [file for file in files if not self._link(file)]
+                self._download.fetch(files, on_file, may_begin=may_begin)
+            except BaseException:
+                stop()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        for job in jobs:
+            job.result()
+        self._observer.filling(self._request.key, self._progress)
+        if self._convert_began is not None:
+            timeline = self._request.timeline
+            timeline.add(Span("convert", self._convert_began, timeline.now()))
+
+    def _unfinished(self) -> list[SourceFile]:
+        """The files that no earlier process has finished; the others are counted."""
+        unfinished = self._staging.unfinished(self._plan.selection.weights, self._progress, self._plan.stored_unchanged)
+        for file in self._plan.selection.weights:
+            if file in unfinished:
+                continue
+            record = self._staging.records[stored_path(file.path)]
+            self.headers[record.path] = read_header(self._staging.paths.snapshot_file(record.path), where=file.path)
+            self._observer.finished(self._request.key, self._staging.paths.snapshot, record)
+            self._budget.count_finished(file.path)
+        return unfinished
+
+    def _linkable(self, file: SourceFile) -> tuple[Path, Header] | None:
+        """The file on this volume with its header, if it can be taken as it is."""
+        path = self._request.source.path_of(self._request.resolved, file) if self._request.link else None
+        if path is None or file.sha256 is None or stored_path(file.path) != file.path:
+            return None
+        header = read_header(path, where=self._label(file))
+        if converted_tensors(header, self._plan.policy_of(file.path)) is not header.tensors:
+            return None
+        return (path, header) if path.stat().st_dev == self._staging.device else None
+
+    def _link(self, file: SourceFile) -> bool:
+        """Take a weights file by a second name, after its bytes were compared; False if it has to be copied.
+
+        It has a name of its own until then, which nothing opens to write: what it shares with its owner stays as it is.
+        """
+        found = self._linkable(file)
+        if found is None:
+            return False
+        path, header = found
+        target = self._staging.paths.snapshot_file(file.path)
+        linked = target.with_name(f"{target.name}.linked")
+        durable.make_folder(target.parent)
+        try:
+            durable.link(path, linked)
+        except (ModelStoreError, OSError) as error:
+            logger.info("%s is copied: it cannot be linked (%s)", file.path, error)
+            return False
+        digests = digests_of_file(linked, guard=self._guard)
+        if digests.sha256 != file.sha256:
+            durable.remove_file(linked)
+            repo_id = self._request.key.repo_id
+            raise DigestMismatch(f"{path} is not what its name says it is: remove it, and seed {repo_id}")
+        durable.remove_file(target)
+        durable.rename(linked, target)
+        self._add(file, FileRecord(file.path, file.size_bytes, digests.sha256, digests.blocks), header)
+        self._progress.add(done=file.size_bytes)
+        self._budget.count_finished(file.path)
+        return True
+
+    def _store(self, file: SourceFile, path: Path, digests: Digests) -> None:
+        """A verified weights file in its stored form: converted, or moved if there is nothing to convert."""
+        self._guard()
+        stored = stored_path(file.path)
+        origin = None
+        if is_pickle(file.path):
+            path, origin = self._unpickled(file, path), Origin(file.size_bytes, digests.sha256)
+        header = read_header(path, where=self._label(file))
+        policy = self._plan.policy_of(file.path)
+        target = self._staging.paths.snapshot_file(stored)
+        durable.make_folder(target.parent)
+        if converted_tensors(header, policy) is header.tensors and origin is None:
+            durable.sync_path(path)
+            durable.rename(path, target)
+            record = FileRecord(stored, file.size_bytes, digests.sha256, digests.blocks)
+        else:
+            with self._lock:
+                if self._convert_began is None:
+                    self._convert_began = self._request.timeline.now()
+            memory = partial(self._observer.memory, self._request.key, stored)
+            size, own = convert_file(path, target, header, policy, guard=self._guard, memory=memory)
+            origin = origin or Origin(file.size_bytes, digests.sha256)
+            record = FileRecord(stored, size, own.sha256, own.blocks, origin)
+        self._add(file, record, header)
+        if path != self._staging.paths.source_file(file.path):
+            durable.remove_file(path)
+        self._budget.end(file.path)
+
+    def _add(self, file: SourceFile, record: FileRecord, header: Header) -> None:
+        self.headers[record.path] = header
+        self._staging.add(file, record)
+        self._observer.finished(self._request.key, self._staging.paths.snapshot, record)
+
+    def _unpickled(self, file: SourceFile, path: Path) -> Path:
+        """The tensors of a verified pickle as safetensors beside it."""
+        from modelstore.fill.pickles import convert
+
+        logger.warning("%s of %s is a pickle: converting it, as allowed", file.path, self._request.key.repo_id)
+        target = path.with_name(f"{path.name}.unpickled")
+        convert(path, target, name=self._label(file), guard=self._guard)
+        return target
+
+    def _label(self, file: SourceFile) -> str:
+        return f"{file.path} of {self._request.key.repo_id}"
