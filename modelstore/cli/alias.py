@@ -8,18 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelstore.cli.app import (
-    DRY_RUN,
-    DTYPE,
-    REF,
-    REVISION,
-    YES,
-    Context,
-    command,
-    complete_alias,
-    observer_of,
-    table,
-)
+from modelstore.cli.app import DRY_RUN, DTYPE, REF, REVISION, YES, Context, complete_alias, observer_of
+from modelstore.cli.output import table
 from modelstore.dtypes import parse_dtype
 from modelstore.errors import InvalidReference, SnapshotNotFound, UsageError
 from modelstore.reference import parse_reference
@@ -28,8 +18,6 @@ from modelstore.volume.layout import SnapshotKey
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-app = typer.Typer(help="Names that point to models. Repoint one, and workers that serve it swap.", no_args_is_help=True)
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +29,6 @@ _NAME = Annotated[
 ]
 
 
-@command(app, "set")
 def set_alias(
     context: Context,
     name: _NAME,
@@ -78,7 +65,6 @@ def set_alias(
     context.print(record, lambda console: console.print(f"@{name} {'would point' if dry_run else 'points'} to {what}"))
 
 
-@command(app, "ls")
 def list_aliases(context: Context) -> None:
     """Where each alias points, and since when."""
     layout = context.volume().layout
@@ -111,7 +97,6 @@ def list_aliases(context: Context) -> None:
     context.print(records, lambda console: console.print(drawn() if found else "there are no aliases"))
 
 
-@command(app)
 def rollback(
     context: Context,
     name: _NAME,
@@ -137,7 +122,6 @@ def rollback(
     context.print(record, lambda console: console.print(text))
 
 
-@command(app, "rm")
 def remove(
     context: Context,
     name: _NAME,

@@ -1,4 +1,7 @@
-"""What the command line shows: errors, progress, tables. Progress and logs go to stderr, results to stdout."""
+"""What every command has: its options, its context, its errors, its progress.
+
+Progress and logs go to stderr, results to stdout.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modelstore.cli.output import console
 from modelstore.dtypes import DEFAULT_DTYPE, DTYPES
 from modelstore.errors import ModelStoreError, Refused
 from modelstore.fill.observer import LogObserver, Observer
@@ -25,27 +29,16 @@ from modelstore.logs import LINE_CHARACTERS, log_to_stderr
 from modelstore.mount import check_place
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
-from modelstore.units import ago, one_line, printable_lines, size
+from modelstore.units import one_line
 from modelstore.volume import aliases
 from modelstore.volume.layout import Layout
-from modelstore.volume.snapshots import Catalog, Snapshot
+from modelstore.volume.snapshots import Catalog
 
 if TYPE_CHECKING:  # a fifth of the time of a command that draws nothing, as with --json
     from rich.console import Console
-    from rich.table import Table
 
 _NO_TERMINAL = 1000  # columns: into a pipe lines are as long as they are, for grep and awk
-_FIGURES = ("size", "files", "ready", "download")
 INTERRUPTED = "interrupted: what was downloaded is kept, the same command goes on from there"
-
-app = typer.Typer(
-    name="modelstore",
-    help="A shared model store on a network volume: seed it, look at it, start from it.",
-    no_args_is_help=True,
-    add_completion=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
 
 # The options that every command has, and those that several share.
 _COMMON: Mapping[str, tuple[Any, Any]] = {
@@ -137,29 +130,25 @@ class Context:
             raise Refused("not done, as you said: nothing was changed")
 
 
-def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command: its first parameter is the Context, which the options that all have make; an error that it
-    raises ends it with the error's own code and one line."""
+def register(app: typer.Typer, name: str, body: Callable[..., None]) -> None:
+    """Make `body` a command. Its first parameter is the Context, made of the options that all commands have; an error
+    that it raises ends it with the error's own code and one line."""
 
-    def register(body: Callable[..., None]) -> Callable[..., None]:
-        def run(**options: Any) -> None:
-            context = Context(**{name: options.pop(name) for name in _COMMON})
-            with _errors(context):
-                body(context, **options)
+    def run(**options: Any) -> None:
+        context = Context(**{option: options.pop(option) for option in _COMMON})
+        with _errors(context):
+            body(context, **options)
 
-        own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
-        common = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-            for name, (annotation, default) in _COMMON.items()
-        ]
-        parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own] + common
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {one.name: one.annotation for one in parameters}
-        run.__doc__ = body.__doc__
-        app.command(name or body.__name__)(run)
-        return body
-
-    return register
+    own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
+    common = [
+        inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for option, (annotation, default) in _COMMON.items()
+    ]
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + common
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__doc__ = body.__doc__
+    app.command(name)(run)
 
 
 def prepare_streams() -> None:
@@ -229,102 +218,3 @@ def observer_of(context: Context, models: int = 1, doing: str = "downloading") -
 
         with bars(models, "" if doing == "downloading" else f"{doing} ") as observer:
             yield observer
-
-
-def console(**options: Any) -> Console:
-    """A console that shows every text as it is: without markup, and with nothing that a terminal would obey."""
-    from rich.console import Console
-
-    class PrintableConsole(Console):
-        def print(self, *objects: Any, **options: Any) -> None:
-            super().print(*map(_printable, objects), **options)
-
-    return PrintableConsole(highlight=False, markup=False, **options)
-
-
-def _printable(value: Any) -> Any:
-    return printable_lines(value) if isinstance(value, str) else value
-
-
-def without_status(snapshot: Snapshot) -> dict[str, Any]:
-    record = snapshot.as_json()
-    return {name: record[name] for name in ("repo_id", "commit", "dtype", "path", "files", "bytes")}
-
-
-def table(*names: str) -> Table:
-    """An empty table with these columns, on a terminal of any width."""
-    from rich.table import Table
-
-    class PrintableTable(Table):
-        def add_row(self, *cells: Any, **options: Any) -> None:
-            super().add_row(*map(_printable, cells), **options)
-
-    made = PrintableTable(box=None, pad_edge=False, header_style="bold")
-    for name in names:
-        made.add_column(name, overflow="fold", justify="right" if name in _FIGURES else "left")
-    return made
-
-
-def print_seeded(console: Console, records: list[dict[str, Any]]) -> None:
-    for record in records:
-        if "error" not in record:
-            console.print(
-                f"{record['status']}: {record['repo_id']} at {record['commit'][:12]} as {record['dtype']}, "
-                f"{record['files']} files, {size(record['bytes'])}, {size(record['downloaded_bytes'])} "
-                f"over the network\n{record['path']}"
-            )
-
-
-def print_snapshot(console: Console, snapshot: Snapshot) -> None:
-    source = snapshot.manifest.source
-    console.print(f"{snapshot.repo_id} at {snapshot.commit} as {snapshot.dtype}")
-    console.print(f"{snapshot.path}\nfrom {source.kind} {source.location} {source.revision}")
-    if source.compared_with == "cache":
-        console.print("its files were compared with the names in that cache alone: the Hub could not be reached")
-    if snapshot.manifest.stored_unchanged:
-        console.print(f"stored unchanged: {snapshot.manifest.stored_unchanged}")
-    for file in snapshot.manifest.files:
-        console.print(f"{file.size_bytes:>15,}  {file.sha256[:12]}  {file.path}")
-
-
-def print_collected(console: Console, record: Mapping[str, Any]) -> None:
-    verb = "removed" if record["removed"] else "would remove"
-    for item in record["collected"]:
-        console.print(f"{verb} {item['kind']} {item['path']}, {size(item['bytes'])}")
-    for item in record["evicted"]:
-        console.print(
-            f"{verb} {item['repo_id']} {item['commit'][:12]} {item['dtype']}, {size(item['bytes'])}, "
-            f"last used {ago(item['idle_s'])}"
-        )
-    console.print(f"{verb} {size(record['bytes'])}")
-
-
-def print_measured(console: Console, record: Mapping[str, Any]) -> None:
-    from rich.table import Table
-
-    console.print(f"{record['environment']}; {record['bytes'] / 1e9:g} GB, {record['device']}, {record['runs']} runs")
-    for name, rows in record["results"].items():
-        table = Table("", "median s", "min", "max", "GB/s", "peak GB", title=name, title_justify="left")
-        for row in rows:
-            if row["missing"]:
-                table.add_row(row["label"], f"not measured: {row['missing']}")
-                continue
-            seconds = [f"{row[key]:.2f}" for key in ("median_s", "min_s", "max_s")]
-            rate = f"{record['bytes'] / row['median_s'] / 1e9:.2f}"
-            table.add_row(row["label"], *seconds, rate, f"{row['peak_bytes'] / 1e9:.2f}" if row["peak_bytes"] else "")
-        console.print(table)
-
-
-def print_verified(console: Console, records: list[dict[str, Any]]) -> None:
-    for record in records:
-        line = f"{'ok ' if record['ok'] else 'BAD'} {record['repo_id']} {record['commit'][:12]} {record['dtype']}"
-        if not record["complete"]:
-            share = record["compared_bytes"] / record["planned_bytes"]
-            line += f" ({share:.0%} compared in this run: run it again to go on)"
-        console.print(line)
-        for finding in record["findings"]:
-            _print_finding(console, finding)
-
-
-def _print_finding(console: Console, finding: Mapping[str, str]) -> None:
-    console.print(f"    {finding['path']}: {finding['problem']}")

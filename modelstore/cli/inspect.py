@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelstore.cli.app import Context, app, command, console, table
+from modelstore.cli.app import DTYPE, REF, REVISION, Context
+from modelstore.cli.output import console, key_record, print_snapshot, print_verified, table, without_status
 from modelstore.errors import NotFound, UsageError
 from modelstore.operate import inventory
+from modelstore.operate.inventory import find_key, find_snapshot
+from modelstore.store import ModelStore
 from modelstore.timeline import total_s, verdict
 from modelstore.units import ago, size
 from modelstore.volume import durable, history, refs
+from modelstore.volume.layout import SnapshotKey
+from modelstore.volume.verify import parse_sample, save_position, saved_position, verify_folder
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -25,7 +31,6 @@ _WIDE = 80  # columns, for a table with sentences in it
 _LIMIT = Annotated[int, typer.Option("--limit", min=1, help="At most so many, the latest.")]
 
 
-@command(app, "ls")
 def list_models(context: Context) -> None:
     """List the published models: size, last use, pins, aliases, users."""
     store = context.volume()
@@ -33,7 +38,6 @@ def list_models(context: Context) -> None:
     context.print(found, lambda console: console.print(_models_table(found, str(store.settings.root), console.width)))
 
 
-@command(app)
 def du(context: Context) -> None:
     """What takes the space, against the quota. By model, by kind, and what an eviction would free."""
     store = context.volume()
@@ -55,14 +59,12 @@ def du(context: Context) -> None:
     context.print(found, text)
 
 
-@command(app)
 def claims(context: Context) -> None:
     """Who downloads what, how far, and whether the worker is alive."""
     found = inventory.claims(context.volume().layout)
     context.print(found, lambda console: console.print(_claims_table(found)))
 
 
-@command(app)
 def watch(
     context: Context,
     every_s: Annotated[float, typer.Option("--every-s", min=0.2, help="Seconds between two looks.")] = 2.0,
@@ -105,7 +107,6 @@ def watch(
         return
 
 
-@command(app, "history")
 def past_starts(
     context: Context,
     limit: _LIMIT = 20,
@@ -140,7 +141,6 @@ def past_starts(
     context.print(found, text)
 
 
-@command(app, "report")
 def write_report(
     context: Context,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the page.")] = Path("modelstore.html"),
@@ -168,7 +168,6 @@ def write_report(
     )
 
 
-@command(app)
 def metrics(
     context: Context,
     file: Annotated[Path | None, typer.Option("--file", help="Write them there instead, as a whole.")] = None,
@@ -201,7 +200,6 @@ def metrics(
         print(json.dumps({"metrics": text}) if context.json else text, end="\n" if context.json else "")
 
 
-@command(app)
 def doctor(
     context: Context,
     reference: Annotated[
@@ -229,6 +227,66 @@ def doctor(
 
     context.print(records, text)
     raise typer.Exit(exit_code(findings))
+
+
+def show(
+    context: Context,
+    reference: REF,
+    dtype: DTYPE = None,
+    revision: REVISION = None,
+) -> None:
+    """Show one snapshot: its files, sizes and digests, and its source."""
+    snapshot = find_snapshot(context.store(), reference, revision, dtype)
+    source = snapshot.manifest.source
+    record = without_status(snapshot) | {
+        "created_at": snapshot.manifest.created_at,
+        "source": source.as_json(),
+        "stored_unchanged": snapshot.manifest.stored_unchanged,
+        "file_list": [
+            {"path": file.path, "bytes": file.size_bytes, "sha256": file.sha256} for file in snapshot.manifest.files
+        ],
+    }
+    context.print(record, lambda console: print_snapshot(console, snapshot))
+
+
+def path(
+    context: Context,
+    reference: REF,
+    dtype: DTYPE = None,
+    revision: REVISION = None,
+) -> None:
+    """Print the folder of a snapshot; touches no network."""
+    snapshot = find_snapshot(context.store(), reference, revision, dtype)
+    print(json.dumps({"path": str(snapshot.path)}) if context.json else snapshot.path)
+
+
+def verify(
+    context: Context,
+    reference: Annotated[str | None, typer.Argument(metavar="[REF]", help="One model; all without it.")] = None,
+    sample: Annotated[
+        str | None, typer.Option("--sample", help="Compare a part, as in 1/20; the next run takes the next part.")
+    ] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option("--max-seconds", help="Stop after that long; the next run goes on from there.")
+    ] = None,
+    dtype: DTYPE = None,
+    revision: REVISION = None,
+) -> None:
+    """Compare snapshots with their manifests, byte by byte. All of them without REF; touches no network."""
+    store = context.store() if reference else context.volume()
+    stride = parse_sample(sample) if sample is not None else 1
+    if max_seconds is not None and not max_seconds > 0:
+        raise UsageError("--max-seconds must be a number above 0")
+    in_parts = sample is not None or max_seconds is not None
+    until = time.monotonic() + (max_seconds or float("inf"))
+    keys = [find_key(store, reference, revision, dtype)] if reference else list(store.catalog.keys())
+    if in_parts:  # whatever was looked at longest ago comes first
+        keys.sort(key=lambda key: _mtime(store.layout.verified(key)))
+    records = [_verify(store, key, stride, until, in_parts=in_parts) for key in keys]
+    if not reference:  # what was evicted since the store was listed is not damaged
+        records = [record for record in records if record["ok"] or Path(record["path"]).exists()]
+    context.print(records, lambda console: print_verified(console, records))
+    raise typer.Exit(0 if all(record["ok"] for record in records) else 5)
 
 
 def _models_table(models: list[dict[str, Any]], root: str, width: int) -> Table | str:
@@ -262,3 +320,30 @@ def _claims_table(found: list[dict[str, Any]]) -> Table | str:
         name = f"{one['repo_id']} {one['commit'][:12]} {one['dtype']}"
         rows.add_row(name, f"{one['worker']} ({one['host']})", one["phase"], share, left, state)
     return rows
+
+
+def _verify(store: ModelStore, key: SnapshotKey, stride: int, until: float, *, in_parts: bool) -> dict[str, Any]:
+    """One snapshot's record; a verification in parts goes on where the last one stopped, and keeps where it came to."""
+    folder = store.layout.snapshot(key)
+    if in_parts:
+        found = verify_folder(
+            folder,
+            key,
+            saved_position(store.layout, key, stride),
+            until=until,
+            on_position=lambda position: save_position(store.layout, key, position),
+        )
+        save_position(store.layout, key, found.position)
+    else:
+        found = verify_folder(folder, key)
+    return key_record(key, folder) | {
+        "ok": found.ok,
+        "complete": found.complete,
+        "compared_bytes": found.compared,
+        "planned_bytes": found.planned,
+        "findings": [asdict(finding) for finding in found.findings],
+    }
+
+
+def _mtime(path: Path) -> float:
+    return path.lstat().st_mtime if path.exists() else 0.0

@@ -84,7 +84,7 @@ def parse_target(text: str) -> Target:
     return Target(volume, datacenter, folder)
 
 
-class Volume:
+class RemoteVolume:
     """One volume over S3."""
 
     def __init__(
@@ -290,7 +290,7 @@ class _Upload:
     """One file on its way: `begin`, then all `parts` in any order, then `end`."""
 
     def __init__(
-        self, volume: Volume, snapshot: Snapshot, file: FileRecord, progress: Progress, observer: Observer
+        self, volume: RemoteVolume, snapshot: Snapshot, file: FileRecord, progress: Progress, observer: Observer
     ) -> None:
         self._volume = volume
         self._snapshot = snapshot

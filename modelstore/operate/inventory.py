@@ -10,12 +10,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from modelstore.dtypes import parse_dtype
+from modelstore.errors import SnapshotNotFound
+from modelstore.reference import is_cut_commit, parse_reference
 from modelstore.settings import Settings
+from modelstore.store import ModelStore
 from modelstore.volume import aliases, durable, pins, refs
 from modelstore.volume.claim import ClaimRecord, current_record
 from modelstore.volume.evict import survey
 from modelstore.volume.layout import Layout, SnapshotKey
-from modelstore.volume.snapshots import Catalog, keyed_folders
+from modelstore.volume.refs import repo_id_of
+from modelstore.volume.snapshots import Catalog, Snapshot, keyed_folders
 from modelstore.volume.space import Space
 
 _LOOK_AGAIN_S = 1.5
@@ -142,3 +147,33 @@ def _seen(catalog: Catalog, layout: Layout, key: SnapshotKey, now: float, marked
     except FileNotFoundError:
         return None
     return key, file, names, pins.recent_marks(layout, key, now) if key.parts[0] in marked else ()
+
+
+def find_key(store: ModelStore, reference: str, revision: str | None, dtype: str | None) -> SnapshotKey:
+    """What stands where the snapshot belongs, damaged or not; a commit may be cut, as `ls` shows it."""
+    wanted = parse_reference(reference, revision=revision)
+    variant = parse_dtype("--dtype", dtype) if dtype else store.settings.dtype
+    if (key := store.catalog.find_key(wanted, variant)) is not None:
+        return key
+    if wanted.kind == "alias":
+        key = aliases.target(store.layout, wanted.name)
+        raise SnapshotNotFound(f"{wanted} points to {key}, which is not on the volume: run `modelstore seed {wanted}`")
+    there = list(store.catalog.keys(repo_id_of(wanted)))
+    if is_cut_commit(wanted.revision):
+        meant = [key for key in there if key.commit.startswith(wanted.revision) and key.dtype == variant]
+        if len(meant) == 1:
+            return meant[0]
+    what = f"{reference} is not in {store.settings.root} as {variant}"
+    if there:
+        others = ", ".join(f"{key.repo_id}@{key.commit[:12]} --dtype {key.dtype}" for key in there[:5])
+        raise SnapshotNotFound(f"{what}, but this is: {others}")
+    option = f" --dtype {dtype}" if dtype else ""
+    raise SnapshotNotFound(f"{what}: look at `modelstore ls`, or run `modelstore seed {reference}{option}`")
+
+
+def find_snapshot(store: ModelStore, reference: str, revision: str | None, dtype: str | None) -> Snapshot:
+    key = find_key(store, reference, revision, dtype)
+    if (snapshot := store.catalog.published(key)) is None:
+        what = "is damaged" if store.layout.snapshot(key).is_dir() else "is not there any more"
+        raise SnapshotNotFound(f"{key} {what}: run `modelstore seed` for it again")
+    return snapshot

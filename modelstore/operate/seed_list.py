@@ -31,7 +31,7 @@ _KEYS: Mapping[str, tuple[type, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ListedModel:
     """A model that shall be on the volume, and what it is to be called there."""
 
     reference: Reference
@@ -41,7 +41,7 @@ class Wanted:
     pin: bool = False
 
 
-def read_list(path: Path) -> tuple[Wanted, ...]:
+def read_list(path: Path) -> tuple[ListedModel, ...]:
     """The models that a file names. Raises UsageError with the entry and what is wrong with it."""
     try:
         data = tomllib.loads(path.read_text())
@@ -65,7 +65,7 @@ def read_list(path: Path) -> tuple[Wanted, ...]:
     return tuple(found)
 
 
-def _wanted(entry: Any) -> Wanted:
+def _wanted(entry: Any) -> ListedModel:
     if not isinstance(entry, dict) or "reference" not in entry:
         raise UsageError('it has no reference, as in reference = "org/name"')
     for name, value in entry.items():
@@ -80,7 +80,7 @@ def _wanted(entry: Any) -> Wanted:
     overflow = entry.get("overflow", "stop")
     if overflow not in OVERFLOWS:
         raise UsageError(f"overflow must be {' or '.join(OVERFLOWS)}, not {overflow!r}")
-    return Wanted(
+    return ListedModel(
         reference,
         parse_dtype("dtype", entry["dtype"]) if "dtype" in entry else None,
         overflow,

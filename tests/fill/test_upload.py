@@ -15,7 +15,7 @@ import pytest
 
 from modelstore.errors import IntegrityError, NoSpace, NotFound, UsageError, VolumeUnavailable
 from modelstore.fill import upload as s3_module
-from modelstore.fill.upload import Target, Volume, parse_target
+from modelstore.fill.upload import RemoteVolume, Target, parse_target
 from modelstore.store import ModelStore
 from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.verify import verify_snapshot
@@ -57,8 +57,8 @@ def snapshot(hub: Hub, store: ModelStore) -> Snapshot:
 
 
 @pytest.fixture
-def volume(s3: S3) -> Volume:
-    return Volume(parse_target(TARGET), endpoint=s3.url, sleep=lambda _s: None)
+def volume(s3: S3) -> RemoteVolume:
+    return RemoteVolume(parse_target(TARGET), endpoint=s3.url, sleep=lambda _s: None)
 
 
 def on_volume(s3: S3, folder: Path) -> ModelStore:
@@ -92,7 +92,7 @@ def test_what_is_no_target_is_refused(text: str) -> None:
 
 
 def test_an_upload_is_a_store_that_a_worker_finds(
-    s3: S3, snapshot: Snapshot, volume: Volume, store: ModelStore, tmp_path: Path
+    s3: S3, snapshot: Snapshot, volume: RemoteVolume, store: ModelStore, tmp_path: Path
 ) -> None:
     assert not volume.has(snapshot)
     sent = volume.upload(snapshot)
@@ -111,7 +111,7 @@ def test_an_upload_is_a_store_that_a_worker_finds(
 
 @pytest.mark.parametrize("at", [r"\?uploads", "partNumber=3", r"uploadId=.*$", "config.json", "manifest.json"])
 def test_until_the_manifest_is_there_nobody_sees_a_snapshot(
-    s3: S3, snapshot: Snapshot, volume: Volume, tmp_path: Path, at: str
+    s3: S3, snapshot: Snapshot, volume: RemoteVolume, tmp_path: Path, at: str
 ) -> None:
     s3.faults = [Fault("PUT", at, 507), Fault("POST", at, 507)]
     with pytest.raises(NoSpace, match="is full"):
@@ -122,7 +122,7 @@ def test_until_the_manifest_is_there_nobody_sees_a_snapshot(
     assert on_volume(s3, tmp_path / "pod").lookup(f"org/name@{snapshot.commit}") is not None
 
 
-def test_parts_that_are_there_are_not_sent_again(s3: S3, snapshot: Snapshot, volume: Volume) -> None:
+def test_parts_that_are_there_are_not_sent_again(s3: S3, snapshot: Snapshot, volume: RemoteVolume) -> None:
     s3.faults = [Fault("PUT", "partNumber=4", 507)]
     with pytest.raises(NoSpace):
         volume.upload(snapshot)
@@ -136,7 +136,7 @@ def test_parts_that_are_there_are_not_sent_again(s3: S3, snapshot: Snapshot, vol
 
 
 @pytest.mark.parametrize("status", [500, 503, 524, 429, 0])
-def test_what_passes_is_tried_again(s3: S3, snapshot: Snapshot, volume: Volume, status: int) -> None:
+def test_what_passes_is_tried_again(s3: S3, snapshot: Snapshot, volume: RemoteVolume, status: int) -> None:
     s3.faults = [
         Fault("PUT", "partNumber=2", status, times=2), Fault("HEAD", "safetensors", status),
         Fault("POST", "uploads", status), Fault("PUT", "manifest.json", status),
@@ -145,14 +145,14 @@ def test_what_passes_is_tried_again(s3: S3, snapshot: Snapshot, volume: Volume, 
     volume.verify(snapshot)
 
 
-def test_a_completion_that_times_out_though_it_is_done(s3: S3, snapshot: Snapshot, volume: Volume) -> None:
+def test_a_completion_that_times_out_though_it_is_done(s3: S3, snapshot: Snapshot, volume: RemoteVolume) -> None:
     s3.faults = [Fault("POST", "uploadId=", 524, after=True)]
     volume.upload(snapshot)
     assert len([1 for method, path in s3.requests if method == "POST" and "uploadId=" in path]) == 1
     volume.verify(snapshot)
 
 
-def test_a_completion_that_times_out_and_is_not_done(s3: S3, snapshot: Snapshot, volume: Volume) -> None:
+def test_a_completion_that_times_out_and_is_not_done(s3: S3, snapshot: Snapshot, volume: RemoteVolume) -> None:
     s3.faults = [Fault("POST", "uploadId=", 524, times=3)]
     volume.upload(snapshot)
     assert len([1 for method, path in s3.requests if method == "POST" and "uploadId=" in path]) == 4
@@ -160,7 +160,7 @@ def test_a_completion_that_times_out_and_is_not_done(s3: S3, snapshot: Snapshot,
 
 
 def test_a_server_that_stays_away_is_one_error_and_the_upload_goes_on_later(
-    s3: S3, snapshot: Snapshot, volume: Volume
+    s3: S3, snapshot: Snapshot, volume: RemoteVolume
 ) -> None:
     s3.faults = [Fault("PUT", "partNumber=3", 503, times=100)]
     with pytest.raises(VolumeUnavailable, match="try again later"):
@@ -170,7 +170,7 @@ def test_a_server_that_stays_away_is_one_error_and_the_upload_goes_on_later(
     volume.verify(snapshot)
 
 
-def test_bytes_that_were_changed_on_the_volume_are_found(s3: S3, snapshot: Snapshot, volume: Volume) -> None:
+def test_bytes_that_were_changed_on_the_volume_are_found(s3: S3, snapshot: Snapshot, volume: RemoteVolume) -> None:
     volume.upload(snapshot)
     key = next(key for key in s3.listing() if key.endswith("model.safetensors"))
     data = bytearray(s3.read(key))
@@ -182,7 +182,7 @@ def test_bytes_that_were_changed_on_the_volume_are_found(s3: S3, snapshot: Snaps
 
 def test_a_volume_that_does_not_exist(s3: S3, snapshot: Snapshot) -> None:
     with pytest.raises(NotFound, match="no such volume"):
-        Volume(parse_target("s3://other@EU-RO-1"), endpoint=s3.url).upload(snapshot)
+        RemoteVolume(parse_target("s3://other@EU-RO-1"), endpoint=s3.url).upload(snapshot)
 
 
 def test_one_command_fills_several_volumes_each_with_its_own_line(s3: S3, hub: Hub, cli: Cli, tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_the_target_is_read_before_anything_is_downloaded(hub: Hub, cli: Cli) ->
     assert hub.served.total_bytes == 0
 
 
-def test_a_stale_object_of_the_right_size_is_not_published(s3: S3, snapshot: Snapshot, volume: Volume) -> None:
+def test_a_stale_object_of_the_right_size_is_not_published(s3: S3, snapshot: Snapshot, volume: RemoteVolume) -> None:
     key = volume._key(snapshot, "model.safetensors")
     s3.client().put_object(Bucket=BUCKET, Key=key, Body=bytes(snapshot.weights[0].size_bytes))
     volume.upload(snapshot)
@@ -284,7 +284,7 @@ def test_a_stale_object_of_the_right_size_is_not_published(s3: S3, snapshot: Sna
 
 
 def test_what_does_not_verify_is_unpublished_and_can_be_uploaded_again(
-    s3: S3, snapshot: Snapshot, volume: Volume
+    s3: S3, snapshot: Snapshot, volume: RemoteVolume
 ) -> None:
     volume.upload(snapshot)
     key = volume._key(snapshot, "model.safetensors")

@@ -1,0 +1,82 @@
+"""The commands that start from a volume: `warm` and `bench`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modelstore.cli.app import DTYPE, REF, REVISION, Context, observer_of
+from modelstore.cli.output import print_measured
+from modelstore.dtypes import parse_dtype
+from modelstore.errors import NotFound
+from modelstore.reference import parse_reference
+from modelstore.settings import parse_size
+
+
+def warm(
+    context: Context,
+    reference: REF,
+    dtype: DTYPE = None,
+    revision: REVISION = None,
+    device: Annotated[str | None, typer.Option("--device", help="cuda or cpu; cuda where there is one.")] = None,
+) -> None:
+    """Load a model as a worker would, and print the timeline."""
+    from modelstore.startup import without_collecting
+    from modelstore.warmstart import begin
+
+    changes: dict[str, Any] = {"model": parse_reference(reference, revision=revision)}
+    if dtype is not None:
+        changes["dtype"] = parse_dtype("--dtype", dtype)
+    store = context.store(**changes)
+    with without_collecting():
+        with observer_of(context) as observer:
+            begun = begin(
+                store.settings, observer=observer, meanwhile=lambda _reading: import_module("modelstore.load.model")
+            )
+        with begun.timeline.span("import", "transformers"):
+            try:
+                from modelstore.load.model import load_model
+            except ModuleNotFoundError as error:
+                raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[worker]'") from error
+        begun.load(
+            lambda b: load_model(
+                b.snapshot,
+                device,
+                reading=b.reading,
+                timeline=b.timeline,
+                trust_remote_code=b.trusted,
+            )
+        )
+    begun.timeline.mark("ready")
+    begun.in_use.end()
+    context.print(begun.timeline.as_json(), lambda console: console.print(begun.timeline.waterfall()))
+
+
+def bench_volume(
+    context: Context,
+    size: Annotated[str, typer.Option("--size", help="Of the model, in 16 bits; seven times that is needed.")] = "1GB",
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Of each contender, in turn.")] = 5,
+    device: Annotated[str | None, typer.Option("--device", help="cuda or cpu; cuda where there is one.")] = None,
+    folder: Annotated[Path | None, typer.Option("--folder", help="On the volume to measure; beside the store.")] = None,
+) -> None:
+    """Measure loading and starting on a volume, beside other loaders."""
+    size_bytes = parse_size("--size", size)
+    place = (folder or context.store().settings.root.parent).absolute()
+    try:
+        from modelstore.bench.race import bench_volume, environment
+        from modelstore.load.tensors import usable_device
+    except ModuleNotFoundError as error:
+        raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[worker,bench]'") from error
+    target = str(usable_device(device))
+    results = bench_volume(place, size_bytes=size_bytes, runs=runs, device=target, report=context.report)
+    record = {
+        "environment": environment(place),
+        "bytes": size_bytes,
+        "runs": runs,
+        "device": target,
+        "results": {name: [row.as_json() for row in rows] for name, rows in results.items()},
+    }
+    context.print(record, lambda console: print_measured(console, record))
