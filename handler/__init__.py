@@ -1,1 +1,13 @@
-"""The RunPod worker that serves a model from the store. `python -m handler` starts it."""
+"""The RunPod worker: `python -m handler`.
+
+__main__          the start: the read, the imports, the model, then jobs
+worker            one job in, one answer out; the SDK's loop
+delivery          chunks and progress on their way to RunPod
+jobs, images, openai_routes    what jobs may ask: text, pictures, OpenAI's routes
+answers           what is answered, piece by piece
+errors            why a job fails
+alias_follower    swaps the model when the worker's alias is repointed
+termination       ends a worker whose engine hangs
+privileges        gives up root and the token
+engines/          what answers: transformers, diffusers, vLLM; `ENGINES` is the table
+"""

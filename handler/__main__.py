@@ -20,7 +20,7 @@ from modelstore.environment import forget_hub_tokens
 from modelstore.errors import ModelStoreError, NotFound
 from modelstore.logs import LINE_CHARACTERS, log_to_stderr, take_library_logs
 from modelstore.settings import EngineName, Settings
-from modelstore.startup import without_collecting
+from modelstore.startup import gc_paused
 from modelstore.timeline import Timeline
 from modelstore.units import one_line
 from modelstore.volume import history
@@ -39,7 +39,7 @@ logger = logging.getLogger("handler")
 def main() -> int:
     log_to_stderr(logging.INFO, "%(levelname)s %(name)s: %(message)s")
     try:
-        with without_collecting():
+        with gc_paused():
             serve = start()
     except ModelStoreError as error:
         return _failed(f"{type(error).__name__}: {error}", error.exit_code)
@@ -108,15 +108,15 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
     if name and target == "shared":
         loader = import_engine(name).Loader(settings)
     try:
-        begun = begin(settings, timeline=timeline, into=target, meanwhile=while_filling)
+        pending = begin(settings, timeline=timeline, target=target, while_filling=while_filling)
         try:
             reason = "as set by ENGINE" if name else "by what the snapshot holds"
-            name = name or engine_for(begun.snapshot.manifest)
+            name = name or engine_for(pending.snapshot.manifest)
             logger.info("the engine is %s: %s", name, reason)
             loader = loader or import_engine(name).Loader(settings)
-            return loader.load(begun, import_sdk)
+            return loader.load(pending, import_sdk)
         except BaseException:
-            begun.in_use.end()
+            pending.in_use.end()
             raise
     except BaseException:
         if loader is not None:

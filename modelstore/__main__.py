@@ -3,14 +3,14 @@
 import signal
 from typing import NoReturn
 
-from modelstore.startup import without_collecting
+from modelstore.startup import gc_paused
 
 
 def main() -> NoReturn:
     """The entry point. Ctrl-C ends it in silence, but while a command runs, which says what became of it."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with without_collecting():
+    with gc_paused():
         from modelstore.cli.main import run
     run()
 

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.5
 
 
-class Following(Observer):
+class StagingPrefetch(Observer):
     """Watches how a snapshot is made, tells `observer` of it, and has `reading` take what is finished.
 
     Use `finish` for the snapshot that was made, and `give_up` where there will be none.

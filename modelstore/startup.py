@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def without_collecting() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Start without it: while modules are imported it looks at all of them again and again, finds nothing, and takes a
     fifth of the time. What is there at the end is never looked at again."""
     gc.disable()

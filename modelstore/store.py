@@ -332,7 +332,7 @@ class ModelStore:
             durable.rename(path, aside)
         except FileNotFoundError:  # evicted meanwhile
             return None
-        history.note(self.layout, "quarantined", key)
+        history.record_event(self.layout, "quarantined", key)
         logger.warning("%s is damaged: moved to %s, and made again", key, aside)
         return Snapshot(aside, manifest) if manifest is not None else None
 

@@ -1,9 +1,9 @@
-"""The whole of a start in one page: find the snapshot or make it, have its bytes in flight, load them.
+"""A whole start in one page: find the snapshot or make it, have its bytes in flight, load them.
 
-begun = begin(settings)            the standard library, the store and the reader; no torch
-import torch, transformers         beside the read
-begun.load(load)                   load(begun) makes the model; where the bytes are not what was published, the snapshot
-                                   is quarantined and made again, and the start goes on with that
+pending = begin(settings)      the standard library, the store and the reader; no torch
+import torch, transformers     while the bytes are read
+pending.load(load)             load(pending) makes the model; if the bytes are not what was published, the snapshot is
+                               quarantined and made again, and the start goes on with the new one
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from modelstore.settings import Settings
 from modelstore.timeline import Outcome, Timeline
 from modelstore.volume.config_sizes import check_configs
 from modelstore.volume.layout import Layout
-from modelstore.volume.pins import InUse, wait_while_evicting
+from modelstore.volume.pins import UsageMark, wait_while_evicting
 from modelstore.volume.snapshots import Catalog, Snapshot, Status
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Into = Literal["device", "host", "shared"]
+Target = Literal["device", "host", "shared"]
 
 _LOOKS = 5
 _KEPT_BYTES = RING_BYTES // 2  # of what is written here, beside the ring: a start takes 2 GB of host memory
@@ -45,7 +45,7 @@ _OUTCOMES: Mapping[Status, tuple[Outcome, str]] = {
 
 
 @dataclass(slots=True)
-class Begun:
+class PendingStart:
     """A start whose bytes are in flight. `snapshot` and `reading` are exchanged where the first were damaged.
 
     `early`: what `meanwhile` made of the reading before the snapshot was published; None where that is of no use.
@@ -54,11 +54,11 @@ class Begun:
     settings: Settings
     snapshot: Snapshot
     reading: Reading
-    in_use: InUse
+    in_use: UsageMark
     timeline: Timeline
     observer: Observer
     ring_bytes: int
-    early: Any = None
+    prefetched: Any = None
 
     @property
     def trusted(self) -> bool:
@@ -66,7 +66,7 @@ class Begun:
         key = self.snapshot.key
         return self.snapshot.manifest.remote_code and self.settings.may_run_code_of(key.repo_id, key.commit)
 
-    def load(self, load: Callable[[Begun], T]) -> T:
+    def load(self, load: Callable[[PendingStart], T]) -> T:
         """What `load` makes of this start; called again, once, where the first bytes were not those published.
 
         Raises DigestMismatch where the damage cannot be mended, and whatever `load` raises.
@@ -88,7 +88,7 @@ class Begun:
         logger.warning("%s; comparing it again", damage)
         self.reading.close()
         del self.reading
-        self.early = None
+        self.prefetched = None
         gc.collect()  # what was read is free before the second read takes as much
         try:
             self._begin_again()
@@ -106,7 +106,7 @@ class Begun:
         )
         self.timeline.reason += "; it was damaged and made again"
         self.in_use.end()
-        self.in_use = InUse(store.layout, fresh.key, self.settings.worker_id)
+        self.in_use = UsageMark(store.layout, fresh.key, self.settings.worker_id)
         self.timeline.commit, self.timeline.dtype = fresh.commit, fresh.dtype
         self.snapshot, self.reading = fresh, start_reading(fresh, ring_bytes=self.ring_bytes)
 
@@ -137,9 +137,9 @@ def begin(
     *,
     observer: Observer | None = None,
     timeline: Timeline | None = None,
-    into: Into = "device",
-    meanwhile: Callable[[Reading], object] = lambda _reading: None,
-) -> Begun:
+    target: Target = "device",
+    while_filling: Callable[[Reading], object] = lambda _reading: None,
+) -> PendingStart:
     """Make sure that the model is on the volume, and start to read its weights.
 
     `timeline`: that of the process by default. `into`: what the bytes are read for: a device, the CPU where there is no
@@ -156,37 +156,39 @@ def begin(
     settings.check_allowed(settings.model)
     observer = observer or LogObserver()
     layout = Layout(settings.root)
-    gpus = memory.free_gpu_memory(settings.visible_gpus) if into == "device" else None
+    gpus = memory.free_gpu_memory(settings.visible_gpus) if target == "device" else None
     ring_bytes = 0 if gpus is None else RING_BYTES
     free = gpus or memory.free_host_memory()  # asked once: the read itself takes memory
     check_fits = free.check_fits if free is not None else _fits
-    mark: InUse | None = None
+    mark: UsageMark | None = None
     reading: Reading | None = None
-    early: object = None
+    prefetched: object = None
     try:
         for attempt in range(_LOOKS):
             with timeline.span("lookup"):
                 snapshot = Catalog(layout).find(settings.model, settings.dtype, worker=settings.worker_id)
-            if snapshot is None and into == "shared":
+            if snapshot is None and target == "shared":
                 from modelstore.store import ModelStore
 
                 store = ModelStore(settings.root, settings=settings)
                 snapshot = store.ensure(settings.model, timeline=timeline, observer=observer)
             elif snapshot is None:
-                snapshot, reading, early = _made(settings, observer, timeline, check_fits, ring_bytes, meanwhile)
+                snapshot, reading, prefetched = _made(
+                    settings, observer, timeline, check_fits, ring_bytes, while_filling
+                )
             if mark is None or mark.key != snapshot.key:
                 if mark is not None:
                     mark.end()
-                mark = InUse(layout, snapshot.key, settings.worker_id)
+                mark = UsageMark(layout, snapshot.key, settings.worker_id)
                 # A mark that stood before an eviction was announced is seen by it: only a new one has to look.
                 if wait_while_evicting(layout, snapshot.key):
                     if reading is not None:
                         reading.close()
-                        reading = early = None
+                        reading = prefetched = None
                     continue
             try:
                 if reading is None:
-                    weights = _worth_reading(snapshot, check_fits, into)
+                    weights = _worth_reading(snapshot, check_fits, target)
                     reading = start_reading(snapshot, beside=True, ring_bytes=ring_bytes, weights=weights)
                 break
             except SnapshotNotFound:  # evicted between the look and the open
@@ -201,7 +203,7 @@ def begin(
     assert mark is not None
     timeline.commit, timeline.dtype = snapshot.commit, snapshot.dtype
     timeline.outcome, timeline.reason = _OUTCOMES[snapshot.status]
-    return Begun(settings, snapshot, reading, mark, timeline, observer, ring_bytes, early)
+    return PendingStart(settings, snapshot, reading, mark, timeline, observer, ring_bytes, prefetched)
 
 
 def _made(
@@ -210,35 +212,35 @@ def _made(
     timeline: Timeline,
     check_fits: Callable[[object, int], None],
     ring_bytes: int,
-    meanwhile: Callable[[Reading], object],
+    while_filling: Callable[[Reading], object],
 ) -> tuple[Snapshot, Reading | None, object]:
     """The snapshot, made here or waited for; the reading of it, if what of it came meanwhile is of use; and what
     `meanwhile` made of that."""
-    from modelstore.prefetch import Following
+    from modelstore.prefetch import StagingPrefetch
     from modelstore.store import ModelStore  # its imports (numpy, HTTP) are for a miss alone
 
     assert settings.model is not None
     store = ModelStore(settings.root, settings=settings)
     reading = Reading(beside=True, ring_bytes=ring_bytes)
     keep_bytes = _KEPT_BYTES if ring_bytes else float("inf")
-    following = Following(store.layout, observer, reading, keep_bytes=keep_bytes, check=check_fits)
+    following = StagingPrefetch(store.layout, observer, reading, keep_bytes=keep_bytes, check=check_fits)
     try:
-        with _beside(lambda: meanwhile(reading)) as early:
+        with _beside(lambda: while_filling(reading)) as prefetched:
             snapshot = store.ensure(settings.model, timeline=timeline, observer=following)
             check_fits(snapshot.key, snapshot.weights_bytes)
             followed = following.finish(snapshot)
     except BaseException:
         following.give_up()
         raise
-    return snapshot, followed, early[0] if early and followed is not None else None
+    return snapshot, followed, prefetched[0] if prefetched and followed is not None else None
 
 
-def _worth_reading(snapshot: Snapshot, check_fits: Callable[[object, int], None], into: Into) -> bool:
+def _worth_reading(snapshot: Snapshot, check_fits: Callable[[object, int], None], target: Target) -> bool:
     """Whether to read the weights, too; raises DoesNotFit where nothing else will do."""
     try:
         check_fits(snapshot.key, snapshot.weights_bytes)
     except DoesNotFit as error:
-        if into != "shared":
+        if target != "shared":
             raise
         logger.warning("the server will read the weights from the volume by itself: %s", error)
         return False

@@ -17,7 +17,7 @@ from modelstore.fill.observer import SILENT, Observer
 from modelstore.load.model import load_model
 from modelstore.load.reader import Reading
 from modelstore.load.tensors import Weights
-from modelstore.prefetch import Following
+from modelstore.prefetch import StagingPrefetch
 from modelstore.reference import parse_reference
 from modelstore.store import ModelStore
 from modelstore.timeline import Timeline
@@ -72,16 +72,16 @@ def test_a_waiter_reads_finished_shards_before_the_snapshot_is_published(
         holder = pool.submit(store.ensure, "org/name")
         wait_for_done(store, shards - 1)
         monkeypatch.setattr(Reading, "add", add)
-        begun = begin(replace(store.settings, model=parse_reference("org/name"), worker_id="waiter"))
+        pending = begin(replace(store.settings, model=parse_reference("org/name"), worker_id="waiter"))
         published = holder.result(30)
     assert added == [("staging", False)] * (shards - 1) + [("models", True)]
-    assert begun.timeline.outcome == "waited"
-    assert begun.snapshot.manifest == published.manifest
-    ours = load_model(begun.snapshot, "cpu", reading=begun.reading, timeline=begun.timeline)
+    assert pending.timeline.outcome == "waited"
+    assert pending.snapshot.manifest == published.manifest
+    ours = load_model(pending.snapshot, "cpu", reading=pending.reading, timeline=pending.timeline)
     assert_equal(ours, type(ours).from_pretrained(hub.folder / "org" / "name", dtype=torch.float16))
-    spans = {span.name: span for span in begun.timeline.spans}
+    spans = {span.name: span for span in pending.timeline.spans}
     assert spans["read"].start < spans["wait"].end
-    begun.in_use.end()
+    pending.in_use.end()
 
 
 def test_what_is_published_otherwise_is_read_again(store: ModelStore, hub: Hub, last: threading.Event) -> None:
@@ -89,7 +89,7 @@ def test_what_is_published_otherwise_is_read_again(store: ModelStore, hub: Hub, 
     snapshot = store.ensure("org/name")
     first, *others = snapshot.weights
     for record in (replace(first, blocks="0" * 16), replace(first, size_bytes=first.size_bytes + 1)):
-        following = Following(store.layout, SILENT, reading := Reading())
+        following = StagingPrefetch(store.layout, SILENT, reading := Reading())
         following._followed = {first.path: record}
         assert following.finish(snapshot) is None
         assert reading.over
@@ -107,7 +107,7 @@ def test_a_spoiled_or_foreign_record_is_not_followed(
         (staging.done / "torn.safetensors.json").write_bytes(first.read_bytes()[:-20])
         (staging.done / "link.safetensors.json").symlink_to(first)
         (staging.done / "gone.safetensors.json").mkdir()
-        following = Following(store.layout, SILENT, reading := Reading())
+        following = StagingPrefetch(store.layout, SILENT, reading := Reading())
         following._look(SnapshotKey("org/name", hub.commit(hub.folder / "org" / "name"), "float16"))
         assert set(following._followed) <= {path.name.removesuffix(".json") for path in staging.done.glob("model-*")}
         assert following._followed
@@ -156,13 +156,13 @@ def test_who_downloads_does_not_read_it_back(
     torch.manual_seed(0)
     save(MODELS["llama"]().to(dtype), hub.folder / "org" / "name", shards=shards)
     opened = read_from_the_volume(monkeypatch)
-    begun = begin(replace(store.settings, model=parse_reference("org/name")))
-    assert begun.timeline.outcome == "downloaded"
+    pending = begin(replace(store.settings, model=parse_reference("org/name")))
+    assert pending.timeline.outcome == "downloaded"
     assert opened
     assert not {path for path in opened if path.endswith(".safetensors")}
-    ours = load_model(begun.snapshot, "cpu", reading=begun.reading)
+    ours = load_model(pending.snapshot, "cpu", reading=pending.reading)
     assert_equal(ours, type(ours).from_pretrained(hub.folder / "org" / "name", dtype=torch.float16))
-    begun.in_use.end()
+    pending.in_use.end()
 
 
 def test_what_an_earlier_worker_finished_is_read_beside_the_rest(
@@ -189,17 +189,17 @@ def test_what_an_earlier_worker_finished_is_read_beside_the_rest(
             time.sleep(0.02)
         assert not start.done(), "read before the last shard came"
         last.set()
-        begun = start.result(30)
+        pending = start.result(30)
     assert {path for path in opened if path.endswith(".safetensors")} == found
     assert held not in found
-    ours = load_model(begun.snapshot, "cpu", reading=begun.reading)
+    ours = load_model(pending.snapshot, "cpu", reading=pending.reading)
     assert_equal(ours, type(ours).from_pretrained(hub.folder / "org" / "name", dtype=torch.float16))
-    begun.in_use.end()
+    pending.in_use.end()
 
 
 def test_memory_is_kept_within_its_limit_and_for_one_snapshot(store: ModelStore) -> None:
     key, other = (SnapshotKey("org/name", "a" * 40, dtype) for dtype in ("float16", "bfloat16"))
-    following = Following(store.layout, SILENT, Reading(), keep_bytes=10_000)
+    following = StagingPrefetch(store.layout, SILENT, Reading(), keep_bytes=10_000)
     assert following.memory(key, "a.safetensors", 4096)
     assert following.memory(key, "a.safetensors", 8192), "what was begun again gives back what it had"
     assert following.memory(key, "b.safetensors", 4096) is None
@@ -229,18 +229,18 @@ def test_weights_are_on_the_device_before_the_snapshot_is_published(
         holder = pool.submit(store.ensure, "org/name") if who == "waiter" else None
         if holder is not None:
             wait_for_done(store, 1)
-        start = pool.submit(begin, settings, meanwhile=place)
+        start = pool.submit(begin, settings, while_filling=place)
         until = time.monotonic() + 20
         while not (early and len(early[0].tensors) > 0 and len(early[0]._slabs) == len(names) - 1):
             assert time.monotonic() < until, "nothing was moved"
             time.sleep(0.02)
         assert not start.done()
         last.set()
-        begun = start.result(30)
-    assert begun.early is early[0]
-    ours = load_model(begun.snapshot, "cpu", reading=begun.reading, weights=begun.early)
+        pending = start.result(30)
+    assert pending.prefetched is early[0]
+    ours = load_model(pending.snapshot, "cpu", reading=pending.reading, weights=pending.prefetched)
     assert_equal(ours, type(ours).from_pretrained(hub.folder / "org" / "name", dtype=torch.float16))
-    begun.in_use.end()
+    pending.in_use.end()
 
 
 def test_a_model_too_large_for_the_gpus_is_not_downloaded(
@@ -273,7 +273,7 @@ def test_a_start_that_does_not_fit_leaves_no_mark_of_use(
 
 
 def test_staging_that_moves_away_is_no_error(store: ModelStore) -> None:
-    class Told(Following):
+    class Told(StagingPrefetch):
         def _look(self, key: SnapshotKey) -> None:
             raise OSError(2, "No such file or directory")
 

@@ -26,7 +26,7 @@ from modelstore.volume import pins
 from modelstore.volume.evict import evict
 from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.verify import verify_snapshot
-from modelstore.warmstart import Begun, begin
+from modelstore.warmstart import PendingStart, begin
 from tests.conftest import MakeStore
 from tests.handler.test_main import write_model
 from tests.support.hub import Hub
@@ -45,8 +45,8 @@ def settings_of(store: ModelStore, **changes: Any) -> Settings:
     return replace(store.settings, model=parse_reference("org/name"), worker_id="w1", **changes)
 
 
-def load(begun: Begun) -> dict[str, torch.Tensor]:
-    model = load_model(begun.snapshot, "cpu", reading=begun.reading)
+def load(pending: PendingStart) -> dict[str, torch.Tensor]:
+    model = load_model(pending.snapshot, "cpu", reading=pending.reading)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -66,26 +66,26 @@ def test_a_flipped_bit_is_quarantined_and_fetched_again_and_the_start_goes_on(
 ) -> None:
     right = load(begin(settings_of(store)))
     flip(model.path / name, 40)
-    begun = begin(settings_of(store))
-    old, old_reading = begun.snapshot, weakref.ref(begun.reading)
+    pending = begin(settings_of(store))
+    old, old_reading = pending.snapshot, weakref.ref(pending.reading)
 
-    def load_again(begun: Begun) -> dict[str, torch.Tensor]:
-        assert begun.snapshot.inode == old.inode or old_reading() is None, "two models' worth of memory at once"
-        return load(begun)
+    def load_again(pending: PendingStart) -> dict[str, torch.Tensor]:
+        assert pending.snapshot.inode == old.inode or old_reading() is None, "two models' worth of memory at once"
+        return load(pending)
 
-    loaded = begun.load(load_again)
+    loaded = pending.load(load_again)
     assert all(torch.equal(loaded[key], right[key]) for key in right)
-    assert begun.snapshot.path == old.path
-    assert begun.snapshot.inode != old.inode
-    assert verify_snapshot(begun.snapshot).ok
+    assert pending.snapshot.path == old.path
+    assert pending.snapshot.inode != old.inode
+    assert verify_snapshot(pending.snapshot).ok
     fetched = {file for file, size in hub.served.bytes.items() if size}
     assert fetched <= {name, "config.json", "model.safetensors.index.json"}, "intact files were fetched again"
     (aside,) = store.layout.quarantine.iterdir()
     assert (aside / name).exists()
-    spans = [span.name for span in begun.timeline.spans]
+    spans = [span.name for span in pending.timeline.spans]
     assert "verify" in spans
     assert "publish" in spans
-    assert "damaged" in begun.timeline.reason
+    assert "damaged" in pending.timeline.reason
     record(
         "No worker serves wrong weights",
         f"a flipped bit in {name}, found while it is loaded",
@@ -99,15 +99,15 @@ def test_a_damaged_config_that_its_parser_refuses_is_mended_too(hub: Hub, store:
     path = model.path / "tokenizer_config.json"
     path.write_bytes(b"\xff" * path.stat().st_size)
 
-    def parse_before_the_bytes_are_checked(begun: Begun) -> str:
-        return (begun.snapshot.path / "tokenizer_config.json").read_text()
+    def parse_before_the_bytes_are_checked(pending: PendingStart) -> str:
+        return (pending.snapshot.path / "tokenizer_config.json").read_text()
 
-    begun = begin(settings_of(store))
-    assert begun.load(parse_before_the_bytes_are_checked).startswith("{")
+    pending = begin(settings_of(store))
+    assert pending.load(parse_before_the_bytes_are_checked).startswith("{")
 
 
 def test_what_is_no_damage_is_raised_as_it_is(hub: Hub, store: ModelStore, model: Snapshot) -> None:
-    def fail(begun: Begun) -> None:
+    def fail(pending: PendingStart) -> None:
         raise KeyError("a bug")
 
     with pytest.raises(KeyError, match="a bug"):
@@ -117,16 +117,16 @@ def test_what_is_no_damage_is_raised_as_it_is(hub: Hub, store: ModelStore, model
 
 def test_damage_on_the_way_leaves_the_snapshot_where_it_is(hub: Hub, store: ModelStore, model: Snapshot) -> None:
     """A host with bad memory must not make the whole fleet download again."""
-    begun = begin(settings_of(store))
+    pending = begin(settings_of(store))
     calls = []
 
-    def bad_once(begun: Begun) -> str:
-        calls.append(begun.snapshot.inode)
+    def bad_once(pending: PendingStart) -> str:
+        calls.append(pending.snapshot.inode)
         if len(calls) == 1:
             raise DigestMismatch("a bit fell over in this machine")
         return "loaded"
 
-    assert begun.load(bad_once) == "loaded"
+    assert pending.load(bad_once) == "loaded"
     assert len(set(calls)) == 1
     assert hub.served.total_bytes == 0
     assert not store.layout.quarantine.exists()
@@ -137,9 +137,9 @@ def test_damage_that_cannot_be_mended_fails_the_start_and_says_both(
 ) -> None:
     flip(model.path / "model.safetensors")
     hub.stop()
-    begun = begin(settings_of(store, offline=True))
+    pending = begin(settings_of(store, offline=True))
     with pytest.raises(DigestMismatch, match=r"is not what was published.*could not be made again.*OFFLINE"):
-        begun.load(load)
+        pending.load(load)
     assert not verify_snapshot(model).ok
 
 
@@ -177,27 +177,27 @@ def evict_once(monkeypatch: pytest.MonkeyPatch, store: ModelStore) -> list[str]:
 def test_a_snapshot_that_goes_between_the_look_and_the_open_is_made_again(
     hub: Hub, store: ModelStore, model: Snapshot, evict_once: list[str]
 ) -> None:
-    begun = begin(settings_of(store))
+    pending = begin(settings_of(store))
     assert evict_once == [str(model.path)]
-    assert begun.timeline.outcome == "downloaded"
-    assert load(begun)
+    assert pending.timeline.outcome == "downloaded"
+    assert load(pending)
 
 
 def test_a_start_marks_its_snapshot_as_in_use_until_it_ends(hub: Hub, store: ModelStore, model: Snapshot) -> None:
-    begun = begin(settings_of(store))
+    pending = begin(settings_of(store))
     assert pins.users(store.layout, model.key, pins.volume_time(store.layout)) == ("w1",)
     assert not evict(store.layout, model.key)
-    begun.in_use.end()
+    pending.in_use.end()
     assert evict(store.layout, model.key)
 
 
 def test_of_an_evicted_snapshot_everything_is_read_that_was_opened(
     hub: Hub, store: ModelStore, make_store: MakeStore, model: Snapshot
 ) -> None:
-    begun = begin(settings_of(store))
+    pending = begin(settings_of(store))
     assert evict(store.layout, model.key, force=True)
-    begun.reading.wait_all()
-    assert begun.reading.damage() is None
+    pending.reading.wait_all()
+    assert pending.reading.damage() is None
 
 
 def test_a_chunk_that_the_volume_has_lost_is_mended_like_a_flipped_bit(
@@ -220,9 +220,9 @@ def test_a_chunk_that_the_volume_has_lost_is_mended_like_a_flipped_bit(
         monkeypatch.setattr(os, name, lost(name))
     threads = functools.partial(warmstart.start_reading, beside=False)  # a process of its own would read well
     monkeypatch.setattr(warmstart, "start_reading", lambda snapshot, **_how: threads(snapshot))
-    begun = begin(settings_of(store))
-    assert begun.load(load)
-    assert begun.snapshot.inode != model.inode
+    pending = begin(settings_of(store))
+    assert pending.load(load)
+    assert pending.snapshot.inode != model.inode
     assert hub.served.bytes["model.safetensors"]
 
 
@@ -237,10 +237,10 @@ def test_what_is_needed_next_is_done_beside_a_download_and_not_at_a_hit(hub: Hub
         seen.append(hub.served.total_bytes)
         raise ImportError("no module named so")
 
-    begun = begin(settings_of(store), meanwhile=work)
-    assert begun.timeline.outcome == "downloaded"
+    pending = begin(settings_of(store), while_filling=work)
+    assert pending.timeline.outcome == "downloaded"
     assert len(seen) == 1
     assert seen[0] > 0, "it ran while the bytes came"
-    assert load(begun)
-    begin(settings_of(store), meanwhile=work).reading.close()
+    assert load(pending)
+    begin(settings_of(store), while_filling=work).reading.close()
     assert len(seen) == 1

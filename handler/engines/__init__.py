@@ -20,7 +20,7 @@ from handler.jobs import TextRequest
 from modelstore.settings import EngineName
 from modelstore.timeline import Timeline
 from modelstore.volume.manifest import Manifest
-from modelstore.warmstart import Begun, Into
+from modelstore.warmstart import PendingStart, Target
 
 
 class BaseEngine(Protocol):
@@ -97,7 +97,7 @@ Engine = TextEngine | OpenAIEngine | ImageEngine
 class Loader(Protocol):
     """Loads an engine of one kind: the class `Loader` of the engine's module, made with the settings."""
 
-    def load(self, begun: Begun, import_sdk: Callable[[], None]) -> Engine:
+    def load(self, pending: PendingStart, import_sdk: Callable[[], None]) -> Engine:
         """The engine of a start whose bytes are in flight; `import_sdk` is called once, while bytes still arrive."""
 
     def cancel(self) -> None:
@@ -117,7 +117,7 @@ class EngineEntry:
     libraries: tuple[str, ...]
     extra: str
     can_serve: Callable[[Manifest], bool]
-    target: Into = "device"
+    target: Target = "device"
 
 
 def _is_pipeline(manifest: Manifest) -> bool:

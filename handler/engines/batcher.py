@@ -55,7 +55,7 @@ class Receiver(Protocol):
         """There will be no more."""
 
 
-class Row:
+class ActiveSequence:
     """One prompt of a batch, and what is generated for it."""
 
     def __init__(
@@ -141,12 +141,12 @@ class Batcher:
         self._defaults = generation_defaults(own, vocabulary=vocabulary, pad_token_id=pad_token_id)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._context = context if isinstance(context, int) and context > 0 else 1 << 60
-        self._waiting: deque[Row] = deque()
-        self._running: list[Row] = []
+        self._waiting: deque[ActiveSequence] = deque()
+        self._running: list[ActiveSequence] = []
         self._changed = threading.Condition()
         self._closed = False
         self._broken = ""
-        self._generating: list[Row] = []
+        self._generating: list[ActiveSequence] = []
         self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
         self._thread.start()
 
@@ -159,7 +159,7 @@ class Batcher:
             return f"a step of the model has not ended for {since_s:.0f} s" if since_s > _STUCK_S else ""
         return self._broken
 
-    def submit(self, rows: Sequence[Row]) -> None:
+    def submit(self, rows: Sequence[ActiveSequence]) -> None:
         """Generate for these, beside each other where there is room."""
         with self._changed:
             self._waiting.extend(rows)
@@ -200,7 +200,7 @@ class Batcher:
         for row in rows:
             row.fail(error)
 
-    def _next(self) -> list[Row] | None:
+    def _next(self) -> list[ActiveSequence] | None:
         """The rows to go on with; None when there will be none."""
         with self._changed:
             while True:
@@ -225,7 +225,7 @@ class Batcher:
             and (sum(not row.ended for row in self._running) < self._room)
         )
 
-    def _generate(self, rows: list[Row]) -> None:
+    def _generate(self, rows: list[ActiveSequence]) -> None:
         """Generate until all have ended, or somebody joins."""
         width = max(len(row.tokens) for row in rows)
         tokens = torch.full((len(rows), width), self._defaults.config.pad_token_id)
@@ -242,11 +242,11 @@ class Batcher:
                 tokens.to(device),
                 attention_mask=mask.to(device),
                 generation_config=config,
-                logits_processor=LogitsProcessorList([_Chooser(rows, self._defaults)]),
-                stopping_criteria=StoppingCriteriaList([_Watcher(rows, ends, self._wanted, self._context)]),
+                logits_processor=LogitsProcessorList([_TokenSampler(rows, self._defaults)]),
+                stopping_criteria=StoppingCriteriaList([_StopTracker(rows, ends, self._wanted, self._context)]),
             )
 
-    def _after_failure(self, rows: list[Row], error: BaseException) -> None:
+    def _after_failure(self, rows: list[ActiveSequence], error: BaseException) -> None:
         if is_gpu_lost(error):
             self._broken = f"the GPU does not answer any more ({str(error)[:200]})"
             with self._changed:
@@ -267,10 +267,10 @@ class Batcher:
                 row.alone = True
 
 
-class _Chooser(LogitsProcessor):  # type: ignore[misc]
+class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
     """Chooses each row's token in its own way: all others become impossible, so that a greedy `generate` takes it."""
 
-    def __init__(self, rows: list[Row], defaults: GenerationDefaults) -> None:
+    def __init__(self, rows: list[ActiveSequence], defaults: GenerationDefaults) -> None:
         self._rows = rows
         self._alike: dict[tuple[float, int, float], list[int]] = {}
         self._penalties: dict[int, RepetitionPenaltyLogitsProcessor] = {}
@@ -304,11 +304,13 @@ class _Chooser(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-class _Watcher(StoppingCriteria):  # type: ignore[misc]
+class _StopTracker(StoppingCriteria):  # type: ignore[misc]
     """Hands each row its tokens, and says which have ended; all of them, where somebody `wanted` joins, or where one
     that has ended would be carried on beyond the model's context."""
 
-    def __init__(self, rows: list[Row], ends: frozenset[int], wanted: Callable[[], bool], context: int) -> None:
+    def __init__(
+        self, rows: list[ActiveSequence], ends: frozenset[int], wanted: Callable[[], bool], context: int
+    ) -> None:
         self._rows = rows
         self._lengths = [len(row.tokens) for row in rows]
         self._context = context

@@ -27,18 +27,18 @@ class Detokenizer:
         decode: Callable[[Sequence[int]], str],
         stops: Sequence[str] = (),
         *,
-        at_once: bool = False,
+        at_the_end: bool = False,
         skipped: Container[int] = (),
         single_bytes: Container[int] = (),
     ) -> None:
-        """`at_once`: nothing is handed out before the end, which spares decoding every token twice. `skipped`: ids
+        """`at_the_end`: nothing is handed out before the end, which spares decoding every token twice. `skipped`: ids
         that `decode` leaves out. `single_bytes`: tokens that `decode` takes for bytes, a run of them at a time."""
         self._decode = decode
         self._stops = [stop for stop in stops if stop]
-        self._at_once = at_once and not self._stops
+        self._at_the_end = at_the_end and not self._stops
         self._skipped = skipped
         self._single_bytes = single_bytes
-        self._tokens: list[int] = []  # the window that is decoded for each token; all tokens if `at_once`
+        self._tokens: list[int] = []  # the window that is decoded for each token; all tokens if `at_the_end`
         self._context = 0  # so many of them have given their text
         self._sent = 0  # so many characters of the text of the others were handed out
         self._longest = _WINDOW_TOKENS
@@ -50,7 +50,7 @@ class Detokenizer:
         if self.stopped or token in self._skipped:
             return ""
         self._tokens.append(token)
-        if self._at_once:
+        if self._at_the_end:
             return ""
         if token in self._single_bytes:
             if not self._stops or len(self._tokens) - self._context > _RUN_TOKENS:

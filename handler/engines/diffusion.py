@@ -30,7 +30,7 @@ from modelstore.timeline import Timeline
 from modelstore.volume import durable
 from modelstore.volume.layout import Layout
 from modelstore.volume.snapshots import Catalog, Snapshot
-from modelstore.warmstart import Begun
+from modelstore.warmstart import PendingStart
 
 _LIBRARIES = ("diffusers", "transformers")
 _STUCK_S = 120.0  # for a step of the pipeline that goes on though nobody waits for its picture
@@ -41,30 +41,30 @@ class DiffusionEngine:
 
     kind: Literal["image"] = "image"
 
-    def __init__(self, pipeline: Any, begun: Begun) -> None:
+    def __init__(self, pipeline: Any, pending: PendingStart) -> None:
         self._pipeline = pipeline
-        self._snapshot = begun.snapshot
-        self._settings = begun.settings
-        self._in_use = begun.in_use
+        self._snapshot = pending.snapshot
+        self._settings = pending.settings
+        self._in_use = pending.in_use
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draw")
         self._lost_gpu = ""
         self._left: dict[asyncio.Future[Images], float] = {}  # drawings that nobody waits for, and since when
 
     @classmethod
-    def load(cls, begun: Begun, *, meanwhile: Callable[[], None] | None = None) -> DiffusionEngine:
+    def load(cls, pending: PendingStart, *, while_reading: Callable[[], None] | None = None) -> DiffusionEngine:
         """The engine from a start whose bytes are in flight; `meanwhile` is called once, before the last of them."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        for file in begun.snapshot.manifest.files:
+        for file in pending.snapshot.manifest.files:
             if not file.path.endswith(".safetensors"):
-                begun.reading.wait(file.path)
-        if meanwhile is not None:
-            meanwhile()
+                pending.reading.wait(file.path)
+        if while_reading is not None:
+            while_reading()
         tensors = load_tensors(
-            begun.snapshot, device, reading=begun.reading, weights=begun.early, timeline=begun.timeline
+            pending.snapshot, device, reading=pending.reading, weights=pending.prefetched, timeline=pending.timeline
         )
-        with begun.timeline.span("build"):
-            pipeline = build_pipeline(begun.snapshot, tensors, device)
-        return cls(pipeline, begun)
+        with pending.timeline.span("build"):
+            pipeline = build_pipeline(pending.snapshot, tensors, device)
+        return cls(pipeline, pending)
 
     @property
     def model(self) -> str:
@@ -228,9 +228,9 @@ class Loader:
     def __init__(self, settings: Settings) -> None:
         pass
 
-    def load(self, begun: Begun, import_sdk: Callable[[], None]) -> DiffusionEngine:
+    def load(self, pending: PendingStart, import_sdk: Callable[[], None]) -> DiffusionEngine:
         """See `handler.engines.Loader`."""
-        return begun.load(partial(DiffusionEngine.load, meanwhile=import_sdk))
+        return pending.load(partial(DiffusionEngine.load, while_reading=import_sdk))
 
     def cancel(self) -> None:
         """See `handler.engines.Loader`."""

@@ -26,7 +26,7 @@ from modelstore.errors import DoesNotFit, ModelStoreError, Refused
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
-from modelstore.warmstart import Begun, begin
+from modelstore.warmstart import PendingStart, begin
 
 logger = logging.getLogger(__name__)
 
@@ -218,12 +218,12 @@ class Loader:
     def __init__(self, settings: Settings) -> None:
         self._renderer = Renderer()
 
-    def load(self, begun: Begun, import_sdk: Callable[[], None]) -> MultiModelEngine:
+    def load(self, pending: PendingStart, import_sdk: Callable[[], None]) -> MultiModelEngine:
         """See `handler.engines.Loader`."""
-        load = partial(TransformersEngine.load, meanwhile=import_sdk, renderer=self._renderer)
-        own = begun.load(load)
+        load = partial(TransformersEngine.load, while_reading=import_sdk, renderer=self._renderer)
+        own = pending.load(load)
         self._renderer.start()
-        return MultiModelEngine(own, begun.settings, self._load_another)
+        return MultiModelEngine(own, pending.settings, self._load_another)
 
     def cancel(self) -> None:
         """See `handler.engines.Loader`."""
@@ -231,9 +231,9 @@ class Loader:
 
     def _load_another(self, settings: Settings) -> TransformersEngine:
         free_memory()  # what torch keeps for itself would count as taken
-        begun = begin(settings, timeline=Timeline())
+        pending = begin(settings, timeline=Timeline())
         try:
-            return begun.load(partial(TransformersEngine.load, renderer=self._renderer))
+            return pending.load(partial(TransformersEngine.load, renderer=self._renderer))
         except BaseException:
-            begun.in_use.end()
+            pending.in_use.end()
             raise

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from handler.answers import TextDelta
-from handler.engines.batcher import Batcher, Row, free_memory
+from handler.engines.batcher import ActiveSequence, Batcher, free_memory
 from handler.engines.chat_template import Renderer
 from handler.engines.detokenizer import Detokenizer
 from handler.engines.offload import Offload
@@ -29,9 +29,9 @@ from modelstore.reference import parse_reference
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.volume.layout import Layout, SnapshotKey
-from modelstore.volume.pins import InUse
+from modelstore.volume.pins import UsageMark
 from modelstore.volume.snapshots import Catalog, Snapshot, check_code
-from modelstore.warmstart import Begun, begin
+from modelstore.warmstart import PendingStart, begin
 
 logger = logging.getLogger(__name__)
 
@@ -48,29 +48,33 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     kinds: TokenKinds
     context: int | None
-    in_use: InUse
+    in_use: UsageMark
 
     @classmethod
     def from_start(
-        cls, begun: Begun, *, device: str | torch.device | None = None, meanwhile: Callable[[], None] | None = None
+        cls,
+        pending: PendingStart,
+        *,
+        device: str | torch.device | None = None,
+        while_reading: Callable[[], None] | None = None,
     ) -> Loaded:
         """The tokenizer and the model while the bytes are in flight; then `meanwhile`, once; then the last bytes."""
-        check_code(begun.snapshot, trusted=begun.trusted)
-        with begun.timeline.span("import"):
-            tokenizer = AutoTokenizer.from_pretrained(begun.snapshot.path, trust_remote_code=begun.trusted)
+        check_code(pending.snapshot, trusted=pending.trusted)
+        with pending.timeline.span("import"):
+            tokenizer = AutoTokenizer.from_pretrained(pending.snapshot.path, trust_remote_code=pending.trusted)
         model = load_model(
-            begun.snapshot,
+            pending.snapshot,
             device,
-            device_map="auto" if device is None and needs_several_gpus(begun.snapshot) else None,
-            reading=begun.reading,
-            timeline=begun.timeline,
-            trust_remote_code=begun.trusted,
-            weights=begun.early,
-            meanwhile=meanwhile,
+            device_map="auto" if device is None and needs_several_gpus(pending.snapshot) else None,
+            reading=pending.reading,
+            timeline=pending.timeline,
+            trust_remote_code=pending.trusted,
+            weights=pending.prefetched,
+            while_reading=while_reading,
         )
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         known = context if isinstance(context, int) and context > 0 else None
-        return cls(begun.snapshot, model, tokenizer, TokenKinds(tokenizer), known, begun.in_use)
+        return cls(pending.snapshot, model, tokenizer, TokenKinds(tokenizer), known, pending.in_use)
 
     @property
     def key(self) -> SnapshotKey:
@@ -100,10 +104,10 @@ class TextEngine:
 
     @classmethod
     def load(
-        cls, begun: Begun, *, meanwhile: Callable[[], None] | None = None, renderer: Renderer | None = None
+        cls, pending: PendingStart, *, while_reading: Callable[[], None] | None = None, renderer: Renderer | None = None
     ) -> TextEngine:
         """The engine from a start whose bytes are in flight; `meanwhile` is called once, before the last of them."""
-        return cls(Loaded.from_start(begun, meanwhile=meanwhile), begun.settings, renderer)
+        return cls(Loaded.from_start(pending, while_reading=while_reading), pending.settings, renderer)
 
     @property
     def model(self) -> str:
@@ -146,7 +150,7 @@ class TextEngine:
         """See Engine. Greedy where the temperature is 0."""
         while not self._begin_answer():
             await asyncio.sleep(_LOOK_AGAIN_S)
-        rows: list[Row] = []
+        rows: list[ActiveSequence] = []
         try:
             loaded, batcher = self._loaded, self._batcher
             if request.model is not None and not self.serves(request.model):
@@ -184,12 +188,12 @@ class TextEngine:
             timeline = Timeline(worker=settings.worker_id, model=str(settings.model), began=time.monotonic())
             loaded = self._in_memory(settings, timeline)
             if loaded is None:
-                begun = begin(settings, timeline=timeline, into="host")
+                pending = begin(settings, timeline=timeline, target="host")
                 try:
-                    loaded = begun.load(partial(Loaded.from_start, device="cpu"))
+                    loaded = pending.load(partial(Loaded.from_start, device="cpu"))
                     self._exchange(loaded, timeline)
                 except BaseException:
-                    begun.in_use.end()
+                    pending.in_use.end()
                     raise
             elif loaded is not self._loaded:
                 self._exchange(loaded, timeline)
@@ -348,10 +352,10 @@ class TokenKinds:
         Without the clean-up of spaces that some configs ask for: it changes text that was handed out already.
         """
         decode = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Detokenizer(decode, stops, at_once=not stream, skipped=self, single_bytes=self.single_bytes)
+        return Detokenizer(decode, stops, at_the_end=not stream, skipped=self, single_bytes=self.single_bytes)
 
 
-def _rows(request: TextRequest, loaded: Loaded, pieces: _Pieces, renderer: Renderer) -> list[Row]:
+def _rows(request: TextRequest, loaded: Loaded, pieces: _Pieces, renderer: Renderer) -> list[ActiveSequence]:
     rows = []
     for index, prompt in enumerate(request.prompts):
         tokens = _encode(prompt, loaded, renderer)
@@ -359,7 +363,7 @@ def _rows(request: TextRequest, loaded: Loaded, pieces: _Pieces, renderer: Rende
         if sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed + index % request.choices)
         detokenizer = loaded.kinds.detokenizer(sampling.stop, stream=request.stream)
-        rows.append(Row(tokens, sampling, detokenizer, _Receiver(index, pieces), every_token=request.stream))
+        rows.append(ActiveSequence(tokens, sampling, detokenizer, _Receiver(index, pieces), every_token=request.stream))
     return rows
 
 

@@ -29,7 +29,7 @@ from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.volume.layout import Layout
 from modelstore.volume.snapshots import Catalog, Snapshot, check_code
-from modelstore.warmstart import Begun
+from modelstore.warmstart import PendingStart
 
 logger = logging.getLogger(__name__)
 
@@ -39,32 +39,32 @@ class VllmEngine:
 
     kind: Literal["openai"] = "openai"
 
-    def __init__(self, server: Server, folder: MemoryBackedSnapshot, begun: Begun) -> None:
+    def __init__(self, server: Server, folder: MemoryBackedSnapshot, pending: PendingStart) -> None:
         self._server = server
         self._folder = folder
-        self._snapshot: Snapshot = begun.snapshot
-        self._settings: Settings = begun.settings
-        self._in_use = begun.in_use
+        self._snapshot: Snapshot = pending.snapshot
+        self._settings: Settings = pending.settings
+        self._in_use = pending.in_use
 
     @classmethod
-    def load(cls, server: Server, begun: Begun) -> VllmEngine:
+    def load(cls, server: Server, pending: PendingStart) -> VllmEngine:
         """Have the server load a snapshot whose bytes are in flight."""
-        snapshot, timeline = begun.snapshot, begun.timeline
-        reading = begun.reading
+        snapshot, timeline = pending.snapshot, pending.timeline
+        reading = pending.reading
         folder = MemoryBackedSnapshot(snapshot, reading)
         timeline.add(reading.as_span(timeline))
-        engine = cls(server, folder, begun)
-        names = dict.fromkeys((snapshot.key.repo_id, str(begun.settings.model)))
+        engine = cls(server, folder, pending)
+        names = dict.fromkeys((snapshot.key.repo_id, str(pending.settings.model)))
         dtype = DTYPES[snapshot.key.dtype].torch_name or "auto"
-        check_code(snapshot, trusted=begun.trusted)
+        check_code(snapshot, trusted=pending.trusted)
         arguments = [str(folder.path), "--served-model-name", *names, "--dtype", dtype]
-        arguments += ["--trust-remote-code"] if begun.trusted else []
-        most = {"max_new_tokens": begun.settings.max_tokens}  # where a request names no length, and at most
+        arguments += ["--trust-remote-code"] if pending.trusted else []
+        most = {"max_new_tokens": pending.settings.max_tokens}  # where a request names no length, and at most
         arguments += ["--override-generation-config", json.dumps(most)]
         arguments += ["--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
         try:
             with timeline.span("build"):
-                server.serve(["serve", *arguments, *begun.settings.vllm_args, "--uds"])
+                server.serve(["serve", *arguments, *pending.settings.vllm_args, "--uds"])
         except BaseException:
             folder.close()
             raise
@@ -190,10 +190,10 @@ class Loader:
             "vLLM", _command(settings.vllm_python), hint="mend MODELSTORE_VLLM_ARGS, or use ENGINE=text"
         )
 
-    def load(self, begun: Begun, import_sdk: Callable[[], None]) -> VllmEngine:
+    def load(self, pending: PendingStart, import_sdk: Callable[[], None]) -> VllmEngine:
         """See `handler.engines.Loader`."""
         import_sdk()
-        return begun.load(partial(VllmEngine.load, self._server))
+        return pending.load(partial(VllmEngine.load, self._server))
 
     def cancel(self) -> None:
         """See `handler.engines.Loader`."""

@@ -85,7 +85,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class Entrant:
     """A name for tables, how to run it once, and what to evict from the page cache before (nothing: leave it warm)."""
 
     label: str
@@ -95,7 +95,7 @@ class Contender:
 
 
 def race(
-    contenders: Iterable[Contender], runs: int, report: Callable[[str], None], *, warm_up: bool = True
+    contenders: Iterable[Entrant], runs: int, report: Callable[[str], None], *, warm_up: bool = True
 ) -> list[Measured]:
     """Run them in turn, `runs` times each, with `warm_up` after one round that does not count.
 
@@ -108,7 +108,7 @@ def race(
             if result.missing:
                 continue
             for folder in contender.cold:
-                evict(folder)
+                drop_page_cache(folder)
             try:
                 sample = contender.run()
             except ModelStoreError as error:
@@ -127,17 +127,17 @@ def race(
 
 def load_contenders(
     snapshot: Path, checkpoint: Path, *, device: str, cold: bool, prefix: Sequence[str] = ()
-) -> list[Contender]:
+) -> list[Entrant]:
     """The floor first, then ours, then the others. `prefix`: a command that runs another, such as a throttle."""
 
-    def contender(name: str, label: str, folder: Path) -> Contender:
+    def contender(name: str, label: str, folder: Path) -> Entrant:
         needs = NEEDS.get(name, "torch")
         missing = "" if find_spec(needs) else f"{needs} is not installed"
         if name in _CUDA_ONLY and device == "cpu":
             missing = "for CUDA alone"
         touched = (folder, folder.parent / ".cache") if name == "volume_cache" else (folder,)
         run = f"load_{name}"
-        return Contender(label, lambda: run_contender(run, folder, device, prefix), touched if cold else (), missing)
+        return Entrant(label, lambda: run_contender(run, folder, device, prefix), touched if cold else (), missing)
 
     floor = "floor" if cold else "floor_cached"
     found = [contender(floor, "floor: the bytes read once", snapshot)]
@@ -179,7 +179,7 @@ def run_worker(root: Path, model: str, prefix: Sequence[str] = ()) -> tuple[Samp
     return Sample(ready, spans=spans), Sample(seconds, spans=spans)
 
 
-def evict(folder: Path) -> None:
+def drop_page_cache(folder: Path) -> None:
     """Let the page cache forget every file below a folder."""
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
@@ -191,7 +191,7 @@ def evict(folder: Path) -> None:
                 os.close(fd)
 
 
-def warm(folder: Path) -> None:
+def fill_page_cache(folder: Path) -> None:
     """Let the page cache hold every file below a folder."""
     buffer = bytearray(8 << 20)
     for path in folder.rglob("*"):
@@ -346,7 +346,7 @@ def bench_volume(
         if find_spec("runpod"):
             run_contender("prepare_volume_cache", checkpoint, "cpu")
         results = {"loading, cold": race(load_contenders(snapshot, checkpoint, device=device, cold=True), runs, report)}
-        warm(folder)
+        fill_page_cache(folder)
         results["loading, from the page cache"] = race(
             load_contenders(snapshot, checkpoint, device=device, cold=False), runs, report
         )
@@ -361,7 +361,7 @@ def bench_volume(
 
 def start_contenders(
     root: Path, checkpoints: dict[str, Path], *, device: str, prefix: Sequence[str] = ()
-) -> list[Contender]:
+) -> list[Entrant]:
     """Both floors, our worker to ready and to its first answer, and the seed documents' handler on each checkpoint.
 
     The first checkpoint is the one that was seeded."""
@@ -381,16 +381,16 @@ def start_contenders(
         return answers[0]
 
     return [
-        Contender(
+        Entrant(
             "floor: the stored bytes read once",
             lambda: run_contender("load_floor", snapshot_of(root), device, prefix),
             (root,),
         ),
-        Contender("floor: what must be imported", lambda: run_contender("start_floor", seeded_from, device, prefix)),
-        Contender("`python -m handler`, ready", ready, (root,)),
-        Contender("`python -m handler`, first job answered and process ended", answered),
+        Entrant("floor: what must be imported", lambda: run_contender("start_floor", seeded_from, device, prefix)),
+        Entrant("`python -m handler`, ready", ready, (root,)),
+        Entrant("`python -m handler`, first job answered and process ended", answered),
         *(
-            Contender(
+            Entrant(
                 f"the seed documents' handler, first forward, {dtype} checkpoint",
                 lambda folder=folder: run_contender("start_seeds", folder, device, prefix),  # type: ignore[misc]
                 (folder,),

@@ -1,0 +1,12 @@
+"""The `modelstore` command.
+
+main       every command, registered in one page
+app        what all commands have: options, context, errors, progress
+output     the text of results
+bars       progress bars
+fill       seed, adopt, export
+start      warm, bench
+inspect    ls, show, path, du, claims, watch, history, report, metrics, doctor, verify
+manage     rm, gc, pin, unpin
+alias      the commands of aliases
+"""

@@ -14,7 +14,7 @@ from modelstore.settings import parse_size
 from modelstore.units import size
 from modelstore.volume import pins, refs
 from modelstore.volume.evict import evict, survey
-from modelstore.volume.garbage import GRACE_S, plan
+from modelstore.volume.garbage import GRACE_S, plan_collection
 from modelstore.volume.space import Space
 
 
@@ -62,7 +62,7 @@ def collect_garbage(
     if not grace_s >= settings.lease_s:
         raise UsageError(f"--grace-s must be at least the lease, {settings.lease_s:g} s")
     refs.check_format(store.layout)
-    wanted = plan(layout, settings, grace_s=grace_s, limit_bytes=limit)
+    wanted = plan_collection(layout, settings, grace_s=grace_s, limit_bytes=limit)
     if not dry_run and (wanted.garbage or wanted.evicted):
         what = f"leftovers: {len(wanted.garbage)}, models: {len(wanted.evicted)}, {size(wanted.size_bytes)} in all"
         context.confirm(f"remove {what}", yes=yes)

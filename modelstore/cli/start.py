@@ -24,24 +24,24 @@ def warm(
     device: Annotated[str | None, typer.Option("--device", help="cuda or cpu; cuda where there is one.")] = None,
 ) -> None:
     """Load a model as a worker would, and print the timeline."""
-    from modelstore.startup import without_collecting
+    from modelstore.startup import gc_paused
     from modelstore.warmstart import begin
 
     changes: dict[str, Any] = {"model": parse_reference(reference, revision=revision)}
     if dtype is not None:
         changes["dtype"] = parse_dtype("--dtype", dtype)
     store = context.store(**changes)
-    with without_collecting():
+    with gc_paused():
         with observer_of(context) as observer:
-            begun = begin(
-                store.settings, observer=observer, meanwhile=lambda _reading: import_module("modelstore.load.model")
+            pending = begin(
+                store.settings, observer=observer, while_filling=lambda _reading: import_module("modelstore.load.model")
             )
-        with begun.timeline.span("import", "transformers"):
+        with pending.timeline.span("import", "transformers"):
             try:
                 from modelstore.load.model import load_model
             except ModuleNotFoundError as error:
                 raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[worker]'") from error
-        begun.load(
+        pending.load(
             lambda b: load_model(
                 b.snapshot,
                 device,
@@ -50,9 +50,9 @@ def warm(
                 trust_remote_code=b.trusted,
             )
         )
-    begun.timeline.mark("ready")
-    begun.in_use.end()
-    context.print(begun.timeline.as_json(), lambda console: console.print(begun.timeline.waterfall()))
+    pending.timeline.mark("ready")
+    pending.in_use.end()
+    context.print(pending.timeline.as_json(), lambda console: console.print(pending.timeline.waterfall()))
 
 
 def bench_volume(

@@ -1,0 +1,24 @@
+"""From a source to a published snapshot. No torch.
+
+    request        what is to be filled, and what is allowed on the way
+    fill           the steps, under a claim: select, download, convert, publish
+    plan           what will be stored, and what that takes; a dry run stops here
+    footprint      sizes: over the network, stored, at the peak
+    sources        which source answers a reference
+    source         what a source is
+    folder, hf_cache, hub      the sources
+    http_range     byte ranges over HTTP
+    selection      which files of a repo a snapshot needs, and their stored names
+    indexes        the index of a sharded checkpoint
+    download       several files and ranges at once, into staging
+    staged_file    one file in staging: its bytes and its journal
+    staging        the staging folder and its finished files
+    weights        the weights: download, convert, link
+    convert        a safetensors file in the storage dtype, and what is stored unchanged
+    pickles        a pickle to safetensors, in a process of its own
+    observer, progress         what a caller can watch
+    adoption       models that lie on the volume in another layout
+    upload         a snapshot to another volume over S3
+
+Other packages start with `store.ModelStore`; `observer`, `adoption` and `upload` are for them, too.
+"""

@@ -19,7 +19,7 @@ from pathlib import Path
 from modelstore.errors import DigestMismatch, HubUnavailable
 from modelstore.fill.progress import Progress
 from modelstore.fill.source import ByteStream, Resolved, Source, SourceFile, backoff_s
-from modelstore.fill.staged_file import GRANULE_BYTES, PartialFile
+from modelstore.fill.staged_file import GRANULE_BYTES, StagedFile
 from modelstore.volume.checksums import Digests
 from modelstore.volume.layout import StagingLayout
 
@@ -112,14 +112,14 @@ class Download:
             pause_s = _RAMP_S
         queue.working += 1
 
-    def _open(self, file: SourceFile) -> PartialFile:
-        partial = PartialFile(file, self._staging, self._memory(file))
+    def _open(self, file: SourceFile) -> StagedFile:
+        partial = StagedFile(file, self._staging, self._memory(file))
         kept = partial.resume(self._inherited)
         self._progress.begin(file.path, file.size_bytes)
         self._progress.add(file.path, done=kept, reused=kept)
         return partial
 
-    def _finish(self, partial: PartialFile, queue: _SpanQueue, on_file: OnFile) -> None:
+    def _finish(self, partial: StagedFile, queue: _SpanQueue, on_file: OnFile) -> None:
         """Check the digests; on a mismatch fetch the whole file once more, then give up."""
         try:
             digests = partial.finish()
@@ -129,7 +129,7 @@ class Download:
             partial.close()
             self._progress.add(done=-partial.file.size_bytes)
             self._progress.begin(partial.file.path, partial.file.size_bytes)
-            partial = PartialFile(partial.file, self._staging, self._memory(partial.file))
+            partial = StagedFile(partial.file, self._staging, self._memory(partial.file))
             self._fetch_span(_Span(partial, 0, partial.granules), queue)
             if queue.stopped:
                 return
@@ -176,7 +176,7 @@ class Download:
         with span.partial.whole_stream:
             return
 
-    def _store(self, partial: PartialFile, stream: ByteStream, end: int, queue: _SpanQueue) -> None:
+    def _store(self, partial: StagedFile, stream: ByteStream, end: int, queue: _SpanQueue) -> None:
         """Cut a stream into granules and store them, until `end`."""
         position = stream.offset
         while position < end and not queue.stopped:
@@ -187,7 +187,7 @@ class Download:
                 self._progress.add(partial.file.path, done=len(granule))
             position += len(granule)
 
-    def _fill(self, view: memoryview, stream: ByteStream, partial: PartialFile) -> None:
+    def _fill(self, view: memoryview, stream: ByteStream, partial: StagedFile) -> None:
         while view:
             count = stream.readinto(view)
             if count == 0:
@@ -201,7 +201,7 @@ class Download:
 class _Span:
     """Granules [first, end) of one file: what one request asks for."""
 
-    partial: PartialFile
+    partial: StagedFile
     first: int
     end: int
 
@@ -227,7 +227,7 @@ class _SpanQueue:
         self.stopped = False
         self.error: BaseException | None = None
 
-    def next(self, open_file: Callable[[SourceFile], PartialFile]) -> _Span | None:
+    def next(self, open_file: Callable[[SourceFile], StagedFile]) -> _Span | None:
         """The next span, or None where no more will come. May open a file, which reads what is there of it."""
         with self._changed:
             while not self._spans:
@@ -278,7 +278,7 @@ class _SpanQueue:
             self.stopped = True
             self._changed.notify_all()
 
-    def _split(self, partial: PartialFile) -> Iterator[_Span]:
+    def _split(self, partial: StagedFile) -> Iterator[_Span]:
         gaps = partial.missing()
         if not gaps:
             yield _Span(partial, 0, 0)

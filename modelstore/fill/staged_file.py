@@ -88,7 +88,7 @@ class _Journal:
             return self._fds[segment]
 
 
-class PartialFile:
+class StagedFile:
     """One staged file: its bytes, its journal, and the digests of what has arrived without a gap.
 
     Threads may put different granules at once; `whole_stream` is for a source that ignores ranges, where one thread

@@ -74,15 +74,15 @@ class File:
                 os.close(fd)
 
 
-class Pace:
+class ReadConcurrency:
     """How many reads at once: twice as many as long as that is faster by a tenth, tried again now and then."""
 
     WINDOW_S = 0.2
     SETTLED_WINDOWS = 15
 
-    def __init__(self, at_once: int = 0, most: int = MOST_AT_ONCE) -> None:
-        self.at_once = at_once or max(2, min(4, os.cpu_count() or 4))
-        self._most = most
+    def __init__(self, readers: int = 0, limit: int = MOST_AT_ONCE) -> None:
+        self.readers = readers or max(2, min(4, os.cpu_count() or 4))
+        self._most = limit
         self._rate_before = 0.0
         self._rest = 0
         self._began: float | None = None
@@ -96,7 +96,7 @@ class Pace:
             return False
         self._bytes += size_bytes
         self._blocks += 1
-        if now - self._began < self.WINDOW_S or self._blocks < 2 * self.at_once:
+        if now - self._began < self.WINDOW_S or self._blocks < 2 * self.readers:
             return False
         rate = self._bytes / (now - self._began)
         self._began, self._bytes, self._blocks = now, 0, 0
@@ -105,14 +105,14 @@ class Pace:
             if self._rest:
                 return False
         elif self._rate_before and rate <= 1.1 * self._rate_before:
-            self.at_once //= 2
+            self.readers //= 2
             self._rate_before, self._rest = 0.0, self.SETTLED_WINDOWS
             return True
-        if self.at_once == self._most:
+        if self.readers == self._most:
             self._rate_before, self._rest = 0.0, self.SETTLED_WINDOWS
             return False
         self._rate_before = rate
-        self.at_once *= 2
+        self.readers *= 2
         return True
 
 
@@ -123,9 +123,9 @@ class BlockReader:
     block is begun. The files are closed when the threads end.
     """
 
-    def __init__(self, report: Report, *, pace: Pace | None = None) -> None:
+    def __init__(self, report: Report, *, pace: ReadConcurrency | None = None) -> None:
         self._report = report
-        self._pace = pace or Pace()
+        self._pace = pace or ReadConcurrency()
         self._changed = threading.Condition()
         self._files: list[File] = []
         self._blocks: deque[tuple[File, int]] = deque()
@@ -177,7 +177,7 @@ class BlockReader:
             thread.join()
 
     def _start_threads(self) -> None:
-        while len(self._threads) < self._pace.at_once:
+        while len(self._threads) < self._pace.readers:
             number = len(self._threads)
             thread = threading.Thread(target=self._work, args=(number,), name=f"read-{number}", daemon=True)
             self._threads.append(thread)
@@ -211,7 +211,7 @@ class BlockReader:
                     self._changed.notify_all()
                     return None
                 has_room = bool(self._blocks) and (self._blocks[0][0].memory is not None or bool(self._free))
-                if has_room and number < self._pace.at_once:
+                if has_room and number < self._pace.readers:
                     break
                 self._changed.wait()
             file, block = self._blocks.popleft()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, Protocol
 
-from modelstore.load.reader import Arrival, Reading
+from modelstore.load.reader import LoadedBlock, Reading
 
 
 class Device(Protocol):
@@ -17,7 +17,7 @@ class Device(Protocol):
     def pin(self, memory: memoryview) -> None:
         """Make copies out of this host memory as fast as they can be; called before the first."""
 
-    def copy(self, arrival: Arrival, view: memoryview) -> Any:
+    def copy(self, arrival: LoadedBlock, view: memoryview) -> Any:
         """Begin to copy a block; returns an event for `wait`."""
 
     def wait(self, event: Any) -> None:
@@ -30,7 +30,7 @@ class Device(Protocol):
 def transfer(reading: Reading, device: Device) -> None:
     """Copy all blocks of weights as they arrive; returns when the last copy has ended. Raises as `Reading.wait`."""
     pinned: dict[int, memoryview] = {}
-    under_way: deque[tuple[Any, Arrival]] = deque()
+    under_way: deque[tuple[Any, LoadedBlock]] = deque()
     try:
         while True:
             arrival = reading.next_arrival(wait=not under_way)

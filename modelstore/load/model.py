@@ -52,7 +52,7 @@ def load_model(
     timeline: Timeline | None = None,
     trust_remote_code: bool = False,
     weights: Weights | None = None,
-    meanwhile: Callable[[], None] | None = None,
+    while_reading: Callable[[], None] | None = None,
 ) -> PreTrainedModel:
     """The model that the snapshot's `config.architectures` names, in eval mode, bit for bit what
     `from_pretrained(original, dtype=<storage dtype>)` gives.
@@ -92,8 +92,8 @@ def load_model(
             weights.complete(snapshot)
         with timeline.span("build"):
             model = _built_early(cls, config, snapshot, weights)
-        if meanwhile is not None:
-            meanwhile()
+        if while_reading is not None:
+            while_reading()
         tensors = weights.wait(timeline)
         if model is None:
             with timeline.span("build"):

@@ -43,7 +43,7 @@ _FD = 3  # of the socket, in the reader process
 
 
 @dataclass(frozen=True, slots=True)
-class Arrival:
+class LoadedBlock:
     """A block whose bytes are there, and right: `length` bytes of the file at `offset`; `slot` -1 outside the ring."""
 
     path: str
@@ -88,7 +88,7 @@ class Reading:
         self._changed = threading.Condition()
         self._error: Exception | None = None
         self._complete = False
-        self._arrivals: deque[Arrival] = deque()
+        self._arrivals: deque[LoadedBlock] = deque()
         self._process = _Process.start(self) if beside else None
         self._threads = blocks.BlockReader(self._report) if self._process is None else None
 
@@ -142,7 +142,7 @@ class Reading:
         with self._changed:
             self._files.append(opened)
             for block in range(opened.left):
-                self._arrivals.append(Arrival(record.path, block * block_bytes, opened.length(block), -1))
+                self._arrivals.append(LoadedBlock(record.path, block * block_bytes, opened.length(block), -1))
             opened.left = 0
             self._changed.notify_all()
 
@@ -155,7 +155,7 @@ class Reading:
         if self._threads is not None:
             self._threads.no_more()
         elif self._process is not None and self.ended is not None:
-            self._process.let_go()
+            self._process.close_channel()
 
     def header(self, path: str) -> tuple[Header, bytes]:
         """The header of a safetensors file, and its bytes, read ahead of the blocks that hold them: compare the two
@@ -207,7 +207,7 @@ class Reading:
         """Return when everything has arrived; raises as `wait` does."""
         self._until(lambda: self.ended is not None)
 
-    def next_arrival(self, *, wait: bool) -> Arrival | None:
+    def next_arrival(self, *, wait: bool) -> LoadedBlock | None:
         """The next block that has arrived; None where there is none yet, or with `wait`, where none will come.
 
         Raises as `wait` does.
@@ -219,7 +219,7 @@ class Reading:
                 raise self._error
             return self._arrivals.popleft() if self._arrivals else None
 
-    def memory_behind(self, arrival: Arrival) -> memoryview:
+    def memory_behind(self, arrival: LoadedBlock) -> memoryview:
         """All of the host memory that a block's bytes are in, for a device that wants it pinned."""
         ring = self._ring if arrival.slot >= 0 else self._opened(arrival.path).memory
         assert ring is not None
@@ -229,7 +229,7 @@ class Reading:
         """The record of a file that was added."""
         return self._opened(path).record
 
-    def view(self, arrival: Arrival) -> memoryview:
+    def view(self, arrival: LoadedBlock) -> memoryview:
         """The bytes of a block that has arrived; of one in the ring, until it is released."""
         if arrival.slot < 0:
             return self.memory(arrival.path)[arrival.offset : arrival.offset + arrival.length]
@@ -237,7 +237,7 @@ class Reading:
         start = arrival.slot * self._slot_bytes
         return self._ring[start : start + arrival.length]
 
-    def release(self, arrival: Arrival) -> None:
+    def release(self, arrival: LoadedBlock) -> None:
         """The block was taken away: its slot may be filled again."""
         if arrival.slot < 0:
             return
@@ -299,7 +299,7 @@ class Reading:
             if kind == blocks.ARRIVED:
                 opened.left -= 1
                 offset = block * opened.block_bytes
-                self._arrivals.append(Arrival(opened.record.path, offset, opened.length(block), detail))
+                self._arrivals.append(LoadedBlock(opened.record.path, offset, opened.length(block), detail))
                 self._end_if_done(now)
             elif self._error is None:
                 self._error = _error(kind, opened, block, detail)
@@ -386,14 +386,14 @@ class _Process:
     def release(self, slot: int) -> None:
         self._send(lambda: self._socket.sendall(blocks.MESSAGE.pack(blocks.RELEASE, slot)))
 
-    def let_go(self) -> None:
+    def close_channel(self) -> None:
         """Let the process end, at once, whatever it still reads."""
         with contextlib.suppress(OSError):  # it has ended
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def end(self) -> None:
         """Return when the process has ended."""
-        self.let_go()
+        self.close_channel()
         self._thread.join()
 
     def _send(self, send: Callable[[], None]) -> None:

@@ -20,7 +20,7 @@ import torch
 from modelstore.errors import BadSafetensors, DigestMismatch, UsageError
 from modelstore.load.device import transfer
 from modelstore.load.memory import FreeMemory
-from modelstore.load.reader import RING_BYTES, Arrival, Reading, start_reading
+from modelstore.load.reader import RING_BYTES, LoadedBlock, Reading, start_reading
 from modelstore.timeline import Span, Timeline
 from modelstore.volume.header import Header, TensorInfo
 from modelstore.volume.snapshots import Snapshot
@@ -283,7 +283,7 @@ class Weights:
         except BaseException as error:  # handed to whoever waits
             self._error = error
 
-    def parts(self, arrival: Arrival, view: memoryview) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def parts(self, arrival: LoadedBlock, view: memoryview) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Where a block's bytes go: pairs of a device's bytes and the host's. Compares the header on its way."""
         self._prepare(arrival.path)
         self._check_header(arrival.path, view, arrival.offset)
@@ -317,7 +317,7 @@ class _Host:
 
     def wait(self, event: Any) -> None: ...
 
-    def copy(self, arrival: Arrival, view: memoryview) -> None:
+    def copy(self, arrival: LoadedBlock, view: memoryview) -> None:
         for target, source in self._weights.parts(arrival, view):
             target.copy_(source)
 
@@ -345,7 +345,7 @@ class _Cuda:
         if _address(memory) in self._pinned:
             _cudart("cudaHostUnregister", _address(memory))
 
-    def copy(self, arrival: Arrival, view: memoryview) -> list[torch.cuda.Event]:
+    def copy(self, arrival: LoadedBlock, view: memoryview) -> list[torch.cuda.Event]:
         events = []
         parts = self._weights.parts(arrival, view)
         if arrival.path not in self._begun:

@@ -28,7 +28,7 @@ from modelstore.reference import Reference, parse_reference
 from modelstore.settings import Settings
 from modelstore.units import size
 from modelstore.volume import aliases, durable, refs
-from modelstore.volume.garbage import plan
+from modelstore.volume.garbage import plan_collection
 from modelstore.volume.layout import Layout
 from modelstore.volume.snapshots import Catalog
 
@@ -48,7 +48,7 @@ _LOCKER = (
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CheckResult:
     """One thing that was looked at; `exit_code` is that of the error which it would lead to."""
 
     check: str
@@ -59,12 +59,12 @@ class Finding:
     exit_code: int = 0
 
 
-Check = Callable[[], Finding]
+Check = Callable[[], CheckResult]
 
 
 def diagnose(
     settings: Settings, *, peer: Path | None = None, reference: str | None = None, probe_bytes: int = PROBE_BYTES
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     """Look at one thing after another. `peer`: the store's root on another mount of the same volume. `reference`: a
     model that shall be within reach."""
     layout = Layout(settings.root)
@@ -86,28 +86,28 @@ def diagnose(
         yield _access(layout, settings, reference)
 
 
-def exit_code(findings: list[Finding]) -> int:
+def exit_code(findings: list[CheckResult]) -> int:
     """0 where nothing is worse than a warning, else the code of the first error."""
     return next((finding.exit_code or 1 for finding in findings if finding.level == "error"), 0)
 
 
-def _ok(check: str, what: str) -> Finding:
-    return Finding(check, "ok", what)
+def _ok(check: str, what: str) -> CheckResult:
+    return CheckResult(check, "ok", what)
 
 
-def _warning(check: str, what: str, why: str, do: str) -> Finding:
-    return Finding(check, "warning", what, why, do)
+def _warning(check: str, what: str, why: str, do: str) -> CheckResult:
+    return CheckResult(check, "warning", what, why, do)
 
 
-def _error(check: str, what: str, why: str, do: str, code: int = 1) -> Finding:
-    return Finding(check, "error", what, why, do, code)
+def _error(check: str, what: str, why: str, do: str, code: int = 1) -> CheckResult:
+    return CheckResult(check, "error", what, why, do, code)
 
 
-def _failed(check: str, error: ModelStoreError | OSError, why: str, do: str) -> Finding:
+def _failed(check: str, error: ModelStoreError | OSError, why: str, do: str) -> CheckResult:
     return _error(check, str(error), why, do, error.exit_code if isinstance(error, ModelStoreError) else 1)
 
 
-def _mounted(root: Path) -> Finding:
+def _mounted(root: Path) -> CheckResult:
     """By the mount table: RunPod's cached models make `/runpod-volume` a folder without a volume."""
     mount = mount_of(root, read_mounts())
     if mount is None:
@@ -128,7 +128,7 @@ def _mounted(root: Path) -> Finding:
     return _ok("mount", what)
 
 
-def _format(layout: Layout) -> Finding:
+def _format(layout: Layout) -> CheckResult:
     try:
         refs.check_format(layout)
     except FormatTooNew as error:
@@ -139,7 +139,7 @@ def _format(layout: Layout) -> Finding:
     return _ok("format", "the store's format is known" if there else "no store yet: the first download makes it")
 
 
-def _probed(layout: Layout, peer: Path | None, probe_bytes: int) -> Iterator[Finding]:
+def _probed(layout: Layout, peer: Path | None, probe_bytes: int) -> Iterator[CheckResult]:
     """What has to be tried; the first thing that the volume does not take ends it."""
     folder = layout.trash / f"doctor-{secrets.token_hex(4)}"
     try:
@@ -165,7 +165,7 @@ def _remove(folder: Path) -> None:
         logger.warning("%s stays until the next gc: %s", folder, error)
 
 
-def _probes(folder: Path, other: Path, probe_bytes: int) -> Iterator[Finding]:
+def _probes(folder: Path, other: Path, probe_bytes: int) -> Iterator[CheckResult]:
     if not other.is_dir():
         yield _error("peer", f"{other} is not there", "--peer is another volume", "mount the same volume there")
         other = folder
@@ -179,7 +179,7 @@ def _probes(folder: Path, other: Path, probe_bytes: int) -> Iterator[Finding]:
     yield from _rates(folder, probe_bytes)
 
 
-def _exclusive(folder: Path, other: Path) -> Finding:
+def _exclusive(folder: Path, other: Path) -> CheckResult:
     """A file that one mount has created exclusively, the other cannot."""
     os.close(durable.open_for_write(folder / "claim", exclusive=True))
     try:
@@ -192,7 +192,7 @@ def _exclusive(folder: Path, other: Path) -> Finding:
     )  # fmt: skip
 
 
-def _renames(folder: Path) -> Finding:
+def _renames(folder: Path) -> CheckResult:
     for name in ("staged", "published"):
         durable.make_folder(folder / name)
         durable.write_atomic(folder / name / "file", name.encode())
@@ -211,7 +211,7 @@ def _renames(folder: Path) -> Finding:
     )  # fmt: skip
 
 
-def _hard_links(folder: Path) -> Finding:
+def _hard_links(folder: Path) -> CheckResult:
     durable.write_atomic(folder / "one", b"1")
     try:
         durable.link(folder / "one", folder / "two")
@@ -222,7 +222,7 @@ def _hard_links(folder: Path) -> Finding:
     return _ok("hard links", "they work")
 
 
-def _locks(folder: Path, other: Path) -> Finding:
+def _locks(folder: Path, other: Path) -> CheckResult:
     """A lock that another process holds, through the other mount where there is one, is seen here."""
     durable.write_atomic(folder / "lock", b"")
     with subprocess.Popen(
@@ -248,7 +248,7 @@ def _locks(folder: Path, other: Path) -> Finding:
     )  # fmt: skip
 
 
-def _visible(folder: Path, other: Path) -> Finding:
+def _visible(folder: Path, other: Path) -> CheckResult:
     began = time.monotonic()
     durable.write_atomic(folder / "seen", b"1")
     while time.monotonic() - began < _VISIBLE_S:
@@ -261,7 +261,7 @@ def _visible(folder: Path, other: Path) -> Finding:
     )  # fmt: skip
 
 
-def _clock(folder: Path) -> Finding:
+def _clock(folder: Path) -> CheckResult:
     off = time.time() - durable.touch(folder / "clock")
     if abs(off) > _CLOCK_OFF_S:
         what = f"this host's clock is {off:+.0f} s off the volume's"
@@ -269,7 +269,7 @@ def _clock(folder: Path) -> Finding:
     return _ok("clock", f"within {max(abs(off), 1):.0f} s of the volume's")
 
 
-def _rates(folder: Path, probe_bytes: int) -> Iterator[Finding]:
+def _rates(folder: Path, probe_bytes: int) -> Iterator[CheckResult]:
     """Write and read once, past this host's cache where the file system lets it."""
     path, block = folder / "rate", os.urandom(1 << 20)
     began = time.monotonic()
@@ -299,7 +299,7 @@ def _rates(folder: Path, probe_bytes: int) -> Iterator[Finding]:
             yield _ok(name, f"{rate / 1e6:.0f} MB/s over {probe_bytes / 1e6:.0f} MB")
 
 
-def _quota(layout: Layout, settings: Settings) -> Finding:
+def _quota(layout: Layout, settings: Settings) -> CheckResult:
     try:
         found = inventory.space(layout, settings)
     except (ModelStoreError, OSError) as error:
@@ -317,9 +317,9 @@ def _quota(layout: Layout, settings: Settings) -> Finding:
     return _ok("quota", free)
 
 
-def _leftovers(layout: Layout, settings: Settings) -> Finding:
+def _leftovers(layout: Layout, settings: Settings) -> CheckResult:
     try:
-        wanted = plan(layout, settings)
+        wanted = plan_collection(layout, settings)
         damaged = [record for record in inventory.models(layout) if not record["complete"]]
     except (ModelStoreError, OSError) as error:
         return _failed("leftovers", error, *_UNCOUNTED)
@@ -335,14 +335,14 @@ def _leftovers(layout: Layout, settings: Settings) -> Finding:
     return _ok("leftovers", "nothing that nobody needs")
 
 
-def _hub(settings: Settings) -> Iterator[Finding]:
+def _hub(settings: Settings) -> Iterator[CheckResult]:
     if settings.offline:
         yield _ok("hub", "MODELSTORE_OFFLINE is set: it is never asked")
         return
     from modelstore.fill.hub import check_token
 
     if settings.hf_token is None:
-        yield Finding("token", "ok", "HF_TOKEN is not set: public models alone")
+        yield CheckResult("token", "ok", "HF_TOKEN is not set: public models alone")
     else:
         try:
             yield _ok("token", f"HF_TOKEN belongs to {check_token(settings)}")
@@ -350,7 +350,7 @@ def _hub(settings: Settings) -> Iterator[Finding]:
             yield _failed("token", error, "gated and private models are refused", "set another")
 
 
-def _access(layout: Layout, settings: Settings, reference: str) -> Finding:
+def _access(layout: Layout, settings: Settings, reference: str) -> CheckResult:
     """Whether a worker that is told to serve `reference` comes by it, in the order in which it looks: published, a
     folder, an HF cache on the volume, the Hub."""
     try:

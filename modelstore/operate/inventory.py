@@ -41,7 +41,7 @@ def models(layout: Layout) -> list[dict[str, Any]]:
 
     records = []
     # What is read is parsed after all was read: a thread that computes holds up those that read.
-    for seen in durable.at_once(lambda key: _seen(catalog, layout, key, now, marked), keys):
+    for seen in durable.map_concurrently(lambda key: _seen(catalog, layout, key, now, marked), keys):
         if seen is None:
             continue
         key, file, names, marks = seen
@@ -73,7 +73,7 @@ def space(layout: Layout, settings: Settings) -> dict[str, Any]:
     kinds = {kind: durable.tree_bytes(folder, seen) for kind, folder in folders.items()}
     taken = Space(layout, settings).taken()
     kinds["promised"] = max(taken - sum(kinds.values()), 0)  # to downloads that run
-    may_go = [candidate for candidate in candidates if not candidate.kept_because]
+    may_go = [candidate for candidate in candidates if not candidate.retained_by]
     return {
         "root": str(layout.root),
         "quota": settings.quota_bytes,
@@ -86,7 +86,7 @@ def space(layout: Layout, settings: Settings) -> dict[str, Any]:
                 **candidate.key.as_json(),
                 "bytes": candidate.size_bytes,
                 "idle_s": round(candidate.idle_s),
-                "kept_because": candidate.kept_because,
+                "kept_because": candidate.retained_by,
             }
             for candidate in sorted(candidates, key=lambda candidate: -candidate.size_bytes)
         ],
@@ -105,7 +105,7 @@ def claims(layout: Layout, *, sleep: Callable[[float], None] = time.sleep) -> li
         return (key, generation, record) if record is not None and record.state == "held" else None
 
     keys = [key for key, _folder in keyed_folders(layout.root / "claims")]
-    first = [found for found in durable.at_once(held, keys) if found is not None]
+    first = [found for found in durable.map_concurrently(held, keys) if found is not None]
     if not first:
         return []
     sleep(_LOOK_AGAIN_S)

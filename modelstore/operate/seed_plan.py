@@ -219,7 +219,7 @@ class SeedPlan:
         given = {name for model in self.models for name in model.aliases}
         candidates = survey(self.store.layout)
         after = (replace(each, aliases=tuple(set(each.aliases) - given)) for each in candidates)
-        return tuple(each for each in after if each.key not in kept and not each.kept_because)
+        return tuple(each for each in after if each.key not in kept and not each.retained_by)
 
     def _pruned(self, kept: set[SnapshotKey]) -> list[dict[str, Any]]:
         """Remove every other snapshot that is not in use, pinned or an alias's."""
@@ -228,9 +228,9 @@ class SeedPlan:
             key = candidate.key
             if key in kept:
                 continue
-            removed = not candidate.kept_because and evict(self.store.layout, key)
+            removed = not candidate.retained_by and evict(self.store.layout, key)
             if not removed:
-                logger.warning("%s stays: %s", key, candidate.kept_because or "it has come into use")
+                logger.warning("%s stays: %s", key, candidate.retained_by or "it has come into use")
             record = {**key.as_json(), "bytes": candidate.size_bytes}
             records.append(record | {"status": "removed" if removed else "kept"})
         return records

@@ -1,0 +1,21 @@
+"""What lies on the volume, and who may change it. No network, no torch.
+
+    layout         every path, and the names that may become one; SnapshotKey
+    durable        every write: synced, atomic, mapped to our errors; and the reading of folders
+    manifest       the record of a snapshot's files
+    header         the header of a safetensors file
+    checksums      digests of files and of their blocks
+    snapshots      the published snapshots: find one, list them
+    refs           the store's format, and the commit of each revision
+    aliases        names that point to snapshots
+    claim          the exclusive right to fill a snapshot
+    pins           pins of persons, usage marks of workers, the notice of an eviction
+    space          what the store takes, against the quota
+    evict          the removal of a snapshot to make room
+    garbage        the collection of leftovers
+    verify         the comparison of snapshots with their manifests
+    history        records of starts and of events
+    config_sizes   sizes in a config that would fill the memory of a start
+
+Other packages may import all of these.
+"""

@@ -215,7 +215,7 @@ class Claim:
         try:
             self._write()
         except BaseException:
-            self._let_go()
+            self._release_lock()
             raise
         self._thread = threading.Thread(target=self._beat, name=f"heartbeat-{self.generation}", daemon=True)
         self._thread.start()
@@ -253,9 +253,9 @@ class Claim:
         except (ModelStoreError, OSError) as error:
             logger.warning("could not mark the claim as %s: %s", state, error)
         finally:
-            self._let_go()
+            self._release_lock()
 
-    def _let_go(self) -> None:
+    def _release_lock(self) -> None:
         os.close(self._fd)
         if self._lock is not None:
             self._lock.release()

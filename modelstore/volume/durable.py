@@ -330,7 +330,7 @@ def folder_names(folder: str | Path) -> list[str]:
     return sorted(found)
 
 
-def at_once(look: Callable[[T], R], things: Iterable[T]) -> list[R]:
+def map_concurrently(look: Callable[[T], R], things: Iterable[T]) -> list[R]:
     """Look at many small things together, because over a network file system each is a round trip."""
     left = list(things)
     length = -(-len(left) // (4 * _AT_ONCE)) or 1  # a part at a time: handing over each thing alone takes as long again

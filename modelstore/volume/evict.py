@@ -35,7 +35,7 @@ class Candidate:
     aliases: tuple[str, ...] = ()
 
     @property
-    def kept_because(self) -> str:
+    def retained_by(self) -> str:
         """Why it must stay; empty where it may go."""
         if self.pinned:
             return "it is pinned"
@@ -65,7 +65,7 @@ def least_recently_used(candidates: Sequence[Candidate], size_bytes: int) -> tup
     for candidate in candidates:
         if sum(before.size_bytes for before in chosen) >= size_bytes:
             break
-        if not candidate.kept_because:
+        if not candidate.retained_by:
             chosen.append(candidate)
     return tuple(chosen)
 
@@ -103,5 +103,5 @@ def evict(
             raise
     durable.remove_tree(aside)
     logger.info("evicted %s", key)
-    history.note(layout, "evicted", key)
+    history.record_event(layout, "evicted", key)
     return True

@@ -48,7 +48,7 @@ class Garbage:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class GarbagePlan:
     """What a collection removes, or has removed; print it before running it."""
 
     garbage: tuple[Garbage, ...]
@@ -58,7 +58,7 @@ class Plan:
     def size_bytes(self) -> int:
         return sum(item.size_bytes for item in self.garbage) + sum(item.size_bytes for item in self.evicted)
 
-    def run(self, layout: Layout, settings: Settings, *, grace_s: float) -> Plan:
+    def run(self, layout: Layout, settings: Settings, *, grace_s: float) -> GarbagePlan:
         """Remove it all, but for what somebody needs after all; what went."""
         gone = []
         for item in self.garbage:
@@ -67,16 +67,18 @@ class Plan:
                     gone.append(item)
             except (ModelStoreError, OSError) as error:
                 logger.warning("%s stays: %s", item.path, error)
-        return Plan(tuple(gone), tuple(candidate for candidate in self.evicted if evict(layout, candidate.key)))
+        return GarbagePlan(tuple(gone), tuple(candidate for candidate in self.evicted if evict(layout, candidate.key)))
 
 
-def plan(layout: Layout, settings: Settings, *, grace_s: float = GRACE_S, limit_bytes: int | None = None) -> Plan:
+def plan_collection(
+    layout: Layout, settings: Settings, *, grace_s: float = GRACE_S, limit_bytes: int | None = None
+) -> GarbagePlan:
     """What is garbage now; with `limit_bytes` also the least recently used snapshots, until the store takes that."""
     garbage = find_garbage(layout, grace_s=grace_s)
     if limit_bytes is None:
-        return Plan(garbage)
-    excess = Space(layout, settings).taken() - Plan(garbage).size_bytes - limit_bytes
-    return Plan(garbage, least_recently_used(survey(layout), excess) if excess > 0 else ())
+        return GarbagePlan(garbage)
+    excess = Space(layout, settings).taken() - GarbagePlan(garbage).size_bytes - limit_bytes
+    return GarbagePlan(garbage, least_recently_used(survey(layout), excess) if excess > 0 else ())
 
 
 def find_garbage(layout: Layout, *, grace_s: float = GRACE_S) -> tuple[Garbage, ...]:

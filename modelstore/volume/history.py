@@ -40,7 +40,7 @@ def add(layout: Layout, timeline: Timeline, *, error: str = "") -> None:
     _keep(layout, layout.starts, quote(timeline.worker, safe="", errors="replace")[:100], record)
 
 
-def note(layout: Layout, kind: str, key: SnapshotKey) -> None:
+def record_event(layout: Layout, kind: str, key: SnapshotKey) -> None:
     """Keep what befell a snapshot; `kind` is one of EVENTS. A volume that does not take it fails nothing."""
     record = {
         "at": round(time.time(), 3),
@@ -80,7 +80,7 @@ def starts(layout: Layout, *, limit: int, model: str | None = None) -> list[dict
     for day in reversed(_days(layout.starts)):
         left = durable.entries(day)  # their names begin with the time
         while left and (missing := limit - len(found)):
-            read = durable.at_once(_read, left[-missing:])
+            read = durable.map_concurrently(_read, left[-missing:])
             found += [record for record in read if record is not None and model in (None, record["model"])]
             del left[-missing:]
     return sorted(found, key=lambda record: record["at"])

@@ -55,7 +55,7 @@ class Mark:
     touched_at: float
 
 
-class InUse:
+class UsageMark:
     """This worker's mark on one snapshot, kept fresh in the background until `end` or the end of the process."""
 
     def __init__(self, layout: Layout, key: SnapshotKey, worker: str) -> None:

@@ -124,7 +124,7 @@ class Catalog:
         models = self._layout.models
         durable.check_no_links(self._layout.root, models)
         repos = durable.folder_names(models) if repo_id is None else [repo_folder(repo_id)]
-        variants = durable.at_once(lambda repo: durable.folder_names(f"{models}/{repo}"), repos)
+        variants = durable.map_concurrently(lambda repo: durable.folder_names(f"{models}/{repo}"), repos)
         for repo, names in zip(repos, variants, strict=True):
             for name in names:
                 if (key := key_from_parts(repo, name)) is not None:

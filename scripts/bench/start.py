@@ -22,10 +22,11 @@ HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
 from modelstore.bench.race import (  # noqa: E402
-    Contender,
+    Entrant,
     Measured,
+    drop_page_cache,
     environment,
-    evict,
+    fill_page_cache,
     load_contenders,
     make_checkpoint,
     race,
@@ -33,7 +34,6 @@ from modelstore.bench.race import (  # noqa: E402
     seeded,
     start_contenders,
     table,
-    warm,
 )
 from modelstore.settings import parse_size  # noqa: E402
 from modelstore.timeline import SPAN_KINDS  # noqa: E402
@@ -90,16 +90,16 @@ def loads(folder: Path, size: int, runs: int, *, cold: bool, where: str) -> list
     contenders = load_contenders(snapshot, checkpoint, device="cpu", cold=cold)
     unverified = "modelstore `load_tensors`, checksums not compared"
     contenders.append(
-        Contender(
+        Entrant(
             unverified,
             lambda: run_contender("load_modelstore_unverified", snapshot, "cpu"),
             (snapshot,) if cold else (),
         )
     )
     if cold:
-        evict(folder)
+        drop_page_cache(folder)
     else:
-        warm(folder)
+        fill_page_cache(folder)
     results = race(contenders, runs, report)
     ours = next(result for result in results if result.label.startswith("modelstore"))
     owned = [r for r in results[1:-1] if not r.missing and r is not ours and "mapped" not in r.label]

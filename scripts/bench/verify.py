@@ -36,7 +36,7 @@ from tests.support.moosefs import MooseFS, why_not  # noqa: E402
 
 
 @dataclass(frozen=True)
-class Row:
+class ActiveSequence:
     where: str
     with_s: float
     without_s: float
@@ -70,7 +70,7 @@ def load_s(snapshot: Snapshot, *, verify: bool, cold: bool) -> float:
     return took_s
 
 
-def measure(where: str, snapshot: Snapshot, runs: int, *, cold: bool) -> Row:
+def measure(where: str, snapshot: Snapshot, runs: int, *, cold: bool) -> ActiveSequence:
     pairs = []
     for run in range(runs + 1):
         order = (True, False) if run % 2 else (False, True)
@@ -79,7 +79,7 @@ def measure(where: str, snapshot: Snapshot, runs: int, *, cold: bool) -> Row:
             pairs.append((took[True], took[False]))
             print(f"{where}, run {run}: {took[True]:.3f} s with, {took[False]:.3f} s without", file=sys.stderr)
     ratios = sorted(with_s / without_s for with_s, without_s in pairs)
-    return Row(
+    return ActiveSequence(
         where,
         statistics.median(pair[0] for pair in pairs),
         statistics.median(pair[1] for pair in pairs),

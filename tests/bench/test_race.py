@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from modelstore.bench import race as race_module
 from modelstore.bench.race import (
-    Contender,
+    Entrant,
     Measured,
     Sample,
-    evict,
+    drop_page_cache,
+    fill_page_cache,
     load_contenders,
     make_checkpoint,
     race,
@@ -24,7 +25,6 @@ from modelstore.bench.race import (
     seeded,
     start_contenders,
     table,
-    warm,
 )
 from modelstore.cli import main
 from modelstore.errors import InvalidSetting, ModelStoreError
@@ -76,12 +76,12 @@ def test_a_worker_starts_and_answers(checkpoint: Path, snapshot: Path) -> None:
 def test_they_run_in_turn_after_a_round_that_does_not_count() -> None:
     seen: list[str] = []
 
-    def contender(name: str) -> Contender:
+    def contender(name: str) -> Entrant:
         def run() -> Sample:
             seen.append(name)
             return Sample(float(len(seen)), peak_bytes=len(seen))
 
-        return Contender(name, run)
+        return Entrant(name, run)
 
     first, second = race([contender("a"), contender("b")], 2, lambda _line: None)
     assert seen == ["a", "b"] * 3
@@ -94,11 +94,11 @@ def test_one_that_fails_costs_its_own_row_and_a_floor_everything(tmp_path: Path)
         raise ModelStoreError("it has no such option")
 
     lines: list[str] = []
-    results = race([Contender("floor", lambda: Sample(1.0)), Contender("theirs", fails)], 1, lines.append)
+    results = race([Entrant("floor", lambda: Sample(1.0)), Entrant("theirs", fails)], 1, lines.append)
     assert results[1].missing == "it has no such option"
     assert "| theirs | not measured: it has no such option |" in "\n".join(table(results, 10**9))
     with pytest.raises(ModelStoreError):
-        race([Contender("floor", fails)], 1, lines.append)
+        race([Entrant("floor", fails)], 1, lines.append)
     with pytest.raises(ModelStoreError, match="failed"):
         run_contender("load_safetensors", tmp_path / "nothing", "cpu")
 
@@ -113,9 +113,9 @@ def test_cold_is_cold_and_warm_is_warm(checkpoint: Path) -> None:
         finally:
             os.close(fd)
 
-    warm(checkpoint)
+    fill_page_cache(checkpoint)
     assert cached()
-    evict(checkpoint)
+    drop_page_cache(checkpoint)
     assert not cached()
 
 
@@ -129,7 +129,7 @@ def test_the_command_measures_in_a_folder_of_its_own_and_leaves_nothing(
 ) -> None:
     seen: list[list[str]] = []
 
-    def race_once(contenders: list[Contender], runs: int, report: object) -> list[Measured]:
+    def race_once(contenders: list[Entrant], runs: int, report: object) -> list[Measured]:
         seen.append([contender.label for contender in contenders])
         return [Measured(contender.label, [1.0] * runs) for contender in contenders]
 

@@ -13,7 +13,7 @@ from modelstore.fill.download import Download
 from modelstore.fill.hub import HubSource
 from modelstore.fill.progress import Progress
 from modelstore.fill.source import SourceFile, backoff_s
-from modelstore.fill.staged_file import GRANULE_BYTES, PartialFile
+from modelstore.fill.staged_file import GRANULE_BYTES, StagedFile
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
 from modelstore.volume.checksums import Digests
@@ -203,7 +203,7 @@ def test_of_what_a_silent_host_left_the_sealed_segments_are_copied_and_the_rest_
     monkeypatch.setattr("modelstore.fill.staged_file._SEGMENT_GRANULES", 2)
     data = (repo / WEIGHTS).read_bytes()
     old, new = StagingLayout(tmp_path / "1"), StagingLayout(tmp_path / "2")
-    left = PartialFile(SourceFile(WEIGHTS, SIZE), old)
+    left = StagedFile(SourceFile(WEIGHTS, SIZE), old)
     for index in (1, 0, 2, 3, 4):
         left.put(index, data[index * GRANULE_BYTES : (index + 1) * GRANULE_BYTES])
     left.close()
@@ -214,18 +214,18 @@ def test_of_what_a_silent_host_left_the_sealed_segments_are_copied_and_the_rest_
         return pread(fd, size, offset)
 
     monkeypatch.setattr(os, "pread", pread_of_what_is_sealed)
-    mine = PartialFile(SourceFile(WEIGHTS, SIZE), new)
+    mine = StagedFile(SourceFile(WEIGHTS, SIZE), new)
     assert mine.resume([old]) == 4 * GRANULE_BYTES
     assert mine.missing() == [(4, 11)]
     assert mine.path.read_bytes()[: 4 * GRANULE_BYTES] == data[: 4 * GRANULE_BYTES]
     mine.close()
     monkeypatch.setattr(os, "pread", pread)
-    successor = PartialFile(SourceFile(WEIGHTS, SIZE), old)
+    successor = StagedFile(SourceFile(WEIGHTS, SIZE), old)
     assert successor.resume() == 5 * GRANULE_BYTES  # of a dead process everything counts
     for index in (6, 5):
         successor.put(index, data[index * GRANULE_BYTES : (index + 1) * GRANULE_BYTES])
     successor.close()
-    assert PartialFile(SourceFile(WEIGHTS, SIZE), old).resume() == 7 * GRANULE_BYTES
+    assert StagedFile(SourceFile(WEIGHTS, SIZE), old).resume() == 7 * GRANULE_BYTES
 
 
 def test_what_was_damaged_on_the_volume_is_fetched_again(fetch: Fetch, repo: Path, hub: Hub) -> None:
@@ -324,12 +324,12 @@ def test_no_error_shows_a_token_or_a_signed_address(hub: Hub, repo: Path, tmp_pa
 
 def test_granules_may_arrive_in_any_order(tmp_path: Path) -> None:
     data = os.urandom(5 * GRANULE_BYTES + 1)
-    partial = PartialFile(SourceFile("x", len(data)), StagingLayout(tmp_path))
+    partial = StagedFile(SourceFile("x", len(data)), StagingLayout(tmp_path))
     for index in (5, 2, 0, 4, 1, 3):
         assert partial.put(index, data[index * GRANULE_BYTES : (index + 1) * GRANULE_BYTES])
     digests = partial.finish()
     partial.close()
-    whole = PartialFile(SourceFile("y", len(data)), StagingLayout(tmp_path))
+    whole = StagedFile(SourceFile("y", len(data)), StagingLayout(tmp_path))
     for index in range(6):
         whole.put(index, data[index * GRANULE_BYTES : (index + 1) * GRANULE_BYTES])
     assert whole.finish() == digests

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as tf
 
-from handler.engines.batcher import JOIN_EVERY, Batcher, Row
+from handler.engines.batcher import JOIN_EVERY, ActiveSequence, Batcher
 from handler.engines.detokenizer import Detokenizer
 from handler.jobs import Sampling
 
@@ -50,10 +50,12 @@ def decode(tokens: Any) -> str:
     return "".join(f"{token}." for token in tokens)
 
 
-def row(prompt: list[int], sampling: Sampling = GREEDY, *, every_token: bool = False) -> tuple[Row, Receiver]:
+def row(
+    prompt: list[int], sampling: Sampling = GREEDY, *, every_token: bool = False
+) -> tuple[ActiveSequence, Receiver]:
     receiver = Receiver()
     detokenizer = Detokenizer(decode, sampling.stop, at_once=not every_token)
-    return Row(prompt, sampling, detokenizer, receiver, every_token=every_token), receiver
+    return ActiveSequence(prompt, sampling, detokenizer, receiver, every_token=every_token), receiver
 
 
 def wait(*receivers: Receiver) -> None:
@@ -425,7 +427,9 @@ def test_a_panic_fails_its_row_and_no_other(batcher: Batcher, model: tf.PreTrain
         raise Panic("index out of bounds")
 
     got = Receiver()
-    bad = Row(PROMPTS[0], Sampling(max_tokens=4, temperature=0.0), Detokenizer(panics), got, every_token=True)
+    bad = ActiveSequence(
+        PROMPTS[0], Sampling(max_tokens=4, temperature=0.0), Detokenizer(panics), got, every_token=True
+    )
     good, good_got = row(PROMPTS[1])
     batcher.submit([bad, good])
     wait(got, good_got)

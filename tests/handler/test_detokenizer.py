@@ -58,10 +58,10 @@ def test_a_text_ends_before_the_first_stop_string_and_says_nothing_of_it(text: s
 
 
 def test_at_once_says_all_at_the_end() -> None:
-    detokenizer = Detokenizer(words, at_once=True)
+    detokenizer = Detokenizer(words, at_the_end=True)
     assert [detokenizer.push(token) for token in (1, 2, 3)] == ["", "", ""]
     assert detokenizer.finish() == "w1 w2 w3"
-    stopping = Detokenizer(words, ["w2"], at_once=True)
+    stopping = Detokenizer(words, ["w2"], at_the_end=True)
     assert [stopping.push(token) for token in (1, 2)] == ["w1", " "]
     assert stopping.stopped
 
@@ -126,8 +126,8 @@ def test_a_stream_is_what_decoding_all_at_once_gives(name: str, data: Any) -> No
     tokens = data.draw(st.lists(ids, max_size=60) | runs)
     whole = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert streamed(tokenizer, tokens) == whole
-    at_once = TokenKinds(tokenizer).detokenizer((), stream=False)
-    assert "".join([*map(at_once.push, tokens), at_once.finish()]) == whole
+    at_the_end = TokenKinds(tokenizer).detokenizer((), stream=False)
+    assert "".join([*map(at_the_end.push, tokens), at_the_end.finish()]) == whole
     stops = data.draw(st.lists(st.sampled_from([" ", "he", "e ", "\n", "lo wo", "the world"]), min_size=1, max_size=2))
     before = streamed(tokenizer, tokens, stops)
     assert whole.startswith(before) or not before

@@ -132,9 +132,9 @@ def test_what_was_moved_before_it_was_published_is_what_is_drawn_with(
         weights.start(Timeline())
         return weights
 
-    begun = begin(settings, meanwhile=place)
-    assert begun.early is not None
-    engine = begun.load(DiffusionEngine.load)
+    pending = begin(settings, while_filling=place)
+    assert pending.prefetched is not None
+    engine = pending.load(DiffusionEngine.load)
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(hub.folder / "org" / "name", dtype=torch.float16)
     for key, tensor in theirs.unet.state_dict().items():
         assert torch.equal(engine._pipeline.unet.state_dict()[key], tensor), key

@@ -81,22 +81,22 @@ def test_a_model_larger_than_the_host_is_left_to_the_server(
 ) -> None:
     monkeypatch.setattr("modelstore.load.memory.free_host_bytes", lambda: 1)
     settings = Settings(root=tmp_path / "store", model=parse_reference(f"file://{tmp_path}/source"))
-    begun = warmstart.begin(settings, into="shared")
-    folder = MemoryBackedSnapshot(begun.snapshot, begun.reading)
+    pending = warmstart.begin(settings, target="shared")
+    folder = MemoryBackedSnapshot(pending.snapshot, pending.reading)
     assert (folder.path / snapshot.weights[0].path).readlink().parent == snapshot.path
     assert "the server will read the weights from the volume by itself" in caplog.text
     folder.release_memory()
     folder.close()
-    begun.in_use.end()
+    pending.in_use.end()
 
 
 def test_a_server_starts_on_an_empty_volume(tmp_path: Path) -> None:
     write_repo(tmp_path / "source")
     settings = Settings(root=tmp_path / "store", model=parse_reference(f"file://{tmp_path}/source"))
-    begun = warmstart.begin(settings, into="shared")
-    folder = MemoryBackedSnapshot(begun.snapshot, begun.reading)
-    assert begun.timeline.outcome == "downloaded"
-    assert_same(folder.path, begun.snapshot.manifest)
+    pending = warmstart.begin(settings, target="shared")
+    folder = MemoryBackedSnapshot(pending.snapshot, pending.reading)
+    assert pending.timeline.outcome == "downloaded"
+    assert_same(folder.path, pending.snapshot.manifest)
     folder.release_memory()
     folder.close()
-    begun.in_use.end()
+    pending.in_use.end()

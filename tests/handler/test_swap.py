@@ -126,11 +126,11 @@ def test_an_answer_that_is_being_made_ends_with_its_own_model(
     engine_for: Engines, settings: Settings, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_for(settings)
-    begun, go_on = threading.Event(), threading.Event()
+    pending, go_on = threading.Event(), threading.Event()
     real = tf.LlamaForCausalLM.generate
 
     def slow(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        begun.set()
+        pending.set()
         assert go_on.wait(20)
         return real(self, *arguments, **keywords)
 
@@ -138,7 +138,7 @@ def test_an_answer_that_is_being_made_ends_with_its_own_model(
     answers: list[str] = []
     job = threading.Thread(target=lambda: answers.append(generated(engine)))
     job.start()
-    assert begun.wait(20)
+    assert pending.wait(20)
     swap = threading.Thread(target=engine.swap, args=("org/other",))
     swap.start()
     swap.join(1.0)

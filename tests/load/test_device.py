@@ -16,7 +16,7 @@ import torch
 from modelstore import ModelStore
 from modelstore.errors import DigestMismatch
 from modelstore.load.device import transfer
-from modelstore.load.reader import Arrival, Reading, start_reading
+from modelstore.load.reader import LoadedBlock, Reading, start_reading
 from modelstore.load.tensors import Weights, _Cuda, load_tensors
 from modelstore.timeline import Timeline
 from modelstore.volume.manifest import FileRecord
@@ -34,7 +34,7 @@ class SlowStream:
     most_under_way: int = 0
     asked: int = 0
     copied: int = 0
-    _queue: queue.Queue[tuple[Arrival, memoryview, threading.Event] | None] = field(default_factory=queue.Queue)
+    _queue: queue.Queue[tuple[LoadedBlock, memoryview, threading.Event] | None] = field(default_factory=queue.Queue)
 
     def run(self) -> None:
         while (work := self._queue.get()) is not None:
@@ -54,7 +54,7 @@ class SlowStream:
         assert self.copied == self.asked, "unpinned under a copy"
         self.pinned.remove(id(memory))
 
-    def copy(self, arrival: Arrival, view: memoryview) -> threading.Event:
+    def copy(self, arrival: LoadedBlock, view: memoryview) -> threading.Event:
         assert self.pinned
         done = threading.Event()
         self.asked += 1

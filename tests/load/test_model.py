@@ -173,7 +173,7 @@ def test_a_model_is_built_before_its_bytes_arrive(
         "cpu",
         reading=start_reading(snapshot, ring_bytes=ring_bytes),
         timeline=timeline,
-        meanwhile=held_back.set,
+        while_reading=held_back.set,
     )
     (built,) = [span for span in timeline.spans if span.name == "build"]
     (read,) = [span for span in timeline.spans if span.name == "read"]
@@ -187,7 +187,7 @@ def test_weights_that_transformers_computes_with_are_waited_for(
     caplog.set_level(logging.DEBUG, "modelstore")
     save(MODELS[name](), tmp_path / "original", shards=False)
     snapshot = store.ensure(f"file://{tmp_path}/original")
-    ours = load_model(snapshot, "cpu", meanwhile=held_back.set)
+    ours = load_model(snapshot, "cpu", while_reading=held_back.set)
     assert "is built when its bytes are there" in caplog.text
     assert_equal(ours, type(ours).from_pretrained(tmp_path / "original", dtype=torch.float16))
 

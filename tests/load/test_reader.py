@@ -16,7 +16,7 @@ import xxhash
 
 from modelstore.errors import DigestMismatch, SnapshotNotFound
 from modelstore.load import blocks
-from modelstore.load.blocks import MOST_AT_ONCE, Pace
+from modelstore.load.blocks import MOST_AT_ONCE, ReadConcurrency
 from modelstore.load.reader import Reading
 from modelstore.volume.manifest import FileRecord
 
@@ -309,7 +309,7 @@ time.sleep(60)
         time.sleep(0.01)
 
 
-def rates(pace: Pace, rate_of: dict[int, float], *, seconds: float) -> list[int]:
+def rates(pace: ReadConcurrency, rate_of: dict[int, float], *, seconds: float) -> list[int]:
     """What `pace` asks for over time, on a volume that gives `rate_of[reads at once]` blocks of 1 MB a second."""
     now, seen = 0.0, [pace.at_once]
     while now < seconds:
@@ -322,7 +322,7 @@ def rates(pace: Pace, rate_of: dict[int, float], *, seconds: float) -> list[int]
 
 def test_more_reads_at_once_as_long_as_that_is_faster() -> None:
     latency_bound = {1: 25.0, 2: 50.0, 4: 100.0, 8: 200.0, 16: 400.0}
-    assert rates(Pace(4), latency_bound, seconds=5) == [4, 8, MOST_AT_ONCE]
+    assert rates(ReadConcurrency(4), latency_bound, seconds=5) == [4, 8, MOST_AT_ONCE]
     one_disk = dict.fromkeys((1, 2, 4, 8, 16), 300.0)
-    assert rates(Pace(4), one_disk, seconds=2) == [4, 8, 4], "it was tried, and taken back"
-    assert rates(Pace(4), one_disk, seconds=30).count(8) > 1, "and tried again later"
+    assert rates(ReadConcurrency(4), one_disk, seconds=2) == [4, 8, 4], "it was tried, and taken back"
+    assert rates(ReadConcurrency(4), one_disk, seconds=30).count(8) > 1, "and tried again later"

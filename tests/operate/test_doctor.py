@@ -17,7 +17,7 @@ import pytest
 from modelstore.errors import NoSpace, RootUnusable
 from modelstore.mount import check_place
 from modelstore.operate import doctor
-from modelstore.operate.doctor import Finding, diagnose, exit_code
+from modelstore.operate.doctor import CheckResult, diagnose, exit_code
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.volume import durable
@@ -28,7 +28,7 @@ from tests.support.hub import Hub
 MFS = "mfs#10.0.0.1:9421 {} fuse {} 0 0\n"
 
 
-def found(settings: Settings, **options: Any) -> dict[str, Finding]:
+def found(settings: Settings, **options: Any) -> dict[str, CheckResult]:
     return {finding.check: finding for finding in diagnose(settings, probe_bytes=1 << 20, **options)}
 
 

@@ -60,7 +60,7 @@ def test_ls_goes_on_where_there_can_be_no_marks(filled: ModelStore, cli: Cli) ->
 def test_ls_tells_use_pins_and_aliases(filled: ModelStore, cli: Cli) -> None:
     one = filled.lookup("org/one")
     assert one is not None
-    use = pins.InUse(filled.layout, one.key, "worker-7")
+    use = pins.UsageMark(filled.layout, one.key, "worker-7")
     first, second = cli.json("ls")
     assert (first["repo_id"], second["repo_id"]) == ("org/one", "org/two")
     assert first["pinned"]
@@ -81,7 +81,7 @@ def test_ls_sees_a_worker_on_a_snapshot_that_nobody_had_used_for_long(filled: Mo
     last = filled.layout.used(one.key) / ".last"
     os.utime(last, (0, last.stat().st_mtime - 1000))
     assert cli.json("ls")[0]["idle_s"] >= 1000
-    use = pins.InUse(filled.layout, one.key, "worker-7")
+    use = pins.UsageMark(filled.layout, one.key, "worker-7")
     deadline = time.monotonic() + 10
     while (found := cli.json("ls")[0])["in_use_by"] != ["worker-7"]:  # its thread says so next
         assert time.monotonic() < deadline

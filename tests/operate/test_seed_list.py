@@ -120,7 +120,7 @@ def test_a_dry_run_tells_what_goes_once_the_aliases_are_moved(cli: Cli, two_mode
 
 def test_what_is_used_stays_and_a_failed_list_removes_nothing(cli: Cli, two_models: Path, store: ModelStore) -> None:
     old = store.ensure("org/old")
-    use = pins.InUse(store.layout, old.key, "w1")
+    use = pins.UsageMark(store.layout, old.key, "w1")
     records = cli.json("seed", "--from", str(two_models), "--prune", "--yes")
     assert records[-1]["status"] == "kept"
     use.end()

@@ -164,11 +164,11 @@ def test_code_runs_only_if_the_settings_name_its_commit(
         model=parse_reference(model.replace("COMMIT", commit)),
         allowed_models=tuple(map(parse_reference, entries)),
     )
-    begun = begin(settings)
-    begun.in_use.end()
-    begun.reading.close()
-    assert begun.trusted == trusted
-    evict(store.layout, begun.snapshot.key, force=True)
+    pending = begin(settings)
+    pending.in_use.end()
+    pending.reading.close()
+    assert pending.trusted == trusted
+    evict(store.layout, pending.snapshot.key, force=True)
     again = ModelStore(settings.root, settings=settings)
     if trusted:
         assert again.ensure(settings.model).manifest.remote_code

@@ -449,10 +449,10 @@ def hit_s(settings: Settings) -> float:
     took = []
     for _run in range(9):
         began = time.monotonic()
-        begun = begin(settings)
+        pending = begin(settings)
         took.append(time.monotonic() - began)
-        begun.reading.wait_all()
-        begun.reading.close()
+        pending.reading.wait_all()
+        pending.reading.close()
     return sorted(took)[len(took) // 2]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from modelstore.errors import ModelStoreError, UnsafeName
-from modelstore.fill.adoption import export_to_hf_cache
+from modelstore.fill.hf_cache import export_to_hf_cache
 from modelstore.store import ModelStore
 from modelstore.volume import durable, pins
 from modelstore.volume.claim import ClaimRecord, Contender
@@ -169,7 +169,7 @@ def test_seeding_and_using_a_model_outlive_what_lies_in_a_records_place(
         with suppress(ModelStoreError, OSError):
             store.ensure(f"org/fresh@{hub.commit(hub.folder / 'org' / 'fresh')}")
         with suppress(ModelStoreError, OSError):
-            pins.InUse(store.layout, seeded, f"worker-{number}").end()
+            pins.UsageMark(store.layout, seeded, f"worker-{number}").end()
         save_position(store.layout, seeded, Position(3, 1, 1))
         assert time.monotonic() - began < 20
         if path.is_dir() and not path.is_symlink():
@@ -227,7 +227,7 @@ def test_a_folder_of_marks_that_became_a_link_loses_none_of_its_files(
         (precious / name).touch()
         os.utime(precious / name, (1, 1))
     monkeypatch.setattr(pins, "_TOUCH_EVERY_S", 0.3)
-    mark = pins.InUse(store.layout, seeded, "worker")
+    mark = pins.UsageMark(store.layout, seeded, "worker")
     used = store.layout.used(seeded)
     time.sleep(0.1)  # the first touch is over, and the next one far enough
     used.rename(used.with_name("moved"))
@@ -292,7 +292,7 @@ def test_records_of_a_day_generations_and_marks_do_not_grow_without_end(
         history.add(
             store.layout, Timeline(worker=f"w{number}", model="org/name", began=now - 4000 + 2 * number), error="no"
         )
-        history.note(store.layout, "evicted", seeded)
+        history.record_event(store.layout, "evicted", seeded)
     assert len(list(store.layout.starts.rglob("*.json"))) == history.KEPT_A_DAY
     assert len(list(store.layout.events.rglob("*.json"))) == history.KEPT_A_DAY
     assert history.starts(store.layout, limit=1)[0]["worker"] == "w399", "the latest are kept"
@@ -310,7 +310,7 @@ def test_records_of_a_day_generations_and_marks_do_not_grow_without_end(
         mark = store.layout.used(seeded) / f"w{number}.{number:08x}"
         mark.touch()
         os.utime(mark, (time.time() - 600, time.time() - 600))
-    last = pins.InUse(store.layout, seeded, "w")
+    last = pins.UsageMark(store.layout, seeded, "w")
     until = time.monotonic() + 10
     while len(list(store.layout.used(seeded).iterdir())) > 70 and time.monotonic() < until:
         time.sleep(0.02)

@@ -94,7 +94,7 @@ def test_a_damaged_record_is_an_error_until_it_is_set_anew(two: ModelStore, data
     two.ensure("org/other")
     damage(two, "chat", data)
     assert run(two, "ls", "--json") == "[]\n"
-    kept = [one.kept_because for one in survey(two.layout)]
+    kept = [one.retained_by for one in survey(two.layout)]
     assert kept == ["@chat points to it"] * 2, "who knows to which"
     assert not any(evict(two.layout, one.key) for one in survey(two.layout))
     with pytest.raises((InvalidReference, SnapshotNotFound), match=r"point @chat anew|no alias"):
@@ -153,10 +153,10 @@ def test_bad_names_and_unknown_models_change_nothing(two: ModelStore, env_of: di
 def test_what_an_alias_points_to_is_not_evicted(two: ModelStore) -> None:
     snapshot = two.set_alias("chat", "org/name")
     (candidate,) = survey(two.layout, [snapshot.key])
-    assert candidate.kept_because == "@chat points to it"
+    assert candidate.retained_by == "@chat points to it"
     assert not evict(two.layout, snapshot.key, sleep=lambda _s: None)
     two.set_alias("chat", "org/other")
-    assert not survey(two.layout, [snapshot.key])[0].kept_because
+    assert not survey(two.layout, [snapshot.key])[0].retained_by
 
 
 def test_a_canary_goes_to_its_share_of_the_workers_and_then_to_all(hub: Hub, cli: Cli, store: ModelStore) -> None:
@@ -197,10 +197,10 @@ def test_a_worker_of_the_share_starts_on_the_canary(hub: Hub, store: ModelStore)
     inside = next(f"w{n}" for n in range(99) if aliases.share_of("chat", f"w{n}") < 30)
     outside = next(f"w{n}" for n in range(99) if aliases.share_of("chat", f"w{n}") >= 30)
     for worker, model in ((inside, "org/new"), (outside, "org/old")):
-        begun = begin(replace(store.settings, model=parse_reference("@chat"), worker_id=worker))
-        assert begun.snapshot.repo_id == model
-        begun.reading.close()
-        begun.in_use.end()
+        pending = begin(replace(store.settings, model=parse_reference("@chat"), worker_id=worker))
+        assert pending.snapshot.repo_id == model
+        pending.reading.close()
+        pending.in_use.end()
 
 
 def test_a_share_that_is_none_is_refused(cli: Cli) -> None:

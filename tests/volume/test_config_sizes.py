@@ -101,10 +101,10 @@ def test_a_snapshot_of_an_earlier_version_takes_no_memory_either(
     began = time.monotonic()
     with pytest.raises(BadConfig, match=r"do not bear out|more layers than its"):
         load_model(snapshot, "cpu")
-    begun = begin(replace(store.settings, model=parse_reference(reference)))
+    pending = begin(replace(store.settings, model=parse_reference(reference)))
     with pytest.raises(BadConfig):
-        begun.load(lambda b: load_model(b.snapshot, "cpu", reading=b.reading))
-    begun.in_use.end()
+        pending.load(lambda b: load_model(b.snapshot, "cpu", reading=b.reading))
+    pending.in_use.end()
     assert time.monotonic() - began < 20
 
 

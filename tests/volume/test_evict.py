@@ -42,13 +42,13 @@ def seeded(hub: Hub, store: ModelStore, *names: str) -> list[Snapshot]:
 def test_the_least_recently_used_goes_first_and_the_pinned_and_used_stay(hub: Hub, store: ModelStore) -> None:
     a, b, c, d = seeded(hub, store, "a", "b", "c", "d")
     pins.pin(store.layout, a.key, "me")
-    pins.InUse(store.layout, b.key, "worker-1").end()
+    pins.UsageMark(store.layout, b.key, "worker-1").end()
     assert [path.name for path in store.layout.used(b.key).iterdir()] == [".last"]
-    serving = pins.InUse(store.layout, b.key, "worker-1")
+    serving = pins.UsageMark(store.layout, b.key, "worker-1")
     order = survey(store.layout)
     assert [candidate.key for candidate in order] == [a.key, c.key, d.key, b.key]
-    assert order[0].kept_because == "it is pinned"
-    assert order[3].kept_because == "it is in use by worker-1"
+    assert order[0].retained_by == "it is pinned"
+    assert order[3].retained_by == "it is in use by worker-1"
     assert [candidate.key for candidate in least_recently_used(order, 1)] == [c.key]
     assert [candidate.key for candidate in least_recently_used(order, 10**12)] == [c.key, d.key]
     assert not evict(store.layout, a.key)
@@ -65,7 +65,7 @@ def test_the_least_recently_used_goes_first_and_the_pinned_and_used_stay(hub: Hu
 
 def test_a_worker_that_is_gone_keeps_nothing_after_five_minutes(hub: Hub, store: ModelStore) -> None:
     (snapshot,) = seeded(hub, store, "a")
-    pins.InUse(store.layout, snapshot.key, "pod/1 \n")
+    pins.UsageMark(store.layout, snapshot.key, "pod/1 \n")
     (mark,) = [mark for mark in pins.marks(store.layout, snapshot.key) if mark.worker]
     assert mark.worker == "pod/1 \ufffd"
     assert pins.users(store.layout, snapshot.key, mark.touched_at + 299) == ("pod/1 \ufffd",)
@@ -77,7 +77,7 @@ def test_a_worker_says_every_minute_that_it_is_there(
 ) -> None:
     (snapshot,) = seeded(hub, store, "a")
     monkeypatch.setattr(pins, "_TOUCH_EVERY_S", 0.1)
-    use = pins.InUse(store.layout, snapshot.key, "worker-1")
+    use = pins.UsageMark(store.layout, snapshot.key, "worker-1")
     folder = store.layout.used(snapshot.key)
     for _again in range(2):
         for path in folder.iterdir():
@@ -108,7 +108,7 @@ def test_of_a_worker_and_an_eviction_one_sees_the_other(
     real = pins.volume_time
 
     def a_worker_comes(layout: object) -> float:
-        pins.InUse(store.layout, snapshot.key, "late")
+        pins.UsageMark(store.layout, snapshot.key, "late")
         return real(store.layout)
 
     monkeypatch.setattr(evict_module.pins, "volume_time", a_worker_comes)
@@ -155,7 +155,7 @@ def test_where_it_is_allowed_the_least_recently_used_makes_room(hub: Hub, make_s
     assert tree_bytes(store.settings.root) < 2_300_000
     assert verify_snapshot(third).ok
     pins.pin(store.layout, second.key, "me")
-    serving = pins.InUse(store.layout, third.key, "w")
+    serving = pins.UsageMark(store.layout, third.key, "w")
     write_repo(hub.folder / "org" / "d", random_tensors(4, seed=9))
     with pytest.raises(NoSpace, match="remove a model, or raise"):
         store.ensure("org/d")
@@ -278,8 +278,8 @@ def test_a_damaged_snapshot_is_mended_under_a_tight_quota(hub: Hub, make_store: 
 
 def test_two_processes_of_one_worker_have_a_mark_each(hub: Hub, store: ModelStore) -> None:
     (snapshot,) = seeded(hub, store, "a")
-    pins.InUse(store.layout, snapshot.key, "pod")
-    pins.InUse(store.layout, snapshot.key, "pod").end()
+    pins.UsageMark(store.layout, snapshot.key, "pod")
+    pins.UsageMark(store.layout, snapshot.key, "pod").end()
     assert pins.users(store.layout, snapshot.key, pins.volume_time(store.layout)) == ("pod",)
     assert not evict(store.layout, snapshot.key)
 
@@ -288,7 +288,7 @@ def test_the_mark_of_a_process_that_ends_goes_with_it(hub: Hub, store: ModelStor
     (snapshot,) = seeded(hub, store, "a")
     code = (
         "import sys; from modelstore import ModelStore; from modelstore.volume import pins; store = ModelStore.from_env();"
-        "pins.InUse(store.layout, store.lookup('org/a').key, 'pod');"
+        "pins.UsageMark(store.layout, store.lookup('org/a').key, 'pod');"
         "print(pins.users(store.layout, store.lookup('org/a').key, pins.volume_time(store.layout))); sys.exit(1)"
     )
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | store_env, capture_output=True, text=True)

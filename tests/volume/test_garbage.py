@@ -54,7 +54,7 @@ def cut_short(hub: Hub, make_store: MakeStore) -> ModelStore:
 def test_a_store_in_use_has_no_garbage(hub: Hub, store: ModelStore) -> None:
     write_repo(hub.folder / "org" / "name")
     snapshot = store.ensure("org/name")
-    pins.InUse(store.layout, snapshot.key, "w")
+    pins.UsageMark(store.layout, snapshot.key, "w")
     pins.pin(store.layout, snapshot.key, "me")
     save_position(store.layout, snapshot.key, Position(20, 1, 0))
     age(store.settings.root, 1000 * HOUR_S)
