@@ -52,18 +52,22 @@ class AliasFollower:
 
     def look(self) -> None:
         """Swap where the alias has moved. Raises where the volume cannot be read."""
-        wanted, serving = aliases.target(self._layout, self._name, worker=self._worker), self._engine.status()
-        if (wanted.repo_id, wanted.commit, wanted.dtype) == (serving["model"], serving["commit"], serving["dtype"]):
+        pointed_to, serving = aliases.target(self._layout, self._name, worker=self._worker), self._engine.status()
+        if (pointed_to.repo_id, pointed_to.commit, pointed_to.dtype) == (
+            serving["model"],
+            serving["commit"],
+            serving["dtype"],
+        ):
             return
-        if self._failed and self._failed[0] == wanted and time.monotonic() - self._failed[1] < _TRY_AGAIN_S:
+        if self._failed and self._failed[0] == pointed_to and time.monotonic() - self._failed[1] < _TRY_AGAIN_S:
             return
-        logger.info("@%s points to %s now: swapping", self._name, wanted)
+        logger.info("@%s points to %s now: swapping", self._name, pointed_to)
         try:
             timeline = self._engine.swap(f"@{self._name}")
         except Refused as error:
             self._replace_worker(str(error))
         except BaseException as error:  # a tokenizer's panic too: the model that serves goes on
             logger.warning("@%s cannot be served: %s: %s", self._name, type(error).__name__, error)
-            self._failed = wanted, time.monotonic()
+            self._failed = pointed_to, time.monotonic()
         else:
             logger.info("@%s: %s", self._name, timeline.log_line())

@@ -39,9 +39,9 @@ class ImageRequest:
     @property
     def parameters(self) -> dict[str, Any]:
         """What an answer says of it."""
-        asked = {"num_inference_steps": self.steps, "num_images": self.count}
-        more = {"guidance_scale": self.guidance_scale, "width": self.width, "height": self.height}
-        return asked | {name: value for name, value in more.items() if value is not None}
+        fields = {"num_inference_steps": self.steps, "num_images": self.count}
+        optional = {"guidance_scale": self.guidance_scale, "width": self.width, "height": self.height}
+        return fields | {name: value for name, value in optional.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)

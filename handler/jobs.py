@@ -74,10 +74,10 @@ class Sampling:
     @property
     def parameters(self) -> dict[str, Any]:
         """What an answer says of it: what was asked for, and the defaults that everybody asks about."""
-        asked = {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p}
-        more = {"top_k": self.top_k, "repetition_penalty": self.repetition_penalty, "seed": self.seed}
-        asked |= {name: value for name, value in more.items() if value is not None}
-        return asked | ({"stop": list(self.stop)} if self.stop else {})
+        fields = {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p}
+        optional = {"top_k": self.top_k, "repetition_penalty": self.repetition_penalty, "seed": self.seed}
+        fields |= {name: value for name, value in optional.items() if value is not None}
+        return fields | ({"stop": list(self.stop)} if self.stop else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +146,12 @@ def named_model(data: Mapping[str, Any]) -> str | None:
 
 def parse_text(data: Mapping[str, Any], limits: Limits) -> TextRequest:
     """A text job's request, checked. Raises JobError whose text names the field, the limit and what was given."""
-    given = [name for name in ("prompt", "prompts", "messages") if data.get(name) is not None]
-    if len(given) != 1:
+    sources = [name for name in ("prompt", "prompts", "messages") if data.get(name) is not None]
+    if len(sources) != 1:
         raise invalid("exactly one of prompt, prompts and messages must be given")
-    if given == ["prompts"]:
+    if sources == ["prompts"]:
         prompts = _prompts(data["prompts"], limits)
-    elif given == ["prompt"]:
+    elif sources == ["prompt"]:
         prompts = (Prompt(_text(data["prompt"], "prompt", limits)),)
     else:
         prompts = (Prompt(messages=parse_messages(data["messages"], limits)),)
@@ -160,7 +160,7 @@ def parse_text(data: Mapping[str, Any], limits: Limits) -> TextRequest:
         parse_sampling(data, limits),
         model=named_model(data),
         stream=flag(data, "stream"),
-        listed=given == ["prompts"],
+        listed=sources == ["prompts"],
         fit=data.get("max_tokens") is None,
     )
 
@@ -225,8 +225,8 @@ def _joined_parts(content: object, index: int) -> Any:
 
 def _prompts(value: object, limits: Limits) -> tuple[Prompt, ...]:
     if not isinstance(value, list) or not 1 <= len(value) <= limits.prompts:
-        given = f"{len(value)}" if isinstance(value, list) else shown(value)
-        raise invalid(f"prompts must be a list of 1 to {limits.prompts} strings, not {given}")
+        shown_value = f"{len(value)}" if isinstance(value, list) else shown(value)
+        raise invalid(f"prompts must be a list of 1 to {limits.prompts} strings, not {shown_value}")
     return tuple(Prompt(_text(text, f"prompts[{index}]", limits)) for index, text in enumerate(value))
 
 

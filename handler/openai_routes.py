@@ -112,9 +112,9 @@ def parse_body(route: Route, body: Mapping[str, Any], limits: Limits) -> TextReq
     if route == "chat/completions":
         prompts: tuple[Prompt, ...] = (Prompt(messages=parse_messages(body.get("messages"), limits)),)
     else:
-        given = body.get("prompt")
-        name = "prompts" if isinstance(given, list) else "prompt"
-        prompts = parse_text({name: given}, limits).prompts
+        value = body.get("prompt")
+        name = "prompts" if isinstance(value, list) else "prompt"
+        prompts = parse_text({name: value}, limits).prompts
     if len(prompts) * choices > limits.prompts:
         raise invalid(f"n times the prompts must be at most {limits.prompts}, not {len(prompts) * choices}")
     each = tuple(prompt for prompt in prompts for _choice in range(choices))

@@ -28,8 +28,8 @@ def without_secrets() -> dict[str, str]:
 def server_environment() -> dict[str, str]:
     """For a server of somebody else's that loads a model by its path: all that is set but our settings and secrets, and
     not a word to the Hub."""
-    ours = {field.variable for field in FIELDS} - {"CUDA_VISIBLE_DEVICES"}
-    kept = {name: value for name, value in without_secrets().items() if name not in ours}
+    own_names = {field.variable for field in FIELDS} - {"CUDA_VISIBLE_DEVICES"}
+    kept = {name: value for name, value in without_secrets().items() if name not in own_names}
     return kept | {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 
 

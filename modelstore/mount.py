@@ -52,7 +52,7 @@ def _mounts(mounts: str) -> Iterator[Mount]:
     """The later of two mounts on one folder covers the other, and comes first."""
     for line in reversed(mounts.splitlines()):
         device, point, kind, options, *_rest = [*line.split(), "", "", "", ""]
-        device, point = (_OCTAL.sub(lambda found: chr(int(found[1], 8)), text) for text in (device, point))
+        device, point = (_OCTAL.sub(lambda match: chr(int(match[1], 8)), text) for text in (device, point))
         yield Mount(device, Path(point), kind, tuple(options.split(",")))
 
 
@@ -69,6 +69,6 @@ def check_place(root: Path) -> None:
     is place enough, because whoever fills the store makes what is between."""
     if root.parent.is_dir() or root.is_relative_to(os.path.expanduser("~")):
         return
-    there = next(folder for folder in root.parents if folder.exists())
-    if there == Path("/") or not there.is_mount():
+    existing = next(folder for folder in root.parents if folder.exists())
+    if existing == Path("/") or not existing.is_mount():
         raise RootUnusable(f"there is no folder {root.parent}: mount the volume, or set MODELSTORE_ROOT or --root")

@@ -104,9 +104,9 @@ class StagingPrefetch(Observer):
             logger.info("%s was published otherwise than what was followed: it is read again", snapshot.key)
             self.give_up()
             return None
-        rest = [file for file in snapshot.manifest.files if file.path not in self._followed]
+        missing = [file for file in snapshot.manifest.files if file.path not in self._followed]
         try:
-            self._reading.add(snapshot.path, rest, block_bytes=snapshot.manifest.block_bytes)
+            self._reading.add(snapshot.path, missing, block_bytes=snapshot.manifest.block_bytes)
         except SnapshotNotFound:  # evicted already: whoever asks will look again
             self.give_up()
             return None

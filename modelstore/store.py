@@ -105,13 +105,13 @@ class ModelStore:
         """
         from modelstore.fill.plan import preview
 
-        named = wanted = _parsed(reference, revision)
+        named = parsed = _parsed(reference, revision)
         variant = self._dtype(dtype)
-        self.settings.check_allowed(wanted)
-        if wanted.kind == "alias":
-            key = aliases.target(self.layout, wanted.name)
-            wanted, variant = Reference("hub", key.repo_id, key.commit), parse_dtype("alias", key.dtype)
-        source, resolved = self._resolve(wanted, refresh=True)
+        self.settings.check_allowed(parsed)
+        if parsed.kind == "alias":
+            key = aliases.target(self.layout, parsed.name)
+            parsed, variant = Reference("hub", key.repo_id, key.commit), parse_dtype("alias", key.dtype)
+        source, resolved = self._resolve(parsed, refresh=True)
         key = SnapshotKey(resolved.repo_id, resolved.commit, variant)
         snapshot = self._published(key, accepted_dtypes(variant, overflow))
         key = snapshot.key if snapshot is not None else key
@@ -184,26 +184,26 @@ class ModelStore:
 
         Raises a ModelStoreError: NotFound, AccessDenied, HubUnavailable, IntegrityError, NoSpace, WaitTimeout, Refused.
         """
-        named = wanted = _parsed(reference, revision)
+        named = parsed = _parsed(reference, revision)
         variant = self._dtype(dtype)
-        self.settings.check_allowed(wanted)
-        if wanted.kind == "alias":
-            key = aliases.target(self.layout, wanted.name, worker=self.settings.worker_id)
-            wanted, variant = Reference("hub", key.repo_id, key.commit), parse_dtype("alias", key.dtype)
+        self.settings.check_allowed(parsed)
+        if parsed.kind == "alias":
+            key = aliases.target(self.layout, parsed.name, worker=self.settings.worker_id)
+            parsed, variant = Reference("hub", key.repo_id, key.commit), parse_dtype("alias", key.dtype)
         timeline = timeline or Timeline()
         with timeline.span("lookup"):
-            lookups = (self.lookup(wanted, dtype=dtype) for dtype in accepted_dtypes(variant, overflow))
-            found = next(filter(None, lookups), None)
-        if found is not None and _same(found, damaged):
-            wanted, variant = replace(wanted, revision=found.commit), parse_dtype("dtype", found.dtype)
-        elif found is not None and (not refresh or is_commit(wanted.revision) or self.settings.offline):
-            mark_used(self.layout, found.key)
-            if wait_while_evicting(self.layout, found.key, sleep=self._sleep):
-                found = self.lookup(wanted, dtype=found.dtype)
-            if found is not None:
-                return found
+            lookups = (self.lookup(parsed, dtype=dtype) for dtype in accepted_dtypes(variant, overflow))
+            present = next(filter(None, lookups), None)
+        if present is not None and _same(present, damaged):
+            parsed, variant = replace(parsed, revision=present.commit), parse_dtype("dtype", present.dtype)
+        elif present is not None and (not refresh or is_commit(parsed.revision) or self.settings.offline):
+            mark_used(self.layout, present.key)
+            if wait_while_evicting(self.layout, present.key, sleep=self._sleep):
+                present = self.lookup(parsed, dtype=present.dtype)
+            if present is not None:
+                return present
         with timeline.span("lookup"):
-            source, resolved = self._resolve(wanted, refresh=refresh)
+            source, resolved = self._resolve(parsed, refresh=refresh)
         request = FillRequest(
             source=source,
             resolved=resolved,

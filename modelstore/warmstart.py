@@ -79,12 +79,12 @@ class PendingStart:
             self.reading.close()
             raise
         except BaseException as error:  # a damaged tokenizer is whatever its parser makes of it
-            found = error if isinstance(error, DigestMismatch) else self.reading.damage()
-            if found is None:
+            mismatch = error if isinstance(error, DigestMismatch) else self.reading.damage()
+            if mismatch is None:
                 self.reading.close()
                 raise
-            damage = str(found)
-            del found  # its traceback holds the buffers
+            damage = str(mismatch)
+            del mismatch  # its traceback holds the buffers
         logger.warning("%s; comparing it again", damage)
         self.reading.close()
         del self.reading

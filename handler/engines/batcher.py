@@ -133,12 +133,12 @@ class ActiveSequence:
 class Batcher:
     """Generates for all rows that were submitted, `most` at once. Call `close` at the end."""
 
-    def __init__(self, model: PreTrainedModel, *, most: int, pad_token_id: int | None) -> None:
+    def __init__(self, model: PreTrainedModel, *, limit: int, pad_token_id: int | None) -> None:
         self._model = model
-        self._most = self._room = most
+        self._most = self._room = limit
         vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 1 << 60
-        own = model.generation_config
-        self._defaults = generation_defaults(own, vocabulary=vocabulary, pad_token_id=pad_token_id)
+        own_defaults = model.generation_config
+        self._defaults = generation_defaults(own_defaults, vocabulary=vocabulary, pad_token_id=pad_token_id)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._context = context if isinstance(context, int) and context > 0 else 1 << 60
         self._waiting: deque[ActiveSequence] = deque()
@@ -280,8 +280,8 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
             if penalty != 1.0:
                 self._penalties[number] = RepetitionPenaltyLogitsProcessor(penalty)
             if sampling.temperature:
-                given = defaults.top_k if sampling.top_k is None else sampling.top_k
-                top_k = _DEFAULT_TOP_K if given is None else given
+                top_k_or_none = defaults.top_k if sampling.top_k is None else sampling.top_k
+                top_k = _DEFAULT_TOP_K if top_k_or_none is None else top_k_or_none
                 self._alike.setdefault((sampling.temperature, top_k, sampling.top_p), []).append(number)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -309,13 +309,13 @@ class _StopTracker(StoppingCriteria):  # type: ignore[misc]
     that has ended would be carried on beyond the model's context."""
 
     def __init__(
-        self, rows: list[ActiveSequence], ends: frozenset[int], wanted: Callable[[], bool], context: int
+        self, rows: list[ActiveSequence], ends: frozenset[int], is_wanted: Callable[[], bool], context: int
     ) -> None:
         self._rows = rows
         self._lengths = [len(row.tokens) for row in rows]
         self._context = context
         self._ends = ends
-        self._wanted = wanted
+        self._wanted = is_wanted
         self._steps = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -336,11 +336,11 @@ class _StopTracker(StoppingCriteria):  # type: ignore[misc]
 @contextmanager
 def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Let `generate` fill what a call leaves open from `config`, and not from the model's own unchecked one."""
-    own, model.generation_config = model.generation_config, config
+    own_defaults, model.generation_config = model.generation_config, config
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = own_defaults
 
 
 def free_memory() -> None:

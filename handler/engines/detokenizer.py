@@ -74,8 +74,8 @@ class Detokenizer:
         if self.stopped:
             return ""
         text = self._certain(self._new_text()[self._sent :])
-        rest, self._pending = self._pending, ""
-        return text + rest
+        tail, self._pending = self._pending, ""
+        return text + tail
 
     def _new_text(self) -> str:
         before = self._decode(self._tokens[: self._context])
@@ -107,20 +107,20 @@ class Detokenizer:
         if (before := self._before_stop(text)) is not None:
             return before
         self._pending += text
-        held = max((self._overlap(stop) for stop in self._stops), default=0)
-        keep = len(self._pending) - held
+        uncertain = max((self._overlap(stop) for stop in self._stops), default=0)
+        keep = len(self._pending) - uncertain
         certain, self._pending = self._pending[:keep], self._pending[keep:]
         return certain
 
     def _before_stop(self, text: str) -> str | None:
         """The pending text and `text` up to the first stop string in them, and the end; None if there is none."""
-        seen = self._pending + text
-        places = [place for stop in self._stops if (place := seen.find(stop)) >= 0]
+        searched = self._pending + text
+        places = [place for stop in self._stops if (place := searched.find(stop)) >= 0]
         if not places:
             return None
         self.stopped = True
         self._pending = ""
-        return seen[: min(places)]
+        return searched[: min(places)]
 
     def _overlap(self, stop: str) -> int:
         """How much of the end may be the beginning of `stop`."""

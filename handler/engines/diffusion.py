@@ -88,11 +88,11 @@ class DiffusionEngine:
             raise not_served(request.model, self.model)
         loop = asyncio.get_running_loop()
         steps: asyncio.Queue[Step | None] = asyncio.Queue()
-        wanted = threading.Event()
-        wanted.set()
+        is_wanted = threading.Event()
+        is_wanted.set()
 
         def step(pipeline: Any, number: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-            if not wanted.is_set():
+            if not is_wanted.is_set():
                 pipeline._interrupt = True
             loop.call_soon_threadsafe(steps.put_nowait, Step(number + 1, request.steps))
             return values
@@ -103,26 +103,26 @@ class DiffusionEngine:
             self._left.pop(drawing, None)
             steps.put_nowait(None)
 
-        drawing = loop.run_in_executor(self._thread, self._draw, request, step, wanted)
+        drawing = loop.run_in_executor(self._thread, self._draw, request, step, is_wanted)
         drawing.add_done_callback(ended)
         try:
             while (done := await steps.get()) is not None:
                 yield done
             yield await drawing
         finally:
-            wanted.clear()
+            is_wanted.clear()
             if not drawing.done():
                 self._left[drawing] = time.monotonic()
 
-    def _draw(self, request: ImageRequest, step: Any, wanted: threading.Event) -> Images:
-        if not wanted.is_set():  # cancelled while it waited for its turn
+    def _draw(self, request: ImageRequest, step: Any, is_wanted: threading.Event) -> Images:
+        if not is_wanted.is_set():  # cancelled while it waited for its turn
             raise Refused("nobody waits for this picture any more")
         seed = secrets.randbits(32) if request.seed is None else request.seed
         device = self._pipeline._execution_device
-        more: dict[str, Any] = {"width": request.width, "height": request.height}
-        more |= {"guidance_scale": request.guidance_scale}
+        options: dict[str, Any] = {"width": request.width, "height": request.height}
+        options |= {"guidance_scale": request.guidance_scale}
         if request.negative_prompt:
-            more["negative_prompt"] = request.negative_prompt
+            options["negative_prompt"] = request.negative_prompt
         try:
             with torch.inference_mode():
                 made = self._pipeline(
@@ -132,7 +132,7 @@ class DiffusionEngine:
                     # One generator an image: picture n of a seed is the same, however many are asked for.
                     generator=[torch.Generator(device).manual_seed((seed + n) % 2**63) for n in range(request.count)],
                     callback_on_step_end=step,
-                    **{name: value for name, value in more.items() if value is not None},
+                    **{name: value for name, value in options.items() if value is not None},
                 )
         except Exception as error:
             if is_gpu_lost(error):
@@ -192,23 +192,23 @@ def _part(
     library, class_name = value
     if library is None or class_name is None:
         return None
-    found = getattr(import_module(library), class_name, None) if library in _LIBRARIES else None
-    if found is None:
+    cls = getattr(import_module(library), class_name, None) if library in _LIBRARIES else None
+    if cls is None:
         raise NoWeights(f"{snapshot.key}: {name} is a {class_name} of {library}, which is not served")
     prefix, folder = f"{name}/", snapshot.path / name
-    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    if not own:  # schedulers, tokenizers, feature extractors
-        return found.from_pretrained(folder)
+    own_module = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    if not own_module:  # schedulers, tokenizers, feature extractors
+        return cls.from_pretrained(folder)
     if library == "transformers":
-        config = found.config_class.from_pretrained(folder)
-        return build_part(found, config, snapshot, own, device)
-    with bounded_build(snapshot, len(own)), accelerate.init_empty_weights():
-        model = found.from_config(found.load_config(folder))
-    model._fix_state_dict_keys_on_load(own)
-    wide = set(found._keep_in_fp32_modules or ())
-    own = {key: tensor.float() if wide & set(key.split(".")) else tensor for key, tensor in own.items()}
+        config = cls.config_class.from_pretrained(folder)
+        return build_part(cls, config, snapshot, own_module, device)
+    with bounded_build(snapshot, len(own_module)), accelerate.init_empty_weights():
+        model = cls.from_config(cls.load_config(folder))
+    model._fix_state_dict_keys_on_load(own_module)
+    wide = set(cls._keep_in_fp32_modules or ())
+    own_module = {key: tensor.float() if wide & set(key.split(".")) else tensor for key, tensor in own_module.items()}
     try:
-        model.load_state_dict(own, strict=True, assign=True)
+        model.load_state_dict(own_module, strict=True, assign=True)
     except RuntimeError as error:
         raise BadSafetensors(
             f"{snapshot.key}: the weights of {name} are not those of a {class_name}: {error}"

@@ -32,7 +32,9 @@ class GenerationDefaults:
     repetition_penalty: float = 1.0
 
 
-def generation_defaults(own: GenerationConfig, *, vocabulary: int, pad_token_id: int | None) -> GenerationDefaults:
+def generation_defaults(
+    config_values: GenerationConfig, *, vocabulary: int, pad_token_id: int | None
+) -> GenerationDefaults:
     """The defaults that a model's own config leads to; `vocabulary` is the number of its tokens."""
 
     def is_id(value: Any) -> bool:
@@ -70,7 +72,7 @@ def generation_defaults(own: GenerationConfig, *, vocabulary: int, pad_token_id:
         "top_k": is_top_k,
     }
     values: dict[str, Any] = {}
-    for name, value in vars(own).items():
+    for name, value in vars(config_values).items():
         if value is None or value == [] or name in _REPLACED:
             continue
         if name in _LISTS_OF_IDS and isinstance(value, list) and not all(map(is_id, value)):

@@ -45,9 +45,9 @@ class MultiModelEngine:
 
     kind: Literal["text"] = "text"
 
-    def __init__(self, own: TextEngine, settings: Settings, load: Callable[[Settings], TextEngine]) -> None:
+    def __init__(self, first: TextEngine, settings: Settings, load: Callable[[Settings], TextEngine]) -> None:
         """`load` makes the engine of a model; raises DoesNotFit where the memory has no room for it."""
-        self._own = _Resident(own)
+        self._own = _Resident(first)
         self._others: dict[str, _Resident] = {}
         self._settings = settings
         self._load = load
@@ -64,7 +64,7 @@ class MultiModelEngine:
     @property
     def broken(self) -> str:
         """See Engine."""
-        return next((held.engine.broken for held in self._all() if held.engine.broken), "")
+        return next((resident.engine.broken for resident in self._all() if resident.engine.broken), "")
 
     def check(self) -> None:
         """See Engine."""
@@ -80,48 +80,50 @@ class MultiModelEngine:
 
     def serves(self, name: str) -> bool:
         """See Engine."""
-        return any(held.engine.serves(name) for held in self._all())
+        return any(resident.engine.serves(name) for resident in self._all())
 
     def close(self) -> None:
         """See Engine."""
         self._loader.shutdown()
-        for held in self._all():
-            held.engine.close()
+        for resident in self._all():
+            resident.engine.close()
 
     async def generate(self, request: TextRequest) -> AsyncIterator[TextDelta]:
         """See Engine. What a job names beside the worker's own model has to be among MODELSTORE_ALLOWED_MODELS."""
         if request.model is not None:
             request = replace(request, model=self._normal(request.model))
         while True:
-            held = await self._held(request.model)
-            asked = request if held is self._own else replace(request, model=None)
+            resident = await self._resident(request.model)
+            asked = request if resident is self._own else replace(request, model=None)
             try:
-                async with aclosing(held.engine.generate(asked)) as pieces:  # type: ignore[type-var]
+                async with aclosing(resident.engine.generate(asked)) as pieces:  # type: ignore[type-var]
                     async for piece in pieces:
                         yield piece
                 return
             except JobError as error:
-                swapped = held is self._own and request.model is not None and not held.engine.serves(request.model)
+                swapped = (
+                    resident is self._own and request.model is not None and not resident.engine.serves(request.model)
+                )
                 if error.code is not Code.MODEL_NOT_ALLOWED or not swapped:
                     raise  # else the own model was exchanged meanwhile, and this one may be loaded beside it
             finally:
-                self._end(held)
+                self._end(resident)
 
-    async def _held(self, name: str | None) -> _Resident:
+    async def _resident(self, name: str | None) -> _Resident:
         """What answers for `name`, with one more answer counted. Raises JobError."""
         if name is None or self._own.engine.serves(name):
             with self._changed:
                 self._own.answering += 1
             return self._own
         self._check_allowed(name)
-        if (held := self._found(name)) is not None:
-            return held
+        if (resident := self._loaded_one(name)) is not None:
+            return resident
         self._count_waiting(name, 1)
         try:
-            while (held := self._found(name)) is None:
+            while (resident := self._loaded_one(name)) is None:
                 # Shielded for the others that wait for it, if this one is cancelled.
                 await asyncio.shield(asyncio.wrap_future(self._loading(name)))
-            return held
+            return resident
         finally:
             self._count_waiting(name, -1)
 
@@ -142,9 +144,9 @@ class MultiModelEngine:
                 loading.add_done_callback(lambda _done: self._loads.pop(name, None))
             return loading
 
-    def _end(self, held: _Resident) -> None:
+    def _end(self, resident: _Resident) -> None:
         with self._changed:
-            held.answering -= 1
+            resident.answering -= 1
             self._changed.notify_all()
 
     def _normal(self, name: str) -> str:
@@ -169,14 +171,14 @@ class MultiModelEngine:
     def _all(self) -> list[_Resident]:
         return [self._own, *self._others.values()]
 
-    def _found(self, name: str) -> _Resident | None:
+    def _loaded_one(self, name: str) -> _Resident | None:
         """A model that is loaded, with one more answer counted, so that nobody gives it up."""
         with self._changed:
-            held = self._others.get(name)
-            if held is not None:
-                held.answering += 1
-                held.used_at = time.monotonic()
-            return held
+            resident = self._others.get(name)
+            if resident is not None:
+                resident.answering += 1
+                resident.used_at = time.monotonic()
+            return resident
 
     def _load_one(self, name: str) -> None:
         """Load a model, giving up others until there is room."""
@@ -184,7 +186,7 @@ class MultiModelEngine:
             try:
                 engine = self._load(replace(self._settings, model=parse_reference(name)))
             except DoesNotFit as error:
-                if not self._give_one_up():
+                if not self._unload_one():
                     raise JobError(Code.MODEL_UNAVAILABLE, str(error)) from error
                 continue
             except ModelStoreError as error:
@@ -195,20 +197,20 @@ class MultiModelEngine:
 
     def _worth(self, name: str) -> tuple[bool, bool, float]:
         """What speaks for keeping a loaded model: who waits for it, whom it answers, when it was used last."""
-        held = self._others[name]
-        return name in self._waiting, held.answering > 0, held.used_at
+        resident = self._others[name]
+        return name in self._waiting, resident.answering > 0, resident.used_at
 
-    def _give_one_up(self) -> bool:
+    def _unload_one(self) -> bool:
         """Unload the least recently used model that a job brought, once it answers nobody; whether there was one."""
         with self._changed:
             if not self._others:
                 return False
             name = min(self._others, key=self._worth)
             self._changed.wait_for(lambda: name not in self._waiting)
-            held = self._others.pop(name)  # whoever asks for it from now on waits until it is loaded again
-            self._changed.wait_for(lambda: not held.answering)
+            resident = self._others.pop(name)  # whoever asks for it from now on waits until it is loaded again
+            self._changed.wait_for(lambda: not resident.answering)
         logger.info("%s makes room for another model", name)
-        held.engine.close()
+        resident.engine.close()
         return True
 
 
@@ -221,9 +223,9 @@ class Loader:
     def load(self, pending: PendingStart, import_sdk: Callable[[], None]) -> MultiModelEngine:
         """See `handler.engines.Loader`."""
         load = partial(TransformersEngine.load, while_reading=import_sdk, renderer=self._renderer)
-        own = pending.load(load)
+        engine = pending.load(load)
         self._renderer.start()
-        return MultiModelEngine(own, pending.settings, self._load_another)
+        return MultiModelEngine(engine, pending.settings, self._load_another)
 
     def cancel(self) -> None:
         """See `handler.engines.Loader`."""

@@ -164,12 +164,12 @@ class TextEngine:
                 raise JobError(Code.TIMEOUT, reason) from error
             lengths = [len(row.tokens) for row in rows]
             batcher.submit(rows)
-            left = len(rows)
-            while left:
+            remaining = len(rows)
+            while remaining:
                 piece = await pieces.next()
                 counted = piece.finish_reason and not piece.index % request.choices
                 prompt_tokens = lengths[piece.index] if counted else 0
-                left -= piece.finish_reason is not None
+                remaining -= piece.finish_reason is not None
                 yield replace(piece, prompt_tokens=prompt_tokens, model=loaded.key.repo_id)
         finally:
             for row in rows:
@@ -214,7 +214,7 @@ class TextEngine:
         free_memory()
 
     def _batcher_for(self, loaded: Loaded) -> Batcher:
-        return Batcher(loaded.model, most=self._settings.max_concurrency, pad_token_id=_pad_token_id(loaded))
+        return Batcher(loaded.model, limit=self._settings.max_concurrency, pad_token_id=_pad_token_id(loaded))
 
     def _begin_answer(self) -> bool:
         """Count an answer as begun; False while models change places."""
@@ -246,10 +246,10 @@ class TextEngine:
         assert settings.model is not None
         settings.check_allowed(settings.model)
         with timeline.span("lookup"):
-            found = Catalog(Layout(settings.root)).find(settings.model, settings.dtype, worker=settings.worker_id)
+            snapshot = Catalog(Layout(settings.root)).find(settings.model, settings.dtype, worker=settings.worker_id)
         for loaded in (self._loaded, self._kept):
-            if loaded is not None and found is not None and found.key == loaded.key:
-                timeline.commit, timeline.dtype = found.commit, found.dtype
+            if loaded is not None and snapshot is not None and snapshot.key == loaded.key:
+                timeline.commit, timeline.dtype = snapshot.commit, snapshot.dtype
                 timeline.outcome, timeline.reason = "hit", "the model was in host memory"
                 return loaded
         return None
@@ -270,9 +270,9 @@ class TextEngine:
                 self._batcher = self._batcher_for(self._loaded)
         dropped = [self._kept, None if self._settings.keep_previous else before]
         self._kept = before if self._settings.keep_previous else None
-        for one in dropped:
-            if one is not None and one is not loaded:
-                one.in_use.end()
+        for loaded_before in dropped:
+            if loaded_before is not None and loaded_before is not loaded:
+                loaded_before.in_use.end()
         del before, dropped
         free_memory()
 

@@ -59,8 +59,8 @@ class VllmEngine:
         check_code(snapshot, trusted=pending.trusted)
         arguments = [str(folder.path), "--served-model-name", *names, "--dtype", dtype]
         arguments += ["--trust-remote-code"] if pending.trusted else []
-        most = {"max_new_tokens": pending.settings.max_tokens}  # where a request names no length, and at most
-        arguments += ["--override-generation-config", json.dumps(most)]
+        limits = {"max_new_tokens": pending.settings.max_tokens}  # where a request names no length, and at most
+        arguments += ["--override-generation-config", json.dumps(limits)]
         arguments += ["--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
         try:
             with timeline.span("build"):
@@ -128,12 +128,12 @@ class VllmEngine:
 
         tasks = [asyncio.create_task(run(index, prompt)) for index, prompt in enumerate(request.prompts)]
         try:
-            left = len(tasks)
-            while left:
+            remaining = len(tasks)
+            while remaining:
                 piece = await pieces.get()
                 if isinstance(piece, BaseException):
                     raise piece
-                left -= piece.finish_reason is not None
+                remaining -= piece.finish_reason is not None
                 yield piece
         finally:
             for task in tasks:
@@ -146,12 +146,12 @@ class VllmEngine:
 
     async def _continued(self, index: int, prompt: Prompt, request: TextRequest) -> AsyncIterator[TextDelta]:
         """The pieces of one prompt."""
-        asked = await self._fitted(prompt, request)
+        body_fields = await self._fitted(prompt, request)
         route = "completions" if prompt.text is not None else "chat/completions"
         counted = {"include_usage": True, "continuous_usage_stats": True}
-        said = 0
+        tokens_so_far = 0
         async with self._server.request(
-            "POST", f"/v1/{route}", asked | {"stream": True, "stream_options": counted}
+            "POST", f"/v1/{route}", body_fields | {"stream": True, "stream_options": counted}
         ) as response:
             async for line in response.content:
                 if not line.startswith(b"data: {"):
@@ -163,23 +163,23 @@ class VllmEngine:
                     text = choice["text"] if prompt.text is not None else choice["delta"].get("content")
                     reason, usage = choice.get("finish_reason"), event["usage"]
                     if text or reason:
-                        new, said = usage["completion_tokens"] - said, usage["completion_tokens"]
+                        new, tokens_so_far = usage["completion_tokens"] - tokens_so_far, usage["completion_tokens"]
                         prompt_tokens = usage["prompt_tokens"] if reason else 0
                         yield TextDelta(index, text or "", new, reason, prompt_tokens, self.model)
 
     async def _fitted(self, prompt: Prompt, request: TextRequest) -> dict[str, Any]:
         """The body of a prompt's request; where the job names no max_tokens, with what the context leaves."""
         sampling = request.sampling
-        what = {"prompt": prompt.text} if prompt.text is not None else {"messages": list(prompt.messages)}
-        body = {"model": self.model, **what, **sampling.parameters}
+        source = {"prompt": prompt.text} if prompt.text is not None else {"messages": list(prompt.messages)}
+        body = {"model": self.model, **source, **sampling.parameters}
         if not request.fit:
             return body
-        async with self._server.request("POST", "/tokenize", {"model": self.model, **what}) as response:
-            found = await response.json()
-        left = found["max_model_len"] - found["count"]
-        if left < 1:
-            raise invalid(f"the prompt's {found['count']} tokens leave no room in {found['max_model_len']} tokens")
-        return body | {"max_tokens": min(sampling.max_tokens, left)}
+        async with self._server.request("POST", "/tokenize", {"model": self.model, **source}) as response:
+            count = await response.json()
+        room = count["max_model_len"] - count["count"]
+        if room < 1:
+            raise invalid(f"the prompt's {count['count']} tokens leave no room in {count['max_model_len']} tokens")
+        return body | {"max_tokens": min(sampling.max_tokens, room)}
 
 
 class Loader:

@@ -274,10 +274,10 @@ def _timed(load: Callable[[], Iterable[Any]]) -> Loaded:
 
 
 def _weights(folder: Path) -> list[Path]:
-    found = sorted(folder.glob("*.safetensors"))
-    if not found:
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
         raise SystemExit(f"{folder} holds no weights")
-    return found
+    return paths
 
 
 def _local_copy(folder: Path) -> Path:
@@ -286,14 +286,14 @@ def _local_copy(folder: Path) -> Path:
 
 
 def _peak_bytes() -> int:
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
+    match = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(match[1]) * 1024 if match else 0
 
 
 def main() -> None:
     name, device, folder = sys.argv[1:]
-    seconds, more = globals()[name](Path(folder), device)
-    print(json.dumps({"seconds": seconds, "peak_bytes": _peak_bytes(), **more}))
+    seconds, arguments = globals()[name](Path(folder), device)
+    print(json.dumps({"seconds": seconds, "peak_bytes": _peak_bytes(), **arguments}))
 
 
 if __name__ == "__main__":

@@ -140,21 +140,21 @@ def load_contenders(
         return Entrant(label, lambda: run_contender(run, folder, device, prefix), touched if cold else (), missing)
 
     floor = "floor" if cold else "floor_cached"
-    found = [contender(floor, "floor: the bytes read once", snapshot)]
+    entrants = [contender(floor, "floor: the bytes read once", snapshot)]
     if device != "cpu":
-        found.append(contender("floor_to_device", "floor: pinned memory to the GPU", snapshot))
+        entrants.append(contender("floor_to_device", "floor: pinned memory to the GPU", snapshot))
     for name, label in LOAD.items():
-        found.append(contender(name, label, snapshot if name == "modelstore" else checkpoint))
-    return found
+        entrants.append(contender(name, label, snapshot if name == "modelstore" else checkpoint))
+    return entrants
 
 
 def run_contender(name: str, folder: Path, device: str, prefix: Sequence[str] = ()) -> Sample:
     """One run in a process of its own. Raises ModelStoreError with its last line where it fails."""
     command = [*prefix, sys.executable, "-m", "modelstore.bench.loaders", name, device, str(folder)]
-    done = subprocess.run(command, env=without_secrets(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ProcessFailed(f"{name} failed: {done.stderr.strip()[-400:]}")
-    record = json.loads(done.stdout.strip().splitlines()[-1])
+    process = subprocess.run(command, env=without_secrets(), capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise ProcessFailed(f"{name} failed: {process.stderr.strip()[-400:]}")
+    record = json.loads(process.stdout.strip().splitlines()[-1])
     return Sample(record["seconds"], record["peak_bytes"], record.get("spans", ()))
 
 
@@ -163,7 +163,7 @@ def run_worker(root: Path, model: str, prefix: Sequence[str] = ()) -> tuple[Samp
     job = json.dumps({"input": {"prompt": "a", "max_tokens": 1, "temperature": 0}})
     settings = ["env", f"MODEL_ID={model}", f"MODELSTORE_ROOT={root}"]
     began = time.monotonic()
-    done = subprocess.run(
+    process = subprocess.run(
         [*prefix, *settings, sys.executable, "-m", "handler", "--test_input", job],
         env=without_secrets(),
         capture_output=True,
@@ -171,9 +171,9 @@ def run_worker(root: Path, model: str, prefix: Sequence[str] = ()) -> tuple[Samp
         check=False,
     )
     seconds = time.monotonic() - began
-    line = next((line for line in done.stderr.splitlines() if line.startswith('{"timeline"')), None)
-    if done.returncode or line is None:
-        raise ProcessFailed(f"the worker failed: {done.stderr.strip()[-400:]}")
+    line = next((line for line in process.stderr.splitlines() if line.startswith('{"timeline"')), None)
+    if process.returncode or line is None:
+        raise ProcessFailed(f"the worker failed: {process.stderr.strip()[-400:]}")
     spans = json.loads(line)["timeline"]["spans"]
     ready = next(span["start"] for span in spans if span["name"] == "ready")
     return Sample(ready, spans=spans), Sample(seconds, spans=spans)
@@ -247,20 +247,20 @@ def make_checkpoint(folder: Path, stored_bytes: int, dtype: str, *, shard_bytes:
 
 def _write_weights(folder: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], dtype: str, shard_bytes: int) -> None:
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
-    taken = 0
+    shard_size = 0
     for name, shape in shapes:
         length = int(np.prod(shape)) * DTYPES[dtype].width_bytes
-        if taken and taken + length > shard_bytes:
+        if shard_size and shard_size + length > shard_bytes:
             shards.append([])
-            taken = 0
+            shard_size = 0
         shards[-1].append((name, shape))
-        taken += length
+        shard_size += length
     block = np.random.default_rng(0).standard_normal(1 << 22).astype("<f4") * np.float32(0.02)
     data = memoryview({"float32": block, "float16": block.astype("<f2"), "bfloat16": _bfloat16(block)}[dtype].tobytes())
     weight_map = {}
     for number, shard in enumerate(shards, 1):
-        one = len(shards) == 1
-        path = folder / ("model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+        is_single = len(shards) == 1
+        path = folder / ("model.safetensors" if is_single else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
         infos, begin = [], 0
         for name, shape in shard:
             end = begin + int(np.prod(shape)) * DTYPES[dtype].width_bytes
@@ -269,8 +269,8 @@ def _write_weights(folder: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], 
             begin = end
         with path.open("wb") as file:
             file.write(encode_header(tuple(infos), {"format": "pt"}))
-            for left in range(begin, 0, -len(data)):
-                file.write(data[:left])
+            for remaining in range(begin, 0, -len(data)):
+                file.write(data[:remaining])
     if len(shards) > 1:
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -45,34 +45,34 @@ def set_alias(
     """Point an alias to a model, which is published first if it is not there."""
     store = context.store()
     name = aliases.checked(name.removeprefix("@"))
-    wanted = parse_reference(reference, revision=revision)
+    target = parse_reference(reference, revision=revision)
     before = _now(context, name)
     if percent < 100 and before is None:
         raise UsageError(f"@{name} points nowhere yet: set it for all before you try another for {percent} %")
     if dry_run:
-        found = store.lookup(wanted, dtype=parse_dtype("--dtype", dtype) if dtype else None)
-        key = found.key if found else None
+        snapshot = store.lookup(target, dtype=parse_dtype("--dtype", dtype) if dtype else None)
+        key = snapshot.key if snapshot else None
     else:
         if before is not None:
-            context.confirm(f"point @{name} to {wanted} instead of {before}", yes=yes)
+            context.confirm(f"point @{name} to {target} instead of {before}", yes=yes)
         with observer_of(context) as observer:
-            key = store.set_alias(name, wanted, dtype=dtype, percent=percent, observer=observer).key
+            key = store.set_alias(name, target, dtype=dtype, percent=percent, observer=observer).key
     record = _record(name, key) | {"before": _record(name, before), "changed": not dry_run}
-    what = f"{key}" if key else f"{wanted}, once it is published"
+    label = f"{key}" if key else f"{target}, once it is published"
     if percent < 100:
         record["percent"] = percent
-        what += f" for {percent} % of the workers"
-    context.print(record, lambda console: console.print(f"@{name} {'would point' if dry_run else 'points'} to {what}"))
+        label += f" for {percent} % of the workers"
+    context.print(record, lambda console: console.print(f"@{name} {'would point' if dry_run else 'points'} to {label}"))
 
 
 def list_aliases(context: Context) -> None:
     """Where each alias points, and since when."""
     layout = context.volume().layout
     refs.check_format(layout)
-    found = {}
+    histories = {}
     for name in sorted(aliases.names(layout)):
         try:
-            found[name] = aliases.history(layout, name)
+            histories[name] = aliases.history(layout, name)
         except InvalidReference as error:
             logger.warning("%s", error)
     records = [
@@ -81,12 +81,12 @@ def list_aliases(context: Context) -> None:
             "history": [entry.as_json() for entry in entries],
             "published": layout.snapshot(entries[-1].key).is_dir(),
         }
-        for name, entries in found.items()
+        for name, entries in histories.items()
     ]
 
     def drawn() -> Table:
         made = table("alias", "model", "since", "by")
-        for name, entries in found.items():
+        for name, entries in histories.items():
             shown = [aliases.stable(entries)] if entries[-1].percent == 100 else [aliases.stable(entries), entries[-1]]
             for entry in shown:
                 model = f"{entry.key}" if entry.percent == 100 else f"{entry.key} for {entry.percent} %"
@@ -94,7 +94,7 @@ def list_aliases(context: Context) -> None:
                 made.add_row(f"@{name}", model, time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.at)), entry.by)
         return made
 
-    context.print(records, lambda console: console.print(drawn() if found else "there are no aliases"))
+    context.print(records, lambda console: console.print(drawn() if histories else "there are no aliases"))
 
 
 def rollback(

@@ -139,12 +139,12 @@ def register(app: typer.Typer, name: str, body: Callable[..., None]) -> None:
         with _errors(context):
             body(context, **options)
 
-    own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
+    own_parameters = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
     common = [
         inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         for option, (annotation, default) in _COMMON.items()
     ]
-    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + common
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own_parameters] + common
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__doc__ = body.__doc__
@@ -168,9 +168,9 @@ def _errors(context: Context) -> Iterator[None]:
     level = logging.DEBUG if context.debug else logging.ERROR if context.quiet else logging.WARNING
     log_to_stderr(level, "%(levelname)s: %(message)s")
     before = signal.getsignal(signal.SIGINT)
-    ours = before in (signal.default_int_handler, signal.SIG_DFL)
+    may_handle = before in (signal.default_int_handler, signal.SIG_DFL)
     try:
-        if ours:
+        if may_handle:
             signal.signal(signal.SIGINT, _interrupted)
         yield
         sys.stdout.flush()
@@ -192,7 +192,7 @@ def _errors(context: Context) -> Iterator[None]:
         print(INTERRUPTED, file=sys.stderr)
         raise typer.Exit(130) from error
     finally:
-        if ours:
+        if may_handle:
             signal.signal(signal.SIGINT, before)
 
 

@@ -67,17 +67,17 @@ class _BarObserver(Observer):
             self._draw(self._models, key, f"{self._verb}{key}", (str(key),), progress.done, progress.total)
             under_way = {(key, path): amounts for path, amounts in progress.files.items()}
             self._drop_files(key, but=under_way)
-            for one, (there, size_bytes) in under_way.items():
-                self._draw(self._files, one, f"  {one[1]}", (str(key), one[1]), there, size_bytes)
+            for task, (arrived, size_bytes) in under_way.items():
+                self._draw(self._files, task, f"  {task[1]}", (str(key), task[1]), arrived, size_bytes)
             self._sum_up()
 
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
         record = holder.record
-        what = f"waiting for {record.worker if record else 'another worker'}: {key}"
+        label = f"waiting for {record.worker if record else 'another worker'}: {key}"
         with self._lock:
             self._drop_files(key)
             self._draw(
-                self._models, key, what, (str(key),), record.done if record else 0, record.total if record else 0
+                self._models, key, label, (str(key),), record.done if record else 0, record.total if record else 0
             )
             self._sum_up()
 
@@ -89,13 +89,13 @@ class _BarObserver(Observer):
             self._sum_up()
 
     def _drop_files(self, key: SnapshotKey, but: Container[tuple[SnapshotKey, str]] = ()) -> None:
-        for done in [one for one in self._files if one[0] == key and one not in but]:
+        for done in [task for task in self._files if task[0] == key and task not in but]:
             self._bars.remove_task(self._files.pop(done))
 
-    def _draw(self, tasks: dict[T, TaskID], one: T, what: str, place: tuple[str, ...], done: int, total: int) -> None:
-        if one not in tasks:
-            tasks[one] = self._bars.add_task(what, total=None, place=place)
-        self._bars.update(tasks[one], description=what, completed=done, total=total or None)
+    def _draw(self, tasks: dict[T, TaskID], task: T, label: str, place: tuple[str, ...], done: int, total: int) -> None:
+        if task not in tasks:
+            tasks[task] = self._bars.add_task(label, total=None, place=place)
+        self._bars.update(tasks[task], description=label, completed=done, total=total or None)
 
     def _sum_up(self) -> None:
         if self._all is not None:

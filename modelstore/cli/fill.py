@@ -75,8 +75,10 @@ def seed(
         raise UsageError("--dtype, --revision and --overflow are for models named here: write them into the list")
     allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     store = context.store(**{name: True for name, is_allowed in allowed.items() if is_allowed})
-    given = parse_dtype("--dtype", dtype) if dtype else None
-    models = [ListedModel(parse_reference(text, revision=revision), given, overflow) for text in references or ()]
+    parsed_dtype = parse_dtype("--dtype", dtype) if dtype else None
+    models = [
+        ListedModel(parse_reference(text, revision=revision), parsed_dtype, overflow) for text in references or ()
+    ]
     models += read_list(listed) if listed is not None else ()
     if not models:
         raise UsageError("REF is missing: name a model, as in `modelstore seed org/name`, or a list with --from")
@@ -127,17 +129,17 @@ def adopt(
     store = context.store()
     records: list[dict[str, Any]] = []
     worst = 0
-    for found in find(path.absolute(), store.settings, repo_id=name):
+    for model in find(path.absolute(), store.settings, repo_id=name):
         try:
             with observer_of(context, doing="adopting") as observer:
-                snapshot = store.adopt(found.source, found.resolved, dtype=dtype, observer=observer)
+                snapshot = store.adopt(model.source, model.resolved, dtype=dtype, observer=observer)
         except ModelStoreError as error:
             report_error(error, context)
             worst = worst or error.exit_code
-            records.append({"from": found.what, "error": str(error), "exit_code": error.exit_code})
+            records.append({"from": model.label, "error": str(error), "exit_code": error.exit_code})
             continue
         linked = sum(os.lstat(snapshot.path / file.path).st_nlink > 1 for file in snapshot.weights)
-        records.append(snapshot.as_json() | {"from": found.what, "linked_files": linked})
+        records.append(snapshot.as_json() | {"from": model.label, "linked_files": linked})
     context.print(records, lambda console: print_seeded(console, records))
     raise typer.Exit(worst)
 
@@ -155,13 +157,13 @@ def export(
     from modelstore.fill.hf_cache import export_to_hf_cache
 
     store = context.store()
-    wanted = parse_reference(reference, revision=revision)
-    snapshot = store.lookup(wanted, dtype="keep")
+    parsed = parse_reference(reference, revision=revision)
+    snapshot = store.lookup(parsed, dtype="keep")
     if snapshot is None:
         raise SnapshotNotFound(
             f"{reference} is not on the volume as the repo has it: run `modelstore seed {reference} --dtype keep` first"
         )
-    folder = export_to_hf_cache(snapshot, hf_cache.absolute(), revision=wanted.revision or "main")
+    folder = export_to_hf_cache(snapshot, hf_cache.absolute(), revision=parsed.revision or "main")
     record = {"repo_id": snapshot.repo_id, "commit": snapshot.commit, "path": str(folder)}
     context.print(record, lambda console: console.print(str(folder)))
 

@@ -34,35 +34,37 @@ _LIMIT = Annotated[int, typer.Option("--limit", min=1, help="At most so many, th
 def list_models(context: Context) -> None:
     """List the published models: size, last use, pins, aliases, users."""
     store = context.volume()
-    found = inventory.models(store.layout)
-    context.print(found, lambda console: console.print(_models_table(found, str(store.settings.root), console.width)))
+    records = inventory.models(store.layout)
+    context.print(
+        records, lambda console: console.print(_models_table(records, str(store.settings.root), console.width))
+    )
 
 
 def du(context: Context) -> None:
     """What takes the space, against the quota. By model, by kind, and what an eviction would free."""
     store = context.volume()
-    found = inventory.space(store.layout, store.settings)
+    usage = inventory.space(store.layout, store.settings)
 
     def text(console: Console) -> None:
         rows = table("size", "model", "last used", "kept because")
-        for model in found["snapshots"]:
+        for model in usage["snapshots"]:
             name = f"{model['repo_id']} {model['commit'][:12]} {model['dtype']}"
             rows.add_row(size(model["bytes"]), name, ago(model["idle_s"]), model["kept_because"])
         console.print(rows)
-        for kind, count in found["kinds"].items():
+        for kind, count in usage["kinds"].items():
             if count and kind != "models":
                 console.print(f"{size(count)} {kind}")
-        limit = f" of {size(found['quota'])}, {size(found['free'])} free" if found["quota"] else ", without a quota"
-        console.print(f"{size(found['taken'])} taken{limit}")
-        console.print(f"{size(found['evictable'])} an eviction would free")
+        limit = f" of {size(usage['quota'])}, {size(usage['free'])} free" if usage["quota"] else ", without a quota"
+        console.print(f"{size(usage['taken'])} taken{limit}")
+        console.print(f"{size(usage['evictable'])} an eviction would free")
 
-    context.print(found, text)
+    context.print(usage, text)
 
 
 def claims(context: Context) -> None:
     """Who downloads what, how far, and whether the worker is alive."""
-    found = inventory.claims(context.volume().layout)
-    context.print(found, lambda console: console.print(_claims_table(found)))
+    records = inventory.claims(context.volume().layout)
+    context.print(records, lambda console: console.print(_claims_table(records)))
 
 
 def watch(
@@ -80,28 +82,28 @@ def watch(
         claims, models = inventory.claims(store.layout), inventory.models(store.layout)
         return {"at": round(time.time()), "claims": claims, "models": models}
 
-    def drawn(found: dict[str, Any]) -> Group:
-        used = [model for model in found["models"] if model["in_use_by"]]
-        head = f"{store.settings.root}  {time.strftime('%H:%M:%S', time.localtime(found['at']))}  "
-        head += f"{len(found['models'])} models, {len(used)} in use"
+    def drawn(state: dict[str, Any]) -> Group:
+        used = [model for model in state["models"] if model["in_use_by"]]
+        head = f"{store.settings.root}  {time.strftime('%H:%M:%S', time.localtime(state['at']))}  "
+        head += f"{len(state['models'])} models, {len(used)} in use"
         return Group(
-            head, _claims_table(found["claims"]), *[f"{m['repo_id']}: {', '.join(m['in_use_by'])}" for m in used]
+            head, _claims_table(state["claims"]), *[f"{m['repo_id']}: {', '.join(m['in_use_by'])}" for m in used]
         )
 
     screen = console()
-    left = count
+    remaining = count
     try:
         with Live(console=screen, auto_refresh=False, transient=False) as live:
-            while left is None or left > 0:
-                found = looked()
+            while remaining is None or remaining > 0:
+                state = looked()
                 if context.json:
-                    print(json.dumps(found), flush=True)
+                    print(json.dumps(state), flush=True)
                 elif screen.is_terminal:
-                    live.update(drawn(found), refresh=True)
+                    live.update(drawn(state), refresh=True)
                 else:
-                    screen.print(drawn(found))
-                left = None if left is None else left - 1
-                if left != 0:
+                    screen.print(drawn(state))
+                remaining = None if remaining is None else remaining - 1
+                if remaining != 0:
                     time.sleep(every_s)
     except KeyboardInterrupt:
         return
@@ -113,16 +115,16 @@ def past_starts(
     model: Annotated[str | None, typer.Option("--model", help="Only starts of this one, as MODEL_ID names it.")] = None,
 ) -> None:
     """The starts of the fleet: when, how long, and what took longest."""
-    found = history.starts(context.volume().layout, limit=limit, model=model)
+    records = history.starts(context.volume().layout, limit=limit, model=model)
 
     def text(console: Console) -> None:
         from rich.padding import Padding
 
-        if not found:
+        if not records:
             console.print(f"no start{f' of {model}' if model else ''} has been recorded yet")
             return
         rows = table("when", "model", "outcome", "worker", "ready", "what took longest")
-        for record in found:
+        for record in records:
             row = (
                 time.strftime("%m-%d %H:%M", time.localtime(record["at"])),
                 record["model"],
@@ -138,7 +140,7 @@ def past_starts(
         if console.width >= _WIDE:
             console.print(rows)
 
-    context.print(found, text)
+    context.print(records, text)
 
 
 def write_report(
@@ -306,19 +308,19 @@ def _models_table(models: list[dict[str, Any]], root: str, width: int) -> Table 
     return rows
 
 
-def _claims_table(found: list[dict[str, Any]]) -> Table | str:
-    if not found:
+def _claims_table(records: list[dict[str, Any]]) -> Table | str:
+    if not records:
         return "nobody downloads anything"
     from rich.progress_bar import ProgressBar
 
     rows = table("model", "worker", "phase", "", "left", "")
-    for one in found:
-        share = ProgressBar(one["total"] or 1, one["done"], width=16)
-        done = f"{one['done'] / one['total']:.0%} of {size(one['total'])}" if one["total"] else ""
-        left = f"{one['eta_s']:.0f} s" if one["eta_s"] is not None else ""
-        state = done if one["alive"] else f"{done} gone" if done else "gone"
-        name = f"{one['repo_id']} {one['commit'][:12]} {one['dtype']}"
-        rows.add_row(name, f"{one['worker']} ({one['host']})", one["phase"], share, left, state)
+    for record in records:
+        share = ProgressBar(record["total"] or 1, record["done"], width=16)
+        progress = f"{record['done'] / record['total']:.0%} of {size(record['total'])}" if record["total"] else ""
+        remaining = f"{record['eta_s']:.0f} s" if record["eta_s"] is not None else ""
+        state = progress if record["alive"] else f"{progress} gone" if progress else "gone"
+        name = f"{record['repo_id']} {record['commit'][:12]} {record['dtype']}"
+        rows.add_row(name, f"{record['worker']} ({record['host']})", record["phase"], share, remaining, state)
     return rows
 
 
@@ -326,22 +328,22 @@ def _verify(store: ModelStore, key: SnapshotKey, stride: int, until: float, *, i
     """One snapshot's record; a verification in parts goes on where the last one stopped, and keeps where it came to."""
     folder = store.layout.snapshot(key)
     if in_parts:
-        found = verify_folder(
+        verified = verify_folder(
             folder,
             key,
             saved_position(store.layout, key, stride),
             until=until,
             on_position=lambda position: save_position(store.layout, key, position),
         )
-        save_position(store.layout, key, found.position)
+        save_position(store.layout, key, verified.position)
     else:
-        found = verify_folder(folder, key)
+        verified = verify_folder(folder, key)
     return key_record(key, folder) | {
-        "ok": found.ok,
-        "complete": found.complete,
-        "compared_bytes": found.compared,
-        "planned_bytes": found.planned,
-        "findings": [asdict(finding) for finding in found.findings],
+        "ok": verified.ok,
+        "complete": verified.complete,
+        "compared_bytes": verified.compared,
+        "planned_bytes": verified.planned,
+        "findings": [asdict(finding) for finding in verified.findings],
     }
 
 

@@ -63,8 +63,8 @@ for _name, _body in ALIAS_COMMANDS.items():
 app.add_typer(alias_app, name="alias", rich_help_panel=None)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"modelstore {__version__}")
         raise typer.Exit
 

@@ -30,17 +30,17 @@ def remove(
     """Remove one snapshot from the volume. A worker that is reading it is not hurt."""
     store = context.store()
     key = find_key(store, reference, revision, dtype)
-    (found,), folder = survey(store.layout, [key]), store.layout.snapshot(key)
-    if found.pinned and not force:
+    (candidate,), folder = survey(store.layout, [key]), store.layout.snapshot(key)
+    if candidate.pinned and not force:
         raise Refused(f"{key} is pinned: run `modelstore unpin {reference}` first, or add --force")
-    if found.aliases and not force:
-        raise Refused(f"@{found.aliases[0]} points to {key}: repoint it first, or add --force")
-    users = f", in use by {', '.join(found.users)}" if found.users else ""
+    if candidate.aliases and not force:
+        raise Refused(f"@{candidate.aliases[0]} points to {key}: repoint it first, or add --force")
+    users = f", in use by {', '.join(candidate.users)}" if candidate.users else ""
     if not dry_run:
-        context.confirm(f"remove {key}, {size(found.size_bytes)}, {folder}{users}", yes=yes)
+        context.confirm(f"remove {key}, {size(candidate.size_bytes)}, {folder}{users}", yes=yes)
         if not evict(store.layout, key, force=True):
             raise Refused(f"{key} is being removed by somebody else: look at `modelstore ls`")
-    record = key_record(key, folder) | {"bytes": found.size_bytes, "removed": not dry_run}
+    record = key_record(key, folder) | {"bytes": candidate.size_bytes, "removed": not dry_run}
     context.print(record, lambda console: console.print(f"{'would remove' if dry_run else 'removed'} {folder}"))
 
 
@@ -62,13 +62,13 @@ def collect_garbage(
     if not grace_s >= settings.lease_s:
         raise UsageError(f"--grace-s must be at least the lease, {settings.lease_s:g} s")
     refs.check_format(store.layout)
-    wanted = plan_collection(layout, settings, grace_s=grace_s, limit_bytes=limit)
-    if not dry_run and (wanted.garbage or wanted.evicted):
-        what = f"leftovers: {len(wanted.garbage)}, models: {len(wanted.evicted)}, {size(wanted.size_bytes)} in all"
-        context.confirm(f"remove {what}", yes=yes)
-        wanted = wanted.run(layout, settings, grace_s=grace_s)
+    plan = plan_collection(layout, settings, grace_s=grace_s, limit_bytes=limit)
+    if not dry_run and (plan.garbage or plan.evicted):
+        label = f"leftovers: {len(plan.garbage)}, models: {len(plan.evicted)}, {size(plan.size_bytes)} in all"
+        context.confirm(f"remove {label}", yes=yes)
+        plan = plan.run(layout, settings, grace_s=grace_s)
     record = {
-        "bytes": wanted.size_bytes,
+        "bytes": plan.size_bytes,
         "removed": not dry_run,
         "collected": [
             {
@@ -77,17 +77,17 @@ def collect_garbage(
                 "bytes": item.size_bytes,
                 "age_s": round(item.age_s),
             }
-            for item in wanted.garbage
+            for item in plan.garbage
         ],
         "evicted": [
             key_record(item.key, layout.snapshot(item.key)) | {"bytes": item.size_bytes, "idle_s": round(item.idle_s)}
-            for item in wanted.evicted
+            for item in plan.evicted
         ],
     }
     context.print(record, lambda console: print_collected(console, record))
     if limit is None:
         return
-    taken = Space(layout, settings).taken() - (wanted.size_bytes if dry_run else 0)
+    taken = Space(layout, settings).taken() - (plan.size_bytes if dry_run else 0)
     if taken > limit:
         raise NoSpace(
             f"{layout.root} takes {size(taken)} then, more than {to}: the rest is in use, pinned or an alias's"
@@ -120,6 +120,6 @@ def unpin(
     was_pinned = pins.unpin(store.layout, key)
     record = key_record(key, store.layout.snapshot(key)) | {"pinned": False}
     text = f"unpinned {key}" if was_pinned else f"{key} was not pinned"
-    others = sorted(f"{one}" for one in pins.pinned(store.layout) if one.repo_id == key.repo_id)
+    others = sorted(f"{other}" for other in pins.pinned(store.layout) if other.repo_id == key.repo_id)
     text += f"; {' and '.join(others)} still is" if others else ""
     context.print(record, lambda console: console.print(text))

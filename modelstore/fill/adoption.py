@@ -37,7 +37,7 @@ _INDEXES = ("config.json", "model_index.json")
 class Found:
     """A model that lies somewhere, and how to read it."""
 
-    what: str
+    label: str
     source: Source
     resolved: Resolved
 
@@ -64,10 +64,10 @@ def find(path: Path, settings: Settings, *, repo_id: str | None = None) -> Itera
         raise NotFound(f"{path} holds no model: neither {' nor '.join(_INDEXES)} nor models--org--name")
     if repo_id is not None:
         raise UsageError(f"{path} is an HF cache, whose models have names: leave out --as")
-    found = [one for cache in caches for one in _in_cache(cache, settings)]
-    if not found:
+    models = [model for cache in caches for model in _in_cache(cache, settings)]
+    if not models:
         raise NotFound(f"{path} holds no whole model: let the download that it belongs to end, or seed it from the Hub")
-    yield from found
+    yield from models
 
 
 def _in_cache(repo: Path, settings: Settings) -> Iterator[Found]:
@@ -94,11 +94,11 @@ def _in_cache(repo: Path, settings: Settings) -> Iterator[Found]:
             yield Found(str(repo), source, resolved)
 
 
-def _folder(what: str, name: str, paths: Mapping[str, Path], repo_id: str | None, revision: str) -> Found:
+def _folder(label: str, name: str, paths: Mapping[str, Path], repo_id: str | None, revision: str) -> Found:
     source = LocalFiles(
         repo_id or local_repo_id(Reference("file", f"/{name}", "")), "main" if repo_id else revision, name, paths
     )
-    return Found(what, source, source.resolve())
+    return Found(label, source, source.resolve())
 
 
 def _in_mirror(mirror: Path, settings: Settings, repo_id: str | None) -> Iterator[Found]:
@@ -119,8 +119,8 @@ def _in_mirror(mirror: Path, settings: Settings, repo_id: str | None) -> Iterato
             repo = before.rpartition("/")[2]
             if blobs and repo.startswith("models--"):
                 repos.setdefault(repo.removeprefix("models--").replace("--", "/", 1), {})[digest] = path
-        for name, found in sorted(repos.items()):
-            source = _Blobs(Reference("hub", name, "main"), settings, found)
+        for name, blobs_of_repo in sorted(repos.items()):
+            source = _Blobs(Reference("hub", name, "main"), settings, blobs_of_repo)
             yield Found(f"{mirror}: {name}", source, source.resolve())
         if not tops and not repos:
             raise NotFound(f"{mirror} is a mirror of something else than models")

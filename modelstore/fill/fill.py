@@ -328,5 +328,5 @@ def _rewritten(path: str, data: bytes, origin: Origin) -> FileRecord:
     """The record of a small file that is stored as `data`."""
     digests = RunningDigests()
     digests.update(data)
-    own = digests.finish()
-    return FileRecord(path, len(data), own.sha256, own.blocks, origin)
+    stored = digests.finish()
+    return FileRecord(path, len(data), stored.sha256, stored.blocks, origin)

@@ -83,13 +83,13 @@ class FolderSource(LocalFiles):
 
 def files_below(folder: Path) -> dict[str, Path]:
     """Regular files below a folder under their relative names, sorted; links and hidden folders are left out."""
-    found = {}
+    paths = {}
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(parent, name) for name in names):
             if path.is_file() and not path.is_symlink():
-                found[str(path.relative_to(folder))] = path
-    return dict(sorted(found.items()))
+                paths[str(path.relative_to(folder))] = path
+    return dict(sorted(paths.items()))
 
 
 def _sha256_of(path: Path) -> str:

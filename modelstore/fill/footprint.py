@@ -45,10 +45,10 @@ def footprint_of(
     for file in selection.weights:
         folder = folder_of(file.path)
         ratio = stored_ratio(configs[folder], policies[folder])
-        beside = file.size_bytes if ratio else 0
+        extra = file.size_bytes if ratio else 0
         if is_pickle(file.path):  # its tensors lie there once more, as safetensors, before they are converted
-            beside = 2 * file.size_bytes
-        weights[file.path] = (int(file.size_bytes * (ratio or 1)), beside)
+            extra = 2 * file.size_bytes
+        weights[file.path] = (int(file.size_bytes * (ratio or 1)), extra)
     small_bytes = sum(file.size_bytes for file in selection.small)
     return Footprint(len(selection.small) + len(selection.weights), small_bytes, selection.size_bytes, weights)
 
@@ -76,7 +76,7 @@ class DiskBudget:
 
     def __init__(self, sizes: Mapping[str, tuple[int, int]]) -> None:
         self.limit = sum(stored for stored, _ in sizes.values()) + max(
-            (beside for _, beside in sizes.values()), default=0
+            (extra for _, extra in sizes.values()), default=0
         )
         self._sizes = sizes
         self._taken = 0
@@ -89,12 +89,12 @@ class DiskBudget:
 
     def begin(self, path: str) -> bool:
         """Count a file as in work; False if it has to wait until another one has ended."""
-        taken = sum(self._sizes[path])
+        size_bytes = sum(self._sizes[path])
         with self._lock:
-            if self._in_work and self._taken + taken > self.limit:
+            if self._in_work and self._taken + size_bytes > self.limit:
                 return False
             self._in_work.add(path)
-            self._taken += taken
+            self._taken += size_bytes
             return True
 
     def end(self, path: str) -> None:

@@ -116,7 +116,7 @@ class HfCacheSource(Source):
 
     def list_files(self, resolved: Resolved) -> tuple[SourceFile, ...]:
         folder = self._repo / "snapshots" / resolved.commit
-        found = []
+        files = []
         for parent, _folders, names in os.walk(folder):
             for name in names:
                 path = Path(parent, name)
@@ -124,8 +124,8 @@ class HfCacheSource(Source):
                 if blob.is_file():
                     sha256 = blob.name if len(blob.name) == 64 and blob.parent.name == "blobs" else None
                     git_oid = blob.name if len(blob.name) == 40 and blob.parent.name == "blobs" else None
-                    found.append(SourceFile(str(path.relative_to(folder)), blob.stat().st_size, sha256, git_oid))
-        return tuple(sorted(found, key=lambda file: file.path))
+                    files.append(SourceFile(str(path.relative_to(folder)), blob.stat().st_size, sha256, git_oid))
+        return tuple(sorted(files, key=lambda file: file.path))
 
     def open(
         self, resolved: Resolved, file: SourceFile, offset: int, length: int

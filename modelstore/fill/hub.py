@@ -153,13 +153,13 @@ class HubSource(Source):
     @contextmanager
     def _response(self, resolved: Resolved, file: SourceFile, headers: dict[str, str]) -> Iterator[HTTPResponse]:
         """The streaming response with the bytes, redirects followed; the token goes to the Hub's own host only."""
-        own = hf_hub_url(resolved.repo_id, file.path, revision=resolved.commit, endpoint=self._endpoint)
+        hub_url = hf_hub_url(resolved.repo_id, file.path, revision=resolved.commit, endpoint=self._endpoint)
         auth = build_hf_headers(token=self._token)
         with self._locations_lock:
             known = self._locations.get(file.path)
-        url = known or own
+        url = known or hub_url
         for _ in range(_MAX_REDIRECTS):
-            sent = (auth if _same_host(url, own) else {}) | headers
+            sent = (auth if _same_host(url, hub_url) else {}) | headers
             with open_url(url, sent, timeout_s=_TIMEOUT_S) as response:
                 if response.status in (301, 302, 303, 307, 308) and response.headers["Location"]:
                     url = urljoin(url, response.headers["Location"])
@@ -167,18 +167,20 @@ class HubSource(Source):
                         self._locations[file.path] = url
                     continue
                 if known and url == known and response.status in (401, 403, 404, 410):
-                    known, url = None, own  # the signed address has expired: ask for a new one
+                    known, url = None, hub_url  # the signed address has expired: ask for a new one
                     continue
                 if response.status not in (200, 206):
-                    self._raise_for(response, file, url, own, sent)
+                    self._raise_for(response, file, url, hub_url, sent)
                 yield response
                 return
         raise HubUnavailable(f"{file.path} of {resolved.repo_id}: redirected more than {_MAX_REDIRECTS} times")
 
-    def _raise_for(self, response: HTTPResponse, file: SourceFile, url: str, own: str, sent: dict[str, str]) -> None:
+    def _raise_for(
+        self, response: HTTPResponse, file: SourceFile, url: str, hub_url: str, sent: dict[str, str]
+    ) -> None:
         """Raise for a response without bytes. What the Hub's own answers mean, its library knows: it asks again."""
-        if response.status not in _BUSY and _same_host(url, own):
-            hf_raise_for_status(get_session().head(own, headers=sent, follow_redirects=False, timeout=_TIMEOUT_S))
+        if response.status not in _BUSY and _same_host(url, hub_url):
+            hf_raise_for_status(get_session().head(hub_url, headers=sent, follow_redirects=False, timeout=_TIMEOUT_S))
         if response.status == 416:
             raise DigestMismatch(f"{file.path} is shorter than the Hub states: nothing was published")
         raise HubUnavailable(
@@ -203,7 +205,7 @@ class HubSource(Source):
         raise AssertionError("unreachable")
 
     @contextmanager
-    def _mapped(self, what: str) -> Iterator[None]:
+    def _mapped(self, label: str) -> Iterator[None]:
         try:
             yield
         except ModelStoreError:
@@ -213,14 +215,14 @@ class HubSource(Source):
         except hub_errors.OfflineModeIsEnabled as error:
             raise HubUnavailable("HF_HUB_OFFLINE is set: unset it to download, or use what the volume holds") from error
         except hub_errors.HfHubHTTPError as error:
-            raise self._explained(error, what) from None  # the original shows addresses, signed ones among them
+            raise self._explained(error, label) from None  # the original shows addresses, signed ones among them
         except (_HTTPError, HTTPException, OSError, ValueError) as error:  # ValueError: an answer that is not JSON
             raise HubUnavailable(
-                f"{_host(self._endpoint)} could not be reached for {what} of {self._reference.name} "
+                f"{_host(self._endpoint)} could not be reached for {label} of {self._reference.name} "
                 f"({type(error).__name__}): check the network and HF_ENDPOINT, then try again"
             ) from None
 
-    def _explained(self, error: hub_errors.HfHubHTTPError, what: str) -> ModelStoreError:
+    def _explained(self, error: hub_errors.HfHubHTTPError, label: str) -> ModelStoreError:
         name, status = self._reference.name, error.response.status_code
         has_token = self._token or huggingface_hub.get_token()
         hint = "check HF_TOKEN's access to it" if has_token else "set HF_TOKEN"
@@ -235,15 +237,15 @@ class HubSource(Source):
             case hub_errors.RevisionNotFoundError():
                 return RevisionNotFound(f"{name} has no revision {self._reference.revision!r}: check MODEL_REVISION")
             case hub_errors.EntryNotFoundError():
-                return NotFound(f"{name} lists {what} but does not serve it: try again, or name another revision")
+                return NotFound(f"{name} lists {label} but does not serve it: try again, or name another revision")
         if status in (401, 403):
             return AccessDenied(f"{_host(self._endpoint)} refuses access to {name} ({status}): {hint}")
         if status in _BUSY:
             return HubUnavailable(
-                f"{_host(self._endpoint)} answers {status} for {what} of {name}: it is busy, try again later",
+                f"{_host(self._endpoint)} answers {status} for {label} of {name}: it is busy, try again later",
                 retry_after_s=_retry_after(error.response),
             )
-        return HubUnavailable(f"{_host(self._endpoint)} answers {status} for {what} of {name}: try again later")
+        return HubUnavailable(f"{_host(self._endpoint)} answers {status} for {label} of {name}: try again later")
 
 
 def confirmed(source: Source, resolved: Resolved, settings: Settings) -> Resolved | None:

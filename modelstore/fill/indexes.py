@@ -18,12 +18,12 @@ def check_index(path: str, weight_map: Mapping[str, str], shards: Mapping[str, H
     `shards`: the headers of the files beside it by their paths in the snapshot, as they were before a conversion or
     after it; only the names of their tensors count.
     """
-    held = {}
+    names_by_shard = {}
     for shard in set(weight_map.values()):
         header = shards[stored_path(str(PurePosixPath(path).with_name(shard)))]
-        held[shard] = {tensor.name for tensor in header.tensors}
+        names_by_shard[shard] = {tensor.name for tensor in header.tensors}
     for tensor, shard in weight_map.items():
-        if tensor not in held[shard]:
+        if tensor not in names_by_shard[shard]:
             raise BadSafetensors(
                 f"{path} places {tensor[:80]!r} in {shard}, which does not hold it: name another revision"
             )

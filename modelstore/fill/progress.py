@@ -45,6 +45,6 @@ class Progress:
             self.reused += reused
             self.network += network
             if path in self._files:
-                there, size_bytes = self._files.pop(path)
-                if there + done < size_bytes:
-                    self._files[path] = (there + done, size_bytes)
+                arrived, size_bytes = self._files.pop(path)
+                if arrived + done < size_bytes:
+                    self._files[path] = (arrived + done, size_bytes)

@@ -106,8 +106,8 @@ def _code_key(record: object) -> str:
     for key, value in record.items():
         if (key == "auto_map" and value) or (key.endswith("_internal") and value is not None):
             return str(key)
-        if found := _code_key(value):
-            return found
+        if key_inside := _code_key(value):
+            return key_inside
     return ""
 
 
@@ -135,9 +135,9 @@ def select_files(
     weights: list[SourceFile] = []
     indexes: dict[str, Mapping[str, str]] = {}
     for folder in folders:
-        here = [file for file in files if folder_of(file.path) == folder and not _is_variant(file.path)]
-        small += [file for file in here if _is_small(file) or (code and file.path.endswith(".py"))]
-        name = _join(folder, _weights_name(here, pickles=pickles))
+        in_folder = [file for file in files if folder_of(file.path) == folder and not _is_variant(file.path)]
+        small += [file for file in in_folder if _is_small(file) or (code and file.path.endswith(".py"))]
+        name = _join(folder, _weights_name(in_folder, pickles=pickles))
         index, single = by_path.get(name + _ENDING), by_path.get(name)
         if variant and folder:
             preferred = by_path.get(f"{name.removesuffix('.safetensors')}.{variant}.safetensors")
@@ -155,7 +155,7 @@ def select_files(
             weights += [_shard(by_path, folder, shard, index.path) for shard in sorted(set(weight_map.values()))]
         else:
             all_here = [file for file in files if folder_of(file.path) == folder]
-            plain = [file for file in here if file.path.endswith(".safetensors")]
+            plain = [file for file in in_folder if file.path.endswith(".safetensors")]
             weights += plain or [file for file in all_here if file.path.endswith(".safetensors")]
     for folder in _EXTRA_FOLDERS:
         small += [file for file in files if folder_of(file.path) == folder and _is_small(file)]
@@ -178,10 +178,10 @@ def _component_folders(by_path: Mapping[str, SourceFile], read: Callable[[Source
     return sorted(name for name in named if any(folder_of(path) == name for path in by_path))
 
 
-def _weights_name(here: list[SourceFile], *, pickles: bool) -> str:
+def _weights_name(files: list[SourceFile], *, pickles: bool) -> str:
     """The name that this folder's weights go by, single or before `.index.json`; a pickle's only where there are no
     safetensors."""
-    names = {PurePosixPath(file.path).name for file in here}
+    names = {PurePosixPath(file.path).name for file in files}
     known = ["model.safetensors", "diffusion_pytorch_model.safetensors"]
     if pickles and not any(name.endswith(".safetensors") for name in names):
         known += ["pytorch_model.bin", "diffusion_pytorch_model.bin"]

@@ -119,7 +119,7 @@ def stream_of(path: Path, offset: int, length: int) -> Iterator[ByteStream]:
 def read_all(stream: ByteStream, length: int) -> bytes:
     """`length` bytes of a stream, fewer where it ends before."""
     buffer = memoryview(bytearray(length))
-    done = 0
-    while done < length and (count := stream.readinto(buffer[done:])):
-        done += count
-    return bytes(buffer[:done])
+    position = 0
+    while position < length and (count := stream.readinto(buffer[position:])):
+        position += count
+    return bytes(buffer[:position])

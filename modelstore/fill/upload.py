@@ -114,10 +114,10 @@ class RemoteVolume:
         )
         try:
             session = boto3.Session(region_name=target.datacenter)
-            there = session.get_credentials() is not None
+            has_credentials = session.get_credentials() is not None
         except BotoCoreError as error:  # half a pair, a profile that is not there
             raise AccessDenied(f"the S3 keys cannot be used: {error}") from error
-        if not there:
+        if not has_credentials:
             raise AccessDenied(
                 "there are no S3 keys: make a pair in RunPod's settings, and set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY"
@@ -355,9 +355,10 @@ class _Upload:
     def _open_upload(self) -> str:
         """An upload of this file that was cut short, and the parts that it has; empty where there is none."""
         try:
-            found = self._volume.call("list_multipart_uploads", Prefix=self._key, attempts=2).get("Uploads", [])
+            candidates = self._volume.call("list_multipart_uploads", Prefix=self._key, attempts=2).get("Uploads", [])
             uploads = sorted(
-                (one for one in found if one["Key"] == self._key), key=lambda one: str(one.get("Initiated"))
+                (upload for upload in candidates if upload["Key"] == self._key),
+                key=lambda upload: str(upload.get("Initiated")),
             )
             if not uploads:
                 return ""
@@ -433,8 +434,8 @@ class _Upload:
 def _all_of(pool: ThreadPoolExecutor, jobs: list[Callable[[], None]]) -> None:
     """Run all; raise the first error, without waiting for the rest."""
     done, _left = wait([pool.submit(job) for job in jobs], return_when=FIRST_EXCEPTION)
-    for one in done:
-        one.result()
+    for failed in done:
+        failed.result()
 
 
 def _md5(data: bytes) -> str:

@@ -135,10 +135,10 @@ class WeightsPipeline:
 
         It has a name of its own until then, which nothing opens to write: what it shares with its owner stays as it is.
         """
-        found = self._linkable(file)
-        if found is None:
+        linkable = self._linkable(file)
+        if linkable is None:
             return False
-        path, header = found
+        path, header = linkable
         target = self._staging.paths.snapshot_file(file.path)
         linked = target.with_name(f"{target.name}.linked")
         durable.make_folder(target.parent)
@@ -179,9 +179,9 @@ class WeightsPipeline:
                 if self._convert_began is None:
                     self._convert_began = self._request.timeline.now()
             memory = partial(self._observer.memory, self._request.key, stored)
-            size, own = convert_file(path, target, header, policy, guard=self._guard, memory=memory)
+            size, stored_digests = convert_file(path, target, header, policy, guard=self._guard, memory=memory)
             origin = origin or Origin(file.size_bytes, digests.sha256)
-            record = FileRecord(stored, size, own.sha256, own.blocks, origin)
+            record = FileRecord(stored, size, stored_digests.sha256, stored_digests.blocks, origin)
         self._add(file, record, header)
         if path != self._staging.paths.source_file(file.path):
             durable.remove_file(path)

@@ -185,8 +185,8 @@ class BlockReader:
             thread.start()
 
     def _work(self, number: int) -> None:
-        while (taken := self._take(number)) is not None:
-            file, block, slot, view = taken
+        while (work := self._take(number)) is not None:
+            file, block, slot, view = work
             kind, detail = self._read(file, block, slot, view)
             now = time.monotonic()
             with self._changed:
@@ -229,17 +229,17 @@ class BlockReader:
         length = min(file.block_bytes, file.size_bytes - offset)
         try:
             direct = None if file.direct is None or self._cache.holds(file.fd, offset, length) else file.direct
-            done = 0
-            while done < length:
+            position = 0
+            while position < length:
                 count = -1
-                if direct is not None and done % ALIGNMENT == 0:
-                    count = _direct_read(direct, view[done:], offset + done)
+                if direct is not None and position % ALIGNMENT == 0:
+                    count = _direct_read(direct, view[position:], offset + position)
                 if count < 0:
                     direct = None
-                    count = os.preadv(file.fd, [view[done:length]], offset + done)
+                    count = os.preadv(file.fd, [view[position:length]], offset + position)
                 if count == 0:
                     return SHORT, slot
-                done += count
+                position += count
         except OSError as error:
             return FAILED, error.errno or errno.EIO
         if file.checksums:
@@ -330,8 +330,8 @@ def _serve(sock: socket.socket) -> None:
     while True:
         head, fds, _flags, _address = socket.recv_fds(sock, MESSAGE.size, 2)
         while head and len(head) < MESSAGE.size:
-            more = sock.recv(MESSAGE.size - len(head))
-            head = head + more if more else b""
+            chunk = sock.recv(MESSAGE.size - len(head))
+            head = head + chunk if chunk else b""
         if not head:
             return
         kind, number = MESSAGE.unpack(head)

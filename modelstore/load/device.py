@@ -41,9 +41,9 @@ def transfer(reading: Reading, device: Device) -> None:
                         device.pin(pinned.setdefault(id(memory), memory))
                     under_way.append((device.copy(arrival, reading.view(arrival)), arrival))
             elif under_way:  # nothing else to do: the reader may be waiting for the oldest slot
-                event, done = under_way.popleft()
+                event, copied = under_way.popleft()
                 device.wait(event)
-                reading.release(done)
+                reading.release(copied)
             else:
                 return
     finally:

@@ -72,7 +72,7 @@ def load_model(
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     if weights is None:
         check_fits(snapshot, [target] if device_map is None else gpus or [target])
-    ours = reading is None
+    is_own_reading = reading is None
     if reading is None:
         reading = start_reading(snapshot, ring_bytes=ring_bytes_for(target))
     try:
@@ -103,7 +103,7 @@ def load_model(
             if spread is not None:
                 model = accelerate.dispatch_model(model, spread)
     except BaseException:
-        if ours:
+        if is_own_reading:
             reading.close()
         raise
     reading.close(wait=False)
@@ -241,9 +241,9 @@ class _NoLargeTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         size_bytes = sum(value.nbytes for value in tree_leaves(made) if isinstance(value, torch.Tensor))
         self._made_bytes += size_bytes
         if size_bytes > self._most_bytes or self._made_bytes > _MADE_IN_ALL * self._most_bytes:
-            wanted = max(size_bytes, self._made_bytes)
+            expected = max(size_bytes, self._made_bytes)
             raise BadConfig(
-                f"the config of {self._snapshot.key} wants a tensor of {size(wanted)}, and all its weights have "
+                f"the config of {self._snapshot.key} wants a tensor of {size(expected)}, and all its weights have "
                 f"{size(self._snapshot.size_bytes)}: use another revision"
             )
 
@@ -253,14 +253,14 @@ def _on_meta(args: Any, kwargs: Any) -> bool:
     device = kwargs.get("device")
     if device is not None:
         return torch.device(device).type == "meta"
-    given = False
+    has_tensor = False
     for value in args:
         for each in value if isinstance(value, list | tuple) else (value,):
             if isinstance(each, torch.Tensor):
-                given = True
+                has_tensor = True
                 if each.device.type != "meta":
                     return False
-    return given
+    return has_tensor
 
 
 class _ValueNeeded(BaseException):
@@ -332,19 +332,19 @@ def _spread(
         limits = accelerate.utils.get_balanced_memory(
             skeleton, dtype=dtype, no_split_module_classes=whole, low_zero=device_map == "balanced_low_0"
         )
-    found = accelerate.infer_auto_device_map(skeleton, max_memory=limits, no_split_module_classes=whole, dtype=dtype)
-    if "disk" in found.values():
+    devices = accelerate.infer_auto_device_map(skeleton, max_memory=limits, no_split_module_classes=whole, dtype=dtype)
+    if "disk" in devices.values():
         raise DoesNotFit(f"{snapshot.key} fits on no GPUs and memory that are here: use more, or a smaller model")
-    return dict(found)
+    return dict(devices)
 
 
 def _own_class(config: Any, folder: Path) -> type[PreTrainedModel]:
     """The class that the snapshot's own code brings for what `config.architectures` names, else transformers' own."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    wanted = set(getattr(config, "architectures", None) or ())
+    name = set(getattr(config, "architectures", None) or ())
     for reference in (getattr(config, "auto_map", None) or {}).values():
-        if isinstance(reference, str) and "--" not in reference and reference.rpartition(".")[2] in wanted:
+        if isinstance(reference, str) and "--" not in reference and reference.rpartition(".")[2] in name:
             cls: type[PreTrainedModel] = get_class_from_dynamic_module(reference, folder)
             return cls
     return model_class(config)
@@ -364,9 +364,9 @@ def model_class(config: Any) -> type[PreTrainedModel]:
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
             return cls
     try:
-        found = transformers.AutoModel._model_mapping[type(config)]
+        named_class = transformers.AutoModel._model_mapping[type(config)]
     except KeyError as error:
         raise NoWeights(
             f"transformers {transformers.__version__} has no class for {config.architectures}: upgrade transformers"
         ) from error
-    return found if isinstance(found, type) else found[0]
+    return named_class if isinstance(named_class, type) else named_class[0]

@@ -363,18 +363,18 @@ class _Process:
         checksums = find_spec("xxhash")
         if checksums is None or checksums.origin is None:
             return None
-        ours, its = socket.socketpair()
+        channel, its = socket.socketpair()
         program = [sys.executable, "-I", "-S", blocks.__file__, str(_FD), str(Path(checksums.origin).parents[1])]
         try:
             actions = [(os.POSIX_SPAWN_DUP2, its.fileno(), _FD)]
             pid = os.posix_spawn(sys.executable, program, bare_environment(), file_actions=actions, setsigmask=[])
         except (OSError, ValueError) as error:
             logger.warning("no reader process can be started (%s): threads read instead", error)
-            ours.close()
+            channel.close()
             return None
         finally:
             its.close()
-        return cls(reading, pid, ours)
+        return cls(reading, pid, channel)
 
     def add(self, index: int, opened: _Opened, checksums: str) -> None:
         record = {"size_bytes": opened.record.size_bytes, "block_bytes": opened.block_bytes, "checksums": checksums}
@@ -446,9 +446,9 @@ def _error(kind: int, opened: _Opened, block: int, number: int) -> Exception:
     path = opened.folder / opened.record.path
     if kind == blocks.FAILED:
         return OSError(number, os.strerror(number), str(path))
-    what = "ends early" if kind == blocks.SHORT else "is not what was published"
+    problem = "ends early" if kind == blocks.SHORT else "is not what was published"
     return DigestMismatch(
-        f"{path} {what} at byte {block * opened.block_bytes}: "
+        f"{path} {problem} at byte {block * opened.block_bytes}: "
         "remove the snapshot (`modelstore rm`) and seed the model again"
     )
 

@@ -212,10 +212,10 @@ class Weights:
 
     def settled(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """What a view of a stand-in is on its device; None for a tensor that is none."""
-        found = self._found(tensor)
-        if found is None:
+        stand_in = self._found(tensor)
+        if stand_in is None:
             return None
-        path, offset = found
+        path, offset = stand_in
         if path not in self._slabs:
             return tensor
         slab = next(slab for slab in self._slabs[path] if slab.begin <= offset < slab.end)

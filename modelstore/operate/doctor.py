@@ -91,16 +91,16 @@ def exit_code(findings: list[CheckResult]) -> int:
     return next((finding.exit_code or 1 for finding in findings if finding.level == "error"), 0)
 
 
-def _ok(check: str, what: str) -> CheckResult:
-    return CheckResult(check, "ok", what)
+def _ok(check: str, text: str) -> CheckResult:
+    return CheckResult(check, "ok", text)
 
 
-def _warning(check: str, what: str, why: str, do: str) -> CheckResult:
-    return CheckResult(check, "warning", what, why, do)
+def _warning(check: str, text: str, why: str, do: str) -> CheckResult:
+    return CheckResult(check, "warning", text, why, do)
 
 
-def _error(check: str, what: str, why: str, do: str, code: int = 1) -> CheckResult:
-    return CheckResult(check, "error", what, why, do, code)
+def _error(check: str, text: str, why: str, do: str, code: int = 1) -> CheckResult:
+    return CheckResult(check, "error", text, why, do, code)
 
 
 def _failed(check: str, error: ModelStoreError | OSError, why: str, do: str) -> CheckResult:
@@ -112,20 +112,20 @@ def _mounted(root: Path) -> CheckResult:
     mount = mount_of(root, read_mounts())
     if mount is None:
         return _warning("mount", "this system has no mount table", "whether a volume is there cannot be told", "go on")
-    what = f"{root} is on {mount.device} ({mount.kind}), mounted at {mount.point}"
+    text = f"{root} is on {mount.device} ({mount.kind}), mounted at {mount.point}"
     if "ro" in mount.options:
-        return _error("mount", f"{what}, read-only", "nothing can be published", "mount it for writing")
+        return _error("mount", f"{text}, read-only", "nothing can be published", "mount it for writing")
     if mount.kind not in NETWORK_FILE_SYSTEMS:
         return _warning(
-            "mount", what, "this is no network volume: other workers do not see it",
+            "mount", text, "this is no network volume: other workers do not see it",
             "attach the volume to the endpoint, or set MODELSTORE_ROOT to a folder on it",
         )  # fmt: skip
     if local := [option for option in mount.options if option in _LOCAL_LOCKS]:
         return _warning(
-            "mount", f"{what}, with {', '.join(local)}", "locks hold on one host only: a dead worker shows later",
+            "mount", f"{text}, with {', '.join(local)}", "locks hold on one host only: a dead worker shows later",
             "nothing, if the fleet may wait for the heartbeat; else mount it without that option",
         )  # fmt: skip
-    return _ok("mount", what)
+    return _ok("mount", text)
 
 
 def _format(layout: Layout) -> CheckResult:
@@ -135,8 +135,8 @@ def _format(layout: Layout) -> CheckResult:
         return _failed("format", error, "this version would misread it", "upgrade modelstore")
     except ModelStoreError as error:
         return _failed("format", error, "nothing can be found there", "check the mount")
-    there = layout.format_file.exists()
-    return _ok("format", "the store's format is known" if there else "no store yet: the first download makes it")
+    is_store = layout.format_file.exists()
+    return _ok("format", "the store's format is known" if is_store else "no store yet: the first download makes it")
 
 
 def _probed(layout: Layout, peer: Path | None, probe_bytes: int) -> Iterator[CheckResult]:
@@ -152,8 +152,8 @@ def _probed(layout: Layout, peer: Path | None, probe_bytes: int) -> Iterator[Che
     except NoSpace as error:
         yield _failed("space", error, "no model can be published", "remove one, or run gc")
     except FileNotFoundError:
-        what = "the doctor's folder is gone: a download that needed room has emptied the trash"
-        yield _warning("write", what, "the rest was not tried", "run it again")
+        text = "the doctor's folder is gone: a download that needed room has emptied the trash"
+        yield _warning("write", text, "the rest was not tried", "run it again")
     except (ModelStoreError, OSError) as error:
         yield _failed("write", error, "nothing can be published", "check MODELSTORE_ROOT and the mount")
 
@@ -203,8 +203,8 @@ def _renames(folder: Path) -> CheckResult:
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             return _ok("renames", "a folder that is there is not replaced")
-        what = f"renaming onto a folder fails with {error.strerror}"
-        return _error("renames", what, "publishing relies on it", "do not use this file system for a store")
+        text = f"renaming onto a folder fails with {error.strerror}"
+        return _error("renames", text, "publishing relies on it", "do not use this file system for a store")
     return _error(
         "renames", "a folder was replaced by a rename", "a second publisher would replace the first one's snapshot",
         "do not use this file system for a store",
@@ -230,7 +230,7 @@ def _locks(folder: Path, other: Path) -> CheckResult:
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=bare_environment(),
     ) as holder:  # fmt: skip
         assert holder.stdout is not None
-        held = holder.stdout.readline().strip() == b"held"
+        is_held = holder.stdout.readline().strip() == b"held"
         fd = durable.open_for_read(folder / "lock")
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -240,7 +240,7 @@ def _locks(folder: Path, other: Path) -> CheckResult:
         finally:
             os.close(fd)
             holder.kill()
-    if held and excluded:
+    if is_held and excluded:
         return _ok("locks", f"they exclude {'another mount' if other != folder else 'another process of this host'}")
     return _warning(
         "locks", "a lock that another process holds is not seen", "a dead worker is found by its heartbeat, later",
@@ -264,8 +264,8 @@ def _visible(folder: Path, other: Path) -> CheckResult:
 def _clock(folder: Path) -> CheckResult:
     off = time.time() - durable.touch(folder / "clock")
     if abs(off) > _CLOCK_OFF_S:
-        what = f"this host's clock is {off:+.0f} s off the volume's"
-        return _warning("clock", what, "times in the history are wrong; nothing else relies on it", "set the clock")
+        text = f"this host's clock is {off:+.0f} s off the volume's"
+        return _warning("clock", text, "times in the history are wrong; nothing else relies on it", "set the clock")
     return _ok("clock", f"within {max(abs(off), 1):.0f} s of the volume's")
 
 
@@ -301,25 +301,25 @@ def _rates(folder: Path, probe_bytes: int) -> Iterator[CheckResult]:
 
 def _quota(layout: Layout, settings: Settings) -> CheckResult:
     try:
-        found = inventory.space(layout, settings)
+        usage = inventory.space(layout, settings)
     except (ModelStoreError, OSError) as error:
         return _failed("quota", error, *_UNCOUNTED)
-    taken = f"the store takes {size(found['taken'])}"
-    if found["quota"] is None:
+    taken = f"the store takes {size(usage['taken'])}"
+    if usage["quota"] is None:
         return _warning(
             "quota", f"{taken}, without a quota", "the volume's own limit shows in the middle of a download",
             "set MODELSTORE_QUOTA to a little less than the volume's size",
         )  # fmt: skip
-    free = f"{taken} of {size(found['quota'])}"
-    if found["free"] < found["quota"] / 20:
-        do = f"evict ({size(found['evictable'])} may go): `modelstore gc --to …`, or raise the quota"
+    free = f"{taken} of {size(usage['quota'])}"
+    if usage["free"] < usage["quota"] / 20:
+        do = f"evict ({size(usage['evictable'])} may go): `modelstore gc --to …`, or raise the quota"
         return _warning("quota", free, "the next model may not fit", do)
     return _ok("quota", free)
 
 
 def _leftovers(layout: Layout, settings: Settings) -> CheckResult:
     try:
-        wanted = plan_collection(layout, settings)
+        plan = plan_collection(layout, settings)
         damaged = [record for record in inventory.models(layout) if not record["complete"]]
     except (ModelStoreError, OSError) as error:
         return _failed("leftovers", error, *_UNCOUNTED)
@@ -329,9 +329,9 @@ def _leftovers(layout: Layout, settings: Settings) -> CheckResult:
             "snapshots", f"{len(damaged)} of them lack files or a manifest: {names}", "a worker downloads them again",
             "run `modelstore verify`, then seed them again", 5,
         )  # fmt: skip
-    if wanted.garbage:
-        what = f"{len(wanted.garbage)} leftovers, {size(sum(item.size_bytes for item in wanted.garbage))}"
-        return _warning("leftovers", what, "they take space", "run `modelstore gc`")
+    if plan.garbage:
+        text = f"{len(plan.garbage)} leftovers, {size(sum(item.size_bytes for item in plan.garbage))}"
+        return _warning("leftovers", text, "they take space", "run `modelstore gc`")
     return _ok("leftovers", "nothing that nobody needs")
 
 
@@ -354,13 +354,13 @@ def _access(layout: Layout, settings: Settings, reference: str) -> CheckResult:
     """Whether a worker that is told to serve `reference` comes by it, in the order in which it looks: published, a
     folder, an HF cache on the volume, the Hub."""
     try:
-        wanted = parse_reference(reference)
-        if (snapshot := Catalog(layout).find(wanted, settings.dtype)) is not None:
+        parsed = parse_reference(reference)
+        if (snapshot := Catalog(layout).find(parsed, settings.dtype)) is not None:
             return _ok("access", f"{reference} is published, {snapshot.key}: a start asks nobody")
-        if wanted.kind == "alias":  # its snapshot was evicted, and is made again
-            key = aliases.target(layout, wanted.name)
-            wanted = Reference("hub", key.repo_id, key.commit)
-        phrase = next(filter(None, (source.reach() for source in sources_for(wanted, settings))), None)
+        if parsed.kind == "alias":  # its snapshot was evicted, and is made again
+            key = aliases.target(layout, parsed.name)
+            parsed = Reference("hub", key.repo_id, key.commit)
+        phrase = next(filter(None, (source.reach() for source in sources_for(parsed, settings))), None)
         if phrase is None:
             raise SnapshotNotFound(f"{reference} is not on the volume as {settings.dtype}")
         return _ok("access", f"{reference} {phrase}")

@@ -41,10 +41,10 @@ def models(layout: Layout) -> list[dict[str, Any]]:
 
     records = []
     # What is read is parsed after all was read: a thread that computes holds up those that read.
-    for seen in durable.map_concurrently(lambda key: _seen(catalog, layout, key, now, marked), keys):
-        if seen is None:
+    for record in durable.map_concurrently(lambda key: _seen(catalog, layout, key, now, marked), keys):
+        if record is None:
             continue
-        key, file, names, marks = seen
+        key, file, names, marks = record
         manifest = catalog.parse(key, file)
         tops = {file.path.split("/")[0] for file in manifest.files} if manifest else set()
         records.append(
@@ -67,10 +67,10 @@ def space(layout: Layout, settings: Settings) -> dict[str, Any]:
     """What takes how many bytes, against the quota, and what an eviction frees; files with two names count once."""
     refs.check_format(layout)
     candidates = survey(layout)
-    seen: set[tuple[int, int]] = set()
+    counted: set[tuple[int, int]] = set()
     folders = {"models": layout.models, "staging": layout.root / "staging"}
     folders |= {"quarantine": layout.quarantine, "trash": layout.trash}
-    kinds = {kind: durable.tree_bytes(folder, seen) for kind, folder in folders.items()}
+    kinds = {kind: durable.tree_bytes(folder, counted) for kind, folder in folders.items()}
     taken = Space(layout, settings).taken()
     kinds["promised"] = max(taken - sum(kinds.values()), 0)  # to downloads that run
     may_go = [candidate for candidate in candidates if not candidate.retained_by]
@@ -100,21 +100,21 @@ def claims(layout: Layout, *, sleep: Callable[[float], None] = time.sleep) -> li
     """
     refs.check_format(layout)
 
-    def held(key: SnapshotKey) -> tuple[SnapshotKey, int, ClaimRecord] | None:
+    def held_claim(key: SnapshotKey) -> tuple[SnapshotKey, int, ClaimRecord] | None:
         generation, record = current_record(layout.claims(key))
         return (key, generation, record) if record is not None and record.state == "held" else None
 
     keys = [key for key, _folder in keyed_folders(layout.root / "claims")]
-    first = [found for found in durable.map_concurrently(held, keys) if found is not None]
+    first = [claim for claim in durable.map_concurrently(held_claim, keys) if claim is not None]
     if not first:
         return []
     sleep(_LOOK_AGAIN_S)
     records = []
     for key, generation, before in first:
-        found = held(key)
-        if found is None:
+        claim = held_claim(key)
+        if claim is None:
             continue
-        _key, now_generation, record = found
+        _key, now_generation, record = claim
         records.append(
             {
                 **key.as_json(),
@@ -151,29 +151,29 @@ def _seen(catalog: Catalog, layout: Layout, key: SnapshotKey, now: float, marked
 
 def find_key(store: ModelStore, reference: str, revision: str | None, dtype: str | None) -> SnapshotKey:
     """What stands where the snapshot belongs, damaged or not; a commit may be cut, as `ls` shows it."""
-    wanted = parse_reference(reference, revision=revision)
+    parsed = parse_reference(reference, revision=revision)
     variant = parse_dtype("--dtype", dtype) if dtype else store.settings.dtype
-    if (key := store.catalog.find_key(wanted, variant)) is not None:
+    if (key := store.catalog.find_key(parsed, variant)) is not None:
         return key
-    if wanted.kind == "alias":
-        key = aliases.target(store.layout, wanted.name)
-        raise SnapshotNotFound(f"{wanted} points to {key}, which is not on the volume: run `modelstore seed {wanted}`")
-    there = list(store.catalog.keys(repo_id_of(wanted)))
-    if is_cut_commit(wanted.revision):
-        meant = [key for key in there if key.commit.startswith(wanted.revision) and key.dtype == variant]
+    if parsed.kind == "alias":
+        key = aliases.target(store.layout, parsed.name)
+        raise SnapshotNotFound(f"{parsed} points to {key}, which is not on the volume: run `modelstore seed {parsed}`")
+    variants = list(store.catalog.keys(repo_id_of(parsed)))
+    if is_cut_commit(parsed.revision):
+        meant = [key for key in variants if key.commit.startswith(parsed.revision) and key.dtype == variant]
         if len(meant) == 1:
             return meant[0]
-    what = f"{reference} is not in {store.settings.root} as {variant}"
-    if there:
-        others = ", ".join(f"{key.repo_id}@{key.commit[:12]} --dtype {key.dtype}" for key in there[:5])
-        raise SnapshotNotFound(f"{what}, but this is: {others}")
+    problem = f"{reference} is not in {store.settings.root} as {variant}"
+    if variants:
+        others = ", ".join(f"{key.repo_id}@{key.commit[:12]} --dtype {key.dtype}" for key in variants[:5])
+        raise SnapshotNotFound(f"{problem}, but this is: {others}")
     option = f" --dtype {dtype}" if dtype else ""
-    raise SnapshotNotFound(f"{what}: look at `modelstore ls`, or run `modelstore seed {reference}{option}`")
+    raise SnapshotNotFound(f"{problem}: look at `modelstore ls`, or run `modelstore seed {reference}{option}`")
 
 
 def find_snapshot(store: ModelStore, reference: str, revision: str | None, dtype: str | None) -> Snapshot:
     key = find_key(store, reference, revision, dtype)
     if (snapshot := store.catalog.published(key)) is None:
-        what = "is damaged" if store.layout.snapshot(key).is_dir() else "is not there any more"
-        raise SnapshotNotFound(f"{key} {what}: run `modelstore seed` for it again")
+        problem = "is damaged" if store.layout.snapshot(key).is_dir() else "is not there any more"
+        raise SnapshotNotFound(f"{key} {problem}: run `modelstore seed` for it again")
     return snapshot

@@ -98,23 +98,25 @@ def _cards(models: Sequence[Mapping[str, Any]], space: Mapping[str, Any], starts
 
 def _scatter(starts: Sequence[dict[str, Any]]) -> str:
     """A point for each start: when, and how long it took."""
-    width, height, left, bottom = 720, 220, 44, 24
+    width, height, margin, bottom = 720, 220, 44, 24
     first, last = starts[0]["at"], starts[-1]["at"]
     longest = max([total_s(record) for record in starts] + [0.1]) * 1.08
     parts = []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         y = (height - bottom) * (1 - share) + 4
-        parts.append(f'<line x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" opacity=".15"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{longest * share:.1f} s</text>')
+        parts.append(
+            f'<line x1="{margin}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" opacity=".15"/>'
+        )
+        parts.append(f'<text x="{margin - 6}" y="{y + 4:.1f}" text-anchor="end">{longest * share:.1f} s</text>')
     for record in starts:
-        x = left + 8 + (record["at"] - first) / max(last - first, 1.0) * (width - left - 16)
+        x = margin + 8 + (record["at"] - first) / max(last - first, 1.0) * (width - margin - 16)
         y = (height - bottom) * (1 - total_s(record) / longest) + 4
         colour = _OUTCOMES[_outcome(record)]
         parts.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}" fill-opacity=".75">'
             f"<title>{escape(_tip(record))}</title></circle>"
         )
-    parts.append(f'<text x="{left}" y="{height - 4}">{_clock(first)}</text>')
+    parts.append(f'<text x="{margin}" y="{height - 4}">{_clock(first)}</text>')
     parts.append(f'<text x="{width}" y="{height - 4}" text-anchor="end">{_clock(last)}</text>')
     return f"{_keys(_OUTCOMES)}{_drawing(width, height, parts)}"
 

@@ -53,16 +53,16 @@ def read_list(path: Path) -> tuple[ListedModel, ...]:
     if data or not isinstance(entries, list) or not entries:
         extra = f", not {', '.join(data)}" if data else ""
         raise UsageError(f"{path} must hold tables [[model]]{extra}: see `modelstore seed --help`")
-    found = []
+    models = []
     for number, entry in enumerate(entries, 1):
         try:
-            found.append(_wanted(entry))
+            models.append(_wanted(entry))
         except (UsageError, InvalidReference, InvalidSetting) as error:
             raise UsageError(f"{path}: model {number}: {error}") from error
-    names = [name for one in found for name in one.aliases]
+    names = [name for model in models for name in model.aliases]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UsageError(f"{path}: the alias {min(twice)} is given to two models")
-    return tuple(found)
+    return tuple(models)
 
 
 def _wanted(entry: Any) -> ListedModel:

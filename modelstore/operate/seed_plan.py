@@ -216,9 +216,9 @@ class SeedPlan:
 
     def _prunable(self, kept: Sequence[SnapshotKey] | Any) -> tuple[Candidate, ...]:
         """The snapshots that a pruning run would remove: an alias that the list moves keeps nothing."""
-        given = {name for model in self.models for name in model.aliases}
+        named_aliases = {name for model in self.models for name in model.aliases}
         candidates = survey(self.store.layout)
-        after = (replace(each, aliases=tuple(set(each.aliases) - given)) for each in candidates)
+        after = (replace(each, aliases=tuple(set(each.aliases) - named_aliases)) for each in candidates)
         return tuple(each for each in after if each.key not in kept and not each.retained_by)
 
     def _pruned(self, kept: set[SnapshotKey]) -> list[dict[str, Any]]:

@@ -68,12 +68,12 @@ def history(layout: Layout, name: str) -> tuple[Pointed, ...]:
     try:
         entries = [
             Pointed(
-                SnapshotKey(one["repo_id"], one["commit"], one["dtype"]),
-                int(one["at"]),
-                printable(str(one["by"])),
-                int(one.get("percent", 100)),
+                SnapshotKey(entry["repo_id"], entry["commit"], entry["dtype"]),
+                int(entry["at"]),
+                printable(str(entry["by"])),
+                int(entry.get("percent", 100)),
             )
-            for one in json.loads(data)["history"]
+            for entry in json.loads(data)["history"]
         ]
         if entries and all(
             isinstance(e.key.repo_id, str)
@@ -128,12 +128,12 @@ def checked(name: str) -> str:
 def target(layout: Layout, name: str, *, worker: str | None = None) -> SnapshotKey:
     """Where an alias points; for a worker of a canary's share, to that. Raises SnapshotNotFound where there is no such
     alias."""
-    found = history(layout, name)
-    if not found:
+    pointed = history(layout, name)
+    if not pointed:
         raise SnapshotNotFound(f"the store has no alias @{name}: set it, or name the model as org/name")
-    if worker is not None and share_of(name, worker) < found[-1].percent:
-        return found[-1].key
-    return stable(found).key
+    if worker is not None and share_of(name, worker) < pointed[-1].percent:
+        return pointed[-1].key
+    return stable(pointed).key
 
 
 def stable(entries: Sequence[Pointed]) -> Pointed:

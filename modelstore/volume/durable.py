@@ -125,12 +125,12 @@ def read_with_state(path: Path, limit_bytes: int = RECORD_BYTES) -> Contents:
     try:
         state = os.fstat(fd)
         size = state.st_size + 1  # asked for more than it believes to have, a file system looks again
-        left = limit_bytes + 1
+        remaining = limit_bytes + 1
         parts = []
-        while state.st_size <= limit_bytes and left and (part := os.read(fd, min(left, size))):
+        while state.st_size <= limit_bytes and remaining and (part := os.read(fd, min(remaining, size))):
             parts.append(part)
-            left -= len(part)
-        if state.st_size > limit_bytes or not left:
+            remaining -= len(part)
+        if state.st_size > limit_bytes or not remaining:
             raise OSError(errno.EINVAL, f"larger than {limit_bytes} bytes, which no such file is", str(path))
         return Contents(b"".join(parts), state)
     finally:
@@ -142,9 +142,9 @@ def write_at(fd: int, data: bytes | bytearray | memoryview, offset: int, *, path
     view = memoryview(data).cast("B")
     with mapped_errors(path):
         while view:
-            done = os.pwrite(fd, view, offset)
-            view = view[done:]
-            offset += done
+            written = os.pwrite(fd, view, offset)
+            view = view[written:]
+            offset += written
 
 
 def set_size(fd: int, size_bytes: int, *, path: Path) -> None:
@@ -315,47 +315,49 @@ def folder_names(folder: str | Path) -> list[str]:
     Each is asked for its state, because a file system that sees this sends the states of the next ones with their names
     (FUSE's and NFS's readdirplus), and whoever looks below one of them within a second saves a round trip.
     """
-    found = []
+    folders = []
     try:
         with os.scandir(folder) as listing:
             for entry in listing:
                 if entry.is_dir(follow_symlinks=False):
-                    found.append(entry.name)
+                    folders.append(entry.name)
                     with suppress(OSError):  # it may be gone by now
                         entry.stat(follow_symlinks=False)
     except FileNotFoundError:
         return []
     except OSError as error:
         raise RootUnusable(f"cannot read {folder}: {error.strerror}; check the mount and MODELSTORE_ROOT") from error
-    return sorted(found)
+    return sorted(folders)
 
 
 def map_concurrently(look: Callable[[T], R], things: Iterable[T]) -> list[R]:
     """Look at many small things together, because over a network file system each is a round trip."""
-    left = list(things)
-    length = -(-len(left) // (4 * _AT_ONCE)) or 1  # a part at a time: handing over each thing alone takes as long again
-    parts = [left[start : start + length] for start in range(0, len(left), length)]
+    items = list(things)
+    length = (
+        -(-len(items) // (4 * _AT_ONCE)) or 1
+    )  # a part at a time: handing over each thing alone takes as long again
+    parts = [items[start : start + length] for start in range(0, len(items), length)]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return [found for part in pool.map(lambda part: [look(one) for one in part], parts) for found in part]
+        return [result for part in pool.map(lambda part: [look(item) for item in part], parts) for result in part]
 
 
-def tree_bytes(folder: Path, seen: set[tuple[int, int]] | None = None, *, unshared: bool = False) -> int:
+def tree_bytes(folder: Path, counted: set[tuple[int, int]] | None = None, *, unshared: bool = False) -> int:
     """What the regular files of a folder take by their sizes, each inode once; `seen` carries inodes between calls.
 
     `unshared`: only what is freed when the folder goes, without files that have another name somewhere. Sizes, not
     blocks: MooseFS tells the whole size for a sparse file, too.
     """
-    seen = set() if seen is None else seen
+    counted = set() if counted is None else counted
     total = 0
     try:
-        with os.scandir(folder) as found:
-            for entry in found:
+        with os.scandir(folder) as entry_names:
+            for entry in entry_names:
                 if entry.is_dir(follow_symlinks=False):
-                    total += tree_bytes(Path(entry.path), seen, unshared=unshared)
+                    total += tree_bytes(Path(entry.path), counted, unshared=unshared)
                 elif entry.is_file(follow_symlinks=False):
                     state = entry.stat(follow_symlinks=False)
-                    if state.st_nlink == 1 or not (unshared or (state.st_dev, state.st_ino) in seen):
-                        seen.add((state.st_dev, state.st_ino))
+                    if state.st_nlink == 1 or not (unshared or (state.st_dev, state.st_ino) in counted):
+                        counted.add((state.st_dev, state.st_ino))
                         total += state.st_size
     except (FileNotFoundError, NotADirectoryError):
         pass  # removed while we looked

@@ -48,15 +48,15 @@ def survey(layout: Layout, keys: Sequence[SnapshotKey] | None = None) -> tuple[C
     """The snapshots, or those of `keys`, the least recently used first."""
     now = pins.volume_time(layout)
     aliased = aliases.targets(layout)
-    found = []
+    candidates = []
     for key in Catalog(layout).keys() if keys is None else keys:
         folder = layout.snapshot(key)
         marks = pins.marks(layout, key)
         touched_at = marks[0].touched_at if marks else durable.newest_mtime(folder)
         users = pins.users_of(marks, now)
         size, pinned = durable.tree_bytes(folder, unshared=True), pins.is_pinned(layout, key)
-        found.append(Candidate(key, size, now - touched_at, pinned, users, aliased.keeping(key)))
-    return tuple(sorted(found, key=lambda candidate: -candidate.idle_s))
+        candidates.append(Candidate(key, size, now - touched_at, pinned, users, aliased.keeping(key)))
+    return tuple(sorted(candidates, key=lambda candidate: -candidate.idle_s))
 
 
 def least_recently_used(candidates: Sequence[Candidate], size_bytes: int) -> tuple[Candidate, ...]:

@@ -60,14 +60,16 @@ class GarbagePlan:
 
     def run(self, layout: Layout, settings: Settings, *, grace_s: float) -> GarbagePlan:
         """Remove it all, but for what somebody needs after all; what went."""
-        gone = []
+        removed = []
         for item in self.garbage:
             try:
                 if collect(layout, item, worker=settings.worker_id, lease_s=settings.lease_s, grace_s=grace_s):
-                    gone.append(item)
+                    removed.append(item)
             except (ModelStoreError, OSError) as error:
                 logger.warning("%s stays: %s", item.path, error)
-        return GarbagePlan(tuple(gone), tuple(candidate for candidate in self.evicted if evict(layout, candidate.key)))
+        return GarbagePlan(
+            tuple(removed), tuple(candidate for candidate in self.evicted if evict(layout, candidate.key))
+        )
 
 
 def plan_collection(

@@ -158,5 +158,5 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def _bad(where: str, what: str) -> BadSafetensors:
-    return BadSafetensors(f"{where} is not a valid safetensors file: {what}")
+def _bad(where: str, problem: str) -> BadSafetensors:
+    return BadSafetensors(f"{where} is not a valid safetensors file: {problem}")

@@ -52,17 +52,17 @@ def record_event(layout: Layout, kind: str, key: SnapshotKey) -> None:
 
 def events(layout: Layout) -> list[dict[str, Any]]:
     """What befell snapshots, the oldest first; what cannot be read is left out."""
-    found = [_json(path) for day in _days(layout.events) for path in durable.entries(day)]
-    return [record for record in found if isinstance(record, dict) and record.get("kind") in EVENTS]
+    records = [_json(path) for day in _days(layout.events) for path in durable.entries(day)]
+    return [record for record in records if isinstance(record, dict) and record.get("kind") in EVENTS]
 
 
-def _keep(layout: Layout, folder: Path, what: str, record: dict[str, Any]) -> None:
+def _keep(layout: Layout, folder: Path, label: str, record: dict[str, Any]) -> None:
     day = folder / time.strftime("%Y-%m-%d", time.gmtime(record["at"]))
     try:
         refs.check_format(layout)
         durable.check_no_links(layout.root, day)
         is_new_day = not day.exists()
-        path = day / f"{int(record['at'])}.{what}.{secrets.token_hex(4)}.json"
+        path = day / f"{int(record['at'])}.{label}.{secrets.token_hex(4)}.json"
         durable.write_atomic(path, json.dumps(record, separators=(",", ":")).encode() + b"\n")
         records = [path for path in durable.entries(day) if _RECORD.fullmatch(path.name)]
         for path in records[:-KEPT_A_DAY]:  # their names begin with the time
@@ -76,14 +76,14 @@ def _keep(layout: Layout, folder: Path, what: str, record: dict[str, Any]) -> No
 
 def starts(layout: Layout, *, limit: int, model: str | None = None) -> list[dict[str, Any]]:
     """The latest records, or the latest of one model, the oldest of them first; what cannot be read is left out."""
-    found: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for day in reversed(_days(layout.starts)):
-        left = durable.entries(day)  # their names begin with the time
-        while left and (missing := limit - len(found)):
-            read = durable.map_concurrently(_read, left[-missing:])
-            found += [record for record in read if record is not None and model in (None, record["model"])]
-            del left[-missing:]
-    return sorted(found, key=lambda record: record["at"])
+        paths = durable.entries(day)  # their names begin with the time
+        while paths and (missing := limit - len(records)):
+            read = durable.map_concurrently(_read, paths[-missing:])
+            records += [record for record in read if record is not None and model in (None, record["model"])]
+            del paths[-missing:]
+    return sorted(records, key=lambda record: record["at"])
 
 
 def _days(folder: Path) -> list[Path]:
@@ -102,10 +102,10 @@ def _read(path: Path) -> dict[str, Any] | None:
     record = _json(path)
     try:
         spans: list[dict[str, Any]] = [
-            {"name": printable(str(one["name"])), "start": _seconds(one["start"]), "end": _seconds(one["end"])}
-            | ({"detail": printable(str(one["detail"]))} if "detail" in one else {})
-            | ({"bytes": _bytes(one["bytes"])} if "bytes" in one else {})
-            for one in record["spans"]
+            {"name": printable(str(span["name"])), "start": _seconds(span["start"]), "end": _seconds(span["end"])}
+            | ({"detail": printable(str(span["detail"]))} if "detail" in span else {})
+            | ({"bytes": _bytes(span["bytes"])} if "bytes" in span else {})
+            for span in record["spans"]
         ]
         texts = {name: record[name] for name in ("worker", "model", "commit", "dtype", "reason", "error")}
         texts |= {name: record.get(name) or "" for name in ("outcome", "waited_for")}

@@ -87,17 +87,19 @@ def _file_name_problem(name: str) -> str:
 
 def check_file_names(names: Iterable[str]) -> None:
     """Check each name, and that no two are one but for case, or a file and a folder at once."""
-    seen: dict[str, str] = {}
+    by_folded: dict[str, str] = {}
     folders: set[str] = set()
     for name in names:
         check_file_name(name)
-        if (folded := name.casefold()) in seen:
-            raise UnsafeName(f"the file names {seen[folded]!r} and {name!r} are refused: they differ in case at most")
-        seen[folded] = name
+        if (folded := name.casefold()) in by_folded:
+            raise UnsafeName(
+                f"the file names {by_folded[folded]!r} and {name!r} are refused: they differ in case at most"
+            )
+        by_folded[folded] = name
         if "/" in name:
             parts = name.casefold().split("/")
             folders.update("/".join(parts[:i]) for i in range(1, len(parts)))
-    both = folders & seen.keys()
+    both = folders & by_folded.keys()
     if both:
         raise UnsafeName(f"the file name {min(both)!r} is refused: it is a file and a folder at once")
 

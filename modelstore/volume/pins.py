@@ -128,17 +128,17 @@ def marked_repos(layout: Layout) -> frozenset[str]:
 
 def marks(layout: Layout, key: SnapshotKey) -> tuple[Mark, ...]:
     """The marks on a snapshot, the latest first."""
-    found = []
+    entries = []
     folder = str(layout.used(key))
     for name in durable.names(folder):
         if name == EVICTING:
             continue
         try:
             worker = "" if name == _LAST else printable(unquote(name.rpartition(".")[0]))
-            found.append(Mark(worker, os.lstat(f"{folder}/{name}").st_mtime))
+            entries.append(Mark(worker, os.lstat(f"{folder}/{name}").st_mtime))
         except FileNotFoundError:
             continue
-    return tuple(sorted(found, key=lambda mark: -mark.touched_at))
+    return tuple(sorted(entries, key=lambda mark: -mark.touched_at))
 
 
 def recent_marks(layout: Layout, key: SnapshotKey, now: float) -> tuple[Mark, ...]:
@@ -156,9 +156,9 @@ def users(layout: Layout, key: SnapshotKey, now: float) -> tuple[str, ...]:
     return users_of(marks(layout, key), now)
 
 
-def users_of(found: Sequence[Mark], now: float) -> tuple[str, ...]:
+def users_of(marks: Sequence[Mark], now: float) -> tuple[str, ...]:
     """The same, from marks that were read already."""
-    using = (mark.worker for mark in found if mark.worker and now - mark.touched_at < IN_USE_S)
+    using = (mark.worker for mark in marks if mark.worker and now - mark.touched_at < IN_USE_S)
     return tuple(dict.fromkeys(using))
 
 
@@ -184,9 +184,9 @@ def pin(layout: Layout, key: SnapshotKey, by: str) -> None:
 def unpin(layout: Layout, key: SnapshotKey) -> bool:
     """Take a pin away; whether there was one."""
     durable.check_no_links(layout.root, layout.pin(key))
-    there = is_pinned(layout, key)
+    existed = is_pinned(layout, key)
     durable.remove_file(layout.pin(key))
-    return there
+    return existed
 
 
 def is_pinned(layout: Layout, key: SnapshotKey) -> bool:
@@ -196,8 +196,8 @@ def is_pinned(layout: Layout, key: SnapshotKey) -> bool:
 
 def pinned(layout: Layout) -> frozenset[SnapshotKey]:
     """All that a person pinned."""
-    found = ((repo.name, path.name) for repo in durable.entries(layout.pins) for path in durable.entries(repo))
-    keys = (key_from_parts(repo, name.removesuffix(".json")) for repo, name in found if name.endswith(".json"))
+    parts = ((repo.name, path.name) for repo in durable.entries(layout.pins) for path in durable.entries(repo))
+    keys = (key_from_parts(repo, name.removesuffix(".json")) for repo, name in parts if name.endswith(".json"))
     return frozenset(key for key in keys if key is not None)
 
 

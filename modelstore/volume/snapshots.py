@@ -71,8 +71,8 @@ class Snapshot:
     @property
     def weights(self) -> tuple[FileRecord, ...]:
         """The weights at the top of the snapshot; for a pipeline, which has none there, those of its parts."""
-        found = tuple(f for f in self.manifest.files if f.path.endswith(".safetensors"))
-        return tuple(f for f in found if "/" not in f.path) or found
+        files = tuple(f for f in self.manifest.files if f.path.endswith(".safetensors"))
+        return tuple(f for f in files if "/" not in f.path) or files
 
     @property
     def weights_bytes(self) -> int:
@@ -105,17 +105,17 @@ class Catalog:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
 
-    def find(self, wanted: Reference, dtype: str, *, worker: str | None = None) -> Snapshot | None:
+    def find(self, reference: Reference, dtype: str, *, worker: str | None = None) -> Snapshot | None:
         """The snapshot that the volume's records lead to, or None; an alias has its own dtype, and may lead this worker
         to another snapshot than the rest of the fleet.
 
         Raises FormatTooNew, RootUnusable, and SnapshotNotFound for an alias that does not exist.
         """
         refs.check_format(self._layout)
-        if wanted.kind == "alias":
-            return self.published(aliases.target(self._layout, wanted.name, worker=worker))
-        commit = refs.recorded_commit(self._layout, wanted)
-        return self.published(SnapshotKey(refs.repo_id_of(wanted), commit, dtype)) if commit else None
+        if reference.kind == "alias":
+            return self.published(aliases.target(self._layout, reference.name, worker=worker))
+        commit = refs.recorded_commit(self._layout, reference)
+        return self.published(SnapshotKey(refs.repo_id_of(reference), commit, dtype)) if commit else None
 
     def keys(self, repo_id: str | None = None) -> Iterator[SnapshotKey]:
         """Whatever stands where a snapshot belongs, damaged or not, of all repos or of one. Raises UnsafeName where
@@ -136,13 +136,13 @@ class Catalog:
             if (snapshot := self.published(key)) is not None:
                 yield snapshot
 
-    def find_key(self, wanted: Reference, dtype: str) -> SnapshotKey | None:
+    def find_key(self, reference: Reference, dtype: str) -> SnapshotKey | None:
         """What `find` would look at, if anything stands there, damaged or not."""
         refs.check_format(self._layout)
-        if wanted.kind == "alias":
-            key = aliases.target(self._layout, wanted.name)
+        if reference.kind == "alias":
+            key = aliases.target(self._layout, reference.name)
         else:
-            key = SnapshotKey(refs.repo_id_of(wanted), refs.recorded_commit(self._layout, wanted), dtype)
+            key = SnapshotKey(refs.repo_id_of(reference), refs.recorded_commit(self._layout, reference), dtype)
         return key if key.commit and self._layout.snapshot(key).is_dir() else None
 
     def published(self, key: SnapshotKey) -> Snapshot | None:
@@ -170,8 +170,8 @@ class Catalog:
 
     def check_unchanged(self, snapshot: Snapshot) -> None:
         """Raise IntegrityError where what is published is not any more what this snapshot's manifest says."""
-        found = self.published(snapshot.key)
-        if found is None or found.manifest != snapshot.manifest:
+        current = self.published(snapshot.key)
+        if current is None or current.manifest != snapshot.manifest:
             raise IntegrityError(f"{snapshot.key} is not on the volume as it was loaded: restart the worker")
 
     def manifest(self, key: SnapshotKey) -> Manifest | None:

@@ -148,14 +148,14 @@ class Space:
     def taken(self, *, apart_from: SnapshotKey | None = None, damaged: Path | None = None) -> int:
         """Bytes that the store takes or has promised to downloads that run, without the staging of `apart_from` and the
         quarantined folder `damaged`."""
-        seen: set[tuple[int, int]] = set()
+        counted: set[tuple[int, int]] = set()
         kept = (self._layout.models, self._layout.trash, *durable.entries(self._layout.quarantine))
-        total = sum(durable.tree_bytes(folder, seen) for folder in kept if folder != damaged)
+        total = sum(durable.tree_bytes(folder, counted) for folder in kept if folder != damaged)
         promised: dict[SnapshotKey, tuple[int, int]] = {}
         for key, variant in keyed_folders(self._layout.root / "staging"):
             if key == apart_from:
                 continue
-            present = durable.tree_bytes(variant, seen)
+            present = durable.tree_bytes(variant, counted)
             reserved, beat = reserved_bytes(self._layout.claims(key))
             total += present
             if reserved > present:
@@ -193,8 +193,8 @@ class Space:
     def _alone(self, claim: Claim) -> Iterator[None]:
         durable.check_no_links(self._layout.root, self._layout.space_claim)
         contender = Contender(self._layout.space_claim, worker=self._settings.worker_id, lease_s=self._settings.lease_s)
-        while not isinstance(held := contender.try_claim(), Claim):
+        while not isinstance(counting := contender.try_claim(), Claim):
             claim.check()
             self._sleep(_POLL_S)
-        with held:
+        with counting:
             yield

@@ -104,24 +104,24 @@ def verify_folder(
         return Verified((Finding(MANIFEST, str(error)),))
     if manifest.key != key:
         return Verified((Finding(MANIFEST, f"it is the manifest of {manifest.key}"),))
-    found = {file.path: problem for file in manifest.files if (problem := _at_a_glance(folder, file))}
+    problems = {file.path: problem for file in manifest.files if (problem := _at_a_glance(folder, file))}
     blocks = list(_blocks(manifest))[position.first :: position.stride]
     if position.done >= len(blocks):  # a run that came to the end has kept the next one's start
         position = replace(position, done=0)
     planned = sum(_length(manifest, file, index) for file, index in blocks[position.done :])
-    compared, done, said = 0, position.done, time.monotonic()
+    compared, done, last_report_at = 0, position.done, time.monotonic()
     with _Files(folder) as files:
         for file, index in blocks[position.done :]:
             if time.monotonic() >= until:
                 break
-            if file.path not in found and (problem := _in_block(files, file, index, manifest.block_bytes)):
-                found[file.path] = f"{problem}, at byte {index * manifest.block_bytes}"
+            if file.path not in problems and (problem := _in_block(files, file, index, manifest.block_bytes)):
+                problems[file.path] = f"{problem}, at byte {index * manifest.block_bytes}"
             compared += _length(manifest, file, index)
             done += 1
-            if on_position is not None and time.monotonic() - said > _SAVE_EVERY_S:
-                said = time.monotonic()
+            if on_position is not None and time.monotonic() - last_report_at > _SAVE_EVERY_S:
+                last_report_at = time.monotonic()
                 on_position(Position(position.stride, position.first, done))
-    findings = [*(Finding(path, problem) for path, problem in found.items()), *_foreign(folder, manifest)]
+    findings = [*(Finding(path, problem) for path, problem in problems.items()), *_foreign(folder, manifest)]
     whole = done >= len(blocks)
     after = Position(position.stride, (position.first + 1) % position.stride) if whole else None
     return Verified(

@@ -25,7 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from modelstore.bench.race import Contender, Sample, environment, make_checkpoint, race, run_contender, run_worker  # noqa: E402
+from modelstore.bench.race import Entrant, Sample, environment, make_checkpoint, race, run_contender, run_worker  # noqa: E402
 from modelstore.settings import parse_size  # noqa: E402
 from scripts.bench.sections import write_section  # noqa: E402
 from tests.support.hub import hub_process  # noqa: E402
@@ -97,9 +97,9 @@ def main() -> None:
         with hub_process(hub) as endpoint:
             alone = race(
                 [
-                    Contender("floor: what must be imported", lambda: imports(hub / REPO)),
-                    Contender("snapshot_download, from_pretrained, save_pretrained", lambda: theirs(folder, endpoint)),
-                    Contender("`python -m handler` on an empty volume, ready", lambda: ours(folder, endpoint)),
+                    Entrant("floor: what must be imported", lambda: imports(hub / REPO)),
+                    Entrant("snapshot_download, from_pretrained, save_pretrained", lambda: theirs(folder, endpoint)),
+                    Entrant("`python -m handler` on an empty volume, ready", lambda: ours(folder, endpoint)),
                 ],
                 options.runs,
                 report,
@@ -107,9 +107,9 @@ def main() -> None:
         with hub_process(hub, bytes_per_s=parse_size("--rate", options.rate)) as endpoint:
             fleet = race(
                 [
-                    Contender(f"floor: {WORKERS} times the imports at once", lambda: imports(hub / FLEET, WORKERS)),
-                    Contender("one worker, ready", lambda: ours(folder, endpoint, FLEET)),
-                    Contender(f"{WORKERS} workers, the last one ready", lambda: ours(folder, endpoint, FLEET, WORKERS)),
+                    Entrant(f"floor: {WORKERS} times the imports at once", lambda: imports(hub / FLEET, WORKERS)),
+                    Entrant("one worker, ready", lambda: ours(folder, endpoint, FLEET)),
+                    Entrant(f"{WORKERS} workers, the last one ready", lambda: ours(folder, endpoint, FLEET, WORKERS)),
                 ],
                 options.runs,
                 report,

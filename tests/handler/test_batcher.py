@@ -54,7 +54,7 @@ def row(
     prompt: list[int], sampling: Sampling = GREEDY, *, every_token: bool = False
 ) -> tuple[ActiveSequence, Receiver]:
     receiver = Receiver()
-    detokenizer = Detokenizer(decode, sampling.stop, at_once=not every_token)
+    detokenizer = Detokenizer(decode, sampling.stop, at_the_end=not every_token)
     return ActiveSequence(prompt, sampling, detokenizer, receiver, every_token=every_token), receiver
 
 
@@ -83,7 +83,7 @@ def model() -> tf.PreTrainedModel:
 
 @pytest.fixture
 def batcher(model: tf.PreTrainedModel) -> Iterator[Batcher]:
-    batcher = Batcher(model, most=8, pad_token_id=None)
+    batcher = Batcher(model, limit=8, pad_token_id=None)
     yield batcher
     batcher.close()
 
@@ -324,7 +324,7 @@ def test_any_error_of_the_gpu_ends_all_that_runs_and_waits(
     failing(lost)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lost)
-    batcher = Batcher(model, most=2, pad_token_id=None)
+    batcher = Batcher(model, limit=2, pad_token_id=None)
     made = [row(prompt) for prompt in PROMPTS]
     batcher.submit([one for one, _ in made])
     wait(*(receiver for _, receiver in made))
@@ -334,7 +334,7 @@ def test_any_error_of_the_gpu_ends_all_that_runs_and_waits(
 
 
 def test_a_slot_is_free_when_its_row_has_ended(model: tf.PreTrainedModel) -> None:
-    batcher = Batcher(model, most=2, pad_token_id=None)
+    batcher = Batcher(model, limit=2, pad_token_id=None)
     long, long_got = row(
         PROMPTS[0], Sampling(max_tokens=400, temperature=0.0, repetition_penalty=1.3), every_token=True
     )
@@ -356,7 +356,7 @@ def test_a_row_that_has_ended_is_not_carried_beyond_the_context() -> None:
     )
     model = tf.GPT2LMHeadModel(config).eval()
     model.generation_config.eos_token_id = None
-    batcher = Batcher(model, most=2, pad_token_id=0)
+    batcher = Batcher(model, limit=2, pad_token_id=0)
     near, near_got = row([5] * 35, Sampling(max_tokens=4, temperature=0.0))
     far, far_got = row([6, 7], Sampling(max_tokens=37, temperature=0.0))
     sizes: list[int] = []
@@ -374,7 +374,7 @@ def test_the_models_own_generation_config_is_applied_once(model: tf.PreTrainedMo
     own = copy.deepcopy(model)
     own.generation_config.repetition_penalty = 1.4
     own.generation_config.num_beams = 3
-    batcher = Batcher(own, most=2, pad_token_id=None)
+    batcher = Batcher(own, limit=2, pad_token_id=None)
     by_default, got = row(PROMPTS[1])
     without, plain = row(PROMPTS[1], Sampling(max_tokens=12, temperature=0.0, repetition_penalty=1.0))
     batcher.submit([by_default, without])
@@ -404,7 +404,7 @@ def test_a_model_with_an_encoder_is_not_interrupted_for_who_comes_later() -> Non
     )  # fmt: skip
     model = tf.T5ForConditionalGeneration(config).eval()
     model.generation_config.eos_token_id = None
-    batcher = Batcher(model, most=4, pad_token_id=0)
+    batcher = Batcher(model, limit=4, pad_token_id=0)
     first, first_got = row([5, 6, 7, 8], Sampling(max_tokens=60, temperature=0.0), every_token=True)
     batcher.submit([first])
     while not first_got.pieces:
@@ -503,7 +503,7 @@ def test_a_generation_config_that_is_not_served_is_ignored_with_a_warning(
 ) -> None:
     own = copy.deepcopy(model)
     setattr(own.generation_config, name, value)
-    batcher = Batcher(own, most=2, pad_token_id=None)
+    batcher = Batcher(own, limit=2, pad_token_id=None)
     one, got = row(PROMPTS[0])
     batcher.submit([one])
     wait(got)
@@ -519,7 +519,7 @@ def test_of_a_list_of_ids_those_apply_that_the_model_has(
 ) -> None:
     own = copy.deepcopy(model)
     own.generation_config.eos_token_id = [END, VOCABULARY + 5]
-    batcher = Batcher(own, most=2, pad_token_id=None)
+    batcher = Batcher(own, limit=2, pad_token_id=None)
     batcher.close()
     assert batcher._defaults.ends == {END}
     assert "only ids that the model has apply" in caplog.text

@@ -311,12 +311,12 @@ time.sleep(60)
 
 def rates(pace: ReadConcurrency, rate_of: dict[int, float], *, seconds: float) -> list[int]:
     """What `pace` asks for over time, on a volume that gives `rate_of[reads at once]` blocks of 1 MB a second."""
-    now, seen = 0.0, [pace.at_once]
+    now, seen = 0.0, [pace.readers]
     while now < seconds:
-        now += 1 / rate_of[pace.at_once]
+        now += 1 / rate_of[pace.readers]
         pace.read(1_000_000, now)
-        if seen[-1] != pace.at_once:
-            seen.append(pace.at_once)
+        if seen[-1] != pace.readers:
+            seen.append(pace.readers)
     return seen
 
 
