@@ -3,11 +3,11 @@
 __main__          the start: the read, the imports, the model, then jobs
 worker            one job in, one answer out; the SDK's loop
 delivery          chunks and progress on their way to RunPod
-jobs, images, openai_routes    what jobs may ask: text, pictures, OpenAI's routes
-answers           what is answered, piece by piece
+jobs, images, openai_routes    the requests: text, pictures, OpenAI's routes
+answers           the answers, made piece by piece
 errors            why a job fails
 alias_follower    swaps the model when the worker's alias is repointed
 termination       ends a worker whose engine hangs
 privileges        gives up root and the token
-engines/          what answers: transformers, diffusers, vLLM; `ENGINES` is the table
+engines/          the engines: transformers, diffusers, vLLM; `ENGINES` is the table
 """

@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def start() -> Callable[[], None]:
-    """Load the engine, log the timeline, keep it on the volume; returns what serves jobs."""
+    """Load the engine, log the timeline, keep it on the volume; returns the function that serves jobs."""
     settings = Settings.from_env()
     forget_hub_tokens()
     become_owner_of(settings.root)
@@ -110,7 +110,7 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
     try:
         pending = begin(settings, timeline=timeline, target=target, while_filling=while_filling)
         try:
-            reason = "as set by ENGINE" if name else "by what the snapshot holds"
+            reason = "as set by ENGINE" if name else "by the files of the snapshot"
             name = name or engine_for(pending.snapshot.manifest)
             logger.info("the engine is %s: %s", name, reason)
             loader = loader or import_engine(name).Loader(settings)

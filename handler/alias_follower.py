@@ -1,5 +1,5 @@
-"""A worker that serves an alias follows it: when it is repointed, what runs is finished, and the next job is answered
-by the new model. Where models cannot be exchanged in the process, the worker asks to be replaced."""
+"""A worker that serves an alias follows it: when it is repointed, running jobs are finished, and the next job is
+answered by the new model. If models cannot be exchanged in the process, the worker asks to be replaced."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _TRY_AGAIN_S = 30.0
 
 
 class AliasFollower:
-    """Looks where MODEL_ID's alias points every two seconds, in a thread of its own, and swaps `engine` there."""
+    """Looks up the target of MODEL_ID's alias every two seconds, in a thread of its own, and swaps `engine` to it."""
 
     def __init__(self, engine: Engine, settings: Settings, replace_worker: Callable[[str], None]) -> None:
-        """`replace_worker` is called with the reason where only a new process can serve what the alias names."""
+        """`replace_worker` is called with the reason if only a new process can serve the alias's model."""
         assert settings.model is not None
         self._engine = engine
         self._name = settings.model.name
@@ -51,7 +51,7 @@ class AliasFollower:
                 logger.warning("@%s cannot be followed just now: %s: %s", self._name, type(error).__name__, error)
 
     def look(self) -> None:
-        """Swap where the alias has moved. Raises where the volume cannot be read."""
+        """Swap if the alias has moved. Raises if the volume cannot be read."""
         pointed_to, serving = aliases.target(self._layout, self._name, worker=self._worker), self._engine.status()
         if (pointed_to.repo_id, pointed_to.commit, pointed_to.dtype) == (
             serving["model"],

@@ -1,4 +1,4 @@
-"""The answer of one job, made piece by piece from what an engine gives.
+"""The answer of one job, made piece by piece from the engine's output.
 
 Each kind of job has a responder of its own: `TextAnswer` here, `ImageAnswer` in `images.py`, `OpenAIAnswer` and
 `PassedAnswer` in `openai_routes.py`.

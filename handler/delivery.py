@@ -52,8 +52,8 @@ class RunPodChannel(JobChannel):
 
 
 async def deliver(job: Job, pieces: AsyncIterator[P], responder: Responder[P], channel: JobChannel) -> Any:
-    """Take all pieces, and send what the responder makes of each; chunks that come while others are sent go out
-    together. A job that is not streamed gets its progress now and then. Returns the job's output."""
+    """Take all pieces, and send the chunks that the responder makes of each; chunks that come while others are sent go
+    out together. A job that is not streamed gets its progress now and then. Returns the job's output."""
     sent: list[Any] = []
     waiting: list[Any] = []
     sending: asyncio.Task[None] | None = None

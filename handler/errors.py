@@ -27,7 +27,7 @@ class Code(StrEnum):
 
 
 class JobError(Exception):
-    """A job that ends in an error that its sender gets to see: one line, however long and strange what it quotes is."""
+    """A job that ends in an error that its sender gets to see: one line, even if it quotes a long and strange value."""
 
     def __init__(self, code: Code, message: str) -> None:
         super().__init__(one_line(message, _MAX_ERROR_CHARACTERS))
@@ -67,7 +67,7 @@ def is_gpu_lost(error: BaseException) -> bool:
 
 
 class _Short(reprlib.Repr):
-    """Quotes a value that somebody sent in a few characters, without making the whole of it first."""
+    """Quotes a foreign value in a few characters, without making the whole of it first."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Image jobs: what may be asked, and what is answered. Pure functions, no torch, no network.
+"""Image jobs: their requests and their answers. Pure functions, no torch, no network.
 
 in      {"prompt": str, "negative_prompt": "", "num_inference_steps": 30, "guidance_scale": 7.5, "width", "height",
          "num_images": 1, "seed", "stream": false, "model": "org/name"}
@@ -38,7 +38,7 @@ class ImageRequest:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What an answer says of it."""
+        """The parameters as an answer repeats them."""
         fields = {"num_inference_steps": self.steps, "num_images": self.count}
         optional = {"guidance_scale": self.guidance_scale, "width": self.width, "height": self.height}
         return fields | {name: value for name, value in optional.items() if value is not None}
@@ -107,7 +107,7 @@ class ImageAnswer:
 
 
 def parse_image(data: Mapping[str, Any], limits: Limits) -> ImageRequest:
-    """An image job's request, checked. Raises JobError whose text names the field, the limit and what was given."""
+    """An image job's request, checked. Raises JobError whose text names the field, the limit and the value."""
     texts = {}
     for name in ("prompt", "negative_prompt"):
         value = "" if data.get(name) is None else data[name]

@@ -1,4 +1,4 @@
-"""Jobs as RunPod hands them over: what may be asked, and what is answered. Pure functions, no torch, no network.
+"""Text jobs as RunPod hands them over: their requests and their answers. Pure functions, no torch, no network.
 
     in      {"prompt": str | "prompts": [str] | "messages": [{"role", "content"}], "max_tokens": 100,
              "temperature": 0.7, "top_p": 0.9, "top_k", "repetition_penalty", "seed", "stop": str | [str],
@@ -37,7 +37,7 @@ _BESIDE_THE_PROMPT = 1 << 16  # characters of a request's names, numbers and sho
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one job may ask for."""
+    """The limits of one job."""
 
     max_tokens: int
     prompt_characters: int
@@ -61,7 +61,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen, and when to end. What is None is the model's own default."""
+    """How the next token is chosen, and when to end. None means the model's own default."""
 
     max_tokens: int = 100
     temperature: float = 0.7
@@ -73,7 +73,7 @@ class Sampling:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What an answer says of it: what was asked for, and the defaults that everybody asks about."""
+        """The parameters as an answer repeats them: those of the job, and the usual defaults."""
         fields = {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p}
         optional = {"top_k": self.top_k, "repetition_penalty": self.repetition_penalty, "seed": self.seed}
         fields |= {name: value for name, value in optional.items() if value is not None}
@@ -82,7 +82,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is to be continued: a text, or a conversation for the chat template."""
+    """The text to continue, or a conversation for the chat template."""
 
     text: str | None = None
     messages: tuple[Mapping[str, str], ...] = ()
@@ -93,8 +93,8 @@ class TextRequest:
     """One job for a text engine.
 
     `model`: the one that it names. `listed`: its prompts came as a list, and so do its answers. `fit`: max_tokens was
-    not named, and is shortened to what the model's context leaves. `choices`: so many prompts in a row are the same,
-    and get random numbers of their own.
+    not named, and is shortened to the room that the model's context leaves. `choices`: so many prompts in a row are the
+    same, and get random numbers of their own.
     """
 
     prompts: tuple[Prompt, ...]
@@ -137,7 +137,7 @@ def _check_all(data: object, limit: int) -> None:
 
 
 def named_model(data: Mapping[str, Any]) -> str | None:
-    """The model that a job names. Raises JobError where that is no name."""
+    """The model that a job names. Raises JobError if that is no name."""
     name = data.get("model")
     if name is not None and not isinstance(name, str):
         raise invalid(f"model must be a string, not {shown(name)}")
@@ -145,7 +145,7 @@ def named_model(data: Mapping[str, Any]) -> str | None:
 
 
 def parse_text(data: Mapping[str, Any], limits: Limits) -> TextRequest:
-    """A text job's request, checked. Raises JobError whose text names the field, the limit and what was given."""
+    """A text job's request, checked. Raises JobError whose text names the field, the limit and the value."""
     sources = [name for name in ("prompt", "prompts", "messages") if data.get(name) is not None]
     if len(sources) != 1:
         raise invalid("exactly one of prompt, prompts and messages must be given")

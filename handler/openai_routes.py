@@ -28,7 +28,7 @@ from handler.jobs import (
 
 Route = Literal["chat/completions", "completions", "models"]
 
-# What a server that has the routes itself is asked for. Not its administration: vLLM loads adapters by a path or a
+# The routes that a server with OpenAI's routes is asked for. Not its administration: vLLM loads adapters by a path or a
 # repo's name on such a route.
 _PASSED_ON = frozenset(
     f"v1/{name}"
@@ -40,7 +40,7 @@ _PASSED_ON = frozenset(
 
 DONE = "data: [DONE]\n\n"
 
-# What these may be without any effect; anything else is refused.
+# The values of these fields that have no effect; any other is refused.
 _WITHOUT_EFFECT: Mapping[str, tuple[object, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -66,7 +66,7 @@ def parse_route(route: object) -> Route:
 
 
 def parse_request(route: object, body: object, limits: Limits) -> tuple[str, Mapping[str, Any] | None]:
-    """A route and a body for a server that has OpenAI's routes itself, and checks what is not a limit of ours.
+    """A route and a body for a server that has OpenAI's routes itself, checked against our limits.
 
     A request without a body is a GET. Raises JobError.
     """

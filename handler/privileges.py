@@ -1,9 +1,9 @@
 """The account that a worker runs as: the store's owner instead of root, if the store has one.
 
-A container starts as root, and RunPod mounts a network volume as root's: a worker that is somebody else cannot write
+A container starts as root, and RunPod mounts a network volume as root's: a worker of another account cannot write
 there. If the store's folder belongs to another account (`chown -R 1000:1000 /runpod-volume/modelstore`), the worker
 becomes that account before it imports anything heavy, and cannot be root again. All that fills this store should then
-run as the same account, since what root makes there others cannot change.
+run as the same account, since others cannot change the files that root makes there.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _could_work(user: int, group: int, root: Path) -> bool:
 
 
 def _some_folders(root: Path) -> Iterator[str]:
-    """The folders of a store, and some of those in each: what root made there shows soon."""
+    """The folders of a store, and some of those in each: files that root made there show soon."""
     for folder in os.scandir(root):
         if folder.is_dir(follow_symlinks=False):
             yield folder.path

@@ -1,4 +1,4 @@
-"""The end of a worker's process: in time, whatever still hangs in it.
+"""The end of a worker's process: in time, even if something still hangs in it.
 
 The SDK ends its loop after SIGTERM, or after a job that asked for a new worker: jobs that run get their answers, its
 long poll for jobs comes to an end, then the engine is closed. Each of these may wait for a thread that never ends, and

@@ -5,7 +5,7 @@
     {"input": {"op": "status"}}                                     the engine, counts of jobs, the start
 
 The handler is a coroutine and no generator, though it streams: the SDK turns a generator's typed error into a bare
-text, drops what had been aggregated, ignores its refresh_worker, and wraps every plain answer in a list. Chunks of a
+text, drops the aggregated chunks, ignores its refresh_worker, and wraps every plain answer in a list. Chunks of a
 stream go out by the SDK's own `stream_result` as they come, and all of them once more as the job's output, as the SDK
 does it with `return_aggregate_stream`.
 """
@@ -87,12 +87,12 @@ class Worker:
         return bool(self._engine.broken or self._replace_because)
 
     def concurrency(self, _current: int) -> int:
-        """How many jobs to take at once. The SDK takes none before it is free where this changes."""
+        """How many jobs to take at once. While this changes, the SDK takes none before it is free."""
         limit = 1 if self._engine.kind == "image" else self._settings.max_concurrency
         return 1 if self.retiring else limit
 
     def replace(self, reason: str) -> None:
-        """Have RunPod replace this worker once what it runs is answered; the job after that, where it runs nothing."""
+        """Have RunPod replace this worker once its running jobs are answered; with the next job, if it runs none."""
         logger.warning("this worker asks to be replaced: %s", reason)
         self._replace_because = reason
 
@@ -153,7 +153,7 @@ class Worker:
         return list(dict.fromkeys((self._engine.model, *allowed)))
 
     def status(self) -> dict[str, Any]:
-        """What a {"op": "status"} job is told."""
+        """The answer to a {"op": "status"} job."""
         return {
             **self._engine.status(),
             "worker": self._settings.worker_id,
@@ -171,7 +171,7 @@ class Worker:
         return self._without_paths(value) if isinstance(value, str) else value
 
     def _without_paths(self, text: str) -> str:
-        """A text for a job's author, who need not know how the volume is laid out: paths of it are cut."""
+        """A text for a job's author, without paths of the volume, whose layout is none of their business."""
         return self._volume.sub("<volume>", text)
 
 

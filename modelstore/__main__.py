@@ -7,7 +7,7 @@ from modelstore.startup import gc_paused
 
 
 def main() -> NoReturn:
-    """The entry point. Ctrl-C ends it in silence, but while a command runs, which says what became of it."""
+    """The entry point. Ctrl-C ends it in silence, except while a command runs, which reports its own end."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     with gc_paused():

@@ -22,9 +22,10 @@ DEFAULT_DTYPE: Dtype = "float16"
 class StorageDtype:
     """One storage dtype. `keep` stores the weights as they come, so it has neither a width nor a safetensors name.
 
-    `safetensors`: its name in a safetensors header; `width_bytes`: of an element; `short_names`: what people write for
-    it; `largest`: the largest finite value, as an error shows it; `falls_back_to`: the dtype that may be stored instead
-    if a weight does not fit; `file_variant`: the infix of files that a pipeline's authors publish in this dtype.
+    `safetensors`: its name in a safetensors header; `width_bytes`: of an element; `short_names`: other names that
+    people write for it; `largest`: the largest finite value, as an error shows it; `falls_back_to`: the dtype that may
+    be stored instead if a weight does not fit; `file_variant`: the infix of files that a pipeline's authors publish in
+    this dtype.
     """
 
     name: Dtype

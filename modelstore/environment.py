@@ -16,7 +16,7 @@ _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|^AWS_ACCESS_KEY|^RUNPOD_.*API_KEY$"
 
 
 def bare_environment() -> dict[str, str]:
-    """For a process of our own: what the dynamic loader and the clock need, and no token."""
+    """For a process of our own: the variables of the dynamic loader and the clock, and no token."""
     return {name: value for name, value in os.environ.items() if name in ("LD_LIBRARY_PATH", "TZ")}
 
 
@@ -26,7 +26,7 @@ def without_secrets() -> dict[str, str]:
 
 
 def server_environment() -> dict[str, str]:
-    """For a server of somebody else's that loads a model by its path: all that is set but our settings and secrets, and
+    """For a server that loads a model by its path: all that is set but our settings and secrets, and
     not a word to the Hub."""
     own_names = {field.variable for field in FIELDS} - {"CUDA_VISIBLE_DEVICES"}
     kept = {name: value for name, value in without_secrets().items() if name not in own_names}
@@ -35,7 +35,7 @@ def server_environment() -> dict[str, str]:
 
 def forget_hub_tokens() -> None:
     """Take the Hub's tokens out of this process's environment, after the settings were read: no child needs them, nor
-    a model's own code. What can read this process's memory finds them still."""
+    a model's own code. A program that can read this process's memory finds them still."""
     values = [value for name in HUB_TOKENS if (value := os.environ.pop(name, ""))]
     if values:
         _overwrite_in_first_environment(values)
@@ -43,7 +43,7 @@ def forget_hub_tokens() -> None:
 
 def _overwrite_in_first_environment(values: Iterable[str]) -> None:
     """Blank texts in the block that the kernel gave this process as its environment: `/proc/PID/environ` shows that, of
-    a forked child too, whatever was taken out since. Best effort: on a system without /proc nothing happens."""
+    a forked child too, even if it was taken out since. Best effort: on a system without /proc nothing happens."""
     import ctypes
 
     try:

@@ -32,8 +32,8 @@
     └── ProcessFailed                   1
         └── ServerFailed
 
-The number is the exit code of the command line. A message is one line: what happened, to what, and what to do. Errors
-of other libraries are mapped to these where they enter the package; whatever is not in this tree is a bug of ours.
+The number is the exit code of the command line. A message is one line: the event, its object, and the remedy. Errors
+of other libraries are mapped to these when they enter the package; an error that is not in this tree is a bug of ours.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ _MAX_CHARACTERS = 2000
 
 
 class ModelStoreError(Exception):
-    """The root of the tree; its text is one printable line that says what happened, to what, and what to do."""
+    """The root of the tree; its text is one printable line that gives the event, its object, and the remedy."""
 
     exit_code: ClassVar[int] = 1
 
@@ -90,7 +90,7 @@ class ModelStoreError(Exception):
 
 
 class UsageError(ModelStoreError, ValueError):
-    """What the caller gave cannot be used."""
+    """The caller's input cannot be used."""
 
     exit_code = 2
 
@@ -104,7 +104,7 @@ class InvalidSetting(UsageError):
 
 
 class NotFound(ModelStoreError, LookupError):
-    """What was asked for does not exist."""
+    """The requested thing does not exist."""
 
     exit_code = 3
 
@@ -132,7 +132,7 @@ class AccessDenied(ModelStoreError):
 
 
 class IntegrityError(ModelStoreError):
-    """Bytes that are not what they should be."""
+    """Bytes that are not as they should be."""
 
     exit_code = 5
 
@@ -154,7 +154,7 @@ class BadManifest(IntegrityError):
 
 
 class NoSpace(ModelStoreError):
-    """The volume, or its quota, is full; `free_bytes` is what was left, 0 where a write failed."""
+    """The volume, or its quota, is full; `free_bytes` was left, 0 if a write failed."""
 
     exit_code = 6
 
@@ -164,7 +164,7 @@ class NoSpace(ModelStoreError):
 
 
 class DoesNotFit(ModelStoreError):
-    """The model is larger than what is free on the GPU."""
+    """The model is larger than the free memory of the GPU."""
 
     exit_code = 6
 
@@ -182,7 +182,7 @@ class Refused(ModelStoreError):
 
 
 class UnsafeName(Refused):
-    """A name that could leave its folder or mislead whoever reads it."""
+    """A name that could leave its folder or mislead its reader."""
 
 
 class PickleRefused(Refused):
@@ -190,7 +190,7 @@ class PickleRefused(Refused):
 
 
 class CodeRefused(Refused):
-    """The repo brings code of its own, and nobody said that it may run."""
+    """The repo brings code of its own, and it was not allowed to run."""
 
 
 class WeightOverflow(Refused):
@@ -206,11 +206,11 @@ class FormatTooNew(Refused):
 
 
 class ClaimLost(ModelStoreError):
-    """A higher generation exists: somebody else fills this snapshot now."""
+    """A higher generation exists: another process fills this snapshot now."""
 
 
 class HubUnavailable(ModelStoreError):
-    """The Hub could not be reached, or answered that it is busy; `retry_after_s` where it said for how long."""
+    """The Hub could not be reached, or answered that it is busy; `retry_after_s` if it said for how long."""
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -222,7 +222,7 @@ class RootUnusable(ModelStoreError):
 
 
 class VolumeUnavailable(ModelStoreError):
-    """A volume's S3 address does not answer, or not with what was asked for."""
+    """A volume's S3 address does not answer, or not as the request expects."""
 
 
 class ObjectMissing(VolumeUnavailable):

@@ -1,8 +1,8 @@
-"""Processes of ours that handle what somebody else wrote, and may do nothing else.
+"""Processes of ours that handle foreign input, and may do nothing else.
 
 A module that runs as such a process has a function `main`, and is started by `command`: in Python's isolated mode,
 which reads neither the working folder nor the environment's paths, with the import paths of this process. It gives up
-what it does not need once it has imported what it does.
+its rights once it has imported all that it needs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def command(module: str, *arguments: str) -> list[str]:
 def end_with_parent(parent: int) -> None:
     """Let the kernel kill this process when the thread that started it ends; `parent` is that process's id.
 
-    That holds whatever this process computes. It needs a starter that waits for the end: see `watch_parent`.
+    That holds however long this process computes. It needs a starter that waits for the end: see `watch_parent`.
     """
     import ctypes
 
@@ -65,7 +65,7 @@ def watch_parent(parent: int) -> None:
 
 def leave_the_network() -> None:
     """Go into a network namespace with nothing in it, if this user may have one. Root gets no namespace of users for
-    it: it would be somebody else there, and still root for files.
+    it: it would be another user there, and still root for files.
 
     Call it while this process has one thread: the kernel gives an ordinary account no namespace later.
     """
@@ -77,7 +77,8 @@ def leave_the_network() -> None:
 
 
 def leave_root() -> None:
-    """Become nobody, if this process is root. Files that only root can read are then out of reach, also for imports.
+    """Become the user `nobody`, if this process is root. Files that only root can read are then out of reach, also for
+    imports.
 
     The root of a container that runs without root may not change its user, and is an ordinary account outside.
     """

@@ -1,6 +1,6 @@
 """Log records that nothing quoted in them can break up, imitate or hide.
 
-A record's message is one printable line, cut to what RunPod keeps of a line. A traceback keeps its lines, each of them
+A record's message is one printable line, cut to the length that RunPod keeps. A traceback keeps its lines, each of them
 indented: a line of a log that begins with a level or with `start failed:` is ours.
 """
 

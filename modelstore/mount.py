@@ -1,4 +1,4 @@
-"""Where the volume is mounted, and the folder of the store on it. Reads the mount table; changes nothing."""
+"""The mount of the volume, and the folder of the store on it. Reads the mount table; changes nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def default_root(mounts: str, get: Callable[[str], str | None], is_dir: Callable[[Path], bool]) -> Path:
-    """The root where none is set: on the serverless volume, else the pod's, else in the user's cache, with a warning.
+    """The root if none is set: on the serverless volume, else the pod's, else in the user's cache, with a warning.
 
     The mount table is asked, not the folder: RunPod's cached models make `/runpod-volume` exist without a volume.
     """
@@ -43,7 +43,7 @@ class Mount(NamedTuple):
 
 
 def mount_of(path: Path, mounts: str) -> Mount | None:
-    """The mount that `path` lies on; None where there is no table."""
+    """The mount that `path` lies on; None if there is no table."""
     around = [mount for mount in _mounts(mounts) if path.is_relative_to(mount.point)]
     return max(around, key=lambda mount: len(mount.point.parts), default=None)
 
@@ -65,8 +65,8 @@ def read_mounts() -> str:
 
 
 def check_place(root: Path) -> None:
-    """Raise RootUnusable where the folder that a store would lie in is not there. A mounted volume or the user's home
-    is place enough, because whoever fills the store makes what is between."""
+    """Raise RootUnusable if the folder that a store would lie in is not there. A mounted volume or the user's home
+    is enough, because a fill makes the folders between."""
     if root.parent.is_dir() or root.is_relative_to(os.path.expanduser("~")):
         return
     existing = next(folder for folder in root.parents if folder.exists())

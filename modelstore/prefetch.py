@@ -1,8 +1,8 @@
 """The weights of a snapshot that is still being made, in memory before it is published.
 
-Who makes it keeps what it writes; who waits looks at the staging now and then, and reads what is finished there: that
-was verified, and has a record with its checksums. Nothing of it is used before the snapshot is published and its
-manifest names the same bytes.
+The filling worker keeps the bytes it writes; waiting workers poll the staging folder, and read the finished files
+there: each was verified, and has a record with its checksums. Nothing of it is used before the snapshot is published
+and its manifest names the same bytes.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _LOOK_EVERY_S = 0.5
 
 
 class StagingPrefetch(Observer):
-    """Watches how a snapshot is made, tells `observer` of it, and has `reading` take what is finished.
+    """Watches a fill, passes all calls on to `observer`, and has `reading` take the finished files.
 
-    Use `finish` for the snapshot that was made, and `give_up` where there will be none.
+    Use `finish` for the snapshot that was made, and `give_up` if there will be none.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class StagingPrefetch(Observer):
         keep_bytes: float = float("inf"),
         check: Callable[[object, int], None] = lambda _key, _weights_bytes: None,
     ) -> None:
-        """`keep_bytes`: host memory for what this process writes itself. `check` is told of what is planned; what it
-        raises stops that."""
+        """`keep_bytes`: host memory for the bytes that this process writes itself. `check` gets the planned size; its
+        errors stop the fill."""
         self._layout = layout
         self._observer = observer
         self._reading = reading
@@ -98,10 +98,9 @@ class StagingPrefetch(Observer):
             logger.debug("%s cannot be read just now: %s", record.path, error)
 
     def finish(self, snapshot: Snapshot) -> Reading | None:
-        """The reading of all of the snapshot, of which a part has arrived; None where it is of no use, because what was
-        published is something else."""
+        """The reading of all of the snapshot, of which a part has arrived; None if other bytes were published."""
         if any(snapshot.manifest.file(path) != record for path, record in self._followed.items()):
-            logger.info("%s was published otherwise than what was followed: it is read again", snapshot.key)
+            logger.info("%s was published with other bytes than those followed: it is read again", snapshot.key)
             self.give_up()
             return None
         missing = [file for file in snapshot.manifest.files if file.path not in self._followed]
@@ -119,7 +118,7 @@ class StagingPrefetch(Observer):
         self._reading.close()
 
     def _is_of(self, key: SnapshotKey) -> bool:
-        """Whether this is the snapshot that is followed, the first one; where float16 overflows, another comes."""
+        """Whether this is the snapshot that is followed, the first one; if float16 overflows, another comes."""
         self._key = self._key or key
         return self._key == key
 

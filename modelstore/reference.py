@@ -1,9 +1,9 @@
-"""Model references: what a user writes to name a model.
+"""Model references: the texts by which a user names a model.
 
     org/name[@revision]     hf://org/name[@revision]     file:///absolute/folder     @alias
 
-Parsing is strict and does no I/O: whatever comes out is safe to use in a path on the volume. Where a reference leads is
-`sources.py`'s business.
+Parsing is strict and does no I/O: the result is safe to use in a path on the volume. `fill/sources.py`
+decides which source answers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DEFAULT_REVISION = "main"
 _LOCAL = "local/"
 
 # The Hub's own rules for names (huggingface_hub's validate_repo_id): 96 characters, no "--", no "..". The first of
-# them is what lets `org--name` be one folder on the volume.
+# them lets `org--name` be one folder on the volume.
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
 _REVISION = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._/+-]{0,254})")
 _ALIAS = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
@@ -79,9 +79,9 @@ def is_repo_id(text: str) -> bool:
 
 
 def parse_reference(text: str, *, revision: str | None = None) -> Reference:
-    """Parse a model reference; `revision` fills in where the text names none.
+    """Parse a model reference; `revision` fills in if the text names none.
 
-    Raises InvalidReference, also where the text names a revision and `revision` names another.
+    Raises InvalidReference, also if the text names a revision and `revision` names another.
     """
     if not text or text != text.strip() or any(ord(c) < 32 or ord(c) == 127 for c in text):
         raise InvalidReference(f"{text!r} is not a model reference: {_FORMS}")
@@ -102,7 +102,7 @@ def parse_reference(text: str, *, revision: str | None = None) -> Reference:
         if text.startswith("/"):
             hint = f"; did you mean file://{text}?"
         elif text.startswith("."):
-            hint = "; did you mean a folder, as in file:///where/it/is?"
+            hint = "; did you mean a folder, as in file:///path/to/it?"
         elif repo_id and "/" not in repo_id:
             hint = f"; did you mean an organisation's repo, as in org/{repo_id}?"
         raise InvalidReference(f"{text!r} is not a model reference: {_FORMS}{hint}")
@@ -132,7 +132,7 @@ def pins(reference: Reference, repo_id: str, commit: str) -> bool:
 
 
 def is_local(repo_id: str) -> bool:
-    """Whether `local_repo_id` made it. No Hub is asked for such a name: whoever owned it there would be trusted."""
+    """Whether `local_repo_id` made it. No Hub is asked for such a name: its owner there would be trusted."""
     return repo_id.startswith(_LOCAL)
 
 

@@ -96,7 +96,7 @@ class Settings:
 
     @property
     def hf_caches(self) -> tuple[Path, ...]:
-        """Where RunPod's cached models and other tools' HF caches may lie on the same volume."""
+        """The places of RunPod's cached models and other tools' HF caches on the same volume."""
         return (self.root.parent / "huggingface-cache" / "hub",)
 
     def check_allowed(self, reference: Reference) -> None:
@@ -106,9 +106,9 @@ class Settings:
 
     def may_run_code_of(self, repo_id: str, commit: str, *, named: Reference | None = None) -> bool:
         """Whether code that this commit brings may be stored and run: MODELSTORE_TRUST_REMOTE_CODE is set, and MODEL_ID
-        or MODELSTORE_ALLOWED_MODELS pins the commit, or the reference `named` by the person who calls.
+        or MODELSTORE_ALLOWED_MODELS pins the commit, or the reference `named` by the caller.
 
-        An alias and a branch pin nothing: both are read from the volume or the Hub, where others may change them.
+        An alias and a branch pin nothing: both are read from the volume or the Hub, and others may change them.
         """
         operator = (self.model, *self.allowed_models, named)
         return self.trust_remote_code and any(each is not None and pins(each, repo_id, commit) for each in operator)
@@ -263,7 +263,7 @@ FIELDS = (
         "MODELSTORE_QUOTA",
         "quota_bytes",
         parse_size,
-        "what the store may take on the volume, such as `200GB`; no limit without it",
+        "the space that the store may take on the volume, such as `200GB`; no limit without it",
     ),
     Field(
         "MODELSTORE_EVICT", "evict", _switch, "`1`: a download may remove the least recently used models to find room"
@@ -272,7 +272,7 @@ FIELDS = (
         "MODELSTORE_LEASE_S", "lease_s", _seconds(2), "seconds without a heartbeat after which a claim is taken over"
     ),
     Field("MODELSTORE_WAIT_S", "wait_s", _seconds(0), "seconds to wait for another worker's download before giving up"),
-    Field("MODELSTORE_OFFLINE", "offline", _switch, "`1`: never ask the Hub, serve only what the volume holds"),
+    Field("MODELSTORE_OFFLINE", "offline", _switch, "`1`: never ask the Hub, serve only models on the volume"),
     Field(
         "MODELSTORE_ALLOWED_MODELS",
         "allowed_models",
@@ -301,7 +301,7 @@ FIELDS = (
         "ENGINE",
         "engine",
         _engine,
-        "what serves: `text`, `diffusion` or `vllm`; the first two by what the snapshot holds without it",
+        "the engine: `text`, `diffusion` or `vllm`; without it one of the first two, by the snapshot's files",
     ),
     Field(
         "MODELSTORE_VLLM_PYTHON",

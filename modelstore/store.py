@@ -1,6 +1,6 @@
-"""The store: look up a snapshot, make sure that one is there, list what there is.
+"""The store: look up a snapshot, make sure that one is there, list all of them.
 
-Looking up is `catalog.py`'s: it reads the volume and nothing else. Here is what else happens when it finds nothing.
+`volume/snapshots.py` looks up, and reads only the volume. This file fills a snapshot that it does not find.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class ModelStore:
         observer: Observer = SILENT,
     ) -> Snapshot:
         """Let the alias `name` (without its @) point to a snapshot, which is downloaded first if need be, and verified;
-        with `percent` for so much of the fleet, the rest staying where it is.
+        with `percent` for so much of the fleet, the rest staying if it is.
 
         Raises InvalidReference for a name that is none, and what `ensure` raises.
         """
@@ -100,7 +100,7 @@ class ModelStore:
         dtype: str | None = None,
         overflow: Overflow = "stop",
     ) -> dict[str, Any]:
-        """What `ensure(…, refresh=True)` would do, without doing it: `status` is "present", "resumable" or "missing";
+        """The outcome of `ensure(…, refresh=True)`, without doing it: `status` is "present", "resumable" or "missing";
         sizes in bytes. Raises what `ensure` raises for a source that cannot be read.
         """
         from modelstore.fill.plan import preview
@@ -134,15 +134,15 @@ class ModelStore:
     def adopt(
         self, source: Source, resolved: Resolved, *, dtype: str | None = None, observer: Observer = SILENT
     ) -> Snapshot:
-        """Publish what a source has on this host already; weights that need no conversion are linked, not copied, where
-        they lie on the same volume. Raises what `ensure` raises."""
+        """Publish the files that a source has on this host already; weights that need no conversion are linked, not
+        copied, if they lie on the same volume. Raises what `ensure` raises."""
         refs.check_format(self.layout)
         if Reference("hub", resolved.repo_id, resolved.commit) not in self.settings.allowed_models:
             self.settings.check_allowed(Reference("hub", resolved.repo_id, resolved.revision))
         confirmed = source.confirmed(resolved)
         if confirmed is None:
             raise DigestMismatch(
-                f"the HF cache of {resolved.repo_id} is not what the Hub states for {resolved.commit}: remove the "
+                f"the HF cache of {resolved.repo_id} differs from the Hub at {resolved.commit}: remove the "
                 "cache, and seed the model from the Hub"
             )
         resolved = confirmed
@@ -174,10 +174,10 @@ class ModelStore:
         observer: Observer = SILENT,
         timeline: Timeline | None = None,
     ) -> Snapshot:
-        """The snapshot, downloaded if need be by exactly one of those who ask for it at once.
+        """The snapshot, downloaded if need be by exactly one of the processes that ask for it at once.
 
-        `refresh`: ask the source what the revision stands for now, even where the volume has an answer (what `seed`
-        does). `overflow="bfloat16"`: where float16 cannot hold a weight, store the bfloat16 variant instead.
+        `refresh`: ask the source for the newest commit of the revision, even if the volume has an answer (as `seed`
+        does). `overflow="bfloat16"`: if a weight does not fit float16, store the bfloat16 variant instead.
         `damaged`: a snapshot whose bytes a load found to be wrong; it is compared again, and if need be quarantined
         and made anew, from the files of it that are intact and the source. `wait_s`: how long to wait for another's
         claim, MODELSTORE_WAIT_S by default.
@@ -316,8 +316,8 @@ class ModelStore:
         return parse_dtype("dtype", dtype) if dtype else self.settings.dtype
 
     def _quarantine(self, key: SnapshotKey, claim: Claim) -> Snapshot | None:
-        """Move what stands where the snapshot belongs and is none, or a damaged one, out of the way; it is kept, and
-        returned where its manifest still tells which of its files are intact."""
+        """Move the folder in the snapshot's place, damaged or no snapshot at all, out of the way. It is kept, and
+        returned if its manifest still tells which of its files are intact."""
         path = self.layout.snapshot(key)
         if not os.path.lexists(path):
             return None
@@ -338,7 +338,7 @@ class ModelStore:
 
 
 def _same(snapshot: Snapshot, damaged: Snapshot | None) -> bool:
-    """Whether what is published is still what was found damaged."""
+    """Whether the published snapshot is still the one that was damaged."""
     return damaged is not None and (snapshot.key, snapshot.inode) == (damaged.key, damaged.inode)
 
 

@@ -1,4 +1,4 @@
-"""The spans of one start: what took how long, and why.
+"""The spans of one start: how long each step took, and why.
 
     {"worker": "…", "model": "org/name", "commit": "…", "dtype": "float16", "outcome": "hit", "reason": "…",
      "pid": 7, "spans": [{"name": "read", "start": 0.41, "end": 5.9, "bytes": 1700000000, "bytes_per_s": 309653916.2}]}
@@ -25,12 +25,12 @@ SpanName = Literal[
 Outcome = Literal["hit", "downloaded", "resumed", "waited"]
 
 
-_SHOWN_S = 0.05  # what is shorter reads as 0.0 s
+_SHOWN_S = 0.05  # a shorter time reads as 0.0 s
 
 
 @dataclass(frozen=True, slots=True)
 class SpanKind:
-    """A kind of span: the phrase that says what the start did, with its detail in place of {}, and its colour."""
+    """A kind of span: the phrase that describes the step, with its detail in place of {}, and its colour."""
 
     name: SpanName
     phrase: str
@@ -239,7 +239,7 @@ def waterfall(spans: Sequence[Mapping[str, Any]], *, width: int = 60) -> str:
 
 
 def _process_began() -> float:
-    """When this process began, on the monotonic clock; now, where the kernel does not say (not Linux)."""
+    """The start of this process on the monotonic clock; now, if the kernel does not say (not Linux)."""
     now = time.monotonic()
     try:
         with open("/proc/self/stat", "rb") as file:

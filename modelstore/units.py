@@ -12,7 +12,7 @@ def size(count: float) -> str:
 
 
 def printable(text: str) -> str:
-    """A text that somebody else wrote, with control and unprintable characters replaced."""
+    """A foreign text with control and unprintable characters replaced."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -22,7 +22,7 @@ def printable_lines(text: str) -> str:
 
 
 def one_line(text: str, limit: int) -> str:
-    """A text that somebody else wrote, as a log or an error may quote it: one line of at most `limit` characters,
+    """A foreign text, as a log or an error may quote it: one line of at most `limit` characters,
     without control and unprintable characters."""
     if len(text) > limit:
         text = text[: limit - 3] + "..."

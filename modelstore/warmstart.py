@@ -2,7 +2,7 @@
 
 pending = begin(settings)      the standard library, the store and the reader; no torch
 import torch, transformers     while the bytes are read
-pending.load(load)             load(pending) makes the model; if the bytes are not what was published, the snapshot is
+    pending.load(load)             load(pending) makes the model; if the bytes are not those published, the snapshot is
                                quarantined and made again, and the start goes on with the new one
 """
 
@@ -34,7 +34,7 @@ T = TypeVar("T")
 Target = Literal["device", "host", "shared"]
 
 _LOOKS = 5
-_KEPT_BYTES = RING_BYTES // 2  # of what is written here, beside the ring: a start takes 2 GB of host memory
+_KEPT_BYTES = RING_BYTES // 2  # of the bytes written here, beside the ring: a start takes 2 GB of host memory
 _SWITCH_S = 0.0005  # imports hold the interpreter's lock; a download asks for it a few times for each 256 KiB
 _OUTCOMES: Mapping[Status, tuple[Outcome, str]] = {
     "present": ("hit", "the snapshot was on the volume"),
@@ -46,9 +46,9 @@ _OUTCOMES: Mapping[Status, tuple[Outcome, str]] = {
 
 @dataclass(slots=True)
 class PendingStart:
-    """A start whose bytes are in flight. `snapshot` and `reading` are exchanged where the first were damaged.
+    """A start whose bytes are in flight. `snapshot` and `reading` are exchanged if the first were damaged.
 
-    `early`: what `meanwhile` made of the reading before the snapshot was published; None where that is of no use.
+    `prefetched`: the result of the `while_filling` callback; None if the data was discarded.
     """
 
     settings: Settings
@@ -67,9 +67,9 @@ class PendingStart:
         return self.snapshot.manifest.remote_code and self.settings.may_run_code_of(key.repo_id, key.commit)
 
     def load(self, load: Callable[[PendingStart], T]) -> T:
-        """What `load` makes of this start; called again, once, where the first bytes were not those published.
+        """The model that `load` makes of this start; called again, once, if the first bytes were not those published.
 
-        Raises DigestMismatch where the damage cannot be mended, and whatever `load` raises.
+        Raises DigestMismatch if the damage cannot be mended, and whatever `load` raises.
         """
         files = (file.path for file in self.snapshot.manifest.files)
         try:
@@ -78,7 +78,7 @@ class PendingStart:
         except (KeyboardInterrupt, SystemExit):
             self.reading.close()
             raise
-        except BaseException as error:  # a damaged tokenizer is whatever its parser makes of it
+        except BaseException as error:  # a damaged tokenizer can raise anything in its parser
             mismatch = error if isinstance(error, DigestMismatch) else self.reading.damage()
             if mismatch is None:
                 self.reading.close()
@@ -89,7 +89,7 @@ class PendingStart:
         self.reading.close()
         del self.reading
         self.prefetched = None
-        gc.collect()  # what was read is free before the second read takes as much
+        gc.collect()  # the first read is free before the second takes as much
         try:
             self._begin_again()
         except ModelStoreError as error:
@@ -113,8 +113,8 @@ class PendingStart:
 
 @contextmanager
 def _beside(work: Callable[[], object]) -> Iterator[list[object]]:
-    """Run the block with `work` in a thread beside it, to its end. Yields a list that then holds what `work` returned;
-    what it raises is for whoever does it again."""
+    """Run the block with `work` in a thread beside it, to its end. Yields a list that then holds the result of `work`;
+    an error of it is dropped, because the caller does the same work again."""
     result: list[object] = []
 
     def run() -> None:
@@ -142,13 +142,14 @@ def begin(
 ) -> PendingStart:
     """Make sure that the model is on the volume, and start to read its weights.
 
-    `timeline`: that of the process by default. `into`: what the bytes are read for: a device, the CPU where there is no
-    GPU; host memory; or memory that a server beside this process opens, which gets no more than the small files where
-    the host has no room for the weights. `meanwhile`: what will be needed next, such as imports, and a taker of what of
-    the weights is there already; called in a thread beside a download or a wait, not at all on a hit, nor for a server.
+    `timeline`: that of the process by default. `target`: the place that the bytes are read for: a device, the CPU if
+    there is no GPU; host memory; or memory that a server beside this process opens, which gets only the small files if
+    the host has no room for the weights. `while_filling`: a callback for the work that comes next, such as imports and
+    taking the weights that have arrived; it runs in a thread during a download or a wait, not on a hit, nor for a
+    server.
 
-    Raises InvalidSetting where no model is set, DoesNotFit where the GPUs or the host have no room for it, and whatever
-    `ModelStore.ensure` raises.
+    Raises InvalidSetting if no model is set, DoesNotFit if the GPUs or the host have no room for it, and the errors of
+    `ModelStore.ensure`.
     """
     if settings.model is None:
         raise InvalidSetting("MODEL_ID is not set: name the model to serve, as in MODEL_ID=org/name")
@@ -214,8 +215,8 @@ def _made(
     ring_bytes: int,
     while_filling: Callable[[Reading], object],
 ) -> tuple[Snapshot, Reading | None, object]:
-    """The snapshot, made here or waited for; the reading of it, if what of it came meanwhile is of use; and what
-    `meanwhile` made of that."""
+    """The snapshot, made here or waited for; its reading, if that has begun and is of use; and the result of
+    `while_filling`."""
     from modelstore.prefetch import StagingPrefetch
     from modelstore.store import ModelStore  # its imports (numpy, HTTP) are for a miss alone
 
@@ -236,7 +237,7 @@ def _made(
 
 
 def _worth_reading(snapshot: Snapshot, check_fits: Callable[[object, int], None], target: Target) -> bool:
-    """Whether to read the weights, too; raises DoesNotFit where nothing else will do."""
+    """Whether to read the weights, too; raises DoesNotFit if nothing else will do."""
     try:
         check_fits(snapshot.key, snapshot.weights_bytes)
     except DoesNotFit as error:
@@ -248,4 +249,4 @@ def _worth_reading(snapshot: Snapshot, check_fits: Callable[[object, int], None]
 
 
 def _fits(_label: object, _needed_bytes: int) -> None:
-    """The check if the system does not say what is free."""
+    """The check if the system does not say how much is free."""

@@ -322,7 +322,7 @@ def test_other_bytes_under_the_hubs_commit_in_an_hf_cache_are_never_taken(
     cache = hf_cache(store.settings.root, hub, "org/name")
     other = write_repo(hub.folder / "org" / "other", random_tensors(2, seed=9), config={"model_type": "gpt2"})
     forge(cache, name, (other / name).read_bytes())
-    assert "not what the Hub states" in cli("adopt", str(cache), code=5).stderr
+    assert "differs from the Hub" in cli("adopt", str(cache), code=5).stderr
     assert published(store) == []
     snapshot = store.ensure("org/name")
     assert snapshot.downloaded_bytes >= weights_bytes(repo), "it was fetched from the Hub"

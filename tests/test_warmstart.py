@@ -138,7 +138,7 @@ def test_damage_that_cannot_be_mended_fails_the_start_and_says_both(
     flip(model.path / "model.safetensors")
     hub.stop()
     pending = begin(settings_of(store, offline=True))
-    with pytest.raises(DigestMismatch, match=r"is not what was published.*could not be made again.*OFFLINE"):
+    with pytest.raises(DigestMismatch, match=r"differs from the published bytes.*could not be made again.*OFFLINE"):
         pending.load(load)
     assert not verify_snapshot(model).ok
 

@@ -24,7 +24,7 @@ from modelstore.warmstart import PendingStart, Target
 
 
 class BaseEngine(Protocol):
-    """What the worker needs of a loaded model, whatever it makes."""
+    """The worker's view of a loaded model, of any kind."""
 
     @property
     def model(self) -> str:
@@ -47,7 +47,7 @@ class BaseEngine(Protocol):
         """Model, commit, dtype, memory in bytes."""
 
     def check(self) -> None:
-        """Raise ModelStoreError if the model is not what the volume's records say, or cannot answer."""
+        """Raise ModelStoreError if the model differs from the volume's records, or cannot answer."""
 
     def close(self) -> None:
         """Finish running requests, then release the model."""
@@ -57,7 +57,7 @@ class _GeneratesText(BaseEngine, Protocol):
     def generate(self, request: TextRequest) -> AsyncIterator[TextDelta]:
         """The pieces of all the request's prompts, as they come. A caller that stops the iteration ends the generation.
 
-        Raises JobError for what the sender can mend. Requests may overlap.
+        Raises JobError for errors that the sender can mend. Requests may overlap.
         """
 
 
@@ -75,7 +75,7 @@ class OpenAIEngine(_GeneratesText, Protocol):
     def openai(self, route: str, body: Mapping[str, Any] | None) -> AsyncIterator[str | dict[str, Any]]:
         """The events of a stream as they come, each as it goes over the wire, or else the one answer.
 
-        Raises JobError for what the sender can mend. Requests may overlap.
+        Raises JobError for errors that the sender can mend. Requests may overlap.
         """
 
 
@@ -87,7 +87,7 @@ class ImageEngine(BaseEngine, Protocol):
     def draw(self, request: ImageRequest) -> AsyncIterator[Step | Images]:
         """The steps as they are done, and the pictures. A caller that stops the iteration ends the drawing.
 
-        Raises JobError for what the sender can mend. Requests may overlap.
+        Raises JobError for errors that the sender can mend. Requests may overlap.
         """
 
 
@@ -110,7 +110,7 @@ class EngineEntry:
 
     `module`: below `handler.engines`. `libraries`: the packages that the import takes its time for, the last of them
     with the module itself. `extra`: of the distribution. `can_serve`: whether a snapshot with this manifest is served
-    by it if ENGINE is not set. `target`: what the bytes are read into, see `warmstart.begin`.
+    by it if ENGINE is not set. `target`: the place that the bytes are read to, see `warmstart.begin`.
     """
 
     module: str

@@ -1,9 +1,9 @@
 """Many prompts through one model at once: a dynamic batcher over transformers' own `generate`.
 
-One thread owns the model. Whatever waits joins the batch that runs: that is stopped every few tokens for it, and goes
-on with both, each row with its own way to choose tokens, its own random numbers and its own end. What such a stop costs
-is one forward pass over the tokens so far. `generate` brings caches, positions and masks of every architecture that
-transformers knows; its own continuous batching has neither seeds nor repetition penalties for each request (5.23).
+One thread owns the model. A waiting request joins the running batch: that is stopped every few tokens for it, and goes
+on with both, each row with its own way to choose tokens, its own random numbers and its own end. The cost of such a
+stop is one forward pass over the tokens so far. `generate` brings caches, positions and masks of every architecture
+that transformers knows; its own continuous batching has neither seeds nor repetition penalties for each request (5.23).
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from handler.jobs import Sampling
 JOIN_EVERY = 16  # tokens; joining sooner would pay the pass over the tokens so far too often
 _SAY_EVERY = 32
 _STUCK_S = 120.0  # for a step of the model after all its rows have ended
-_DEFAULT_TOP_K = 50  # transformers' own, where neither the job nor the model names one
+_DEFAULT_TOP_K = 50  # transformers' own, if neither the job nor the model names one
 
 logger = logging.getLogger(__name__)
 
 
 class Receiver(Protocol):
-    """Gets what is generated for a row; called from the batcher's thread, and must not raise."""
+    """Gets the generated text of a row; called from the batcher's thread, and must not raise."""
 
     def piece(self, text: str, tokens: int, finish_reason: str | None) -> None:
         """More text, how many tokens it stands for, and why it ended."""
@@ -56,7 +56,7 @@ class Receiver(Protocol):
 
 
 class ActiveSequence:
-    """One prompt of a batch, and what is generated for it."""
+    """One prompt of a batch, and the tokens that are generated for it."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class ActiveSequence:
         return self.ended_at is not None
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """The row's own random numbers: what it becomes does not depend on who shares the batch."""
+        """The row's own random numbers: its text does not depend on the other rows of the batch."""
         if self._generator is None:
             self._generator = torch.Generator(device)
             if self.sampling.seed is None:
@@ -110,7 +110,7 @@ class ActiveSequence:
             self._say(None)
 
     def cancel(self) -> None:
-        """Nobody wants the rest."""
+        """The rest is not needed any more."""
         self.ended_at = self.ended_at or time.monotonic()
 
     def fail(self, error: BaseException) -> None:
@@ -160,7 +160,7 @@ class Batcher:
         return self._broken
 
     def submit(self, rows: Sequence[ActiveSequence]) -> None:
-        """Generate for these, beside each other where there is room."""
+        """Generate for these, beside each other if there is room."""
         with self._changed:
             self._waiting.extend(rows)
             self._changed.notify_all()
@@ -210,7 +210,7 @@ class Batcher:
                     if not row.ended:
                         self._running.append(row)
                 if self._running:
-                    # Those that a batch failed with go one by one: only who fails alone is to blame.
+                    # The rows of a batch that failed go one by one: only a row that fails alone is to blame.
                     return [row for row in self._running if row.alone][:1] or self._running
                 self._room = self._most
                 if self._closed:
@@ -218,7 +218,7 @@ class Batcher:
                 self._changed.wait()
 
     def _wanted(self) -> bool:
-        """Whether somebody waits who could join. What an encoder has read cannot be gone on with, only begun again."""
+        """Whether a request waits that could join. An encoder's state cannot be extended, only computed again."""
         return (
             not self._model.config.is_encoder_decoder
             and bool(self._waiting)
@@ -226,7 +226,7 @@ class Batcher:
         )
 
     def _generate(self, rows: list[ActiveSequence]) -> None:
-        """Generate until all have ended, or somebody joins."""
+        """Generate until all have ended, or a request joins."""
         width = max(len(row.tokens) for row in rows)
         tokens = torch.full((len(rows), width), self._defaults.config.pad_token_id)
         mask = torch.zeros_like(tokens)
@@ -305,8 +305,8 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
 
 
 class _StopTracker(StoppingCriteria):  # type: ignore[misc]
-    """Hands each row its tokens, and says which have ended; all of them, where somebody `wanted` joins, or where one
-    that has ended would be carried on beyond the model's context."""
+    """Hands each row its tokens, and says which have ended: all of them, if a request waits to join, or if one reaches
+    the end of the model's context."""
 
     def __init__(
         self, rows: list[ActiveSequence], ends: frozenset[int], is_wanted: Callable[[], bool], context: int
@@ -335,7 +335,7 @@ class _StopTracker(StoppingCriteria):  # type: ignore[misc]
 
 @contextmanager
 def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Let `generate` fill what a call leaves open from `config`, and not from the model's own unchecked one."""
+    """Let `generate` fill options that a call leaves open from `config`, and not from the model's own unchecked one."""
     own_defaults, model.generation_config = model.generation_config, config
     try:
         yield
@@ -344,8 +344,8 @@ def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iter
 
 
 def free_memory() -> None:
-    """Give back what a failed or a finished request held."""
+    """Release the memory of a failed or a finished request."""
     gc.collect()
     if torch.cuda.is_available():
-        with suppress(RuntimeError):  # a GPU that is lost says so again, whatever it is asked
+        with suppress(RuntimeError):  # a GPU that is lost raises again, for every call
             torch.cuda.empty_cache()

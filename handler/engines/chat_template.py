@@ -3,13 +3,13 @@
 A chat template is a program that the model's repository brings. transformers renders it in a sandbox that keeps it from
 files and from Python's internals, but neither from looping for ever, nor from a product of huge numbers that holds the
 interpreter's lock, nor from filling the memory. The process here can be killed: it has no token and no environment, is
-nobody's instead of root's, has no network if the kernel gives it a namespace, may neither open sockets nor start
+`nobody`'s instead of root's, has no network if the kernel gives it a namespace, may neither open sockets nor start
 programs, and has a limit of memory, and an alarm that ends it after `LIMIT_S`.
 
     in      {"template": str, "messages": [{…}], "variables": {…}}    one line each
     out     {"text": str} or {"error": str}
 
-`Renderer` is what the engine uses. The process imports transformers without torch: 60 MB and 0.7 s.
+The engine uses `Renderer`. The process imports transformers without torch: 60 MB and 0.7 s.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from modelstore.units import one_line
 LIMIT_S = 10.0
 _START_S = 60.0  # the process imports transformers from a disk that may be cold
 _MEMORY_BYTES = 2 << 30
-# What templates use that Python or transformers would import only when it is first used
+# Modules that templates use, and that Python or transformers would import only at their first use
 _WARM_UP = "{{ strftime_now('%d %b %Y') }}{{ [1] | tojson }}{% for _ in [1] %}{% break %}{% endfor %}"
 _MAX_ERROR_CHARACTERS = 500
 _ESCAPED = 12  # characters of JSON for one beyond Unicode's first plane
@@ -47,7 +47,7 @@ class Renderer:
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Have the process import what it needs, without waiting for it."""
+        """Have the process do its imports, without waiting for it."""
         with self._lock:
             self._running()
 
@@ -109,14 +109,14 @@ class Renderer:
     def _ended(self, process: subprocess.Popen[str]) -> int:
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
-            with suppress(OSError):  # what was written last has no reader any more
+            with suppress(OSError):  # the last output has no reader any more
                 pipe.close()
         self._process = None
         return process.wait()
 
 
 def _most_characters(request: str) -> int:
-    """How long a text a template may make of a request: twice what it was given, and a million characters."""
+    """How long a text a template may make of a request: twice its input, and a million characters."""
     return 2 * len(request) + 1_000_000
 
 
@@ -146,7 +146,7 @@ def main(parent: str) -> int:
                 **request["variables"],
             )
             answer = {"text": text} if len(text) <= _most_characters(line) else {"error": "it makes too long a text"}
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template can raise anything
             answer = {"error": one_line(str(error) or type(error).__name__, _MAX_ERROR_CHARACTERS)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

@@ -1,6 +1,6 @@
-"""The text of tokens as they come. Pure: what it decodes with is a function.
+"""The text of tokens as they come. Pure: the decoder is a function argument.
 
-What `push` hands out, together with `finish`, is what decoding all tokens at once gives. That takes some care:
+The output of `push`, together with `finish`, equals the decoding of all tokens at once. That takes some care:
 
 - a token gives the text that it adds to its neighbours before it, because a word's space depends on them;
 - a token that is left out (a special token, an id without a token) is never a neighbour;
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 
-_INCOMPLETE = "\ufffd"  # what the first bytes of a character decode to; however many they are, it is one
+_INCOMPLETE = "\ufffd"  # the decoding of the first bytes of a character; however many they are, it is one
 _CHARACTER_TOKENS = 4  # a character of UTF-8 has at most four bytes, and a token at least one
 _WINDOW_TOKENS = 16  # decoded again for each token; a longer window is cut
 _RUN_TOKENS = 64  # of single bytes; a stop string in a longer run is found at its end
@@ -70,7 +70,7 @@ class Detokenizer:
         return self._certain(new)
 
     def finish(self) -> str:
-        """What was held back, when no token will come any more."""
+        """The text that was held back, when no token will come any more."""
         if self.stopped:
             return ""
         text = self._certain(self._new_text()[self._sent :])
@@ -103,7 +103,7 @@ class Detokenizer:
         self._longest = 2 * count
 
     def _certain(self, text: str) -> str:
-        """What of the pending text and `text` can be handed out now."""
+        """The part of the pending text and `text` that can be handed out now."""
         if (before := self._before_stop(text)) is not None:
             return before
         self._pending += text

@@ -33,7 +33,7 @@ from modelstore.volume.snapshots import Catalog, Snapshot
 from modelstore.warmstart import PendingStart
 
 _LIBRARIES = ("diffusers", "transformers")
-_STUCK_S = 120.0  # for a step of the pipeline that goes on though nobody waits for its picture
+_STUCK_S = 120.0  # for a step of the pipeline that goes on though its picture is not needed any more
 
 
 class DiffusionEngine:
@@ -48,7 +48,7 @@ class DiffusionEngine:
         self._in_use = pending.in_use
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draw")
         self._lost_gpu = ""
-        self._left: dict[asyncio.Future[Images], float] = {}  # drawings that nobody waits for, and since when
+        self._left: dict[asyncio.Future[Images], float] = {}  # drawings without a waiting job, and since when
 
     @classmethod
     def load(cls, pending: PendingStart, *, while_reading: Callable[[], None] | None = None) -> DiffusionEngine:
@@ -99,7 +99,7 @@ class DiffusionEngine:
 
         def ended(drawing: asyncio.Future[Images]) -> None:
             if not drawing.cancelled():
-                drawing.exception()  # where nobody waits any more, nobody asks for it either
+                drawing.exception()  # without a waiting job the error would never be retrieved
             self._left.pop(drawing, None)
             steps.put_nowait(None)
 
@@ -116,7 +116,7 @@ class DiffusionEngine:
 
     def _draw(self, request: ImageRequest, step: Any, is_wanted: threading.Event) -> Images:
         if not is_wanted.is_set():  # cancelled while it waited for its turn
-            raise Refused("nobody waits for this picture any more")
+            raise Refused("the job of this picture has ended")
         seed = secrets.randbits(32) if request.seed is None else request.seed
         device = self._pipeline._execution_device
         options: dict[str, Any] = {"width": request.width, "height": request.height}
@@ -171,7 +171,7 @@ class DiffusionEngine:
 def build_pipeline(snapshot: Snapshot, tensors: dict[str, torch.Tensor], device: torch.device) -> Any:
     """The pipeline that `model_index.json` names, from tensors whose names begin with the folder of their part.
 
-    Raises NoWeights for a pipeline or a part that this version of diffusers does not know, BadSafetensors where weights
+    Raises NoWeights for a pipeline or a part that this version of diffusers does not know, BadSafetensors if weights
     are missing or left over.
     """
     index = json.loads(durable.read_file(snapshot.path / "model_index.json"))

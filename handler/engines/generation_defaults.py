@@ -1,4 +1,4 @@
-"""What of a model's `generation_config.json` the text engine applies to its jobs.
+"""The values of a model's `generation_config.json` that the text engine applies to its jobs.
 
 The file comes with the repository, so nothing in it is taken unseen: a value that `generate` would fail for, in each
 job, is ignored with a warning when the model is loaded. So is a way to search or to stop that batches of independent
@@ -87,7 +87,7 @@ def generation_defaults(
     ends = values.get("eos_token_id", ())
     config = GenerationConfig(
         **values,
-        # Neutral values, and not None: `generate` fills what is None from its own defaults.
+        # Neutral values, and not None: `generate` fills None from its own defaults.
         do_sample=False,
         num_beams=1,
         num_return_sequences=1,

@@ -46,7 +46,7 @@ class MultiModelEngine:
     kind: Literal["text"] = "text"
 
     def __init__(self, first: TextEngine, settings: Settings, load: Callable[[Settings], TextEngine]) -> None:
-        """`load` makes the engine of a model; raises DoesNotFit where the memory has no room for it."""
+        """`load` makes the engine of a model; raises DoesNotFit if the memory has no room for it."""
         self._own = _Resident(first)
         self._others: dict[str, _Resident] = {}
         self._settings = settings
@@ -89,7 +89,7 @@ class MultiModelEngine:
             resident.engine.close()
 
     async def generate(self, request: TextRequest) -> AsyncIterator[TextDelta]:
-        """See Engine. What a job names beside the worker's own model has to be among MODELSTORE_ALLOWED_MODELS."""
+        """See Engine. A job may name other models than the worker's own if MODELSTORE_ALLOWED_MODELS lists them."""
         if request.model is not None:
             request = replace(request, model=self._normal(request.model))
         while True:
@@ -110,7 +110,7 @@ class MultiModelEngine:
                 self._end(resident)
 
     async def _resident(self, name: str | None) -> _Resident:
-        """What answers for `name`, with one more answer counted. Raises JobError."""
+        """The resident model that answers for `name`, with one more answer counted. Raises JobError."""
         if name is None or self._own.engine.serves(name):
             with self._changed:
                 self._own.answering += 1
@@ -136,7 +136,8 @@ class MultiModelEngine:
             self._changed.notify_all()
 
     def _loading(self, name: str) -> Future[None]:
-        """The load of a model, one for all who ask for it; in a thread of its own, because answers need the others."""
+        """The load of a model, one for all jobs that ask for it; in a thread of its own, because answers need the
+        others."""
         with self._changed:
             loading = self._loads.get(name)
             if loading is None:
@@ -172,7 +173,7 @@ class MultiModelEngine:
         return [self._own, *self._others.values()]
 
     def _loaded_one(self, name: str) -> _Resident | None:
-        """A model that is loaded, with one more answer counted, so that nobody gives it up."""
+        """A model that is loaded, with one more answer counted, so that it is not unloaded."""
         with self._changed:
             resident = self._others.get(name)
             if resident is not None:
@@ -196,18 +197,18 @@ class MultiModelEngine:
                 self._others[name] = _Resident(engine)
 
     def _worth(self, name: str) -> tuple[bool, bool, float]:
-        """What speaks for keeping a loaded model: who waits for it, whom it answers, when it was used last."""
+        """The reasons for keeping a loaded model: jobs that wait for it, running answers, the time of its last use."""
         resident = self._others[name]
         return name in self._waiting, resident.answering > 0, resident.used_at
 
     def _unload_one(self) -> bool:
-        """Unload the least recently used model that a job brought, once it answers nobody; whether there was one."""
+        """Unload the least recently used model that a job brought, once it runs no answer; whether there was one."""
         with self._changed:
             if not self._others:
                 return False
             name = min(self._others, key=self._worth)
             self._changed.wait_for(lambda: name not in self._waiting)
-            resident = self._others.pop(name)  # whoever asks for it from now on waits until it is loaded again
+            resident = self._others.pop(name)  # a job that asks for it from now on waits until it is loaded again
             self._changed.wait_for(lambda: not resident.answering)
         logger.info("%s makes room for another model", name)
         resident.engine.close()
@@ -232,7 +233,7 @@ class Loader:
         self._renderer.close()
 
     def _load_another(self, settings: Settings) -> TransformersEngine:
-        free_memory()  # what torch keeps for itself would count as taken
+        free_memory()  # memory that torch keeps for itself would count as taken
         pending = begin(settings, timeline=Timeline())
         try:
             return pending.load(partial(TransformersEngine.load, renderer=self._renderer))

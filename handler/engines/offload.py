@@ -26,12 +26,12 @@ class Offload:
 
     @property
     def stuck(self) -> str:
-        """Why this process should be replaced: too many calls that nobody waits for still run. Empty if all is well."""
+        """Why this process should be replaced: too many abandoned calls still run. Empty if all is well."""
         count = len(self._abandoned)
         return f"{count} calls of a tokenizer do not end" if count >= ABANDONED_LIMIT else ""
 
     async def run(self, call: Callable[[], R], *, limit_s: float) -> R:
-        """The result of `call`, or what it raises. Raises TimeoutError after `limit_s`; the call then goes on."""
+        """The result of `call`, or its error. Raises TimeoutError after `limit_s`; the call then goes on."""
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[R] = loop.create_future()
         ended = threading.Event()

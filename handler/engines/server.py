@@ -48,7 +48,7 @@ class Server:
 
     def __init__(self, name: str, command: Sequence[str], *, hint: str) -> None:
         """`name`: for logs and errors; `command`: a program that reads one line, a JSON list of arguments, and serves;
-        `hint`: what to do if it does not. It is started at once, so that it imports meanwhile."""
+        `hint`: the remedy if it does not. It is started at once, so that it imports meanwhile."""
         self._name = name
         self._hint = hint
         self._end_reason = ""
@@ -183,7 +183,7 @@ class MemoryBackedSnapshot:
     def __init__(self, snapshot: Snapshot, reading: Reading) -> None:
         """Returns once everything that was read has arrived.
 
-        Raises DigestMismatch where a file is not what the manifest says, OSError where the volume fails.
+        Raises DigestMismatch if a file does not match the manifest, OSError if the volume fails.
         """
         reading.wait_all()
         self._snapshot = snapshot

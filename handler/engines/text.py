@@ -41,7 +41,7 @@ _ENCODE_S = 60.0  # for one job's prompts: a million characters take a slow toke
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A causal language model with its tokenizer; `context` is the most tokens that it takes, where it says so."""
+    """A causal language model with its tokenizer; `context`: the most tokens that it takes, if its config says so."""
 
     snapshot: Snapshot
     model: PreTrainedModel
@@ -147,7 +147,7 @@ class TextEngine:
         }
 
     async def generate(self, request: TextRequest) -> AsyncIterator[TextDelta]:
-        """See Engine. Greedy where the temperature is 0."""
+        """See Engine. Greedy if the temperature is 0."""
         while not self._begin_answer():
             await asyncio.sleep(_LOOK_AGAIN_S)
         rows: list[ActiveSequence] = []
@@ -179,9 +179,9 @@ class TextEngine:
     def swap(self, reference: str) -> Timeline:
         """Serve another model from now on; returns the record of its start, in seconds since this call.
 
-        It is found or made, read and built in host memory while the current one answers; then, when what runs has
+        It is looked up or made, read and built in host memory while the current one answers; then, when running answers
         ended, they change places. With MODELSTORE_KEEP_PREVIOUS the one before stays in host memory, and to swap back
-        is a memory copy. Raises what a start raises; the current model then goes on.
+        is a memory copy. Raises the errors of a start; the current model then goes on.
         """
         with self._swapping:
             settings = replace(self._settings, model=parse_reference(reference))
@@ -231,7 +231,7 @@ class TextEngine:
 
     @contextmanager
     def _nobody_answered(self) -> Iterator[None]:
-        """Let what runs come to its end, and nothing else begin."""
+        """Let running answers come to their end, and no new ones begin."""
         with self._turns:
             self._exchanging = True
             self._turns.wait_for(lambda: not self._answering)
@@ -242,7 +242,7 @@ class TextEngine:
                 self._exchanging = False
 
     def _in_memory(self, settings: Settings, timeline: Timeline) -> Loaded | None:
-        """The model that serves, or the one that was kept, if the volume's records say that it is what is wanted."""
+        """The model that serves, or the one that was kept, if the volume's records name it for these settings."""
         assert settings.model is not None
         settings.check_allowed(settings.model)
         with timeline.span("lookup"):
@@ -255,7 +255,7 @@ class TextEngine:
         return None
 
     def _exchange(self, loaded: Loaded, timeline: Timeline) -> None:
-        """Go on with another model on the same device, once what runs has ended."""
+        """Go on with another model on the same device, once running answers have ended."""
         before = self._loaded
         if hasattr(before.model, "hf_device_map"):
             raise Refused(f"{self.model} lies on several GPUs and cannot be exchanged: restart the worker instead")
@@ -277,7 +277,7 @@ class TextEngine:
         free_memory()
 
     def _move(self, loaded: Loaded, before: Loaded) -> None:
-        """Put a model on the device in the place of another; where that fails, the other is back."""
+        """Put a model on the device in the place of another; if that fails, the other is back."""
         if self._device.type == "cpu":
             return
         try:
@@ -291,7 +291,7 @@ class TextEngine:
 
 
 class _Pieces:
-    """What the batcher's thread hands to a coroutine."""
+    """Hands pieces from the batcher's thread to a coroutine."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -300,8 +300,8 @@ class _Pieces:
     def put(self, piece: TextDelta | BaseException) -> None:
         try:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
-        except RuntimeError:  # the loop has ended, and with it whoever waited
-            logger.debug("nobody waits for an answer any more")
+        except RuntimeError:  # the loop has ended, and with it the waiting job
+            logger.debug("the job of this answer has ended")
 
     async def next(self) -> TextDelta:
         piece = await self._queue.get()
@@ -312,7 +312,7 @@ class _Pieces:
 
 @dataclass(frozen=True, slots=True)
 class _Receiver:
-    """Where the pieces of one prompt go."""
+    """The receiver of the pieces of one prompt."""
 
     index: int
     pieces: _Pieces
@@ -338,7 +338,7 @@ class TokenKinds:
 
     @cached_property
     def single_bytes(self) -> frozenset[int]:
-        """The tokens that stand for one byte each, as sentencepiece has them for what its pieces lack."""
+        """The tokens that stand for one byte each, as sentencepiece has them for characters without a piece."""
         ids = self.tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
         return frozenset(number for number in ids if number is not None) - {self.tokenizer.unk_token_id}
 
@@ -347,7 +347,7 @@ class TokenKinds:
         return token in self.special or self.tokenizer.convert_ids_to_tokens(token) is None
 
     def detokenizer(self, stops: Sequence[str], *, stream: bool) -> Detokenizer:
-        """What makes a text of this tokenizer's tokens, up to the first of `stops`; as they come if it is a `stream`.
+        """The detokenizer for this tokenizer's tokens, up to the first of `stops`; as they come if it is a `stream`.
 
         Without the clean-up of spaces that some configs ask for: it changes text that was handed out already.
         """
@@ -377,7 +377,8 @@ def _encode(prompt: Prompt, loaded: Loaded, renderer: Renderer) -> list[int]:
 
 
 def _encode_messages(messages: list[dict[str, Any]], loaded: Loaded, renderer: Renderer) -> list[int]:
-    """A conversation's tokens: what `apply_chat_template` gives, the template rendered where it can be killed."""
+    """A conversation's tokens, as `apply_chat_template` gives them; the template is rendered in a process that can be
+    killed."""
     tokenizer = loaded.tokenizer
     made: dict[str, list[int]]
     try:
@@ -394,7 +395,7 @@ def _encode_messages(messages: list[dict[str, Any]], loaded: Loaded, renderer: R
 
 
 def _fitted(prompt_tokens: int, request: TextRequest, loaded: Loaded) -> Sampling:
-    """How to sample within the model's context. Raises JobError where prompt and answer do not go into it."""
+    """How to sample within the model's context. Raises JobError if prompt and answer do not go into it."""
     sampling, context = request.sampling, loaded.context
     if prompt_tokens == 0:
         raise invalid("prompt has no tokens")

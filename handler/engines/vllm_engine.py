@@ -59,7 +59,7 @@ class VllmEngine:
         check_code(snapshot, trusted=pending.trusted)
         arguments = [str(folder.path), "--served-model-name", *names, "--dtype", dtype]
         arguments += ["--trust-remote-code"] if pending.trusted else []
-        limits = {"max_new_tokens": pending.settings.max_tokens}  # where a request names no length, and at most
+        limits = {"max_new_tokens": pending.settings.max_tokens}  # if a request names no length, and at most
         arguments += ["--override-generation-config", json.dumps(limits)]
         arguments += ["--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
         try:
@@ -168,7 +168,7 @@ class VllmEngine:
                         yield TextDelta(index, text or "", new, reason, prompt_tokens, self.model)
 
     async def _fitted(self, prompt: Prompt, request: TextRequest) -> dict[str, Any]:
-        """The body of a prompt's request; where the job names no max_tokens, with what the context leaves."""
+        """The body of a prompt's request; if the job names no max_tokens, with the room that the context leaves."""
         sampling = request.sampling
         source = {"prompt": prompt.text} if prompt.text is not None else {"messages": list(prompt.messages)}
         body = {"model": self.model, **source, **sampling.parameters}

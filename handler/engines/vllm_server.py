@@ -3,7 +3,7 @@
     python vllm_server.py < one line, a JSON list of the arguments
 
 Runs as a file, under the interpreter that has vLLM, which need not have anything of ours. Nothing of vLLM is used but
-its command: what it is told, and what it answers, are its own documented options and routes.
+its command: its options and its routes are the documented ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> int:
     from vllm.entrypoints.cli.main import main as vllm
 
     for name in _NEEDED:
-        with contextlib.suppress(ImportError):  # names move from release to release: `serve` imports what it needs
+        with contextlib.suppress(ImportError):  # names move from release to release: `serve` does its own imports
             importlib.import_module(name)
     line = sys.stdin.readline()
     if not line:

@@ -3,8 +3,8 @@
     python -m modelstore.bench.loaders NAME DEVICE FOLDER
 
 `load_*` load the weights in FOLDER to the point where every page has been looked at, once all imports are done;
-`start_*` do what a worker does from its first line to its first answer. What is printed is one line of JSON: `seconds`,
-of the load alone or since the process began, `peak_bytes` of host memory, and what the way adds.
+`start_*` do the work of a worker from its first line to its first answer. The output is one line of JSON: `seconds`,
+of the load alone or since the process began, `peak_bytes` of host memory, and details of the loader.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def load_modelstore(folder: Path, device: str) -> Loaded:
 
 
 def load_modelstore_unverified(folder: Path, device: str) -> Loaded:
-    """As `load_modelstore`, without comparing checksums: what they cost."""
+    """As `load_modelstore`, without comparing checksums: the difference is their cost."""
     from modelstore.load.model import load_tensors
     from modelstore.load.reader import start_reading
     from modelstore.load.tensors import ring_bytes_for, usable_device
@@ -89,7 +89,7 @@ def load_safetensors(folder: Path, device: str, **how: Any) -> Loaded:
 
 
 def load_safetensors_copied(folder: Path, device: str) -> Loaded:
-    """What is only mapped leaves memory whenever the kernel wants, and comes back over the network."""
+    """Mapped bytes leave memory whenever the kernel wants, and come back over the network."""
     from safetensors.torch import load_file
 
     return _timed(lambda: [t.clone() for path in _weights(folder) for t in load_file(path, device).values()])
@@ -239,7 +239,7 @@ def start_seeds(folder: Path, device: str) -> Loaded:
         placed = {} if device == "cpu" else {"device_map": device}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, **placed)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    with timeline.span("read"), torch.inference_mode():  # what was mapped is read by the forward that needs it
+    with timeline.span("read"), torch.inference_mode():  # mapped bytes are read by the forward that needs them
         model.generate(**tokenizer("a", return_tensors="pt").to(device), max_new_tokens=1, do_sample=False)
     timeline.mark("ready")
     return timeline.now(), {"spans": timeline.as_json()["spans"]}
@@ -281,7 +281,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _local_copy(folder: Path) -> Path:
-    """Where the container's own copy lies: the system's disk."""
+    """The system's disk, which holds the container's own copy."""
     return Path(tempfile.gettempdir(), "modelstore-bench", folder.name)
 
 

@@ -1,6 +1,6 @@
 """Loading and starting, measured on the volume that a user has: ours, the others', and the physical floor.
 
-Every contender runs in a process of its own, in turn, with the page cache emptied of its files before each run where
+Every entrant runs in a process of its own, in turn, with the page cache emptied of its files before each run if
 the cold case is meant. Checkpoints are made on the spot: a Llama with random weights and a small tokenizer.
 """
 
@@ -45,7 +45,7 @@ NEEDS = {
 _CUDA_ONLY = ("instanttensor",)
 _PACKAGES = ("torch", "transformers", "safetensors", "runpod", "runai-model-streamer", "fastsafetensors", "numpy")
 _VOCABULARY = 32_000
-_TIMES = 7  # what is made takes, by the size of the model
+_TIMES = 7  # the space of the benchmark, by the size of the model
 
 
 @dataclass(slots=True)
@@ -63,7 +63,7 @@ class Measured:
         return statistics.median(self.seconds)
 
     def as_json(self) -> dict[str, Any]:
-        """What `bench --json` prints."""
+        """The record that `bench --json` prints."""
         record: dict[str, Any] = {"label": self.label, "missing": self.missing}
         if not self.missing:
             record |= {"median_s": self.median, "min_s": min(self.seconds), "max_s": max(self.seconds)}
@@ -86,7 +86,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Entrant:
-    """A name for tables, how to run it once, and what to evict from the page cache before (nothing: leave it warm)."""
+    """A name for tables, how to run it once, and the folders to drop from the page cache before (none: leave them)."""
 
     label: str
     run: Callable[[], Sample]
@@ -99,7 +99,7 @@ def race(
 ) -> list[Measured]:
     """Run them in turn, `runs` times each, with `warm_up` after one round that does not count.
 
-    One that fails is left out from then on, with the reason. Raises ModelStoreError where a floor fails.
+    One that fails is left out from then on, with the reason. Raises ModelStoreError if a floor fails.
     """
     running = list(contenders)
     results = [Measured(contender.label, missing=contender.missing) for contender in running]
@@ -149,7 +149,7 @@ def load_contenders(
 
 
 def run_contender(name: str, folder: Path, device: str, prefix: Sequence[str] = ()) -> Sample:
-    """One run in a process of its own. Raises ModelStoreError with its last line where it fails."""
+    """One run in a process of its own. Raises ModelStoreError with its last line if it fails."""
     command = [*prefix, sys.executable, "-m", "modelstore.bench.loaders", name, device, str(folder)]
     process = subprocess.run(command, env=without_secrets(), capture_output=True, text=True, check=False)
     if process.returncode:
@@ -287,7 +287,7 @@ def seeded(root: Path, checkpoint: Path) -> Path:
 
 
 def environment(folder: Path) -> str:
-    """What was measured on, in one line."""
+    """The machine and the volume of the measurement, in one line."""
     cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     kind = subprocess.run(["stat", "-f", "-c", "%T", folder], capture_output=True, text=True, check=False).stdout
     packages = []
@@ -321,9 +321,9 @@ def table(results: Sequence[Measured], size_bytes: int, floors: int = 1) -> list
 def bench_volume(
     place: Path, *, size_bytes: int, runs: int, device: str, report: Callable[[str], None]
 ) -> dict[str, list[Measured]]:
-    """What a user wants to know of a volume: loading, cold and from the page cache, and a worker's start.
+    """The usual questions about a volume: loading, cold and from the page cache, and a worker's start.
 
-    Everything is made in a new folder in `place`, and removed with it. Raises RootUnusable or NoSpace where that cannot
+    Everything is made in a new folder in `place`, and removed with it. Raises RootUnusable or NoSpace if that cannot
     be, and InvalidSetting for a size that is too small.
     """
     folder = place / f".modelstore-bench-{secrets.token_hex(4)}"
@@ -386,7 +386,7 @@ def start_contenders(
             lambda: run_contender("load_floor", snapshot_of(root), device, prefix),
             (root,),
         ),
-        Entrant("floor: what must be imported", lambda: run_contender("start_floor", seeded_from, device, prefix)),
+        Entrant("floor: the necessary imports", lambda: run_contender("start_floor", seeded_from, device, prefix)),
         Entrant("`python -m handler`, ready", ready, (root,)),
         Entrant("`python -m handler`, first job answered and process ended", answered),
         *(

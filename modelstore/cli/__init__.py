@@ -1,7 +1,7 @@
 """The `modelstore` command.
 
 main       every command, registered in one page
-app        what all commands have: options, context, errors, progress
+app        the parts of every command: options, context, errors, progress
 output     the text of results
 bars       progress bars
 fill       seed, adopt, export

@@ -1,4 +1,4 @@
-"""`modelstore alias`: names that point to snapshots, and are repointed to swap what a fleet serves."""
+"""`modelstore alias`: names that point to snapshots, and are repointed to swap the model of a fleet."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def set_alias(
 
 
 def list_aliases(context: Context) -> None:
-    """Where each alias points, and since when."""
+    """List the target of each alias, and its age."""
     layout = context.volume().layout
     refs.check_format(layout)
     histories = {}
@@ -103,7 +103,7 @@ def rollback(
     dry_run: DRY_RUN = False,
     yes: YES = False,
 ) -> None:
-    """Point an alias to where it pointed before."""
+    """Point an alias back to its previous snapshot."""
     store = context.volume()
     name = aliases.checked(name.removeprefix("@"))
     entries = aliases.history(store.layout, name)
@@ -142,7 +142,7 @@ def remove(
 
 
 def _now(context: Context, name: str) -> SnapshotKey | None:
-    """Where an alias points; None where it points nowhere, or its record is damaged, which setting it anew mends."""
+    """The target of an alias; None if it points nowhere, or its record is damaged, which setting it anew mends."""
     try:
         entries = aliases.history(context.store().layout, name)
     except InvalidReference as error:

@@ -1,4 +1,4 @@
-"""What every command has: its options, its context, its errors, its progress.
+"""The parts of every command: its options, its context, its errors, its progress.
 
 Progress and logs go to stderr, results to stdout.
 """
@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # a fifth of the time of a command that draws nothing, as wit
     from rich.console import Console
 
 _NO_TERMINAL = 1000  # columns: into a pipe lines are as long as they are, for grep and awk
-INTERRUPTED = "interrupted: what was downloaded is kept, the same command goes on from there"
+INTERRUPTED = "interrupted: downloaded bytes are kept, the same command goes on from there"
 
 # The options that every command has, and those that several share.
 _COMMON: Mapping[str, tuple[Any, Any]] = {
@@ -79,14 +79,14 @@ DTYPE = Annotated[
         autocompletion=lambda: list(DTYPES),
     ),
 ]
-DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Print the plan, and do nothing.")]
 YES = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-REVISION = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit, where REF names none.")]
+REVISION = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit, if REF names none.")]
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The options that every command takes, and what they mean."""
+    """The options that every command takes, and their meaning."""
 
     root: Path | None
     json: bool
@@ -98,14 +98,14 @@ class Context:
         return ModelStore(settings.root, settings=settings)
 
     def volume(self) -> ModelStore:
-        """The same, to look at what is there. Raises RootUnusable where there is no place for a store: an empty list
+        """The same, for reading. Raises RootUnusable if there is no place for a store: an empty list
         for a volume that is not mounted would be believed."""
         store = self.store()
         check_place(store.settings.root)
         return store
 
     def print(self, record: object, text: Callable[[Console], None]) -> None:
-        """A result: `record` with --json, a list with one entry a line; else what `text` draws."""
+        """A result: `record` with --json, a list with one entry a line; else the drawing of `text`."""
         if self.json and isinstance(record, list):
             print("[" + ",\n ".join(map(json.dumps, record)) + "]")
         elif self.json:
@@ -114,7 +114,7 @@ class Context:
             width = shutil.get_terminal_size((_NO_TERMINAL, 24)).columns
             try:
                 text(console(soft_wrap=True, width=width))
-            except SystemExit:  # what rich makes of a reader that has gone
+            except SystemExit:  # rich's answer to a reader that has gone
                 raise BrokenPipeError from None
 
     def report(self, line: str) -> None:
@@ -152,7 +152,7 @@ def register(app: typer.Typer, name: str, body: Callable[..., None]) -> None:
 
 
 def prepare_streams() -> None:
-    """Let output be written whatever holds it: a stream that is closed, as cron's may be, takes everything and gives
+    """Make all output possible: a stream that is closed, as cron's may be, takes everything and gives
     nothing, and a character that it cannot encode is escaped."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -174,7 +174,7 @@ def _errors(context: Context) -> Iterator[None]:
             signal.signal(signal.SIGINT, _interrupted)
         yield
         sys.stdout.flush()
-    except BrokenPipeError as error:  # whoever read this, such as `head`, has seen enough
+    except BrokenPipeError as error:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from error
     except ModelStoreError as error:
@@ -207,7 +207,7 @@ def report_error(error: ModelStoreError, context: Context) -> None:
 
 @contextmanager
 def observer_of(context: Context, models: int = 1, doing: str = "downloading") -> Iterator[Observer]:
-    """What shows the progress of so many models."""
+    """The observer that shows the progress of so many models."""
     if context.quiet:
         yield Observer()
     elif not sys.stderr.isatty():

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @contextmanager
 def bars(models: int, verb: str) -> Iterator[Observer]:
-    """What draws the progress of so many models on stderr; `verb` goes before their names."""
+    """The observer that draws the progress of so many models on stderr; `verb` goes before their names."""
     with _Bars(Console(stderr=True, markup=False)) as drawn:
         yield _BarObserver(drawn, models, verb)
 
@@ -41,12 +41,12 @@ class _Bars(Bars):
         bar = max(8, min(40, console.width - 70))
         named = TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True))
         columns = (named, BarColumn(bar), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(compact=True))
-        self._terminal = console  # rich's own is not there yet when it first asks for what to draw
+        self._terminal = console  # rich's own is not there yet when it first asks for the rows
         super().__init__(*columns, console=console, transient=True, expand=True)
 
     def get_renderables(self) -> Iterator[Table]:
         rows = sorted(self.tasks, key=lambda task: task.fields["place"])
-        if len(rows) > self._terminal.height:  # what is under way is shown rather than what is done
+        if len(rows) > self._terminal.height:  # running downloads are shown rather than finished ones
             rows = rows[:1] + [task for task in rows[1:] if task.remaining != 0]
         yield self.make_tasks_table(rows)
 

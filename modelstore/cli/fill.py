@@ -41,7 +41,7 @@ def seed(
         typer.Option("--from", help="A TOML file of [[model]] tables: reference, dtype, overflow, aliases, pin."),
     ] = None,
     prune: Annotated[
-        bool, typer.Option("--prune", help="With --from: then remove what the list does not name.")
+        bool, typer.Option("--prune", help="With --from: then remove models that the list does not name.")
     ] = False,
     parallel: Annotated[int, typer.Option("--parallel", min=1, max=16, help="Models at once.")] = 2,
     allow_pickle: Annotated[
@@ -56,12 +56,10 @@ def seed(
         typer.Option("--to", help="Then upload to s3://VOLUME@DATACENTER; several times for several volumes."),
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="With --to: read all of it back and compare.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what is there and what each would take, and leave it.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its sizes, and do nothing.")] = False,
     yes: YES = False,
 ) -> None:
-    """Publish models before any worker needs them. Fetches only what is missing."""
+    """Publish models before any worker needs them. Fetches only the missing bytes."""
     if overflow not in OVERFLOWS:
         raise typer.BadParameter(f"use {' or '.join(OVERFLOWS)}", param_hint="--overflow")
     if wait_s is not None and not wait_s >= 0:
@@ -91,9 +89,9 @@ def seed(
         return
     # Asked before the hours of a download, not after.
     if prune:
-        context.confirm(f"remove from {store.settings.root} what {listed} does not name", yes=yes)
+        context.confirm(f"remove from {store.settings.root} the models that {listed} does not name", yes=yes)
     if moved := plan.moved_aliases():
-        context.confirm(f"point {', '.join(f'@{name}' for name in moved)} to what {listed} says", yes=yes)
+        context.confirm(f"point {', '.join(f'@{name}' for name in moved)} as {listed} says", yes=yes)
 
     def on_error(error: ModelStoreError) -> None:
         report_error(error, context)
@@ -119,11 +117,11 @@ def adopt(
     context: Context,
     path: Annotated[Path, typer.Argument(help="An HF cache, a model's folder, or a mirror by the SDK's VolumeCache.")],
     name: Annotated[
-        str | None, typer.Option("--as", metavar="ORG/NAME", help="What to call a model whose folder has no such name.")
+        str | None, typer.Option("--as", metavar="ORG/NAME", help="The name for a model whose folder has none.")
     ] = None,
     dtype: DTYPE = None,
 ) -> None:
-    """Make snapshots of models that lie on this volume already. No download, and links where nothing is converted."""
+    """Make snapshots of models that lie on this volume already. No download, and links if nothing is converted."""
     from modelstore.fill.adoption import find
 
     store = context.store()
@@ -153,7 +151,7 @@ def export(
     revision: REVISION = None,
 ) -> None:
     """Lay a snapshot out as an HF cache, for worker-vllm and others. It must have been seeded with --dtype keep, and is
-    linked where that works."""
+    linked if possible."""
     from modelstore.fill.hf_cache import export_to_hf_cache
 
     store = context.store()

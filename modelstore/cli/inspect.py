@@ -1,4 +1,4 @@
-"""The commands that look: what is on the volume, who uses it, how starts went, and whether the volume is sound."""
+"""The commands that look: at the models on the volume, their users, the starts, and the volume itself."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def list_models(context: Context) -> None:
 
 
 def du(context: Context) -> None:
-    """What takes the space, against the quota. By model, by kind, and what an eviction would free."""
+    """The space of each model and each kind of file, against the quota, and the space that an eviction would free."""
     store = context.volume()
     usage = inventory.space(store.layout, store.settings)
 
@@ -62,7 +62,7 @@ def du(context: Context) -> None:
 
 
 def claims(context: Context) -> None:
-    """Who downloads what, how far, and whether the worker is alive."""
+    """The running downloads: the worker, its progress, and whether it is alive."""
     records = inventory.claims(context.volume().layout)
     context.print(records, lambda console: console.print(_claims_table(records)))
 
@@ -114,7 +114,7 @@ def past_starts(
     limit: _LIMIT = 20,
     model: Annotated[str | None, typer.Option("--model", help="Only starts of this one, as MODEL_ID names it.")] = None,
 ) -> None:
-    """The starts of the fleet: when, how long, and what took longest."""
+    """The starts of the fleet: time, duration, and the slowest part."""
     records = history.starts(context.volume().layout, limit=limit, model=model)
 
     def text(console: Console) -> None:
@@ -123,7 +123,7 @@ def past_starts(
         if not records:
             console.print(f"no start{f' of {model}' if model else ''} has been recorded yet")
             return
-        rows = table("when", "model", "outcome", "worker", "ready", "what took longest")
+        rows = table("when", "model", "outcome", "worker", "ready", "slowest part")
         for record in records:
             row = (
                 time.strftime("%m-%d %H:%M", time.localtime(record["at"])),
@@ -145,11 +145,11 @@ def past_starts(
 
 def write_report(
     context: Context,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the page.")] = Path("modelstore.html"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("modelstore.html"),
     text: Annotated[bool, typer.Option("--text", help="The starts as bars in the terminal instead.")] = False,
     limit: _LIMIT = 200,
 ) -> None:
-    """One HTML page of starts, what slowed them, and the volume. It needs no server and no network."""
+    """One HTML page of starts, the reasons of slow ones, and the volume. It needs no server and no network."""
     from modelstore.operate import report
 
     store = context.volume()
@@ -175,7 +175,7 @@ def metrics(
     file: Annotated[Path | None, typer.Option("--file", help="Write them there instead, as a whole.")] = None,
     port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Answer scrapes there instead.")] = None,
     address: Annotated[
-        str, typer.Option("--address", help="With --port: 0.0.0.0 lets other machines ask. Nobody is asked who he is.")
+        str, typer.Option("--address", help="With --port: 0.0.0.0 lets other machines ask, without a password.")
     ] = "127.0.0.1",
 ) -> None:
     """Prometheus metrics of the volume and its fleet. Starts, seconds, bytes, events, space."""
@@ -282,10 +282,10 @@ def verify(
     in_parts = sample is not None or max_seconds is not None
     until = time.monotonic() + (max_seconds or float("inf"))
     keys = [find_key(store, reference, revision, dtype)] if reference else list(store.catalog.keys())
-    if in_parts:  # whatever was looked at longest ago comes first
+    if in_parts:  # the snapshot that was compared longest ago comes first
         keys.sort(key=lambda key: _mtime(store.layout.verified(key)))
     records = [_verify(store, key, stride, until, in_parts=in_parts) for key in keys]
-    if not reference:  # what was evicted since the store was listed is not damaged
+    if not reference:  # a snapshot that was evicted since the store was listed is not damaged
         records = [record for record in records if record["ok"] or Path(record["path"]).exists()]
     context.print(records, lambda console: print_verified(console, records))
     raise typer.Exit(0 if all(record["ok"] for record in records) else 5)
@@ -310,7 +310,7 @@ def _models_table(models: list[dict[str, Any]], root: str, width: int) -> Table 
 
 def _claims_table(records: list[dict[str, Any]]) -> Table | str:
     if not records:
-        return "nobody downloads anything"
+        return "there are no downloads"
     from rich.progress_bar import ProgressBar
 
     rows = table("model", "worker", "phase", "", "left", "")
@@ -325,7 +325,7 @@ def _claims_table(records: list[dict[str, Any]]) -> Table | str:
 
 
 def _verify(store: ModelStore, key: SnapshotKey, stride: int, until: float, *, in_parts: bool) -> dict[str, Any]:
-    """One snapshot's record; a verification in parts goes on where the last one stopped, and keeps where it came to."""
+    """One snapshot's record; a verification in parts goes on at the saved position, and saves the new one."""
     folder = store.layout.snapshot(key)
     if in_parts:
         verified = verify_folder(

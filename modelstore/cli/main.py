@@ -79,7 +79,7 @@ def options(
 
 
 def run() -> NoReturn:
-    """Do what the command line says, and end the process."""
+    """Run the command of the command line, and end the process."""
     prepare_streams()
     app(standalone_mode=True)
     raise SystemExit(0)

@@ -25,7 +25,7 @@ def remove(
     revision: REVISION = None,
     dry_run: DRY_RUN = False,
     yes: YES = False,
-    force: Annotated[bool, typer.Option("--force", help="Also where it is pinned, or an alias points to it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also if it is pinned, or an alias points to it.")] = False,
 ) -> None:
     """Remove one snapshot from the volume. A worker that is reading it is not hurt."""
     store = context.store()
@@ -39,7 +39,7 @@ def remove(
     if not dry_run:
         context.confirm(f"remove {key}, {size(candidate.size_bytes)}, {folder}{users}", yes=yes)
         if not evict(store.layout, key, force=True):
-            raise Refused(f"{key} is being removed by somebody else: look at `modelstore ls`")
+            raise Refused(f"{key} is being removed by another process: look at `modelstore ls`")
     record = key_record(key, folder) | {"bytes": candidate.size_bytes, "removed": not dry_run}
     context.print(record, lambda console: console.print(f"{'would remove' if dry_run else 'removed'} {folder}"))
 
@@ -49,7 +49,7 @@ def collect_garbage(
     to: Annotated[
         str | None, typer.Option("--to", help="Also evict the least recently used until the store takes this, as 50GB.")
     ] = None,
-    grace_s: Annotated[float, typer.Option("--grace-s", help="Leave alone what is younger.")] = GRACE_S,
+    grace_s: Annotated[float, typer.Option("--grace-s", help="Leave younger files alone.")] = GRACE_S,
     dry_run: DRY_RUN = False,
     yes: YES = False,
 ) -> None:
@@ -57,7 +57,7 @@ def collect_garbage(
     store = context.volume()
     layout, settings = store.layout, store.settings
     limit = parse_size("--to", to) if to is not None else None
-    if to is not None and to.strip().isdigit() and 0 < int(to) < 10**6:  # whoever writes 150 hardly means bytes
+    if to is not None and to.strip().isdigit() and 0 < int(to) < 10**6:  # 150 hardly means bytes
         raise UsageError(f"--to {to} has no unit: write it like {to}GB, or {to}B")
     if not grace_s >= settings.lease_s:
         raise UsageError(f"--grace-s must be at least the lease, {settings.lease_s:g} s")
@@ -100,7 +100,7 @@ def pin(
     dtype: DTYPE = None,
     revision: REVISION = None,
 ) -> None:
-    """Keep a snapshot from eviction, whatever the quota says."""
+    """Keep a snapshot from eviction, even if the quota is exceeded."""
     store = context.store()
     key = find_snapshot(store, reference, revision, dtype).key
     pins.pin(store.layout, key, store.settings.worker_id)

@@ -138,7 +138,7 @@ def print_preview(console: Console, preview: SeedPreview) -> None:
 
 
 def print_seed_result(console: Console, records: Sequence[Mapping[str, Any]]) -> None:
-    """What a seed has done."""
+    """The result of a seed."""
     print_seeded(console, [record for record in records if "path" in record])
     for record in records:
         if "error" in record or "path" in record:

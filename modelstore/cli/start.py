@@ -21,7 +21,7 @@ def warm(
     reference: REF,
     dtype: DTYPE = None,
     revision: REVISION = None,
-    device: Annotated[str | None, typer.Option("--device", help="cuda or cpu; cuda where there is one.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cuda or cpu; cuda if there is one.")] = None,
 ) -> None:
     """Load a model as a worker would, and print the timeline."""
     from modelstore.startup import gc_paused
@@ -59,7 +59,7 @@ def bench_volume(
     context: Context,
     size: Annotated[str, typer.Option("--size", help="Of the model, in 16 bits; seven times that is needed.")] = "1GB",
     runs: Annotated[int, typer.Option("--runs", min=1, help="Of each contender, in turn.")] = 5,
-    device: Annotated[str | None, typer.Option("--device", help="cuda or cpu; cuda where there is one.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cuda or cpu; cuda if there is one.")] = None,
     folder: Annotated[Path | None, typer.Option("--folder", help="On the volume to measure; beside the store.")] = None,
 ) -> None:
     """Measure loading and starting on a volume, beside other loaders."""

@@ -1,4 +1,4 @@
-"""Models that already lie on the volume, in somebody else's layout: found, and made snapshots without a download.
+"""Models that already lie on the volume in another layout: found, and made snapshots without a download.
 
     models--org--name/{refs,snapshots,blobs}     an HF cache, or the folder that holds several of them
     config.json, model.safetensors, …            a folder that `save_pretrained` wrote, or a pipeline's
@@ -43,9 +43,9 @@ class Found:
 
 
 def find(path: Path, settings: Settings, *, repo_id: str | None = None) -> Iterator[Found]:
-    """The models at `path`. `repo_id`: what a folder without a name of its own is to be called.
+    """The models at `path`. `repo_id`: the name for a folder without a name of its own.
 
-    Raises NotFound where there is none, and UsageError where a name is missing or given to several.
+    Raises NotFound if there is none, and UsageError if a name is missing or given to several.
     """
     if repo_id is not None and not is_repo_id(repo_id):
         raise UsageError(f"--as {repo_id!r} is not a repo id: write it like org/name")
@@ -102,7 +102,7 @@ def _folder(label: str, name: str, paths: Mapping[str, Path], repo_id: str | Non
 
 
 def _in_mirror(mirror: Path, settings: Settings, repo_id: str | None) -> Iterator[Found]:
-    """What the SDK's VolumeCache has mirrored: files by their full names on the container, the small ones in a tar."""
+    """The mirror of the SDK's VolumeCache: files by their full names on the container, the small ones in a tar."""
     with TemporaryDirectory(prefix="modelstore-") as folder:
         paths = {f"/{name}": path for name, path in files_below(mirror / "big").items()}
         paths |= _unpacked(mirror / "small.tar", Path(folder))

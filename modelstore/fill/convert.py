@@ -1,7 +1,7 @@
 """A safetensors file in the storage dtype, tensor by tensor, with numpy alone.
 
-What is converted: F32, F16 and BF16 tensors, to the storage dtype, rounded as torch rounds (to nearest, ties to even).
-What is not: integers, booleans, 8-bit floats and F64; everything of a quantized checkpoint; and weights that
+Converted: F32, F16 and BF16 tensors, to the storage dtype, rounded as torch rounds (to nearest, ties to even).
+Not converted: integers, booleans, 8-bit floats and F64; everything of a quantized checkpoint; and weights that
 transformers keeps in float32 (`fp32_modules.json`), which are stored as they came. Casting them at load time gives the
 same bits as loading the original. A weight that float16 cannot hold stops the conversion and is named.
 
@@ -44,7 +44,7 @@ _MOST_NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class StoragePolicy:
-    """How one checkpoint's tensors are stored; `unchanged_because` is set where none of them is converted."""
+    """How one checkpoint's tensors are stored; `unchanged_because` is set if none of them is converted."""
 
     dtype: Dtype
     keep: re.Pattern[str] | None = None
@@ -60,7 +60,7 @@ class StoragePolicy:
 
 
 def storage_policy(dtype: Dtype, config: Mapping[str, Any] | None) -> StoragePolicy:
-    """The policy for a checkpoint with this `config.json`; None where there is none."""
+    """The policy for a checkpoint with this `config.json`; None if there is none."""
     if dtype == "keep":
         return StoragePolicy(dtype, unchanged_because="asked for")
     config = config or {}
@@ -69,10 +69,8 @@ def storage_policy(dtype: Dtype, config: Mapping[str, Any] | None) -> StoragePol
     types = set(_model_types(config))
     unknown = sorted(types - _table()["model_types"])
     if unknown:
-        return StoragePolicy(
-            dtype,
-            unchanged_because=f"model_type {unknown[0]!r} is not known to this version: what it keeps in fp32 is not",
-        )
+        reason = f"model_type {unknown[0]!r} is not known to this version, nor the weights that it keeps in fp32"
+        return StoragePolicy(dtype, unchanged_because=reason)
     if not types and (name := config.get("_class_name")):  # a part of a diffusers pipeline
         return _policy_of_part(dtype, str(name))
     patterns: set[str] = set()
@@ -86,7 +84,7 @@ def storage_policy(dtype: Dtype, config: Mapping[str, Any] | None) -> StoragePol
 def _policy_of_part(dtype: Dtype, class_name: str) -> StoragePolicy:
     kept = _table()["diffusers_classes"].get(class_name)
     if kept is None:
-        reason = f"the class {class_name!r} is not known to this version: what it keeps in fp32 is not"
+        reason = f"the class {class_name!r} is not known to this version, nor the weights that it keeps in fp32"
         return StoragePolicy(dtype, unchanged_because=reason)
     if dtype == "float32" or not kept:
         return StoragePolicy(dtype)
@@ -142,7 +140,7 @@ def read_header(path: Path, *, where: str) -> Header:
 
 
 def converted_tensors(header: Header, policy: StoragePolicy) -> tuple[TensorInfo, ...]:
-    """The tensors as they will be stored; `header.tensors` itself where nothing is converted.
+    """The tensors as they will be stored; `header.tensors` itself if nothing is converted.
 
     Wider dtypes go first and the file's order decides among equals: every tensor then begins at a multiple of its
     element size, which safetensors' own loader needs.
@@ -181,7 +179,7 @@ def convert_file(
     target_fd = -1
     try:
         durable.make_folder(target.parent)
-        durable.remove_file(target)  # what an earlier process left may have another name, and its owner
+        durable.remove_file(target)  # a file of an earlier process may have another name, and its owner
         target_fd = durable.open_for_write(target)
         encoded = encode_header(tensors, header.metadata)
         kept = memory(len(encoded) + max((tensor.end for tensor in tensors), default=0))

@@ -1,7 +1,7 @@
 """Fill staging from a source: several files and byte ranges at once, each file verified once it is whole.
 
-What arrives is kept granule by granule (`partial.py`), so a download goes on, in another process on another host, at
-the byte where it was cut. A source that fails is tried again from there; one that sends wrong bytes once more from the
+Bytes are kept granule by granule (`staged_file.py`), so a download goes on, in another process on another host, at
+the byte if it was cut. A source that fails is tried again from there; one that sends wrong bytes once more from the
 start; one that ignores ranges is read as a whole by one thread.
 """
 
@@ -42,7 +42,7 @@ Memory = Callable[[SourceFile], memoryview | None]
 class Download:
     """Fetches files of one commit into staging.
 
-    `guard` is called before each request and each granule and raises where the claim was lost. `inherited` is staging
+    `guard` is called before each request and each granule and raises if the claim was lost. `inherited` is staging
     of earlier generations, to copy from. `memory` gives memory that a file's bytes shall go to as well.
     """
 
@@ -75,7 +75,7 @@ class Download:
         """Fetch `files`, in this order as far as parallel ranges allow; `may_begin` is asked before each, until it may.
 
         `on_file` gets each file once its digests were checked, from the thread that finished it. The first error, its
-        or ours, stops the download; what has arrived stays for a resume.
+        or ours, stops the download; the bytes that have arrived stay for a resume.
         """
         queue = _SpanQueue(list(files), self._connections, may_begin)
         with ThreadPoolExecutor(self._connections, thread_name_prefix="fetch") as pool:
@@ -102,7 +102,7 @@ class Download:
 
     def _join_in(self, queue: _SpanQueue, number: int) -> None:
         """Return when connection `number` is wanted: the first two at once, the others one by one while those at work
-        are slow. Where two are fast, more of them only get in each other's way (measured: 0.6 s with two, 1.2 s with
+        are slow. If two are fast, more of them only get in each other's way (measured: 0.6 s with two, 1.2 s with
         eight for 0.5 GB on loopback)."""
         began, before, pause_s = time.monotonic(), self._progress.done, _RAMP_S * (number - 1)
         while number >= _FIRST_CONNECTIONS and queue.wait_while_busy(pause_s):
@@ -142,7 +142,7 @@ class Download:
         on_file(partial.file, partial.path, digests)
 
     def _fetch_span(self, span: _Span, queue: _SpanQueue) -> None:
-        """Fetch the missing granules of a span; where the source fails, go on from there."""
+        """Fetch the missing granules of a span; if the source fails, go on from there."""
         attempt = 0
         while (index := span.first_missing()) is not None and not queue.stopped:
             self._guard()
@@ -199,7 +199,7 @@ class Download:
 
 @dataclass(slots=True)
 class _Span:
-    """Granules [first, end) of one file: what one request asks for."""
+    """Granules [first, end) of one file: the range of one request."""
 
     partial: StagedFile
     first: int
@@ -228,7 +228,7 @@ class _SpanQueue:
         self.error: BaseException | None = None
 
     def next(self, open_file: Callable[[SourceFile], StagedFile]) -> _Span | None:
-        """The next span, or None where no more will come. May open a file, which reads what is there of it."""
+        """The next span, or None if no more will come. May open a file, which reads the bytes that are there of it."""
         with self._changed:
             while not self._spans:
                 if self.stopped or (not self._files and not self._opening):
@@ -261,12 +261,12 @@ class _SpanQueue:
         return spans[0]
 
     def wait_while_busy(self, seconds: float) -> bool:
-        """Wait, less long where nothing is left to hand out; whether something is."""
+        """Wait, less long if nothing is left to hand out; whether something is."""
         with self._changed:
             return not self._changed.wait_for(lambda: self.stopped or not (self._spans or self._files), seconds)
 
     def was_last(self, span: _Span) -> bool:
-        """Count a span as done; True where it was its file's last."""
+        """Count a span as done; True if it was its file's last."""
         with self._changed:
             self._left[span.partial.file.path] -= 1
             return self._left[span.partial.file.path] == 0

@@ -47,7 +47,7 @@ _CHECK_EVERY_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """What a fill did; sizes in bytes. `reused` lay in staging already, `network` came over the wire."""
+    """The result of a fill; sizes in bytes. `reused` lay in staging already, `network` came over the wire."""
 
     manifest: Manifest
     reused: int
@@ -100,9 +100,9 @@ class Fill:
     def run(self) -> Filled:
         """Download, convert and publish; returns the manifest that is published.
 
-        Raises what the source and the volume raise. After ClaimLost, HubUnavailable, or NoSpace for a model that would
-        fit, the staging stays for a resume; after an IntegrityError, Refused, or NoSpace for one that never can, it is
-        removed.
+        Raises the errors of the source and the volume. After ClaimLost, HubUnavailable, or NoSpace for a model that
+        would fit, the staging stays for a resume; after an IntegrityError, Refused, or NoSpace for one that never can,
+        it is removed.
         """
         timeline = self._request.timeline
         try:
@@ -128,7 +128,7 @@ class Fill:
                 self._staging.remove()
             raise
         except OSError:
-            self._claim.check()  # a successor moves our staging away under us: then that is what happened
+            self._claim.check()  # a successor moves our staging away under us: then the claim is lost
             raise
         return Filled(manifest, self._progress.reused, self._progress.network)
 
@@ -211,7 +211,7 @@ class Fill:
         )
 
     def _reserve(self, plan: CheckpointPlan, weights: WeightsPipeline) -> None:
-        """Make sure that the volume has what the snapshot and its staging take at their peak."""
+        """Make sure that the volume has room for the peak of the snapshot and its staging."""
         key, damaged = self._request.key, self._request.damaged
         self._needed_bytes = plan.footprint.peak_bytes
         if plan.sizes_are_known:
@@ -313,7 +313,7 @@ class _Guard:
 
 
 def _remove_damaged_files(snapshot: Snapshot) -> None:
-    """Remove the files of a quarantined snapshot that are not what its manifest says."""
+    """Remove the files of a quarantined snapshot that do not match its manifest."""
     for record in snapshot.manifest.files:
         if not has_blocks(snapshot.path / record.path, record):
             durable.remove_file(snapshot.path / record.path)

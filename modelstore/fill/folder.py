@@ -24,7 +24,8 @@ class LocalFiles(Source):
     replaces_recorded_commit = True
 
     def __init__(self, repo_id: str, revision: str, location: str, paths: Mapping[str, Path]) -> None:
-        """`revision`: what the commit is recorded as; `location`: where the files came from, for the manifest."""
+        """`revision`: the name that the commit is recorded under; `location`: the origin of the files, for the
+        manifest."""
         self._repo_id = repo_id
         self._revision = revision
         self._location = location

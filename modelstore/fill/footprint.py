@@ -1,4 +1,4 @@
-"""What a fill takes: over the network, once it is stored, and on the volume while it is under way."""
+"""The sizes of a fill: over the network, once it is stored, and on the volume while it is under way."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modelstore.fill.selection import Selection, folder_of, is_pickle
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Sizes in bytes. `weights`: by file, what is stored of it, and what it takes beside that while it is in work."""
+    """Sizes in bytes. `weights`: by file, the stored bytes, and the bytes beside them while the file is in work."""
 
     files: int
     small_bytes: int
@@ -69,7 +69,7 @@ def named_dtype(config: Mapping[str, Any]) -> str:
 
 
 class DiskBudget:
-    """Keeps what a fill takes on the volume at `limit`: all that will be stored, and once the largest original.
+    """Keeps the bytes of a fill on the volume within `limit`: all stored files, and once the largest original.
 
     `sizes`: see `Footprint.weights`.
     """

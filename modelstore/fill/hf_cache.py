@@ -57,7 +57,7 @@ class HfCacheSource(Source):
         return Resolved(self._reference.name, commit, revision, record)
 
     def whole(self) -> Resolved | None:
-        """What the cache holds of the revision, if no part of a model can be missing and all can be verified."""
+        """The commit of the revision, if the cache can miss no part of a model and all files can be verified."""
         try:
             resolved = self.resolve()
         except NotFound:
@@ -105,7 +105,7 @@ class HfCacheSource(Source):
         return confirmed(self, resolved, self._settings)
 
     def may_bring_code(self, resolved: Resolved, settings: Settings, *, named: Reference | None) -> bool:
-        return False  # anybody who can write the volume may have made the cache
+        return False  # every user of the volume may have made the cache
 
     def _has_code(self, resolved: Resolved) -> bool:
         """Whether a config in the cache names code of the repo."""
@@ -146,7 +146,7 @@ class HfCacheSource(Source):
 def export_to_hf_cache(snapshot: Snapshot, cache: Path, *, revision: str) -> Path:
     """Lay a snapshot out as huggingface_hub does, its files by second names, for programs that look there.
 
-    What is there already is left as it is. Returns the revision's folder. Raises Refused for a snapshot whose files are
+    Existing files are left as they are. Returns the revision's folder. Raises Refused for a snapshot whose files are
     not the repo's own, byte for byte, because the cache would name them by a commit that they are not.
     """
     changed = [file.path for file in snapshot.manifest.files if file.origin is not None]

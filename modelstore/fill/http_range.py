@@ -1,8 +1,8 @@
 """One ranged GET, for bytes by the gigabyte: the standard library's HTTP, with as little Python a byte as can be.
 
-Proxies of the environment are used, redirects are not followed and no status is an error here: what an answer means is
-the caller's business. `HTTPResponse.readinto` fills a buffer in C with the interpreter's lock released; on loopback one
-connection takes 4 GB/s where httpx takes 1.3, and four of them 1.1 where httpx takes 0.5 (two cores, measured).
+Proxies of the environment are used, redirects are not followed and no status is an error here: the meaning of an answer
+is the caller's business. `HTTPResponse.readinto` fills a buffer in C with the interpreter's lock released; on loopback
+one connection takes 4 GB/s and httpx 1.3, and four of them 1.1 and httpx 0.5 (two cores, measured).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def open_url(url: str, headers: Mapping[str, str], *, timeout_s: float) -> HTTPR
 
 @cache
 def _opener() -> urllib.request.OpenerDirector:
-    """An opener that speaks http and https, through proxies where the environment names them, and nothing else."""
+    """An opener that speaks http and https, through proxies if the environment names them, and nothing else."""
     opener = urllib.request.OpenerDirector()
     handlers = (
         urllib.request.ProxyHandler(),

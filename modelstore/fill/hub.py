@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 # The HTTP libraries log every address they ask for, and a storage address carries its signature in the query.
 for _name in ("httpx", "httpx2", "httpcore", "httpcore2"):
     logging.getLogger(_name).setLevel(logging.WARNING)
-# What the library tells of each attempt, the error tells once.
+# The library reports each attempt; the error reports it once.
 logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
 
 
@@ -74,7 +74,7 @@ def check_token(settings: Settings) -> str:
 
 
 class HubSource(Source):
-    """One model on the Hub, at what a revision resolves to."""
+    """One model on the Hub, at the commit that a revision resolves to."""
 
     over_network = True
 
@@ -119,7 +119,7 @@ class HubSource(Source):
         return settings.may_run_code_of(resolved.repo_id, resolved.commit, named=named)
 
     def list_files(self, resolved: Resolved) -> tuple[SourceFile, ...]:
-        """Every file of the commit with what the Hub states of it."""
+        """Every file of the commit with its size and digest as the Hub states them."""
         entries = self._retrying(
             lambda: list(self._api.list_repo_tree(resolved.repo_id, recursive=True, revision=resolved.commit))
         )
@@ -145,7 +145,7 @@ class HubSource(Source):
             total = _total_size(response)
             if total is not None and total != file.size_bytes:
                 raise DigestMismatch(
-                    f"{file.path} of {resolved.repo_id} has {total} bytes where the Hub states {file.size_bytes}: "
+                    f"{file.path} of {resolved.repo_id} has {total} bytes and the Hub states {file.size_bytes}: "
                     "nothing was published; tell the repo's owner, or name another revision"
                 )
             yield ByteStream(offset if response.status == 206 else 0, response.readinto)
@@ -178,7 +178,8 @@ class HubSource(Source):
     def _raise_for(
         self, response: HTTPResponse, file: SourceFile, url: str, hub_url: str, sent: dict[str, str]
     ) -> None:
-        """Raise for a response without bytes. What the Hub's own answers mean, its library knows: it asks again."""
+        """Raise for a response without bytes. The Hub's library knows the meaning of the Hub's own answers: it asks
+        again."""
         if response.status not in _BUSY and _same_host(url, hub_url):
             hf_raise_for_status(get_session().head(hub_url, headers=sent, follow_redirects=False, timeout=_TIMEOUT_S))
         if response.status == 416:
@@ -213,7 +214,9 @@ class HubSource(Source):
         except hub_errors.HFValidationError as error:
             raise RepoNotFound(f"{self._reference} is not a name that the Hub accepts: check its spelling") from error
         except hub_errors.OfflineModeIsEnabled as error:
-            raise HubUnavailable("HF_HUB_OFFLINE is set: unset it to download, or use what the volume holds") from error
+            raise HubUnavailable(
+                "HF_HUB_OFFLINE is set: unset it to download, or use the models on the volume"
+            ) from error
         except hub_errors.HfHubHTTPError as error:
             raise self._explained(error, label) from None  # the original shows addresses, signed ones among them
         except (_HTTPError, HTTPException, OSError, ValueError) as error:  # ValueError: an answer that is not JSON
@@ -249,9 +252,9 @@ class HubSource(Source):
 
 
 def confirmed(source: Source, resolved: Resolved, settings: Settings) -> Resolved | None:
-    """What a source holds of a commit of the Hub, once the Hub's listing confirms it; None if that states otherwise.
+    """The commit that a source offers, once the Hub's listing confirms its files; None if the listing differs.
 
-    A cache names its files by their digests, and by the commit that they are said to be of: anybody who can write the
+    A cache names its files by their digests, and by the commit that they are said to be of: every user of the
     volume can make one. If the Hub cannot be asked, or shows this token nothing, its names have to do, and the record
     says so.
     """
@@ -281,7 +284,7 @@ def confirmed(source: Source, resolved: Resolved, settings: Settings) -> Resolve
             None if other.sha256 else file.git_oid,
         ):
             logger.warning(
-                "%s in the HF cache of %s is not what the Hub states: the cache is not used",
+                "%s in the HF cache of %s differs from the Hub: the cache is not used",
                 file.path,
                 resolved.repo_id,
             )
@@ -291,7 +294,7 @@ def confirmed(source: Source, resolved: Resolved, settings: Settings) -> Resolve
 
 def _within(limit_s: float, call: Callable[[], T]) -> T:
     """The result of `call`, or TimeoutError: listing a repo's files takes no timeout, and a Hub that accepts the
-    connection and stays silent would hold the worker, and all who wait for it, for ever."""
+    connection and stays silent would hold the worker, and all its waiters, for ever."""
     outcome: Future[T] = Future()
 
     def run() -> None:

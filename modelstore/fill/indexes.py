@@ -1,4 +1,4 @@
-"""The index of a sharded checkpoint, which says what tensor lies in what file, and what all take together. No I/O."""
+"""The index of a sharded checkpoint: the file of each tensor, and the size of all of them. No I/O."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modelstore.volume.header import Header
 
 
 def check_index(path: str, weight_map: Mapping[str, str], shards: Mapping[str, Header]) -> None:
-    """Raise BadSafetensors where a tensor is not in the file that the index at `path` names for it.
+    """Raise BadSafetensors if a tensor is not in the file that the index at `path` names for it.
 
     `shards`: the headers of the files beside it by their paths in the snapshot, as they were before a conversion or
     after it; only the names of their tensors count.
@@ -30,7 +30,7 @@ def check_index(path: str, weight_map: Mapping[str, str], shards: Mapping[str, H
 
 
 def index_with_total_size(data: bytes, total_size: Callable[[], int], *, where: str) -> bytes:
-    """The index with the bytes of all tensors corrected; as it is where that is right, or is not named at all."""
+    """The index with the bytes of all tensors corrected; as it is if that is right, or is not named at all."""
     index = parse_json(data, where)
     metadata = index.get("metadata")
     if not isinstance(metadata, dict) or "total_size" not in metadata:

@@ -1,4 +1,4 @@
-"""What a caller can watch while a snapshot is made or waited for. The command line draws it, a worker logs it and keeps
+"""The calls that report a fill, or the wait for one. The command line draws them, a worker logs them and keeps
 the bytes that pass through its hands."""
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ _LOG_EVERY_S = 5.0
 
 
 class Observer:
-    """Override what is of interest; every call must return quickly. What `planned`, `filling` and `waiting` raise ends
-    the work; the others must not raise."""
+    """Override the calls of interest; every call must return quickly. An error of `planned`, `filling` and `waiting`
+    ends the work; the others must not raise."""
 
     def planned(self, key: SnapshotKey, *, weights_bytes: int) -> None:
-        """This process is about to fill `key`, whose weights will take so much. What is raised here stops it."""
+        """This process is about to fill `key`, whose weights have this size. An error raised here stops it."""
 
     def filling(self, key: SnapshotKey, progress: Progress) -> None:
         """This process fills `key`, or uploads it, and is so far. Called by several threads."""
 
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
-        """Somebody else fills `key`; this process gives up in `left_s` seconds."""
+        """Another process fills `key`; this process gives up in `left_s` seconds."""
 
     def failed(self, key: SnapshotKey) -> None:
         """This process neither fills `key` nor waits for it any more, because something was raised."""
 
     def memory(self, key: SnapshotKey, path: str, size_bytes: int) -> memoryview | None:
         """Host memory, at least as long as the file, that the bytes of a weights file shall go to beside the volume;
-        None for none. Asked again where the file is begun again. Called by several threads."""
+        None for none. Asked again if the file is begun again. Called by several threads."""
         return None
 
     def finished(self, key: SnapshotKey, folder: Path, record: FileRecord) -> None:
@@ -52,7 +52,7 @@ SILENT = Observer()
 
 
 class LogObserver(Observer):
-    """Progress as log lines, a few a minute: a billed GPU that waits says for what."""
+    """Progress as log lines, a few a minute: a billed GPU that waits says why."""
 
     def __init__(self, doing: str = "downloading") -> None:
         self._doing = doing

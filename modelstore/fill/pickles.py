@@ -4,9 +4,9 @@ A pickle is a program. torch's restricted unpickler (`weights_only=True`) runs n
 that ever fail, this process has no token and no environment, may not open sockets, start programs or load libraries
 once its imports are done, has no network at all if the kernel gives it a namespace of its own, and ends when it takes
 more memory, more of the processor or more time than a checkpoint of that size can need, or when its parent ends. (A
-pickle of a kilobyte can hold a key whose hash takes longer than anybody will wait.)
+pickle of a kilobyte can hold a key whose hash takes years.)
 
-`convert` is what the store calls; only the process imports torch.
+The store calls `convert`; only the process imports torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tempfile import TemporaryFile
 from modelstore import isolation
 from modelstore.errors import NoSpace, NotFound, PickleRefused, ProcessFailed
 
-_SPARE_BYTES = 6 << 30  # what torch itself and the interpreter map
+_SPARE_BYTES = 6 << 30  # mapped by torch itself and the interpreter
 _NO_TORCH = 3
 _LOOK_EVERY_S = 0.2
 _ERROR_BYTES = 64 << 10
@@ -33,14 +33,14 @@ _ERROR_BYTES = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a conversion may take, in seconds; both grow with the pickle."""
+    """The limits of a conversion, in seconds; both grow with the pickle."""
 
     processor_s: int
     time_s: int
 
     @classmethod
     def of(cls, size_bytes: int) -> Limits:
-        """Many times what a pickle of this size takes on a slow machine and a slow volume."""
+        """Many times the need of a pickle of this size on a slow machine and a slow volume."""
         return cls(processor_s=90 + size_bytes // 20_000_000, time_s=300 + size_bytes // 5_000_000)
 
 

@@ -1,4 +1,4 @@
-"""What a fill stores of one commit: the files, the storage policy of each folder, and what they take. Writes nothing.
+"""The plan of a fill: the files, the storage policy of each folder, and their sizes. Writes nothing.
 
 The dry run and the fill make the same plan, so that they cannot differ; each brings its own way to read a small file.
 """
@@ -53,7 +53,7 @@ class CheckpointPlan:
 def select(request: FillRequest, read: ReadFile, settings: Settings) -> tuple[tuple[SourceFile, ...], Selection]:
     """All files of the commit, and those that its snapshot needs. Reads indexes with `read`.
 
-    Raises what `select_files` raises: NoWeights, Refused, and so on.
+    Raises the errors of `select_files`: NoWeights, Refused, and so on.
     """
     files = request.source.list_files(request.resolved)
     selection = select_files(

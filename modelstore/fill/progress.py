@@ -1,4 +1,4 @@
-"""How far a fill or an upload is, in bytes: counted by many threads, read by whoever shows it."""
+"""The progress of a fill or an upload, in bytes: counted by many threads, read by those that show it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Progress:
 
     @property
     def files(self) -> dict[str, tuple[int, int]]:
-        """What is on its way now: by file, the bytes that have arrived and all that it has."""
+        """The files on their way now: the bytes that have arrived and the size, by file."""
         with self._lock:
             return dict(self._files)
 

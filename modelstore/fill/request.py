@@ -1,4 +1,4 @@
-"""The request for one snapshot: its source and commit, the form that is stored, and what is allowed on the way."""
+"""The request for one snapshot: its source and commit, the form that is stored, and the permissions of the fill."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Which of a repo's files a snapshot needs: what `from_pretrained` would open, and nothing twice.
+"""The files of a repo that a snapshot needs: those that `from_pretrained` would open, and nothing twice.
 
 Weights: `model.safetensors`, else the shards that `model.safetensors.index.json` names, else every safetensors file of
 the folder. In a diffusers repo (`model_index.json`) and a sentence-transformers repo (`modules.json`) the same for each
-folder that it names; where float16 is to be stored, a pipeline's own `.fp16.` files stand for the plain ones, which are
+folder that it names; if float16 is to be stored, a pipeline's own `.fp16.` files stand for the plain ones, which are
 twice as large. Beside them the small files: configs, tokenizer, chat templates, generation config, licences. Not:
 the same weights as `.bin`, `.h5`, `.msgpack`, `.onnx`, `.gguf`; code; training leftovers; pictures. With permission
 pickles stand in for safetensors that a folder lacks, and a repo's Python files come along.
@@ -57,8 +57,8 @@ def is_pickle(path: str) -> bool:
 
 
 def stored_path(path: str) -> str:
-    """The name under which a file is stored: a pickle and its index go by what they become, an `.fp16.` file and its
-    index by what they stand for."""
+    """The name under which a file is stored: a pickle and its index get the names of the converted files, an `.fp16.`
+    file and its index those of the plain ones."""
     folder, name = folder_of(path), PurePosixPath(path).name
     if _is_variant(path):
         return _join(folder, _VARIANT.sub("", name))
@@ -79,7 +79,8 @@ def _stored_stem(stem: str) -> str:
 
 
 def code_in(path: str, data: bytes, repo: Collection[str]) -> str:
-    """What in a config makes its reader run code, as a phrase; empty where nothing does. `repo`: all its files."""
+    """The part of a config that makes its reader run code, as a phrase; empty if there is none. `repo`: all its
+    files."""
     name = PurePosixPath(path).name
     if not name.endswith(".json") or not ("config" in name or name in ("model_index.json", "modules.json")):
         return ""
@@ -98,7 +99,7 @@ def code_in(path: str, data: bytes, repo: Collection[str]) -> str:
 
 
 def _code_key(record: object) -> str:
-    """The first key, at any depth, that has made transformers import what a repo names (CVE-2026-4372, -5241)."""
+    """The first key, at any depth, that has made transformers import a module of a repo (CVE-2026-4372, -5241)."""
     if isinstance(record, list):
         return next((key for value in record if (key := _code_key(value))), "")
     if not isinstance(record, dict):
@@ -123,7 +124,7 @@ def select_files(
     """Choose a snapshot's files; `read` gives the bytes of a small one. `pickles`, `code`: whether they are allowed;
     `variant`: the infix of a pipeline's own files that are preferred, such as `fp16`.
 
-    Raises NoWeights or PickleRefused where there are no safetensors, UnsafeName for a name that leaves the folder, and
+    Raises NoWeights or PickleRefused if there are no safetensors, UnsafeName for a name that leaves the folder, and
     BadSafetensors for an index that names files the repo does not have.
     """
     by_path = {file.path: file for file in files}
@@ -179,7 +180,7 @@ def _component_folders(by_path: Mapping[str, SourceFile], read: Callable[[Source
 
 
 def _weights_name(files: list[SourceFile], *, pickles: bool) -> str:
-    """The name that this folder's weights go by, single or before `.index.json`; a pickle's only where there are no
+    """The name that this folder's weights go by, single or before `.index.json`; a pickle's only if there are no
     safetensors."""
     names = {PurePosixPath(file.path).name for file in files}
     known = ["model.safetensors", "diffusion_pytorch_model.safetensors"]

@@ -1,4 +1,4 @@
-"""What a source of models is: it resolves to one commit, lists the files of that commit, and streams byte ranges.
+"""The interface of a source: it resolves to one commit, lists the files of that commit, and streams byte ranges.
 
 The sources are in `folder.py`, `hf_cache.py` and `hub.py`; `sources.py` says which of them answers a reference.
 """
@@ -30,7 +30,7 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a reference resolved to."""
+    """A reference, resolved to a commit."""
 
     repo_id: str
     commit: str
@@ -38,7 +38,7 @@ class Resolved:
     record: SourceRecord
 
     def for_revision(self, revision: str) -> Resolved:
-        """The same commit, as what `revision` stands for."""
+        """The same commit, as the answer for `revision`."""
         return replace(self, revision=revision, record=replace(self.record, revision=revision))
 
 
@@ -46,7 +46,7 @@ class Resolved:
 class ByteStream:
     """Bytes of a file from `offset` on, which may lie before the offset that was asked for.
 
-    `readinto` fills what it is given as far as bytes come at once, and returns how many; 0 at the end.
+    `readinto` fills the buffer as far as bytes come at once, and returns how many; 0 at the end.
     """
 
     offset: int
@@ -73,7 +73,7 @@ class Source(ABC):
     @abstractmethod
     def reach(self) -> str:
         """A phrase that says that the model is here, for the doctor; empty if the next source has to be asked. Reads no
-        weights. Raises what `resolve` raises."""
+        weights. Raises the errors of `resolve`."""
 
     def confirmed(self, resolved: Resolved) -> Resolved | None:
         """`resolved` once its publisher confirms the files; None if the publisher states other files."""
@@ -104,7 +104,7 @@ class Source(ABC):
 
 
 def backoff_s(attempt: int, retry_after_s: float | None) -> float:
-    """How long to wait before the next attempt (1 after the first): what the server asked for, else 0.5 s doubling."""
+    """How long to wait before the next attempt (1 after the first): the server's own time, else 0.5 s doubling."""
     return min(retry_after_s if retry_after_s is not None else 0.5 * 2 ** (attempt - 1), 120.0)
 
 
@@ -117,7 +117,7 @@ def stream_of(path: Path, offset: int, length: int) -> Iterator[ByteStream]:
 
 
 def read_all(stream: ByteStream, length: int) -> bytes:
-    """`length` bytes of a stream, fewer where it ends before."""
+    """`length` bytes of a stream, fewer if it ends before."""
     buffer = memoryview(bytearray(length))
     position = 0
     while position < length and (count := stream.readinto(buffer[position:])):

@@ -54,7 +54,7 @@ def resolve(
 ) -> tuple[Source, Resolved]:
     """The first source that has the model, and its commit: the one that the fleet recorded, or the Hub's if `refresh`.
 
-    Raises SnapshotNotFound if no source is left to ask, and what the last source raises.
+    Raises SnapshotNotFound if no source is left to ask, and the errors of the last source.
     """
     from modelstore.fill.hub import HubSource
 

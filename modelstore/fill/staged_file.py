@@ -6,12 +6,12 @@ two writers that both believe they hold the claim write the same bytes, and a to
 Nothing rests on the order in which a crash kept them: on resume every granule is read again and compared with its slot.
 
 The journal is cut into segments of 64 MiB of the file, the size of a MooseFS chunk. Once all granules of one are there,
-its bytes and its slots are synced and the segment is sealed, by a rename. What is sealed can be read from another host
-even while the host that wrote it is lost; the chunks that it was writing can be neither read nor written for two
+its bytes and its slots are synced and the segment is sealed, by a rename. A sealed segment can be read from another
+host even while the host that wrote it is lost; the chunks that it was writing can be neither read nor written for two
 minutes (measured: 124 s on 3.0.117).
 
 SHA-256 runs over the file in order while granules arrive out of order: those ahead of the front wait in memory up to a
-limit, and are read back from the volume beyond it; where the whole file is kept in memory, all of them do. The same
+limit, and are read back from the volume beyond it; if the whole file is kept in memory, all of them do. The same
 pass gives the block checksums of the manifest.
 """
 
@@ -89,9 +89,9 @@ class _Journal:
 
 
 class StagedFile:
-    """One staged file: its bytes, its journal, and the digests of what has arrived without a gap.
+    """One staged file: its bytes, its journal, and the digests of the bytes that have arrived without a gap.
 
-    Threads may put different granules at once; `whole_stream` is for a source that ignores ranges, where one thread
+    Threads may put different granules at once; `whole_stream` is for a source that ignores ranges: one thread
     takes the whole file and the others wait.
     """
 
@@ -120,10 +120,11 @@ class StagedFile:
         self._digests = RunningDigests()
 
     def resume(self, inherited: Iterable[StagingLayout] = ()) -> int:
-        """Keep what matches its slot, and copy what does from `inherited` staging; returns the bytes kept.
+        """Keep the granules that match their slots, and copy those of `inherited` staging that do; returns the bytes
+        kept.
 
-        Copying is for staging whose writer may still live: what it writes late goes into its file, not into ours. Only
-        what it has sealed is looked at, because the rest may not answer.
+        Copying is for staging whose writer may still live: its late writes go into its file, not into ours. Only
+        sealed segments are looked at, because the rest may not answer.
         """
         kept = 0
         for index, data in self._intact(self._fd, self._journal, sealed_only=False):
@@ -139,7 +140,7 @@ class StagedFile:
                 for index, data in self._intact(fd, _Journal(staging.journal(self.file.path)), sealed_only=True):
                     kept += len(data) if self.put(index, data) else 0
             except OSError as error:
-                logger.warning("what an earlier worker left cannot be read (%s): it is fetched again", error)
+                logger.warning("the bytes of an earlier worker cannot be read (%s): they are fetched again", error)
             finally:
                 os.close(fd)
         return kept
@@ -166,7 +167,7 @@ class StagedFile:
         return gaps
 
     def put(self, index: int, data: bytes | bytearray) -> bool:
-        """Store one granule with its slot, and keep `data`; False where it was there already."""
+        """Store one granule with its slot, and keep `data`; False if it was there already."""
         if self._have[index]:
             return False
         durable.write_at(self._fd, data, index * GRANULE_BYTES, path=self.path)
@@ -186,7 +187,7 @@ class StagedFile:
         return self._have[index]
 
     def finish(self) -> Digests:
-        """The digests of the whole file, checked against what the source states; the file is kept either way."""
+        """The digests of the whole file, checked against the source's own; the file is kept either way."""
         self._advance(wait_for_turn=True)
         if self._front != self.granules:
             raise AssertionError(f"{self.file.path} is not complete")

@@ -1,4 +1,4 @@
-"""The staging of a fill: its folder, what earlier generations left, and the files that are finished.
+"""The staging of a fill: its folder, the files of earlier generations, and the files that are finished.
 
 A finished file lies under `snapshot/` and has a record under `done/`, written after its bytes were synced. It is
 trusted only after the record's own digest and the file's blocks were compared. The intact files of a damaged snapshot
@@ -30,7 +30,7 @@ class Staging:
     """
 
     def __init__(self, layout: Layout, key: SnapshotKey, claim: Claim, damaged: Snapshot | None = None) -> None:
-        """Takes over what an earlier generation left, if nobody can still write there.
+        """Takes over the files of an earlier generation, if no process can still write there.
 
         `damaged`: a snapshot, moved aside, whose intact files are used again. Raises UnsafeName if a link lies on the
         way.
@@ -45,7 +45,8 @@ class Staging:
         self._damaged = damaged
 
     def _inherit(self, folder: Path, claim: Claim) -> list[StagingLayout]:
-        """Earlier generations' staging: moved to be ours if nobody can still write there, else to be copied from."""
+        """Earlier generations' staging: moved to be ours if no process can still write there, else to be copied
+        from."""
         folders = [folder / str(each) for each in generations(folder) if each < claim.generation]
         if folders and claim.after_the_dead:
             durable.rename(folders[0], self.paths.folder)
@@ -54,7 +55,7 @@ class Staging:
 
     @property
     def present_bytes(self) -> int:
-        """What lies here already, with the inherited staging."""
+        """The bytes that lie here already, with the inherited staging."""
         return sum(durable.tree_blocks(paths.folder) for paths in (self.paths, *self.inherited))
 
     def unfinished(
@@ -73,7 +74,7 @@ class Staging:
         return unfinished
 
     def keep_only(self, names: Iterable[str]) -> None:
-        """Remove what an earlier attempt left in the snapshot's folder and the manifest will not name."""
+        """Remove the files of an earlier attempt that the manifest will not name."""
         kept = set(names)
         for parent, _folders, files in os.walk(self.paths.snapshot):
             for name in files:
@@ -87,9 +88,9 @@ class Staging:
             durable.remove_tree(paths.folder)
 
     def find(self, file: SourceFile, *, stored_unchanged: str) -> FileRecord | None:
-        """The record of `file` if it is finished, here or where it can be taken over from.
+        """The record of `file` if it is finished, here or if it can be taken over from.
 
-        `stored_unchanged`: as it will stand in the manifest; weights of a snapshot where it differs are no use.
+        `stored_unchanged`: as it will stand in the manifest; weights of a snapshot with another value are of no use.
         """
         record = self._here(file) or self._taken_over(file) or self._still_intact(file, stored_unchanged)
         if record is not None:
@@ -113,7 +114,8 @@ class Staging:
         return record if has_blocks(self.paths.snapshot_file(record.path), record) else None
 
     def _taken_over(self, file: SourceFile) -> FileRecord | None:
-        """From staging of an earlier generation: it was synced, so nobody writes to it any more, and it is moved."""
+        """From staging of an earlier generation: it was synced, so no process writes to it any more, and it is
+        moved."""
         for staging in self.inherited:
             target = self.paths.snapshot_file(stored_path(file.path))
             try:
@@ -149,7 +151,7 @@ class Staging:
 
 
 def finished_record(path: Path) -> FileRecord | None:
-    """The record of a finished file, from its file under `done/`; None where that is not whole."""
+    """The record of a finished file, from its file under `done/`; None if that is not whole."""
     try:
         data = json.loads(durable.read_file(path, durable.MANIFEST_BYTES))
         record = parse_file_record(data["record"], BLOCK_BYTES)

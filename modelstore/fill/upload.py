@@ -2,10 +2,10 @@
 
     s3://<volume-id>@<datacenter>[/<folder>]     the folder is `modelstore`, as workers look for it on the volume
 
-The API has no rename, so the manifest goes last: until it is there nobody sees a snapshot. Keys are paths, the bucket
-is the volume, the region the datacenter. What differs from Amazon's: objects above 500 MB go in parts; completing many
-parts may end in 524 or a timeout though it is done (the object's size tells); 507 means that the volume is full; there
-is no batch delete, and listing is slow, so nothing is ever listed but the parts of an upload that goes on.
+The API has no rename, so the manifest goes last: until it is there the snapshot is not published. Keys are paths, the
+bucket is the volume, the region the datacenter. Differences from Amazon's: objects above 500 MB go in parts; completing
+many parts may end in 524 or a timeout though it is done (the object's size tells); 507 means that the volume is full;
+there is no batch delete, and listing is slow, so nothing is ever listed but the parts of an upload that goes on.
 
 Each part is sent with its MD5, which the server compares, and each object's size is looked at before the manifest says
 that it is there. An upload that was cut short goes on with the parts that the server has.
@@ -92,7 +92,7 @@ class RemoteVolume:
     ) -> None:
         """`endpoint`: another address than RunPod's. Credentials are boto3's: AWS_ACCESS_KEY_ID and the like.
 
-        Raises NotFound where boto3 is not installed, AccessDenied where there are no credentials.
+        Raises NotFound if boto3 is not installed, AccessDenied if there are no credentials.
         """
         try:
             import boto3
@@ -106,7 +106,7 @@ class RemoteVolume:
         config = Config(
             s3={"addressing_style": "path"},
             max_pool_connections=2 * _AT_ONCE,
-            retries={"total_max_attempts": 1},  # tried again here, by what RunPod's answers mean
+            retries={"total_max_attempts": 1},  # tried again here, by the meaning of RunPod's answers
             connect_timeout=10,
             read_timeout=120,
             request_checksum_calculation="when_required",
@@ -151,7 +151,8 @@ class RemoteVolume:
             if digest.hexdigest() != sha256:
                 self.call("delete_object", Key=self._key(snapshot, MANIFEST))
                 raise IntegrityError(
-                    f"{self.target}: {path} of {snapshot.key} is not what was uploaded: unpublished, upload it again"
+                    f"{self.target}: {path} of {snapshot.key} differs from the uploaded file: unpublished, "
+                    "upload it again"
                 )
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -160,7 +161,7 @@ class RemoteVolume:
             )
 
     def upload(self, snapshot: Snapshot, *, observer: Observer = SILENT) -> int:
-        """Send what the volume lacks of a snapshot, the manifest last; returns how many bytes were sent.
+        """Send the files that the volume lacks of a snapshot, the manifest last; returns how many bytes were sent.
 
         Raises NoSpace, AccessDenied, NotFound, IntegrityError, VolumeUnavailable.
         """
@@ -173,7 +174,7 @@ class RemoteVolume:
             _all_of(pool, [part for file in files for part in file.parts()])
             _all_of(pool, [file.end for file in files])
         except BaseException as error:
-            self.stopped.set()  # what waits to be tried again is not; a part that is on its way is not waited for
+            self.stopped.set()  # the waits before new attempts end; a part that is on its way is not waited for
             pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
             if not isinstance(error, KeyboardInterrupt):
                 self.stopped.clear()  # for the next snapshot
@@ -236,7 +237,7 @@ class RemoteVolume:
         raise VolumeUnavailable(f"{self.target} breaks off while {key} is read ({reason}): try again later")
 
     def _head(self, key: str) -> tuple[int | None, str]:
-        """An object's size and tag; None and nothing where there is none."""
+        """An object's size and tag; None and nothing if there is none."""
         try:
             head = self.call("head_object", Key=key)
         except ObjectMissing:
@@ -247,11 +248,11 @@ class RemoteVolume:
         return self._head(key)[0]
 
     def pause(self, attempt: int) -> None:
-        """Wait before the next attempt, longer each time; not at all where an upload is given up."""
+        """Wait before the next attempt, longer each time; not at all if the upload is given up."""
         self._sleep(min(30.0, 0.5 * 2**attempt))
 
     def call(self, operation: str, *, attempts: int = _ATTEMPTS, **arguments: Any) -> Any:
-        """One request, again and again where the answer means that this may help."""
+        """One request, again and again if the answer means that this may help."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         for attempt in range(attempts):
@@ -272,7 +273,7 @@ class RemoteVolume:
         )
 
     def _meaning(self, status: int, code: str, key: str) -> Exception | None:
-        """The error that an answer stands for; None where the same request may succeed later."""
+        """The error that an answer stands for; None if the same request may succeed later."""
         if status == _FULL or code in ("InsufficientStorage", "QuotaExceeded"):
             return NoSpace(f"{self.target} is full: remove a model there, or enlarge the volume")
         if code == "NoSuchBucket":
@@ -307,7 +308,7 @@ class _Upload:
         self._known: dict[int, tuple[str, int]] = {}
 
     def begin(self) -> None:
-        """Look what the volume has, and open an upload in parts where the file needs one."""
+        """Look at the object on the volume, and open an upload in parts if the file needs one."""
         if self._size <= self._part_bytes:
             return  # sent again rather than trusted by its size
         size, etag = self._volume._head(self._key)
@@ -320,7 +321,7 @@ class _Upload:
             )
 
     def parts(self) -> Iterator[Callable[[], None]]:
-        """What there is to send."""
+        """The parts to send."""
         if self._there:
             return
         if not self._upload_id:
@@ -353,7 +354,7 @@ class _Upload:
         return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
     def _open_upload(self) -> str:
-        """An upload of this file that was cut short, and the parts that it has; empty where there is none."""
+        """An upload of this file that was cut short, and the parts that it has; empty if there is none."""
         try:
             candidates = self._volume.call("list_multipart_uploads", Prefix=self._key, attempts=2).get("Uploads", [])
             uploads = sorted(

@@ -2,7 +2,8 @@
 
     source ──ranges──▶ staging/source ──verified──▶ convert or move ──▶ staging/snapshot
 
-A conversion that fails stops the download. What lies on this volume already is linked, if the request allows that.
+A conversion that fails stops the download. Files that lie on this volume already are linked, if the request allows
+that.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ class WeightsPipeline:
         return sum(file.size_bytes for file in self._plan.selection.weights if self._linkable(file) is not None)
 
     def run(self, *, stop: Callable[[], None]) -> None:
-        """Fetch and store what no earlier process has finished; `stop` is called if it fails, and makes `guard` raise,
-        so that conversions end at their next chunk."""
+        """Fetch and store the files that no earlier process has finished; `stop` is called if it fails, and makes
+        `guard` raise, so that conversions end at their next chunk."""
         files = self._unfinished()
         room = threading.BoundedSemaphore(_CONVERSIONS + _WAITING_CONVERSIONS)
         jobs: list[Future[None]] = []
@@ -133,7 +134,8 @@ class WeightsPipeline:
     def _link(self, file: SourceFile) -> bool:
         """Take a weights file by a second name, after its bytes were compared; False if it has to be copied.
 
-        It has a name of its own until then, which nothing opens to write: what it shares with its owner stays as it is.
+        It has a name of its own until then, which is never opened to write: the file that it shares with its owner
+        stays as it is.
         """
         linkable = self._linkable(file)
         if linkable is None:
@@ -151,7 +153,7 @@ class WeightsPipeline:
         if digests.sha256 != file.sha256:
             durable.remove_file(linked)
             repo_id = self._request.key.repo_id
-            raise DigestMismatch(f"{path} is not what its name says it is: remove it, and seed {repo_id}")
+            raise DigestMismatch(f"{path} does not match its name: remove it, and seed {repo_id}")
         durable.remove_file(target)
         durable.rename(linked, target)
         self._add(file, FileRecord(file.path, file.size_bytes, digests.sha256, digests.blocks), header)

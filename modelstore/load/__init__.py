@@ -1,7 +1,7 @@
 """From a snapshot to a model on a device.
 
     blocks     reader threads or a reader process: blocks into memory, each compared with its checksum
-    reader     the reading of one snapshot: what has arrived, and where
+    reader     the reading of one snapshot, and the memory that it fills
     device     blocks from the ring to a device
     tensors    the snapshot's tensors on a device (torch)
     model      a transformers model of these tensors, as `from_pretrained` would make it (torch, transformers)

@@ -9,10 +9,10 @@ the imports slow each other down. It takes files over the socket (the descriptor
 come with the message), reports each block, and ends with the socket. So that it starts in no time it imports the
 standard library's light modules and nothing of this package.
 
-How a block is read: through the page cache where all of it lies there already (a memory copy), else with O_DIRECT,
-which spares a network mount one copy of all that passes, else, where a mount refuses that, with a plain read. What is
-in the page cache `mincore` tells; RWF_NOWAIT does not on MooseFS, and on ext4 it starts to read what it did not find.
-Whether memory comes in huge pages is left to the system: where its host takes free ones back they are seven times
+How a block is read: through the page cache if all of it lies there already (a memory copy), else with O_DIRECT,
+which spares a network mount one copy of all bytes, else, if a mount refuses that, with a plain read. `mincore` tells
+which pages are in the cache; RWF_NOWAIT does not on MooseFS, and on ext4 it starts to read the missing ones.
+Whether memory comes in huge pages is left to the system: if its host takes free ones back they are seven times
 slower to fill than small ones (measured), elsewhere up to three times faster.
 """
 
@@ -37,10 +37,10 @@ ALIGNMENT = 4096
 _SMALL = 2 << 20  # below, a second descriptor is not worth opening
 MOST_AT_ONCE = 16
 
-# What becomes of a block; a report is its kind, file, number, slot (-1: in place) or errno, and time (monotonic).
+# The outcomes of a block; a report is the outcome, file, number, slot (-1: in place) or errno, and time (monotonic).
 ARRIVED, WRONG, SHORT, FAILED = range(4)
 REPORT = struct.Struct("<iiiid")
-# What the reader process is told: kind and a number. FILE, RING: so many bytes of JSON follow.
+# The messages to the reader process: kind and a number. FILE, RING: so many bytes of JSON follow.
 MESSAGE = struct.Struct("<II")
 FILE, RING, RELEASE, NO_MORE = range(4)
 
@@ -58,7 +58,7 @@ class File:
     def __init__(
         self, index: int, fd: int, size_bytes: int, block_bytes: int, checksums: str, memory: memoryview | None
     ) -> None:
-        """`checksums`: the XXH3-64 of each block in hex, joined; empty to take what comes. Closes `fd` at the end."""
+        """`checksums`: the XXH3-64 of each block in hex, joined; empty to take any bytes. Closes `fd` at the end."""
         self.index = index
         self.fd = fd
         self.size_bytes = size_bytes
@@ -117,7 +117,7 @@ class ReadConcurrency:
 
 
 class BlockReader:
-    """Reads what it is given, block by block, in order.
+    """Reads its files, block by block, in order.
 
     `report` is called from its threads, for each block, with ARRIVED and so on. After anything but ARRIVED no further
     block is begun. The files are closed when the threads end.
@@ -139,7 +139,7 @@ class BlockReader:
         self._cache = _PageCache()
 
     def use_ring(self, memory: memoryview, slot_bytes: int) -> None:
-        """Where the blocks of files without memory of their own go; a slot is used again after its `release`."""
+        """The memory for blocks of files without memory of their own; a slot is used again after its `release`."""
         with self._changed:
             self._ring, self._slot_bytes = memory, slot_bytes
             self._free.extend(range(len(memory) // slot_bytes))
@@ -204,7 +204,7 @@ class BlockReader:
                 self._files.clear()
 
     def _take(self, number: int) -> tuple[File, int, int, memoryview] | None:
-        """The next block and where it goes; None when there will be none."""
+        """The next block and its memory; None when there will be none."""
         with self._changed:
             while True:
                 if self._stopped or (self._complete and not self._blocks):
@@ -224,7 +224,7 @@ class BlockReader:
             return file, block, slot, self._ring[slot * self._slot_bytes : slot * self._slot_bytes + length]
 
     def _read(self, file: File, block: int, slot: int, view: memoryview) -> tuple[int, int]:
-        """Fill `view`, which is as long as the block, rounded up; what became of it, and the slot or the errno."""
+        """Fill `view`, which is as long as the block, rounded up; returns the outcome, and the slot or the errno."""
         offset = block * file.block_bytes
         length = min(file.block_bytes, file.size_bytes - offset)
         try:
@@ -252,7 +252,7 @@ class BlockReader:
 
 
 class _PageCache:
-    """What the kernel holds of a file; says no where it cannot tell."""
+    """The cached pages of a file; says no if it cannot tell."""
 
     def __init__(self) -> None:
         try:
@@ -281,7 +281,7 @@ class _PageCache:
 
 
 def _reopened_direct(fd: int) -> int | None:
-    """A second descriptor of the file that passes the page cache by; None where the mount refuses."""
+    """A second descriptor of the file that passes the page cache by; None if the mount refuses."""
     try:
         return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
     except (OSError, AttributeError):
@@ -289,7 +289,7 @@ def _reopened_direct(fd: int) -> int | None:
 
 
 def _direct_read(fd: int, view: memoryview, offset: int) -> int:
-    """The bytes read, or -1 where the mount refuses a direct read after all."""
+    """The bytes read, or -1 if the mount refuses a direct read after all."""
     try:
         return os.preadv(fd, [view], offset)
     except OSError as error:
@@ -351,13 +351,13 @@ def _serve(sock: socket.socket) -> None:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the worker, whose end closes the socket
     sys.path.append(sys.argv[2])
-    os.nice(10)  # where the processors are few, the imports go first: 1.08 of them became 0.98 (measured, 1 GB/s)
+    os.nice(10)  # if the processors are few, the imports go first: 1.08 of them became 0.98 (measured, 1 GB/s)
     sock = socket.socket(fileno=int(sys.argv[1]))
     try:
         _serve(sock)
-    except OSError:  # whoever started this has ended
+    except OSError:  # the parent has ended
         os._exit(0)
-    os._exit(0)  # without waiting for reads that are under way: nobody wants them any more
+    os._exit(0)  # without waiting for reads that are under way: they are of no use any more
 
 
 if __name__ == "__main__":

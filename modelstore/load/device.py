@@ -12,7 +12,8 @@ from modelstore.load.reader import LoadedBlock, Reading
 
 
 class Device(Protocol):
-    """What takes the bytes. `copy` only asks for a copy; the view stays as it is until `wait` for its event returns."""
+    """The receiver of the bytes. `copy` only asks for a copy; the view stays as it is until `wait` for its event
+    returns."""
 
     def pin(self, memory: memoryview) -> None:
         """Make copies out of this host memory as fast as they can be; called before the first."""

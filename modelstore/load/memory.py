@@ -1,4 +1,4 @@
-"""Whether a model fits: what is free on this host and on its GPUs, asked without torch, and the one comparison with it.
+"""Whether a model fits: the free memory of this host and of its GPUs, asked without torch, and the one comparison.
 
 The GPUs are asked through the driver's own library (NVML), because a start compares before it imports torch.
 """
@@ -20,7 +20,7 @@ _LIBRARY = "libnvidia-ml.so.1"
 
 @dataclass(frozen=True, slots=True)
 class FreeMemory:
-    """Free memory. `place`: a phrase such as "cuda:0 has"; `larger`: what to use if it is too small."""
+    """Free memory. `place`: a phrase such as "cuda:0 has"; `larger`: the remedy if it is too small."""
 
     free_bytes: int
     place: str
@@ -111,7 +111,7 @@ def _of_cgroup_1(folder: Path) -> int | None:
 
 
 def _left(limit: Path, usage: Path, stat: Path, prefix: str) -> int | None:
-    """A container's limit less what it holds, but for cached files."""
+    """A container's limit less its use, except for cached files."""
     limit_text, usage_text = _read(limit).strip(), _read(usage).strip()
     if not (limit_text.isdigit() and usage_text.isdigit()) or int(limit_text) >= _UNLIMITED:
         return None

@@ -1,7 +1,7 @@
 """Tensors to a model: with tensors.py the only importer of torch, and the only one of transformers, in the package.
 
 The model is made by transformers itself from our tensors, so renames, fused experts, tied weights, buffers and modules
-kept in fp32 are what `from_pretrained` makes them. It is made while the bytes are still on their way, from tensors that
+kept in fp32 are those of `from_pretrained`. It is made while the bytes are still on their way, from tensors that
 are only named so far, and is whole when the last byte lands; a class whose weights are computed from others (fused
 experts) is made once they are there.
 """
@@ -57,7 +57,7 @@ def load_model(
     """The model that the snapshot's `config.architectures` names, in eval mode, bit for bit what
     `from_pretrained(original, dtype=<storage dtype>)` gives.
 
-    `device`, `reading` and errors as in `load_tensors`; IntegrityError also where weights of the class are missing.
+    `device`, `reading` and errors as in `load_tensors`; IntegrityError also if weights of the class are missing.
     `device_map`: parts of the model on several devices, as accelerate understands it ("auto", or devices by module).
     `trust_remote_code`: run the code that the snapshot was stored with; without it such a snapshot is CodeRefused.
     `weights`: those that `place_early` has begun to move, with their `reading`; `device` is then the GPU's.
@@ -117,7 +117,7 @@ def _built(
     tensors: dict[str, torch.Tensor],
     device_map: Mapping[str, Any],
 ) -> PreTrainedModel:
-    """The model from these tensors, as it is used. Raises IntegrityError where some are missing."""
+    """The model from these tensors, as it is used. Raises IntegrityError if some are missing."""
     model = _from_tensors(cls, config, snapshot, tensors, device_map)
     model.name_or_path = model.config.name_or_path = str(snapshot.path)
     if model.can_generate():
@@ -128,7 +128,7 @@ def _built(
 def build_part(
     cls: type[PreTrainedModel], config: Any, snapshot: Snapshot, tensors: dict[str, torch.Tensor], device: torch.device
 ) -> PreTrainedModel:
-    """A part of a pipeline from its tensors, which are on `device`. Raises IntegrityError where some are missing."""
+    """A part of a pipeline from its tensors, which are on `device`. Raises IntegrityError if some are missing."""
     return _from_tensors(cls, config, snapshot, tensors, {"": device}).eval()
 
 
@@ -158,7 +158,7 @@ def _from_tensors(
 def _built_early(
     cls: type[PreTrainedModel], config: Any, snapshot: Snapshot, weights: Weights
 ) -> PreTrainedModel | None:
-    """The model from tensors whose bytes have not arrived; None where one of its weights is not simply one of those.
+    """The model from tensors whose bytes have not arrived; None if one of its weights is not simply one of those.
 
     Nothing may be computed from them: every operation on one is watched, and only making a view of it is let through.
     """
@@ -187,7 +187,7 @@ _MOST_TENSORS = 1 << 16  # of a checkpoint whose headers have not been read yet
 def bounded_build(snapshot: Snapshot, tensors: int) -> Iterator[None]:
     """Let this thread build a model from a config, but no larger one than `tensors` weights and their bytes bear out.
 
-    What is larger raises BadConfig, before it takes the memory: more modules than any architecture has for that many
+    A larger one raises BadConfig, before it takes the memory: more modules than any architecture has for that many
     weights, or tensors in memory that are larger than all of them. See `config_sizes`, which looks at the config alone.
     """
     most_modules, most_bytes = 10_000 + 20 * tensors, max(_BUILT_BYTES, snapshot.size_bytes)
@@ -237,7 +237,7 @@ class _NoLargeTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 meta_kwargs["device"] = torch.device("meta")
             made = func(*meta_args, **meta_kwargs)
         except (NotImplementedError, RuntimeError, TypeError, ValueError):
-            return  # what the meta device does not know is not a factory of large tensors
+            return  # an operation that the meta device does not know is no factory of large tensors
         size_bytes = sum(value.nbytes for value in tree_leaves(made) if isinstance(value, torch.Tensor))
         self._made_bytes += size_bytes
         if size_bytes > self._most_bytes or self._made_bytes > _MADE_IN_ALL * self._most_bytes:
@@ -289,7 +289,8 @@ class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _settle(model: PreTrainedModel, weights: Weights, device: torch.device) -> None:
-    """Exchange the stand-ins for the tensors on the device, and move what the model computed by itself there."""
+    """Exchange the stand-ins for the tensors on the device, and move the tensors that the model computed by itself
+    there."""
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and tensor.device.type == "cpu":
@@ -317,7 +318,7 @@ def _torch_dtype(snapshot: Snapshot) -> torch.dtype | None:
 def _spread(
     device_map: DeviceMap, cls: type[PreTrainedModel], config: Any, snapshot: Snapshot
 ) -> dict[str, str | int | torch.device]:
-    """Devices by module; where the caller leaves it to us, as accelerate balances the class's modules."""
+    """Devices by module; if the caller leaves it to us, as accelerate balances the class's modules."""
     if not isinstance(device_map, str):
         return dict(device_map)
     if device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
@@ -339,7 +340,7 @@ def _spread(
 
 
 def _own_class(config: Any, folder: Path) -> type[PreTrainedModel]:
-    """The class that the snapshot's own code brings for what `config.architectures` names, else transformers' own."""
+    """The class of the snapshot's own code for the name in `config.architectures`, else transformers' own."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     name = set(getattr(config, "architectures", None) or ())

@@ -2,7 +2,7 @@
 
 Standard library only but for the checksum, so that a read can be in flight before any heavy import. Never mmap of the
 volume: over a network file system each page fault would be a round trip. `blocks.py` reads, in threads of this process
-where loading is all that it does, or in a process of its own beside whatever else this one does (imports, answering
+if loading is its only work, or in a process of its own beside other work of this one (imports, answering
 jobs), into memory that both map. All files are opened before the first byte is read: a snapshot that is evicted
 meanwhile stays readable to the end.
 
@@ -70,9 +70,9 @@ class _Opened:
 
 
 class Reading:
-    """A read in flight. `wait` for one file, `wait_all` for what was added, or take blocks as they come.
+    """A read in flight. `wait` for one file, `wait_all` for all files that were added, or take blocks as they come.
 
-    The memory belongs to whoever holds the views: it is freed with the last of them.
+    The memory belongs to the holders of the views: it is freed with the last of them.
     """
 
     def __init__(self, *, verify: bool = True, beside: bool = False, ring_bytes: int = 0) -> None:
@@ -116,7 +116,7 @@ class Reading:
         return self._opened(path).memory is None
 
     def add(self, folder: Path, files: Sequence[FileRecord], *, block_bytes: int) -> None:
-        """Open files, all of them before one is read, and read them. Raises SnapshotNotFound where one is not there."""
+        """Open files, all of them before one is read, and read them. Raises SnapshotNotFound if one is not there."""
         self.began = self.began or time.monotonic()
         for record, fd in zip(files, _open_all(folder, files), strict=True):
             in_ring = self._ring_bytes > 0 and record.path.endswith(".safetensors")
@@ -159,7 +159,7 @@ class Reading:
 
     def header(self, path: str) -> tuple[Header, bytes]:
         """The header of a safetensors file, and its bytes, read ahead of the blocks that hold them: compare the two
-        when those have arrived. Raises DigestMismatch where it is none, because one was published."""
+        when those have arrived. Raises DigestMismatch if it is none, because one was published."""
         opened = self._opened(path)
         size, where = opened.record.size_bytes, str(opened.folder / path)
 
@@ -185,7 +185,7 @@ class Reading:
     def wait(self, path: str) -> memoryview:
         """The bytes of one file, once all of it has arrived.
 
-        Raises DigestMismatch where a block is not what the manifest says, OSError where the volume fails.
+        Raises DigestMismatch if a block is not what the manifest says, OSError if the volume fails.
         """
         opened = self._opened(path)
         self._until(lambda: not opened.left)
@@ -193,7 +193,7 @@ class Reading:
 
     def descriptor(self, path: str) -> int:
         """A descriptor of the memory that holds one file, all of it and nothing else, once it has arrived: another
-        process may open it as /proc/PID/fd/N until this reading is closed. -1 where no such process can see the memory.
+        process may open it as /proc/PID/fd/N until this reading is closed. -1 if no such process can see the memory.
 
         Raises as `wait` does.
         """
@@ -208,7 +208,7 @@ class Reading:
         self._until(lambda: self.ended is not None)
 
     def next_arrival(self, *, wait: bool) -> LoadedBlock | None:
-        """The next block that has arrived; None where there is none yet, or with `wait`, where none will come.
+        """The next block that has arrived; None if there is none yet, or with `wait`, if none will come.
 
         Raises as `wait` does.
         """
@@ -247,11 +247,11 @@ class Reading:
             self._process.release(arrival.slot)
 
     def damage(self) -> DigestMismatch | None:
-        """What is wrong with the bytes, once all of them were read or the first wrong block was; a file that cannot be
+        """The error of the bytes, once all of them were read or the first wrong block was; a file that cannot be
         read is as good as wrong."""
         try:
             for opened in self._files:
-                if opened.memory is not None:  # nobody takes away what would come through the ring
+                if opened.memory is not None:  # blocks that would come through the ring are never taken out
                     self.wait(opened.record.path)
         except DigestMismatch as error:
             return error
@@ -293,7 +293,7 @@ class Reading:
                 raise self._error
 
     def _report(self, kind: int, index: int, block: int, detail: int, now: float) -> None:
-        """What became of a block; called by the threads that read, or that listens to the process."""
+        """Take the outcome of a block; called by the threads that read, or that listens to the process."""
         with self._changed:
             opened = self._files[index]
             if kind == blocks.ARRIVED:
@@ -320,7 +320,7 @@ class Reading:
         return self.ended is not None or self._error is not None
 
     def _shared_memory(self, size_bytes: int) -> tuple[memoryview, int]:
-        """Memory for a file, with a descriptor where a process shares it, else -1."""
+        """Memory for a file, with a descriptor if a process shares it, else -1."""
         if self._process is None:
             return host_memory(size_bytes), -1
         length = _memory_length(size_bytes)
@@ -359,7 +359,7 @@ class _Process:
 
     @classmethod
     def start(cls, reading: Reading) -> _Process | None:
-        """Start one; None, with a warning, where this machine does not let us."""
+        """Start one; None, with a warning, if this machine does not allow it."""
         checksums = find_spec("xxhash")
         if checksums is None or checksums.origin is None:
             return None
@@ -387,7 +387,7 @@ class _Process:
         self._send(lambda: self._socket.sendall(blocks.MESSAGE.pack(blocks.RELEASE, slot)))
 
     def close_channel(self) -> None:
-        """Let the process end, at once, whatever it still reads."""
+        """Let the process end, at once, even if it still reads."""
         with contextlib.suppress(OSError):  # it has ended
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -400,7 +400,7 @@ class _Process:
         try:
             with self._sending:
                 send()
-        except OSError as error:  # a process that has ended is found by who listens, with the reason
+        except OSError as error:  # a process that has ended is found by the listener, with the reason
             logger.debug("the reader process takes no more: %s", error)
 
     def _listen(self, reading: Reading) -> None:
@@ -425,7 +425,7 @@ def start_reading(
     """Start to read a snapshot into host memory: the small files, so that they are verified too, then the weights.
 
     `weights`: whether to read those. The other arguments are those of `Reading`. Raises NoWeights, and SnapshotNotFound
-    where it was evicted meanwhile.
+    if it was evicted meanwhile.
     """
     if not snapshot.weights:
         raise NoWeights(f"{snapshot.key} has no weights: remove it and seed the model again")
@@ -446,7 +446,7 @@ def _error(kind: int, opened: _Opened, block: int, number: int) -> Exception:
     path = opened.folder / opened.record.path
     if kind == blocks.FAILED:
         return OSError(number, os.strerror(number), str(path))
-    problem = "ends early" if kind == blocks.SHORT else "is not what was published"
+    problem = "ends early" if kind == blocks.SHORT else "differs from the published bytes"
     return DigestMismatch(
         f"{path} {problem} at byte {block * opened.block_bytes}: "
         "remove the snapshot (`modelstore rm`) and seed the model again"

@@ -59,7 +59,7 @@ if hasattr(torch, "float8_e8m0fnu"):
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
-    """`device`, or where none is named CUDA if there is one, else the CPU. Raises UsageError where it is not here."""
+    """`device`, or if none is named CUDA if there is one, else the CPU. Raises UsageError if it is not here."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -72,7 +72,7 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
 
 def check_fits(snapshot: Snapshot, devices: Sequence[torch.device]) -> None:
-    """Raise DoesNotFit if the weights are larger than what is free on these GPUs together."""
+    """Raise DoesNotFit if the weights are larger than the free memory of these GPUs together."""
     if all(device.type == "cuda" for device in devices):
         place = " and ".join(str(device) for device in devices) + (" have" if len(devices) > 1 else " has")
         free = FreeMemory(sum(_free_bytes(device) for device in devices), place)
@@ -80,7 +80,7 @@ def check_fits(snapshot: Snapshot, devices: Sequence[torch.device]) -> None:
 
 
 def needs_several_gpus(snapshot: Snapshot) -> bool:
-    """Whether the weights are larger than what is free on the first GPU, and there are more."""
+    """Whether the weights are larger than the free memory of the first GPU, and there are more."""
     return torch.cuda.device_count() > 1 and snapshot.weights_bytes > _free_bytes(torch.device("cuda", 0))
 
 
@@ -102,9 +102,9 @@ def load_tensors(
     """The snapshot's tensors by their names in the checkpoint, in the storage dtype; those of a pipeline's parts after
     the name of their folder, as in "unet/conv_in.weight".
 
-    `device` is CUDA where there is one by default; on the CPU the tensors share the memory that was read into.
-    `reading`: a read of this snapshot that is in flight already; `weights`: what `place_early` has begun with it.
-    Raises DigestMismatch where bytes are not what was published, DoesNotFit where the GPU has no room.
+    `device` is CUDA if there is one by default; on the CPU the tensors share the memory that was read into.
+    `reading`: a read of this snapshot that is in flight already; `weights`: those that `place_early` has begun with it.
+    Raises DigestMismatch if bytes are not those published, DoesNotFit if the GPU has no room.
     """
     target = usable_device(device)
     if reading is None:
@@ -125,14 +125,14 @@ def load_tensors(
 
 
 def ring_bytes_for(device: torch.device) -> int:
-    """How much host memory the bytes for a device pass through; 0 where they stay."""
+    """How much host memory the bytes for a device pass through; 0 if they stay."""
     return 0 if device.type == "cpu" else RING_BYTES
 
 
 def place_early(reading: Reading, timeline: Timeline) -> Weights | None:
-    """Begin to move to the GPU what arrives of a snapshot that is still being made; hand the result to `load_model`.
+    """Begin to move the arrived bytes of an unpublished snapshot to the GPU; hand the result to `load_model`.
 
-    None where the weights stay in host memory, or where several GPUs will have to share them.
+    None if the weights stay in host memory, or if several GPUs will have to share them.
     """
     if not reading.uses_ring or torch.cuda.device_count() != 1:
         return None
@@ -153,9 +153,9 @@ class _Slab:
 class Weights:
     """The tensors of a snapshot's weights, whose bytes arrive while they are there already.
 
-    Files are prepared with `complete`, when the snapshot is known, or before that, where their bytes are to be moved,
+    Files are prepared with `complete`, when the snapshot is known, or before that, if their bytes are to be moved,
     as the first of them arrives. `tensors`: by their names in the checkpoint. `stand_ins`: the same as CPU tensors that
-    a model can be built from at once; on the CPU they are the tensors, else views of memory that nobody ever touches.
+    a model can be built from at once; on the CPU they are the tensors, else views of memory that is never touched.
     `early`: whether there are any.
     """
 
@@ -176,20 +176,20 @@ class Weights:
         self.early = True
 
     def complete(self, snapshot: Snapshot) -> None:
-        """Prepare what is left of a snapshot, all of whose files were added to the reading. Raises BadSafetensors and
+        """Prepare the rest of a snapshot, all of whose files were added to the reading. Raises BadSafetensors and
         DigestMismatch as `Reading.header` does."""
         for file in snapshot.weights:
             self._prepare(file.path)
 
     def start(self, timeline: Timeline) -> None:
-        """Begin to move what arrives to the devices, in a thread of its own; on the CPU there is nothing to move."""
+        """Begin to move arriving bytes to the devices, in a thread of its own; on the CPU there is nothing to move."""
         self._began = timeline.now()
         if self._slabs or self._reading.uses_ring:
             self._thread = threading.Thread(target=self._move, name="transfer", daemon=True)
             self._thread.start()
 
     def wait(self, timeline: Timeline) -> dict[str, torch.Tensor]:
-        """The tensors, once all bytes are in place. Raises DigestMismatch where they are not what was published."""
+        """The tensors, once all bytes are in place. Raises DigestMismatch if they are not those published."""
         reading = self._reading
         if self._thread is not None:
             self._thread.join()
@@ -211,7 +211,7 @@ class Weights:
         return self._found(tensor) is not None
 
     def settled(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """What a view of a stand-in is on its device; None for a tensor that is none."""
+        """The tensor on the device for a view of a stand-in; None for another tensor."""
         stand_in = self._found(tensor)
         if stand_in is None:
             return None
@@ -280,11 +280,11 @@ class Weights:
         gpus = {device for device in self._devices.values() if device.type == "cuda"}
         try:
             transfer(self._reading, _Cuda(self, gpus) if gpus else _Host(self))
-        except BaseException as error:  # handed to whoever waits
+        except BaseException as error:  # handed to the waiter
             self._error = error
 
     def parts(self, arrival: LoadedBlock, view: memoryview) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Where a block's bytes go: pairs of a device's bytes and the host's. Compares the header on its way."""
+        """The targets of a block's bytes: pairs of a device's bytes and the host's. Compares the header on its way."""
         self._prepare(arrival.path)
         self._check_header(arrival.path, view, arrival.offset)
         host = torch.frombuffer(view, dtype=torch.uint8)
@@ -306,7 +306,7 @@ class Weights:
 
 
 class _Host:
-    """Takes what comes through the ring to memory of the CPU."""
+    """Takes the bytes of the ring to memory of the CPU."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
@@ -351,7 +351,9 @@ class _Cuda:
         if arrival.path not in self._begun:
             self._begun.add(arrival.path)
             for device, stream in self._streams.items():
-                stream.wait_stream(torch.cuda.current_stream(device))  # whoever had this memory before has done with it
+                stream.wait_stream(
+                    torch.cuda.current_stream(device)
+                )  # the former owner of this memory has done with it
         for target, source in parts:
             stream = self._streams.get(target.device)
             if stream is None:
@@ -368,7 +370,7 @@ class _Cuda:
 
 
 def _cudart(function: str, *arguments: int) -> bool:
-    """Call the CUDA runtime; whether it did what was asked."""
+    """Call the CUDA runtime; returns whether it succeeded."""
     cudart: Any = torch.cuda.cudart
     return int(getattr(cudart(), function)(*arguments)) == 0
 
@@ -405,7 +407,7 @@ def _dtype(tensor: TensorInfo, path: str) -> torch.dtype:
 
 
 def _view(memory: memoryview, header: Header, tensor: TensorInfo, path: str) -> torch.Tensor:
-    """A tensor in the memory of its file; a copy where it does not lie as its dtype wants it."""
+    """A tensor in the memory of its file; a copy if it does not lie as its dtype wants it."""
     dtype, begin = _dtype(tensor, path), _begin(header, tensor)
     if tensor.size_bytes == 0:
         return torch.empty(tensor.shape, dtype=dtype)
@@ -421,6 +423,6 @@ def _address(memory: memoryview) -> int:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """What a model may take: free on the GPU, or held by torch and not in use."""
+    """The bytes that a model may take: free on the GPU, or held by torch and not in use."""
     free, _total = torch.cuda.mem_get_info(device)
     return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))

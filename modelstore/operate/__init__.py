@@ -1,6 +1,6 @@
-"""What people ask of a volume: records in, records out.
+"""The operations on a volume: records in, records out.
 
-inventory    what lies there, who uses it, what it takes
+inventory    the snapshots, their users, their sizes
 seed_list    a list of models, as a TOML file
 seed_plan    such a list against a volume: preview, run, upload
 doctor       whether a fleet can rely on the volume

@@ -1,7 +1,7 @@
-"""`modelstore doctor`: is this volume one that a fleet can rely on, and what stands in the way.
+"""`modelstore doctor`: whether a fleet can rely on this volume, and the obstacles.
 
-Each finding says what was seen, why it matters, and what to do. The probes work in a folder of their own in the store
-(`trash/doctor-<random>/`), which is removed at the end, and by gc where this process was killed.
+Each result gives the observation, its consequence, and the remedy. The probes work in a folder of their own in the
+store (`trash/doctor-<random>/`), which is removed at the end, and by gc if this process was killed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PROBE_BYTES = 64 << 20
 _VISIBLE_S = 2.0
 _SLOW_BYTES_PER_S = 100e6
 _CLOCK_OFF_S = 60.0
-_UNCOUNTED = ("what is there cannot be counted", "see above, or check the mount")
+_UNCOUNTED = ("the snapshots cannot be counted", "see above, or check the mount")
 _LOCAL_LOCKS = ("mfsnobsdlocks", "nolock", "local_lock=all", "local_lock=flock")
 _LOCKER = (
     "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); "
@@ -87,7 +87,7 @@ def diagnose(
 
 
 def exit_code(findings: list[CheckResult]) -> int:
-    """0 where nothing is worse than a warning, else the code of the first error."""
+    """0 if nothing is worse than a warning, else the code of the first error."""
     return next((finding.exit_code or 1 for finding in findings if finding.level == "error"), 0)
 
 
@@ -140,7 +140,7 @@ def _format(layout: Layout) -> CheckResult:
 
 
 def _probed(layout: Layout, peer: Path | None, probe_bytes: int) -> Iterator[CheckResult]:
-    """What has to be tried; the first thing that the volume does not take ends it."""
+    """The checks by trial; the first refusal of the volume ends them."""
     folder = layout.trash / f"doctor-{secrets.token_hex(4)}"
     try:
         durable.check_no_links(layout.root, folder)
@@ -161,7 +161,7 @@ def _probed(layout: Layout, peer: Path | None, probe_bytes: int) -> Iterator[Che
 def _remove(folder: Path) -> None:
     try:
         durable.remove_tree(folder)
-    except (ModelStoreError, OSError) as error:  # says nothing of what was found
+    except (ModelStoreError, OSError) as error:  # says nothing of the results
         logger.warning("%s stays until the next gc: %s", folder, error)
 
 
@@ -223,7 +223,7 @@ def _hard_links(folder: Path) -> CheckResult:
 
 
 def _locks(folder: Path, other: Path) -> CheckResult:
-    """A lock that another process holds, through the other mount where there is one, is seen here."""
+    """A lock that another process holds, through the other mount if there is one, is seen here."""
     durable.write_atomic(folder / "lock", b"")
     with subprocess.Popen(
         [sys.executable, "-c", _LOCKER, str(other / "lock")],
@@ -257,7 +257,7 @@ def _visible(folder: Path, other: Path) -> CheckResult:
         time.sleep(0.001)
     return _warning(
         "visibility", f"a new file is not seen from the other mount within {_VISIBLE_S:g} s",
-        "workers learn late what others have published", "mount it with shorter caches of names",
+        "workers see new snapshots late", "mount it with shorter caches of names",
     )  # fmt: skip
 
 
@@ -270,7 +270,7 @@ def _clock(folder: Path) -> CheckResult:
 
 
 def _rates(folder: Path, probe_bytes: int) -> Iterator[CheckResult]:
-    """Write and read once, past this host's cache where the file system lets it."""
+    """Write and read once, past this host's cache if the file system allows it."""
     path, block = folder / "rate", os.urandom(1 << 20)
     began = time.monotonic()
     fd = durable.open_for_write(path)
@@ -332,7 +332,7 @@ def _leftovers(layout: Layout, settings: Settings) -> CheckResult:
     if plan.garbage:
         text = f"{len(plan.garbage)} leftovers, {size(sum(item.size_bytes for item in plan.garbage))}"
         return _warning("leftovers", text, "they take space", "run `modelstore gc`")
-    return _ok("leftovers", "nothing that nobody needs")
+    return _ok("leftovers", "no leftovers")
 
 
 def _hub(settings: Settings) -> Iterator[CheckResult]:
@@ -356,7 +356,7 @@ def _access(layout: Layout, settings: Settings, reference: str) -> CheckResult:
     try:
         parsed = parse_reference(reference)
         if (snapshot := Catalog(layout).find(parsed, settings.dtype)) is not None:
-            return _ok("access", f"{reference} is published, {snapshot.key}: a start asks nobody")
+            return _ok("access", f"{reference} is published, {snapshot.key}: a start needs no network")
         if parsed.kind == "alias":  # its snapshot was evicted, and is made again
             key = aliases.target(layout, parsed.name)
             parsed = Reference("hub", key.repo_id, key.commit)

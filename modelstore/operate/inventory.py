@@ -1,4 +1,4 @@
-"""What is on a volume, as records: its snapshots and who uses them, what takes the space, who downloads what.
+"""The contents of a volume, as records: its snapshots and their users, the space that they take, the running downloads.
 
 Reads, and writes nothing but the touch that tells the volume's time.
 """
@@ -31,8 +31,8 @@ _Seen = tuple[SnapshotKey, durable.Contents | None, set[str] | None, tuple[pins.
 def models(layout: Layout) -> list[dict[str, Any]]:
     """The snapshots, by repo and commit: size, last use, pin, aliases, and the workers that use them now.
 
-    `complete` is false where a file that the manifest names is not there, or the manifest cannot be read; sizes and
-    bytes are what `verify` compares.
+    `complete` is false if a file that the manifest names is not there, or the manifest cannot be read; `verify`
+    compares sizes and bytes.
     """
     catalog = Catalog(layout)
     keys = list(catalog.keys())
@@ -40,7 +40,7 @@ def models(layout: Layout) -> list[dict[str, Any]]:
     aliased, pinned, marked = aliases.targets(layout).known, pins.pinned(layout), pins.marked_repos(layout)
 
     records = []
-    # What is read is parsed after all was read: a thread that computes holds up those that read.
+    # Files are parsed after all were read: a thread that computes holds up those that read.
     for record in durable.map_concurrently(lambda key: _seen(catalog, layout, key, now, marked), keys):
         if record is None:
             continue
@@ -64,7 +64,8 @@ def models(layout: Layout) -> list[dict[str, Any]]:
 
 
 def space(layout: Layout, settings: Settings) -> dict[str, Any]:
-    """What takes how many bytes, against the quota, and what an eviction frees; files with two names count once."""
+    """The bytes of each kind, against the quota, and the bytes that an eviction frees; files with two names count
+    once."""
     refs.check_format(layout)
     candidates = survey(layout)
     counted: set[tuple[int, int]] = set()
@@ -94,7 +95,7 @@ def space(layout: Layout, settings: Settings) -> dict[str, Any]:
 
 
 def claims(layout: Layout, *, sleep: Callable[[float], None] = time.sleep) -> list[dict[str, Any]]:
-    """The downloads that somebody holds the claim of: who, how far, how long still, and whether the holder is alive.
+    """The claims that are held: the worker, its progress, the time left, and whether the holder is alive.
 
     Looks twice, a few heartbeats apart: a holder that said nothing in between is gone, or its host is.
     """
@@ -133,10 +134,10 @@ def claims(layout: Layout, *, sleep: Callable[[float], None] = time.sleep) -> li
 
 
 def _seen(catalog: Catalog, layout: Layout, key: SnapshotKey, now: float, marked: frozenset[str]) -> _Seen | None:
-    """A snapshot's manifest, what lies in its folder, and its marks; None where it was evicted meanwhile.
+    """A snapshot's manifest, the contents of its folder, and its marks; None if it was evicted meanwhile.
 
-    The names are None where the folder's time says that nothing was put or removed since the manifest was written. That
-    saves a round trip on MooseFS, whose times are whole seconds; where they are finer, the folder is always later. A
+    The names are None if the folder's time says that nothing was put or removed since the manifest was written. That
+    saves a round trip on MooseFS, whose times are whole seconds; if they are finer, the folder is always later. A
     copy that left files out and restored the times is not seen: that takes `verify`.
     """
     file, folder = catalog.read(key), layout.snapshot(key)
@@ -150,7 +151,7 @@ def _seen(catalog: Catalog, layout: Layout, key: SnapshotKey, now: float, marked
 
 
 def find_key(store: ModelStore, reference: str, revision: str | None, dtype: str | None) -> SnapshotKey:
-    """What stands where the snapshot belongs, damaged or not; a commit may be cut, as `ls` shows it."""
+    """The key of the folder in the snapshot's place, damaged or not; a commit may be cut, as `ls` shows it."""
     parsed = parse_reference(reference, revision=revision)
     variant = parse_dtype("--dtype", dtype) if dtype else store.settings.dtype
     if (key := store.catalog.find_key(parsed, variant)) is not None:

@@ -1,4 +1,4 @@
-"""What a volume tells, as Prometheus metrics: to a text file, or on a port.
+"""The state of a volume as Prometheus metrics: to a text file, or on a port.
 
 Everything is read from the volume when it is asked for, so any machine that mounts it can serve them, for the whole
 fleet. Starts and events are those on record, of the last thirty days.
@@ -37,12 +37,14 @@ class _OfVolume(Collector):
         yield from _of_starts(history.starts(self._layout, limit=_STARTS))
         yield _counted("modelstore_events", "Evictions and verification failures on record", "kind", self._events())
         space = inventory.space(self._layout, self._settings)
-        kinds = GaugeMetricFamily("modelstore_bytes", "What takes how many bytes on the volume", labels=["kind"])
+        kinds = GaugeMetricFamily("modelstore_bytes", "Bytes on the volume, by kind", labels=["kind"])
         for kind, size in space["kinds"].items():
             kinds.add_metric([kind], size)
         yield kinds
-        yield GaugeMetricFamily("modelstore_taken_bytes", "What the store takes", value=space["taken"])
-        yield GaugeMetricFamily("modelstore_evictable_bytes", "What an eviction would free", value=space["evictable"])
+        yield GaugeMetricFamily("modelstore_taken_bytes", "Bytes of the store", value=space["taken"])
+        yield GaugeMetricFamily(
+            "modelstore_evictable_bytes", "Bytes that an eviction would free", value=space["evictable"]
+        )
         if space["quota"] is not None:
             yield GaugeMetricFamily("modelstore_quota_bytes", "MODELSTORE_QUOTA", value=space["quota"])
         yield GaugeMetricFamily("modelstore_snapshots", "Published snapshots", value=len(space["snapshots"]))

@@ -50,14 +50,15 @@ td, th { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px so
 def html(
     models: Sequence[Mapping[str, Any]], space: Mapping[str, Any], starts: Sequence[dict[str, Any]], *, made_at: float
 ) -> str:
-    """The page. `models`, `space`: what `look` tells; `starts`: what `history` keeps; `made_at`: seconds since 1970."""
+    """The page. `models`, `space`: records of `inventory`; `starts`: records of `history`; `made_at`: seconds since
+    1970."""
     body = [
         f"<h1>Model store {escape(space['root'])}</h1>",
         f"<p class=faint>as of {_clock(made_at)} UTC</p>",
         _cards(models, space, starts),
         "<h2>Starts over time</h2>",
         _scatter(starts) if starts else "<p class=faint>No start has been recorded yet.</p>",
-        "<h2>What takes the volume</h2>",
+        "<h2>The space on the volume</h2>",
         _treemap(models) if models else "<p class=faint>No models are on the volume.</p>",
         _table(models),
         f"<h2>The latest starts</h2>{_keys({kind.name: kind.colour for kind in SPAN_KINDS.values()})}"
@@ -74,7 +75,7 @@ def html(
 
 
 def text(record: dict[str, Any], *, width: int) -> str:
-    """One start as bars, a line each, in `width` columns, under a line that says what took longest."""
+    """One start as bars, a line each, in `width` columns, under its verdict."""
     head = f"{_clock(record['at'])} UTC  {record['model']}  {_outcome(record)}  by {record['worker']}"
     return f"{head}\n{verdict(record)}\n{waterfall(record['spans'], width=width)}"
 

@@ -2,7 +2,7 @@
 
 [[model]]
 reference = "org/name@main"       # as `modelstore seed` takes it
-dtype = "bfloat16"                # and the rest where it is wanted
+dtype = "bfloat16"                # and the rest if it is wanted
 overflow = "bfloat16"
 aliases = ["chat"]
 pin = true
@@ -32,7 +32,7 @@ _KEYS: Mapping[str, tuple[type, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class ListedModel:
-    """A model that shall be on the volume, and what it is to be called there."""
+    """A model for the volume, and its names there."""
 
     reference: Reference
     dtype: Dtype | None = None
@@ -42,7 +42,7 @@ class ListedModel:
 
 
 def read_list(path: Path) -> tuple[ListedModel, ...]:
-    """The models that a file names. Raises UsageError with the entry and what is wrong with it."""
+    """The models that a file names. Raises UsageError with the entry and its error."""
     try:
         data = tomllib.loads(path.read_text())
     except OSError as error:

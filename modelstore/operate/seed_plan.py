@@ -1,11 +1,11 @@
-"""A list of models against a volume: what a seed will do, printed before it is run.
+"""A list of models against a volume: the plan of a seed, printed before it is run.
 
 >>> plan = SeedPlan(store, read_list(Path("models.toml")), prune=True)
 >>> print(plan.preview().as_json())
 >>> result = plan.run(observer=LogObserver())
 
-`run` fetches the models, several at once, gives them their aliases and pins, and removes what a pruning list does not
-name. `upload` sends what was seeded to other volumes. One model that fails does not stop the others.
+`run` fetches the models, several at once, gives them their aliases and pins, and removes the models that a pruning list
+does not name. `upload` sends the seeded ones to other volumes. One model that fails does not stop the others.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ OnError = Callable[[ModelStoreError], None]
 
 @dataclass(frozen=True, slots=True)
 class SeedPreview:
-    """What a run would do. `models`: a record for each, see `ModelStore.preview`; sizes in bytes."""
+    """The outcome of a run that is not made. `models`: a record for each, see `ModelStore.preview`; sizes in bytes."""
 
     models: tuple[Mapping[str, Any], ...]
     removed: tuple[Candidate, ...]
@@ -54,7 +54,7 @@ class SeedPreview:
 
     @property
     def download_bytes(self) -> int:
-        """What comes over the network; two references may mean one snapshot, which counts once."""
+        """The bytes over the network; two references may mean one snapshot, which counts once."""
         return sum(
             record["downloaded_bytes"] for record in {_key_of(record): record for record in self.models}.values()
         )
@@ -73,7 +73,8 @@ class SeedPreview:
 
 @dataclass(frozen=True, slots=True)
 class SeedResult:
-    """What a run did: a record for each model, upload and removal, and the exit code of the first error, 0 if none."""
+    """The result of a run: a record for each model, upload and removal, and the exit code of the first error, 0 if
+    none."""
 
     records: tuple[Mapping[str, Any], ...]
     exit_code: int = 0
@@ -88,7 +89,8 @@ class SeedPlan:
     prune: bool = False
 
     def preview(self) -> SeedPreview:
-        """What `run` would do. Asks the sources, changes nothing; raises if a model cannot be had."""
+        """The outcome of `run`, without making it. Asks the sources, changes nothing; raises if a model cannot be
+        had."""
         store = self.store
         records = tuple(self._previewed(model) for model in self.models)
         space = inventory.space(store.layout, store.settings)
@@ -161,7 +163,8 @@ class SeedPlan:
         verify: bool = False,
         on_error: OnError = lambda _error: None,
     ) -> SeedResult:
-        """Upload what `run` has seeded to each volume, with an observer for each upload; `verify`: read it back."""
+        """Upload the models that `run` has seeded to each volume, with an observer for each upload; `verify`: read it
+        back."""
         exit_code = result.exit_code
         records = [record for record in result.records if "error" in record]
         for model, seeded in zip(self.models, result.records, strict=True):
@@ -237,7 +240,7 @@ class SeedPlan:
 
 
 class _StoppableObserver(Observer):
-    """Shows what another observer shows, and ends every download once `stop` was called."""
+    """Passes all calls on to another observer, and ends every download once `stop` was called."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer

@@ -1,4 +1,4 @@
-"""What lies on the volume, and who may change it. No network, no torch.
+"""The files on the volume, and the right to change them. No network, no torch.
 
     layout         every path, and the names that may become one; SnapshotKey
     durable        every write: synced, atomic, mapped to our errors; and the reading of folders
@@ -10,7 +10,7 @@
     aliases        names that point to snapshots
     claim          the exclusive right to fill a snapshot
     pins           pins of persons, usage marks of workers, the notice of an eviction
-    space          what the store takes, against the quota
+        space          the space that the store takes, against the quota
     evict          the removal of a snapshot to make room
     garbage        the collection of leftovers
     verify         the comparison of snapshots with their manifests

@@ -1,6 +1,6 @@
 """Aliases: names on the volume that point to a snapshot and can be repointed, which is how models are swapped.
 
-A record, `aliases/<name>.json`, is the alias's whole history, the last entry being where it points now. It is replaced
+A record, `aliases/<name>.json`, is the alias's whole history; the alias points to the last entry. It is replaced
 by one rename, so a reader sees either the old or the new. An entry for a part of the fleet ("percent") is a canary: the
 workers of that share, told by their ids, follow it, and the others the last entry that is for all.
 """
@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Pointed:
-    """Where an alias pointed from `at` on (seconds since 1970), who pointed it there, and for how much of the fleet."""
+    """The snapshot of an alias from `at` on (seconds since 1970), the worker that pointed it there, and the share of
+    the fleet."""
 
     key: SnapshotKey
     at: int
@@ -54,9 +55,9 @@ def names(layout: Layout) -> Iterator[str]:
 
 
 def history(layout: Layout, name: str) -> tuple[Pointed, ...]:
-    """Where an alias has pointed, the latest last; empty where there is no such alias.
+    """The entries of an alias, the latest last; empty if there is no such alias.
 
-    Raises InvalidReference where its record cannot be read.
+    Raises InvalidReference if its record cannot be read.
     """
     path = layout.alias(name)
     try:
@@ -103,7 +104,7 @@ class Targets:
 
 
 def targets(layout: Layout) -> Targets:
-    """Where all aliases point; a damaged record is a warning."""
+    """The target of each alias; a damaged record is a warning."""
     known: dict[SnapshotKey, tuple[str, ...]] = {}
     damaged = []
     for name in names(layout):
@@ -126,7 +127,7 @@ def checked(name: str) -> str:
 
 
 def target(layout: Layout, name: str, *, worker: str | None = None) -> SnapshotKey:
-    """Where an alias points; for a worker of a canary's share, to that. Raises SnapshotNotFound where there is no such
+    """The target of an alias; for a worker of a canary's share, the canary. Raises SnapshotNotFound if there is no such
     alias."""
     pointed = history(layout, name)
     if not pointed:
@@ -137,7 +138,7 @@ def target(layout: Layout, name: str, *, worker: str | None = None) -> SnapshotK
 
 
 def stable(entries: Sequence[Pointed]) -> Pointed:
-    """The last entry that is for the whole fleet; where there is none, the last."""
+    """The last entry that is for the whole fleet; if there is none, the last."""
     return next((entry for entry in reversed(entries) if entry.percent == 100), entries[-1])
 
 

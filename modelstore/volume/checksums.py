@@ -1,6 +1,6 @@
 """The digests of a file: SHA-256 over all of it, XXH3-64 for each of its blocks; made in one pass.
 
-The block checksums are what the manifest keeps and what every reader compares; SHA-256 is what sources state.
+The manifest keeps the block checksums, and every reader compares them; sources state SHA-256.
 """
 
 from __future__ import annotations

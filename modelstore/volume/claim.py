@@ -4,15 +4,15 @@
       1        {"worker": "a", "host": "…", "pid": 7, "state": "held", "beat": 41, "done": …, "total": …, "eta_s": …}
       2        the highest number is the one that counts
 
-What is guaranteed: each generation is created by exactly one process (`O_CREAT|O_EXCL`, which MooseFS elects one winner
-for), numbers only grow, and whoever holds a lower one learns so at its next `check`. What is not: that two processes
+Guaranteed: each generation is created by exactly one process (`O_CREAT|O_EXCL`, for which MooseFS elects one winner),
+numbers only grow, and the holder of a lower one learns so at its next `check`. Not guaranteed: that two processes
 never work at once. A holder that was stopped for longer than the lease goes on until its next check; the store stays
 correct because writes are idempotent and publishing is one rename.
 
 A contender takes over when one of these holds, and only by creating the next generation:
 - the record says the holder is through with it;
 - the generation's `FileLock` is free and the record has not changed for `DEAD_AFTER_S`: the process is gone. Locks that
-  a mount keeps local to its host (`mfsnobsdlocks`) look free from elsewhere; the heartbeat is what tells then;
+    a mount keeps local to its host (`mfsnobsdlocks`) look free from elsewhere; then the heartbeat decides;
 - the record has not changed for the lease time, on the contender's own monotonic clock: the host is gone. The lock
   alone would not do: MooseFS keeps a lost host's locks for a day.
 
@@ -56,8 +56,8 @@ State = Literal["held", "released", "published"]
 
 @dataclass(frozen=True, slots=True)
 class ClaimRecord:
-    """What a generation's file says; `done`, `total` in bytes, `eta_s` in seconds where it can be told; `reserved` is
-    what the snapshot and its staging will take on the volume, in bytes."""
+    """The record in a generation's file; `done` and `total` in bytes, `eta_s` in seconds if it is known; `reserved`:
+    bytes that the snapshot and its staging will take on the volume."""
 
     worker: str
     host: str
@@ -98,14 +98,14 @@ def parse_record(data: bytes) -> ClaimRecord | None:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Somebody else's claim as a contender sees it; `silent_s` is how long its record has not changed."""
+    """Another process's claim as a contender sees it; `silent_s` is how long its record has not changed."""
 
     generation: int
     record: ClaimRecord | None
     silent_s: float
 
     def describe(self) -> str:
-        """One phrase for a person: who, how far, how long still."""
+        """One phrase for a person: the worker, its progress, the time left."""
         if self.record is None:
             return f"generation {self.generation}, not started yet"
         text = f"worker {self.record.worker} ({self.record.phase or 'starting'}"
@@ -130,7 +130,7 @@ class Contender:
         self._seen_since = clock()
 
     def try_claim(self) -> Claim | Holder:
-        """One attempt, without waiting: the claim, or whoever holds it."""
+        """One attempt, without waiting: the claim, or its holder."""
         generation = highest_generation(self._folder)
         if generation == 0:
             durable.make_folder(self._folder)
@@ -156,7 +156,8 @@ class Contender:
         return Holder(generation, record, silent_s)
 
     def take_over(self) -> Claim | Holder:
-        """Create the next generation whatever the holder's record says: for who knows that it has long been silent."""
+        """Create the next generation whatever the holder's record says; for a caller who knows that it has long been
+        silent."""
         generation = highest_generation(self._folder)
         if generation == 0:
             durable.make_folder(self._folder)
@@ -180,7 +181,7 @@ class Contender:
         )
 
     def _remove_old_generations(self, below: int) -> None:
-        """Remove records that nobody reads any more; only the highest counts, and a holder has its own open."""
+        """Remove records that are never read again; only the highest counts, and a holder has its own open."""
         for generation in generations(self._folder):
             if generation < below:
                 with suppress(ModelStoreError, OSError):  # `gc` removes it later
@@ -190,7 +191,7 @@ class Contender:
 class Claim:
     """A generation that this process created. As a context manager it is released at the end of the block.
 
-    `after_the_dead`: nobody can still be writing under the generation before; False where its host was only silent.
+    `after_the_dead`: no process can still be writing under the generation before; False if its host was only silent.
     """
 
     def __init__(
@@ -221,7 +222,7 @@ class Claim:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise ClaimLost where a higher generation exists. Call before each expensive step and before publishing."""
+        """Raise ClaimLost if a higher generation exists. Call before each expensive step and before publishing."""
         highest = highest_generation(self._path.parent)
         if highest > self.generation:
             raise ClaimLost(
@@ -230,12 +231,12 @@ class Claim:
             )
 
     def report(self, phase: str, *, done: int, total: int, eta_s: float | None) -> None:
-        """What the next heartbeats tell the waiters; `done` and `total` in bytes."""
+        """Set the progress that the next heartbeats publish; `done` and `total` in bytes."""
         with self._write_lock:
             self._record = replace(self._record, phase=phase, done=done, total=total, eta_s=eta_s)
 
     def reserve(self, size_bytes: int) -> None:
-        """Let everybody who counts space count this; on the volume when it returns."""
+        """Reserve space on the volume: every process that counts space counts this, once the call returns."""
         with self._write_lock:
             self._record = replace(self._record, reserved=size_bytes)
         self._write()
@@ -293,7 +294,7 @@ def highest_generation(folder: Path) -> int:
 
 
 def current_record(folder: Path) -> tuple[int, ClaimRecord | None]:
-    """The generation that counts, and what its file says, if that can be read: something else in its place is passed
+    """The highest generation, and its record, if that can be read: something else in its place is passed
     over with a warning, because it says nothing of the other claims."""
     generation = highest_generation(folder)
     try:
@@ -304,7 +305,7 @@ def current_record(folder: Path) -> tuple[int, ClaimRecord | None]:
 
 
 def reserved_bytes(folder: Path) -> tuple[int, int]:
-    """What the holder of a claim has reserved, and its beat; (0, 0) where nobody holds it."""
+    """The bytes that the holder of a claim has reserved, and its beat; (0, 0) if there is no holder."""
     _generation, record = current_record(folder)
     return (record.reserved, record.beat) if record is not None and record.state == "held" else (0, 0)
 
@@ -317,7 +318,7 @@ def _read(path: Path) -> bytes:
 
 
 def _try_lock(path: Path, *, timeout_s: float = 0.0) -> FileLock | None:
-    """The generation's lock, or None where another process has it or the file system knows no locks."""
+    """The generation's lock, or None if another process has it or the file system knows no locks."""
     lock = FileLock(path, timeout=timeout_s, thread_local=False, fallback_to_soft=False, poll_interval=0.01)
     try:
         lock.acquire()

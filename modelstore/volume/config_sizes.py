@@ -2,9 +2,9 @@
 
 A config is a program of a kind: `"num_hidden_layers": 1000000000` makes its reader build layers until the memory is
 full, and no error says why. So a number of layers is compared with the number of tensors, and a width with the longest
-side of a tensor, generously: what is refused here is orders of magnitude away, never a model with unusual parts.
+side of a tensor, generously: a refused number is orders of magnitude away, never a model with unusual parts.
 
-Not looked at: lengths of texts, bases of rotary embeddings, token ids, and whatever else no weight bears out. What they
+Not compared: lengths of texts, bases of rotary embeddings, token ids, and all else that no weight bears out. Their
 can make a reader compute is bounded while the model is built (`loader.bounded_build`).
 """
 
@@ -28,7 +28,8 @@ _COUNTS = re.compile(r"head|expert|group|kernel|query|queries")
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What a checkpoint's weights bear out. Without arguments: what no published checkpoint comes near."""
+    """The sizes that a checkpoint's weights bear out. Without arguments: bounds that no published checkpoint comes
+    near."""
 
     tensors: int = 1 << 16
     longest_side: int = 1 << 28
@@ -58,7 +59,8 @@ class Sizes:
 
 def check_configs(folder: Path, paths: Iterable[str], name: str) -> None:
     """`Sizes().check` for each `config.json` among the `paths` of a snapshot in `folder`, before a library parses it:
-    one of an earlier version may hold what is refused today. One that cannot be read is for its reader to find."""
+    one of an earlier version may hold a number that is refused today. One that cannot be read is for its reader to
+    find."""
     for path in paths:
         if path.rpartition("/")[2] == "config.json":
             try:

@@ -1,10 +1,10 @@
 """Changing the volume: the package's only caller of write, fsync, rename, link, unlink and mkdir.
 
-What it guarantees: `write_atomic` leaves the old file or the new one, never a part; after `publish_folder` returns, the
-folder and all it holds survive a crash. What it does not: writes before an fsync may be seen late or never by another
+Guaranteed: `write_atomic` leaves the old file or the new one, never a part; after `publish_folder` returns, the
+folder and all it holds survive a crash. Not guaranteed: writes before an fsync may be seen late or never by another
 mount (MooseFS shows size 0 until the writer flushes), and no lock is taken here.
 
-Whatever lies at a path may have been put there by another user of the volume. So links are never followed at the last
+Another user of the volume may have put anything at a path. So links are never followed at the last
 component, opening waits for nothing (a named pipe), and only regular files are written, or read as a whole, those up to
 a size that its kind of record can have.
 
@@ -31,7 +31,7 @@ from modelstore.errors import ModelStoreError, NoSpace, RootUnusable, UnsafeName
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP})
-_FOREIGN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # for every open: who knows what lies there
+_FOREIGN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # for every open: another user may have put anything there
 _FILE_MODE = 0o644
 _STALE_ATTEMPTS = 3
 _STALE_S = 1.0
@@ -46,7 +46,7 @@ R = TypeVar("R")
 
 @contextmanager
 def mapped_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError on `path` into the package's own where it means a full or an unusable volume."""
+    """Turn an OSError on `path` into the package's own if it means a full or an unusable volume."""
     try:
         yield
     except OSError as error:
@@ -64,7 +64,7 @@ def _unusable(error: OSError, path: Path) -> RootUnusable:
 
 
 def make_folder(folder: Path) -> None:
-    """Create `folder` and its parents where they are missing. Raises NoSpace, or RootUnusable for all else."""
+    """Create `folder` and its parents if they are missing. Raises NoSpace, or RootUnusable for all else."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,7 +74,7 @@ def make_folder(folder: Path) -> None:
 def open_for_write(path: Path, *, exclusive: bool = False) -> int:
     """Open `path` for reading and writing, created if missing, never truncated; returns the descriptor.
 
-    `exclusive`: fail with FileExistsError where it exists; this is the one election that holds on MooseFS.
+    `exclusive`: fail with FileExistsError if it exists; this is the one election that holds on MooseFS.
     """
     return _open_regular(path, os.O_RDWR | os.O_CREAT | (os.O_EXCL if exclusive else 0))
 
@@ -85,7 +85,7 @@ def _open_regular(path: Path, flags: int) -> int:
         try:
             fd = os.open(path, flags | _FOREIGN, _FILE_MODE)
         except OSError as error:
-            if error.errno in (errno.ENXIO, errno.EISDIR):  # a pipe that nobody reads, a socket, a folder
+            if error.errno in (errno.ENXIO, errno.EISDIR):  # a pipe without a reader, a socket, a folder
                 raise _not_regular(path) from error
             raise
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -148,7 +148,7 @@ def write_at(fd: int, data: bytes | bytearray | memoryview, offset: int, *, path
 
 
 def set_size(fd: int, size_bytes: int, *, path: Path) -> None:
-    """Give the file its final size; where it has that size already, nothing happens."""
+    """Give the file its final size; if it has that size already, nothing happens."""
     with mapped_errors(path):
         if os.fstat(fd).st_size != size_bytes:
             os.ftruncate(fd, size_bytes)
@@ -208,7 +208,7 @@ def rename(source: Path, target: Path) -> None:
 
 
 def publish_folder(source: Path, target: Path) -> bool:
-    """Make the folder `source` appear as `target` in one step; False where a non-empty `target` was there first.
+    """Make the folder `source` appear as `target` in one step; False if a non-empty `target` was there first.
 
     `rename(2)` refuses a non-empty target (ENOTEMPTY, or EEXIST on some file systems), on MooseFS as elsewhere, so a
     second publisher cannot replace the first. Everything in `source` must have been synced.
@@ -226,7 +226,7 @@ def publish_folder(source: Path, target: Path) -> bool:
 
 
 def touch(path: Path) -> float:
-    """Create an empty file where it is missing, and give it the volume's own time; returns that, in seconds."""
+    """Create an empty file if it is missing, and give it the volume's own time; returns that, in seconds."""
     make_folder(path.parent)
     fd = _open_regular(path, os.O_WRONLY | os.O_CREAT)
     try:
@@ -238,7 +238,7 @@ def touch(path: Path) -> float:
 
 
 def touch_folder(folder: Path) -> None:
-    """Give a folder the volume's own time, so that its age counts from now; fine where it is none."""
+    """Give a folder the volume's own time, so that its age counts from now; fine if it is none."""
     with mapped_errors(folder):
         try:
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _FOREIGN)
@@ -251,7 +251,7 @@ def touch_folder(folder: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """A second name for the file `source`; fine where `target` is that file already."""
+    """A second name for the file `source`; fine if `target` is that file already."""
     with mapped_errors(target):
         try:
             os.link(source, target, follow_symlinks=False)
@@ -261,7 +261,7 @@ def link(source: Path, target: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy of it where there can be none; fine where `target` is there already."""
+    """A second name for a file, or a copy of it if there can be none; fine if `target` is there already."""
     if os.path.lexists(target):
         return
     try:
@@ -275,13 +275,13 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file; fine where it is not there."""
+    """Remove a file; fine if it is not there."""
     with mapped_errors(path):
         path.unlink(missing_ok=True)
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder with all it holds, following no links; fine where it is not there.
+    """Remove a folder with all it holds, following no links; fine if it is not there.
 
     A mount that still has the name of a folder that another one replaced says ESTALE, for up to a second on MooseFS.
     """
@@ -297,7 +297,7 @@ def remove_tree(folder: Path) -> None:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What lies in a folder, by name; nothing where it does not exist."""
+    """The paths in a folder, by name; none if it does not exist."""
     return [folder / name for name in names(folder)]
 
 
@@ -310,10 +310,10 @@ def names(folder: str | Path) -> list[str]:
 
 
 def folder_names(folder: str | Path) -> list[str]:
-    """The names of the folders in a folder, links left out, sorted; none where it does not exist. Raises RootUnusable.
+    """The names of the folders in a folder, links left out, sorted; none if it does not exist. Raises RootUnusable.
 
     Each is asked for its state, because a file system that sees this sends the states of the next ones with their names
-    (FUSE's and NFS's readdirplus), and whoever looks below one of them within a second saves a round trip.
+    (FUSE's and NFS's readdirplus), and a look below one of them within a second saves a round trip.
     """
     folders = []
     try:
@@ -342,9 +342,9 @@ def map_concurrently(look: Callable[[T], R], things: Iterable[T]) -> list[R]:
 
 
 def tree_bytes(folder: Path, counted: set[tuple[int, int]] | None = None, *, unshared: bool = False) -> int:
-    """What the regular files of a folder take by their sizes, each inode once; `seen` carries inodes between calls.
+    """The bytes of a folder's regular files by their sizes, each inode once; `seen` carries inodes between calls.
 
-    `unshared`: only what is freed when the folder goes, without files that have another name somewhere. Sizes, not
+    `unshared`: only the bytes that are freed when the folder goes, without files that have another name. Sizes, not
     blocks: MooseFS tells the whole size for a sparse file, too.
     """
     counted = set() if counted is None else counted
@@ -365,12 +365,12 @@ def tree_bytes(folder: Path, counted: set[tuple[int, int]] | None = None, *, uns
 
 
 def tree_blocks(folder: Path) -> int:
-    """What a folder's files take on the disk in bytes, holes left out; MooseFS counts holes."""
+    """The bytes of a folder's files on the disk, holes left out; MooseFS counts holes."""
     return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
 
 
 def newest_mtime(path: Path) -> float:
-    """The latest mtime of a file, or of a folder and all it holds; 0 where it does not exist."""
+    """The latest mtime of a file, or of a folder and all it holds; 0 if it does not exist."""
     try:
         state = path.lstat()
         children = entries(path) if stat.S_ISDIR(state.st_mode) else []
@@ -380,8 +380,8 @@ def newest_mtime(path: Path) -> float:
 
 
 def check_no_links(root: Path, path: Path) -> None:
-    """Raise UnsafeName where a component of `path` below `root` is a symbolic link, as another user of the volume may
-    have planted it. What does not exist is fine."""
+    """Raise UnsafeName if a component of `path` below `root` is a symbolic link, as another user of the volume may
+    have planted it. A path that does not exist is fine."""
     step = str(root)
     for part in path.relative_to(root).parts:
         step = f"{step}/{part}"

@@ -1,9 +1,9 @@
 """Removing snapshots: plan first, then act.
 
-A snapshot is unpublished by one rename into `trash/`, then deleted: from that moment nobody finds it, and whoever has
-opened its files reads them to the end. Another mount may find the folder under its old name for a second more (MooseFS
-caches the names of folders for that long: up to 1.01 s in eight tries on 3.0.117), so the announcement of the eviction
-stands for two. What a crash leaves in `trash/` is collected later (`gc.py`).
+A snapshot is unpublished by one rename into `trash/`, then deleted: from that moment no lookup finds it, and a loader
+that has opened its files reads them to the end. Another mount may find the folder under its old name for a second more
+(MooseFS caches the names of folders for that long: up to 1.01 s in eight tries on 3.0.117), so the announcement of the
+eviction stands for two. Leftovers of a crash in `trash/` are collected later (`garbage.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A snapshot, damaged or not, and what speaks against evicting it. `size_bytes` is what is freed when it goes,
+    """A snapshot, damaged or not, and the reasons against evicting it. `size_bytes` is freed when it goes,
     `idle_s` the seconds since its last use."""
 
     key: SnapshotKey
@@ -36,7 +36,7 @@ class Candidate:
 
     @property
     def retained_by(self) -> str:
-        """Why it must stay; empty where it may go."""
+        """Why it must stay; empty if it may go."""
         if self.pinned:
             return "it is pinned"
         if self.aliases:
@@ -60,7 +60,7 @@ def survey(layout: Layout, keys: Sequence[SnapshotKey] | None = None) -> tuple[C
 
 
 def least_recently_used(candidates: Sequence[Candidate], size_bytes: int) -> tuple[Candidate, ...]:
-    """The first of `candidates` that may go and together free `size_bytes`; all that may go where they do not."""
+    """The first of `candidates` that may go and together free `size_bytes`; all that may go if they do not."""
     chosen: list[Candidate] = []
     for candidate in candidates:
         if sum(before.size_bytes for before in chosen) >= size_bytes:
@@ -73,10 +73,10 @@ def least_recently_used(candidates: Sequence[Candidate], size_bytes: int) -> tup
 def evict(
     layout: Layout, key: SnapshotKey, *, force: bool = False, sleep: Callable[[float], None] = time.sleep
 ) -> bool:
-    """Unpublish a snapshot, then delete it; False where somebody uses, pinned or removed it meanwhile, or where an
+    """Unpublish a snapshot, then delete it; False if it was used, pinned or removed since, or if an
     alias points to it.
 
-    `force`: whatever uses or pins it.
+    `force`: even if it is in use or pinned.
     """
     path, aside = layout.snapshot(key), layout.aside(layout.trash, key)
     durable.check_no_links(layout.root, path)
@@ -98,7 +98,7 @@ def evict(
             if force:
                 pins.unpin(layout, key)
             sleep(SETTLE_S)
-        except BaseException:  # somebody pressed Ctrl-C meanwhile: it is unpublished, so it goes
+        except BaseException:  # Ctrl-C, perhaps: it is unpublished, so it goes
             durable.remove_tree(aside)
             raise
     durable.remove_tree(aside)

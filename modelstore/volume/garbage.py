@@ -1,10 +1,10 @@
-"""Collecting what nobody needs any more: plan first, then act.
+"""Collecting leftovers: plan first, then act.
 
-Nothing is touched that changed within the grace period: what a running download, load or removal works on is younger.
+Nothing is touched that changed within the grace period: a running download, load or removal works on younger files.
 Ages are told by the volume's own clock. Collected are
 
-- staging that no worker fills: under a claim of its own, so that nobody begins to in between;
-- `trash/` and `quarantine/`: what a removal that was cut short left, and damaged snapshots;
+- staging that no worker fills: under a claim of its own, so that no worker begins to in between;
+- `trash/` and `quarantine/`: leftovers of a removal that was cut short, and damaged snapshots;
 - generations of claims below the highest, which stays, so that numbers only grow;
 - marks of use of workers that are gone, but for the newest, which says when the snapshot was last used;
 - positions of verifications whose snapshot is gone, and temporary files of writers that died.
@@ -38,7 +38,7 @@ Kind = Literal["staging", "trash", "quarantine", "generation", "mark", "record",
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """One file or folder to collect; `key` where it belongs to a snapshot's claim."""
+    """One file or folder to collect; `key` if it belongs to a snapshot's claim."""
 
     kind: Kind
     path: Path
@@ -49,7 +49,7 @@ class Garbage:
 
 @dataclass(frozen=True, slots=True)
 class GarbagePlan:
-    """What a collection removes, or has removed; print it before running it."""
+    """The files that a collection removes, or has removed; print it before running it."""
 
     garbage: tuple[Garbage, ...]
     evicted: tuple[Candidate, ...] = ()
@@ -59,7 +59,7 @@ class GarbagePlan:
         return sum(item.size_bytes for item in self.garbage) + sum(item.size_bytes for item in self.evicted)
 
     def run(self, layout: Layout, settings: Settings, *, grace_s: float) -> GarbagePlan:
-        """Remove it all, but for what somebody needs after all; what went."""
+        """Remove it all, except what has come into use since; returns the plan of what was removed."""
         removed = []
         for item in self.garbage:
             try:
@@ -75,7 +75,7 @@ class GarbagePlan:
 def plan_collection(
     layout: Layout, settings: Settings, *, grace_s: float = GRACE_S, limit_bytes: int | None = None
 ) -> GarbagePlan:
-    """What is garbage now; with `limit_bytes` also the least recently used snapshots, until the store takes that."""
+    """The garbage of now; with `limit_bytes` also the least recently used snapshots, until the store takes that."""
     garbage = find_garbage(layout, grace_s=grace_s)
     if limit_bytes is None:
         return GarbagePlan(garbage)
@@ -84,13 +84,13 @@ def plan_collection(
 
 
 def find_garbage(layout: Layout, *, grace_s: float = GRACE_S) -> tuple[Garbage, ...]:
-    """What nobody needs. Raises RootUnusable where the store cannot be read."""
+    """The leftovers. Raises RootUnusable if the store cannot be read."""
     now = pins.volume_time(layout)
     return tuple(item for item in _candidates(layout, now) if item.age_s >= grace_s)
 
 
 def collect(layout: Layout, item: Garbage, *, worker: str, lease_s: float, grace_s: float = GRACE_S) -> bool:
-    """Remove one item; False where somebody needs it after all."""
+    """Remove one item; False if it has come into use since."""
     durable.check_no_links(layout.root, item.path)
     if item.kind == "staging" and item.key is not None:
         return _collect_staging(layout, item, item.key, worker=worker, lease_s=lease_s, grace_s=grace_s)
@@ -106,7 +106,7 @@ def collect(layout: Layout, item: Garbage, *, worker: str, lease_s: float, grace
 def _collect_staging(
     layout: Layout, item: Garbage, key: SnapshotKey, *, worker: str, lease_s: float, grace_s: float
 ) -> bool:
-    """Nobody has written there or beaten for the grace period, which is longer than any lease: take the claim over."""
+    """Take the claim over: there was no write and no beat for the grace period, which is longer than any lease."""
     now = pins.volume_time(layout)
     if now - max(_claimed_at(layout, key), durable.newest_mtime(item.path)) < grace_s:
         return False
@@ -122,7 +122,7 @@ def _collect_staging(
 
 def _candidates(layout: Layout, now: float) -> Iterator[Garbage]:
     for key, variant in keyed_folders(layout.root / "staging"):
-        # A live claim beats every half second, whatever its download does.
+        # A live claim beats every half second, even if its download stands still.
         touched_at = max(durable.newest_mtime(variant), _claimed_at(layout, key))
         yield Garbage("staging", variant, durable.tree_bytes(variant, unshared=True), now - touched_at, key)
     aside: dict[Kind, Path] = {"trash": layout.trash, "quarantine": layout.quarantine}

@@ -5,7 +5,7 @@
     the rest       the tensors' bytes, without gaps
 
 At least all that the reference implementation refuses is refused here (its rules: format README and `tensor.rs` of
-huggingface/safetensors), because a file that lies must not be published, whoever would open it later.
+huggingface/safetensors), because a file that lies must not be published, however it would be opened later.
 """
 
 from __future__ import annotations

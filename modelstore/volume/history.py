@@ -1,4 +1,4 @@
-"""The starts of a fleet, a small record each, so that somebody can see later why one was slow; and what befell models.
+"""The starts of a fleet, a small record each, to show later why one was slow; and events: evictions and quarantines.
 
     starts/2026-11-21/1795277497.<worker>.<random>.json    {"at": 1795277497, "error": "", "worker": …, "spans": […]}
     events/2026-11-21/1795277497.evicted.<random>.json     {"at": 1795277497, "kind": "evicted", "repo_id": …, …}
@@ -41,7 +41,8 @@ def add(layout: Layout, timeline: Timeline, *, error: str = "") -> None:
 
 
 def record_event(layout: Layout, kind: str, key: SnapshotKey) -> None:
-    """Keep what befell a snapshot; `kind` is one of EVENTS. A volume that does not take it fails nothing."""
+    """Record an event of a snapshot; `kind` is one of EVENTS. Best effort: if the volume cannot be written, it is
+    lost."""
     record = {
         "at": round(time.time(), 3),
         "kind": kind,
@@ -51,7 +52,7 @@ def record_event(layout: Layout, kind: str, key: SnapshotKey) -> None:
 
 
 def events(layout: Layout) -> list[dict[str, Any]]:
-    """What befell snapshots, the oldest first; what cannot be read is left out."""
+    """The events of snapshots, the oldest first; records that cannot be read are left out."""
     records = [_json(path) for day in _days(layout.events) for path in durable.entries(day)]
     return [record for record in records if isinstance(record, dict) and record.get("kind") in EVENTS]
 
@@ -75,7 +76,7 @@ def _keep(layout: Layout, folder: Path, label: str, record: dict[str, Any]) -> N
 
 
 def starts(layout: Layout, *, limit: int, model: str | None = None) -> list[dict[str, Any]]:
-    """The latest records, or the latest of one model, the oldest of them first; what cannot be read is left out."""
+    """The latest records, or the latest of one model, the oldest of them first; unreadable ones are left out."""
     records: list[dict[str, Any]] = []
     for day in reversed(_days(layout.starts)):
         paths = durable.entries(day)  # their names begin with the time
@@ -98,7 +99,7 @@ def _json(path: Path) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A record made of nothing but what was checked; None where it is damaged."""
+    """A record made of checked values only; None if it is damaged."""
     record = _json(path)
     try:
         spans: list[dict[str, Any]] = [

@@ -6,10 +6,10 @@
       staging/<org>--<name>/<commit>.<dtype>/<generation>/
         source/<file>                                bytes as the source has them, partial
         journal/<file>/<segment>[.open]              which granules of it are there (partial.py)
-        snapshot/<file>                              what will be published
+                snapshot/<file>                              the files to publish
         done/<file>                                  a converted file's digests (convert.py)
       claims/<org>--<name>/<commit>.<dtype>/<generation>
-      claims/space/<generation>                      who counts what the store takes, and evicts (space.py)
+            claims/space/<generation>                      the process that counts the space and evicts (space.py)
       refs/<org>--<name>/<revision>.json             the commit this fleet uses for a revision
       pins/<org>--<name>/<commit>.<dtype>.json       a person's pin
       used/<org>--<name>/<commit>.<dtype>/<worker>   empty; its mtime is that worker's last use (pins.py)
@@ -38,7 +38,7 @@ from modelstore.reference import is_commit, is_repo_id
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
-_MAX_COMPONENT_BYTES = 240  # 255 less what our own suffixes take
+_MAX_COMPONENT_BYTES = 240  # 255 less our own suffixes
 _MAX_PATH_BYTES = 1024
 _MAX_REF_CHARACTERS = 200
 _DEVICE_NAMES = frozenset(
@@ -106,7 +106,7 @@ def check_file_names(names: Iterable[str]) -> None:
 
 @dataclass(frozen=True, slots=True, order=True)
 class SnapshotKey:
-    """What names a snapshot: one commit of one repo in one variant."""
+    """The name of a snapshot: one commit of one repo in one variant."""
 
     repo_id: str
     commit: str
@@ -131,7 +131,7 @@ def repo_folder(repo_id: str) -> str:
 
 
 def key_from_parts(folder: str, variant: str) -> SnapshotKey | None:
-    """The key that two path components name, or None where they name none."""
+    """The key that two path components name, or None if they name none."""
     org, dashes, name = folder.partition("--")
     commit, dot, dtype = variant.partition(".")
     repo_id = f"{org}/{name}"
@@ -202,7 +202,7 @@ class Layout:
 
     @property
     def events(self) -> Path:
-        """The records of what befell snapshots, a folder for each day."""
+        """The records of events, a folder for each day."""
         return self.root / "events"
 
     @property

@@ -1,4 +1,4 @@
-"""The manifest: what a published snapshot holds, byte for byte, and where it came from.
+"""The manifest: the files of a published snapshot, byte for byte, and their source.
 
     {"format_version": 1, "repo_id": "org/name", "commit": "…", "dtype": "float16", "created_at": 1790000000,
      "source": {"kind": "hub", "location": "https://huggingface.co", "revision": "main"},
@@ -8,7 +8,7 @@
      "stored_unchanged": "", "remote_code": false, "digest": "…"}
 
 `blocks` are the XXH3-64 checksums of the file's consecutive blocks, joined; the last block may be short. `origin` says
-what the file was before conversion and is absent where it was stored as it came. `digest` is the SHA-256 of the record
+describes the file before conversion and is absent if it was stored as it came. `digest` is the SHA-256 of the record
 without itself, so that a flipped bit in the manifest is found like one in a weight. Parsing is strict: an unknown
 format, a missing field or an unsafe name is BadManifest (or FormatTooNew), never a guess. Standard library only.
 """
@@ -60,11 +60,11 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class SourceRecord:
-    """Where a snapshot came from; `location` is an endpoint's address without secrets, or a folder.
+    """The source of a snapshot; `location` is an endpoint's address without secrets, or a folder.
 
-    `compared_with` is what its files were compared with before they were stored: "hub", the Hub's listing of the
-    commit; "cache", the names that an HF cache gives its files, which say nothing of the Hub; empty for a folder, whose
-    files are what they are, and in manifests of earlier versions.
+    `compared_with`: the statement that its files were compared with before they were stored: "hub", the Hub's listing
+    of the commit; "cache", the names that an HF cache gives its files, which say nothing of the Hub; empty for a
+    folder, and in manifests of earlier versions.
     """
 
     kind: str
@@ -80,8 +80,8 @@ class SourceRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The record of one snapshot. `stored_unchanged` says why nothing was converted, and is empty where it was;
-    `remote_code` that its configs name code that the repo brings, which somebody allowed."""
+    """The record of one snapshot. `stored_unchanged` says why nothing was converted, and is empty if it was;
+    `remote_code` that its configs name code that the repo brings, which was allowed."""
 
     key: SnapshotKey
     created_at: int
@@ -180,7 +180,7 @@ def parse_file_record(record: Mapping[str, Any], block_bytes: int) -> FileRecord
     """The inverse of `file_as_json`. Raises KeyError, TypeError or ValueError; names are checked by the caller."""
     path, size_bytes, sha256, blocks = _text(record["path"]), _count(record["size"]), record["sha256"], record["blocks"]
     expected = -(-size_bytes // block_bytes) * CHECKSUM_HEX
-    # What is no string is a TypeError of `fullmatch`.
+    # A value that is no string is a TypeError of `fullmatch`.
     if not _SHA256.fullmatch(sha256) or not _HEX.fullmatch(blocks) or len(blocks) != expected:
         raise ValueError(f"the digests of {path!r} are not complete")
     if (origin := record.get("origin")) is None:

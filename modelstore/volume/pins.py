@@ -1,15 +1,15 @@
-"""What keeps a snapshot from eviction: a person's pin, and the marks of the workers that use it. Standard library only.
+"""The reasons to keep a snapshot: a person's pin, and the marks of the workers that use it. Standard library only.
 
     pins/<org>--<name>/<commit>.<dtype>.json        {"by": "alice"}; until a person takes it away
     used/<org>--<name>/<commit>.<dtype>/<worker>.<random>    empty; touched at a worker's start and every minute
-    used/<org>--<name>/<commit>.<dtype>/.last       empty; touched with every mark, and by whoever asks without serving
-    used/<org>--<name>/<commit>.<dtype>/.evicting   somebody is about to move the snapshot away
+        used/<org>--<name>/<commit>.<dtype>/.last       empty; touched with every mark, and by uses that do not serve
+        used/<org>--<name>/<commit>.<dtype>/.evicting   a process is about to move the snapshot away
 
 A worker's mark that was touched in the last five minutes says "in use"; the newest of all is the last use. Ages are
 told by the volume's own clock, which gives every mtime here, so a host whose clock is wrong changes nothing.
 
-A worker makes its mark and then looks for `.evicting`; whoever evicts makes `.evicting` and then looks for marks. One
-of the two sees the other, so a snapshot that a worker has begun to load stays where it is, also for what opens its
+A worker makes its mark and then looks for `.evicting`; an eviction makes `.evicting` and then looks for marks. One
+of the two sees the other, so a snapshot that a worker has begun to load stays in place, also for programs that open its
 files by path later. A volume that is mounted read-only gets no marks.
 """
 
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A use of a snapshot; `worker` is empty where nobody serves it; `touched_at` in seconds of the volume's clock."""
+    """A use of a snapshot; `worker` is empty if it did not serve; `touched_at` in seconds of the volume's clock."""
 
     worker: str
     touched_at: float
@@ -94,7 +94,7 @@ class UsageMark:
 
     def _remove_old_marks(self) -> None:
         """Remove marks of workers that were killed: all that are a day old, and the oldest of more than a few that
-        nobody refreshes, as workers leave that start and fail in a loop. This one's own mark is the newest."""
+        that are never refreshed, as workers leave that start and fail in a loop. This one's own mark is the newest."""
         now = self._path.lstat().st_mtime
         marks = [path for path in durable.entries(self._path.parent) if _MARK.fullmatch(path.name)]
         ages = sorted((now - path.lstat().st_mtime, path) for path in marks)
@@ -104,7 +104,7 @@ class UsageMark:
 
 
 def mark_used(layout: Layout, key: SnapshotKey) -> bool:
-    """Note a use that ends at once; False where the volume is read-only or does not take it, which fails nothing."""
+    """Note a use that ends at once; False if the volume is read-only or does not take it, which fails nothing."""
     return _touched(layout, key, layout.used(key) / _LAST)
 
 
@@ -142,7 +142,7 @@ def marks(layout: Layout, key: SnapshotKey) -> tuple[Mark, ...]:
 
 
 def recent_marks(layout: Layout, key: SnapshotKey, now: float) -> tuple[Mark, ...]:
-    """The same for who looks at many, at `now` in seconds of the volume's clock: a snapshot that nobody uses has one,
+    """The same for many snapshots, at `now` in seconds of the volume's clock: a snapshot that is not in use has one,
     of its last use, which saves the listing of a folder."""
     try:
         touched_at = os.lstat(layout.used(key) / _LAST).st_mtime
@@ -163,7 +163,7 @@ def users_of(marks: Sequence[Mark], now: float) -> tuple[str, ...]:
 
 
 def volume_time(layout: Layout) -> float:
-    """Now, in seconds, as the volume tells it; as this host does where the volume is empty or not ours to write."""
+    """Now, in seconds, as the volume tells it; as this host does if the volume is empty or not ours to write."""
     if not layout.format_file.exists() or os.statvfs(layout.root).f_flag & os.ST_RDONLY:
         return time.time()
     clock = layout.root / "used" / ".clock"
@@ -202,7 +202,7 @@ def pinned(layout: Layout) -> frozenset[SnapshotKey]:
 
 
 def wait_while_evicting(layout: Layout, key: SnapshotKey, *, sleep: Callable[[float], None] = time.sleep) -> bool:
-    """Return when nobody is about to move the snapshot away; whether somebody was, and it must be looked up again."""
+    """Return when no eviction is about to move the snapshot away; whether one was, and it must be looked up again."""
     path = layout.used(key) / EVICTING
     if not path.exists():
         return False
@@ -227,8 +227,8 @@ def _wait_until_gone(path: Path, sleep: Callable[[float], None]) -> None:
 def evicting(
     layout: Layout, key: SnapshotKey, *, sleep: Callable[[float], None] = time.sleep
 ) -> Iterator[Callable[[], bool]]:
-    """Announce an eviction, after one that somebody else has announced; yields a check to call right before the rename,
-    False where it came too late."""
+    """Announce an eviction, after one that another process has announced; yields a check to call right before the
+    rename, False if it came too late."""
     path = layout.used(key) / EVICTING
     durable.check_no_links(layout.root, path)
     if path.exists():
@@ -240,7 +240,7 @@ def evicting(
     except FileExistsError:
         yield lambda: False
         return
-    except NoSpace:  # not even for an empty file: whoever frees some need not be stopped by that
+    except NoSpace:  # not even for an empty file: an eviction that frees space need not be stopped by that
         yield lambda: time.monotonic() - began < _EVICTING_S / 2
         return
     try:

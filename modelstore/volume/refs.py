@@ -89,7 +89,7 @@ def commit_record(revision: str, commit: str) -> bytes:
 
 def recorded_revisions(repo_id: str, revision: str) -> tuple[str, ...]:
     """The revisions that a commit is recorded under: none for a commit itself or an alias; for a folder also `main`, so
-    that its name in `ls` means what was seeded last."""
+    that its name in `ls` means the commit that was seeded last."""
     if not revision or is_commit(revision):
         return ()
     return (revision, DEFAULT_REVISION) if is_local(repo_id) else (revision,)

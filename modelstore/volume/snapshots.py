@@ -1,7 +1,7 @@
-"""What is published: finding a snapshot by what its manifest says. Reads the volume, writes nothing, asks nobody.
+"""The published snapshots: finding one by its manifest. Reads the volume, writes nothing, needs no network.
 
-A revision that was resolved once is answered from its record under `refs/`, so a fleet serves one commit until somebody
-seeds again, and a Hub that is down changes nothing. Standard library only: this is the first thing a worker does.
+A revision that was resolved once is answered from its record under `refs/`, so a fleet serves one commit until the next
+seed, and a Hub that is down changes nothing. Standard library only: this is the first thing a worker does.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Snapshot:
         return sum(file.size_bytes for file in self.weights)
 
     def as_json(self) -> dict[str, Any]:
-        """What `seed --json` and `show --json` print."""
+        """The record that `seed --json` and `show --json` print."""
         return {
             **self.key.as_json(),
             "path": str(self.path),
@@ -118,7 +118,7 @@ class Catalog:
         return self.published(SnapshotKey(refs.repo_id_of(reference), commit, dtype)) if commit else None
 
     def keys(self, repo_id: str | None = None) -> Iterator[SnapshotKey]:
-        """Whatever stands where a snapshot belongs, damaged or not, of all repos or of one. Raises UnsafeName where
+        """The key of each folder in a snapshot's place, damaged or not, of all repos or of one. Raises UnsafeName if
         `models` is a link."""
         refs.check_format(self._layout)
         models = self._layout.models
@@ -137,7 +137,7 @@ class Catalog:
                 yield snapshot
 
     def find_key(self, reference: Reference, dtype: str) -> SnapshotKey | None:
-        """What `find` would look at, if anything stands there, damaged or not."""
+        """The key that `find` would look at, if a folder is in its place, damaged or not."""
         refs.check_format(self._layout)
         if reference.kind == "alias":
             key = aliases.target(self._layout, reference.name)
@@ -169,13 +169,13 @@ class Catalog:
         return Snapshot(path, manifest, read.state.st_ino)
 
     def check_unchanged(self, snapshot: Snapshot) -> None:
-        """Raise IntegrityError where what is published is not any more what this snapshot's manifest says."""
+        """Raise IntegrityError if the published snapshot is no longer the one that this manifest describes."""
         current = self.published(snapshot.key)
         if current is None or current.manifest != snapshot.manifest:
             raise IntegrityError(f"{snapshot.key} is not on the volume as it was loaded: restart the worker")
 
     def manifest(self, key: SnapshotKey) -> Manifest | None:
-        """What stands where the snapshot belongs says that it is; None where it says nothing that can be trusted."""
+        """The manifest of the folder in the snapshot's place; None if that has none that can be trusted."""
         return self.parse(key, self._read_plain(key))
 
     def _read_plain(self, key: SnapshotKey) -> durable.Contents | None:
@@ -186,7 +186,7 @@ class Catalog:
         return self.read(key)
 
     def read(self, key: SnapshotKey) -> durable.Contents | None:
-        """The manifest's bytes and state for one of `keys`, which pass no link; None where there is no such file."""
+        """The manifest's bytes and state for one of `keys`, which pass no link; None if there is no such file."""
         path = self._layout.snapshot(key) / MANIFEST
         try:
             return durable.read_with_state(path, durable.MANIFEST_BYTES)
@@ -199,7 +199,7 @@ class Catalog:
             return None
 
     def parse(self, key: SnapshotKey, read: durable.Contents | None) -> Manifest | None:
-        """The manifest; None where it cannot be trusted."""
+        """The manifest; None if it cannot be trusted."""
         path = self._layout.snapshot(key)
         try:
             manifest = parse_manifest(read.data, where=str(path / MANIFEST)) if read is not None else None
@@ -213,7 +213,7 @@ class Catalog:
 
 
 def keyed_folders(folder: Path) -> Iterator[tuple[SnapshotKey, Path]]:
-    """What belongs to a snapshot below `staging/`, `claims/` or `used/`, with its key."""
+    """The folders of snapshots below `staging/`, `claims/` or `used/`, with their keys."""
     for repo in durable.entries(folder):
         for variant in durable.entries(repo):
             if (key := key_from_parts(repo.name, variant.name)) is not None:
@@ -221,5 +221,5 @@ def keyed_folders(folder: Path) -> Iterator[tuple[SnapshotKey, Path]]:
 
 
 def moved_aside(folder: Path) -> list[Path]:
-    """What the store has put in its trash or its quarantine; whatever else lies there is somebody's."""
+    """The folders that the store has put in its trash or its quarantine; others there belong to persons."""
     return [path for path in durable.entries(folder) if is_aside(path.name) and path.is_dir()]

@@ -1,9 +1,9 @@
-"""How much the store may take: its own accounting against MODELSTORE_QUOTA, and room for what is to come.
+"""How much the store may take: its own accounting against MODELSTORE_QUOTA, and room for new snapshots.
 
-statfs shows the whole cluster on RunPod, not the volume's quota, so what the store takes is added up here, file by
-file. A holder writes into its claim what its snapshot will take before it downloads, and everybody who counts counts
-that, so that two downloads which fit only one after the other do not run into the wall together. One process at a time
-counts and evicts, under a claim of its own (`claims/space`).
+statfs shows the whole cluster on RunPod, not the volume's quota, so the sizes of the store's files are added up here,
+file by file. A holder writes into its claim the bytes that its snapshot will take before it downloads, and every
+process counts that, so that two downloads which fit only one after the other do not run into the wall together. One
+process at a time counts and evicts, under a claim of its own (`claims/space`).
 """
 
 from __future__ import annotations
@@ -90,11 +90,10 @@ class Space:
         return self._find_room(key, missing_bytes, damaged=None) < size_bytes
 
     def _find_room(self, key: SnapshotKey, missing_bytes: Callable[[], int], *, damaged: Path | None) -> int:
-        """Remove what is worth least until nothing is missing; what is missing still.
+        """Remove the files that are worth least until nothing is missing; returns the bytes that are missing still.
 
-        First what was removed already and is still there. Then, where MODELSTORE_EVICT allows it, quarantined
-        snapshots, downloads that nobody goes on with, and the least recently used snapshots, those only if they are
-        enough.
+        First the trash. Then, if MODELSTORE_EVICT allows it, quarantined snapshots, abandoned downloads, and the least
+        recently used snapshots, those only if they are enough.
         """
         missing = missing_bytes()
         steps: list[Callable[[int], None]] = [lambda _missing: self._remove_all(self._layout.trash, None)]
@@ -136,7 +135,7 @@ class Space:
             self._sleep(DEAD_AFTER_S + _POLL_S)
 
     def _evict(self, key: SnapshotKey, size_bytes: int) -> None:
-        """Evict the least recently used that may go and together free `size_bytes`; nothing where they do not."""
+        """Evict the least recently used that may go and together free `size_bytes`; nothing if they do not."""
         others = tuple(candidate for candidate in survey(self._layout) if candidate.key != key)
         chosen = least_recently_used(others, size_bytes)
         if sum(candidate.size_bytes for candidate in chosen) < size_bytes:
@@ -179,7 +178,7 @@ class Space:
         return sum(size for key, (size, _beat) in promised.items() if key in alive)
 
     def _ask_the_file_system(self, key: SnapshotKey, needed_bytes: int) -> None:
-        """Fail where even the file system says that it cannot fit (on RunPod it says too much)."""
+        """Fail if even the file system says that it cannot fit (on RunPod it says too much)."""
         state = os.statvfs(self._layout.root)
         free = state.f_bavail * state.f_frsize
         if needed_bytes > free:

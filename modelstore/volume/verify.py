@@ -1,9 +1,9 @@
-"""Whether a snapshot still is what its manifest says: offline, whole or a sample, at once or in parts.
+"""Whether a snapshot still is as its manifest says: offline, whole or a sample, at once or in parts.
 
 Blocks are counted over all files of a snapshot. A sample of 1/20 compares the blocks r, r + 20, r + 40, … and the next
-run takes the next r, so that twenty runs have compared every byte. Where a run came to is kept beside the snapshot
+run takes the next r, so that twenty runs have compared every byte. If a run came to is kept beside the snapshot
 (`verified/`), so that one that is cut short, by its time or by a kill, is gone on with. Names, sizes and foreign files
-are compared in every run. Bytes come from the volume: what this machine's page cache holds of a file is dropped first.
+are compared in every run. Bytes come from the volume: this machine's page cache of a file is dropped first.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a verification stands: `done` of the blocks whose number is `first` modulo `stride` were compared."""
+    """The position of a verification: `done` of the blocks whose number is `first` modulo `stride` were compared."""
 
     stride: int = 1
     first: int = 0
@@ -48,7 +48,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What one run found. `compared` of `planned` bytes were read; `position` is where the next run goes on."""
+    """The result of one run. `compared` of `planned` bytes were read; the next run goes on at `position`."""
 
     findings: tuple[Finding, ...]
     compared: int = 0
@@ -94,8 +94,8 @@ def verify_folder(
 ) -> Verified:
     """Compare files with the manifest's checksums from `position` on, and look for files that do not belong.
 
-    `folder` is where the snapshot `key` belongs, damaged or not. `until`: monotonic seconds at which to stop.
-    `on_position` gets where the run stands, every few seconds.
+    `folder` is the place of the snapshot `key`, damaged or not. `until`: monotonic seconds at which to stop.
+    `on_position` gets the position of the run, every few seconds.
     """
     position = position or Position()
     try:
@@ -133,7 +133,7 @@ def verify_folder(
 
 
 def saved_position(layout: Layout, key: SnapshotKey, stride: int) -> Position:
-    """Where the last run with this stride came to; the start where there was none."""
+    """The position that the last run with this stride reached; the start if there was none."""
     try:
         record = json.loads(durable.read_file(layout.verified(key), 4096))
         position = Position(*(operator.index(record[name]) for name in ("stride", "first", "done")))
@@ -144,7 +144,7 @@ def saved_position(layout: Layout, key: SnapshotKey, stride: int) -> Position:
 
 
 def save_position(layout: Layout, key: SnapshotKey, position: Position) -> bool:
-    """Keep where a run came to; False where the volume does not take it, and the next run starts over."""
+    """Keep the position of a run; False if the volume cannot be written, and the next run starts over."""
     record = {"stride": position.stride, "first": position.first, "done": position.done}
     try:
         durable.check_no_links(layout.root, layout.verified(key))
@@ -165,7 +165,7 @@ def _length(manifest: Manifest, file: FileRecord, index: int) -> int:
 
 
 class _Files:
-    """Opens one file at a time, without what the page cache holds of it."""
+    """Opens one file at a time, without its pages in the page cache."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -200,7 +200,7 @@ def _in_block(files: _Files, file: FileRecord, index: int, block_bytes: int) -> 
 
 
 def _at_a_glance(folder: Path, file: FileRecord) -> str:
-    """What is wrong with a file as its folder shows it."""
+    """The problem of a file as its folder shows it."""
     try:
         state = os.lstat(folder / file.path)
     except OSError:
@@ -208,7 +208,7 @@ def _at_a_glance(folder: Path, file: FileRecord) -> str:
     if not stat.S_ISREG(state.st_mode):
         return "not a regular file"
     if state.st_size != file.size_bytes:
-        return f"{state.st_size} bytes where {file.size_bytes} were published"
+        return f"{state.st_size} bytes, and {file.size_bytes} were published"
     return ""
 
 

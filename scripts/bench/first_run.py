@@ -97,7 +97,7 @@ def main() -> None:
         with hub_process(hub) as endpoint:
             alone = race(
                 [
-                    Entrant("floor: what must be imported", lambda: imports(hub / REPO)),
+                    Entrant("floor: the necessary imports", lambda: imports(hub / REPO)),
                     Entrant("snapshot_download, from_pretrained, save_pretrained", lambda: theirs(folder, endpoint)),
                     Entrant("`python -m handler` on an empty volume, ready", lambda: ours(folder, endpoint)),
                 ],

@@ -80,7 +80,7 @@ def test_a_damaged_blob_is_refused_and_nothing_is_published(
     data = bytearray(blob.read_bytes())
     data[-1] ^= 1
     blob.write_bytes(data)
-    assert "is not what its name says" in cli("adopt", str(volume / "cache"), code=5).stderr
+    assert "does not match its name" in cli("adopt", str(volume / "cache"), code=5).stderr
     assert store.lookup("org/name") is None
     assert blob.read_bytes() == data, "the owner's file is left alone"
 

@@ -108,7 +108,7 @@ def test_a_worker_whose_snapshot_went_bad_answers_as_before(env: dict[str, str],
     record = timeline_of(mended.stderr)
     assert "damaged" in record["reason"]
     assert {"verify", "download", "publish", "ready"} <= {span["name"] for span in record["spans"]}
-    assert "is not what was published" in mended.stderr
+    assert "differs from the published bytes" in mended.stderr
     answers = [[line for line in done.stdout.splitlines() if "generated_text" in line] for done in (right, mended)]
     assert answers[0] == answers[1] != []
     assert hub.served.bytes["model.safetensors"]

@@ -179,7 +179,7 @@ def test_a_flipped_bit_is_found_and_placed(tmp_path: Path, beside: bool) -> None
     data[3 * BLOCK + 17] ^= 4
     (tmp_path / "bad").write_bytes(data)
     reading = start(tmp_path, files, beside=beside)
-    with pytest.raises(DigestMismatch, match=f"bad is not what was published at byte {3 * BLOCK}"):
+    with pytest.raises(DigestMismatch, match=f"bad differs from the published bytes at byte {3 * BLOCK}"):
         reading.wait("bad")
     with pytest.raises(DigestMismatch):
         reading.wait_all()

@@ -192,7 +192,7 @@ def test_an_empty_store_and_one_that_is_not_there(cli: Cli, tmp_path: Path) -> N
     found = cli.json("du", "--root", str(tmp_path / "nothing"))
     assert (found["taken"], found["snapshots"]) == (0, [])
     assert cli.json("claims", "--root", str(tmp_path / "nothing")) == []
-    assert "nobody downloads anything" in cli("claims").stdout
+    assert "there are no downloads" in cli("claims").stdout
 
 
 def test_a_reader_of_the_output_that_goes_away_is_no_error(filled: ModelStore, store_env: dict[str, str]) -> None:

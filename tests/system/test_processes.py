@@ -105,7 +105,7 @@ def test_ctrl_c_stops_a_slow_download_at_once_and_says_what_is_kept(
     _out, err = process.communicate(timeout=60)
     assert time.monotonic() - sent < 10.0
     assert process.returncode == 130
-    assert err.strip().splitlines() == ["interrupted: what was downloaded is kept, the same command goes on from there"]
+    assert err.strip().splitlines() == ["interrupted: downloaded bytes are kept, the same command goes on from there"]
     assert hub.served.total_bytes < 0.5 * weights_bytes(repo)
 
 
