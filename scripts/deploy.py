@@ -4,7 +4,7 @@
     RUNPOD_API_KEY=… python scripts/deploy.py chat --image you/modelstore-worker --model org/name --volume VOLUME_ID \\
         --gpu ADA_24,AMPERE_24 --preset cost [--env KEY=VALUE]… [--dry-run]
 
---gpu: in order of preference. Presets (the seed documents' figures; each can be overridden):
+--gpu: in order of preference. Presets (figures for a 7B model; each can be overridden):
 
     dev      0 to 1 workers,  idle 30 s,  jobs up to 300 s
     latency  2 to 10 workers, idle 120 s, jobs up to 60 s

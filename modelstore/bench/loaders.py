@@ -228,8 +228,8 @@ def load_floor_to_device(folder: Path, device: str) -> Loaded:
     return (time.perf_counter() - began) * size / (-(-size // len(host)) * len(host)), {}
 
 
-def start_seeds(folder: Path, device: str) -> Loaded:
-    """The seed documents' handler: everything imported, `from_pretrained`, the tokenizer, the first forward."""
+def start_plain(folder: Path, device: str) -> Loaded:
+    """A plain handler: everything imported, `from_pretrained`, the tokenizer, the first forward."""
     timeline = Timeline()
     with timeline.span("import"):
         import runpod  # noqa: F401

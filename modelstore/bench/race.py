@@ -362,7 +362,7 @@ def bench_volume(
 def start_contenders(
     root: Path, checkpoints: dict[str, Path], *, device: str, prefix: Sequence[str] = ()
 ) -> list[Entrant]:
-    """Both floors, our worker to ready and to its first answer, and the seed documents' handler on each checkpoint.
+    """Both floors, our worker to ready and to its first answer, and a plain handler on each checkpoint.
 
     The first checkpoint is the one that was seeded."""
     seeded_from = next(iter(checkpoints.values()))
@@ -391,8 +391,8 @@ def start_contenders(
         Entrant("`python -m handler`, first job answered and process ended", answered),
         *(
             Entrant(
-                f"the seed documents' handler, first forward, {dtype} checkpoint",
-                lambda folder=folder: run_contender("start_seeds", folder, device, prefix),  # type: ignore[misc]
+                f"a plain handler, first forward, {dtype} checkpoint",
+                lambda folder=folder: run_contender("start_plain", folder, device, prefix),  # type: ignore[misc]
                 (folder,),
             )
             for dtype, folder in checkpoints.items()

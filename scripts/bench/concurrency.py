@@ -4,7 +4,7 @@
     python scripts/bench/concurrency.py [--tokens 64] [--runs 3] [--dtypes float16,bfloat16] [--write DOCUMENT]
 
 The real SmolLM2-135M-Instruct, loaded from a store of its own; prompts of different lengths, greedy. One at
-a time is what the seed documents do: `model.generate` for each job. Beside our batcher runs transformers' own
+a time is a plain handler: `model.generate` for each job. Beside our batcher runs transformers' own
 continuous batching over the same prompts, all known beforehand.
 """
 

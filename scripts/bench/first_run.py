@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The first run on an empty volume: one worker against what the seed documents do, and eight workers at once.
+"""The first run on an empty volume: one worker against a plain handler, and eight workers at once.
 
     python scripts/bench/first_run.py [--size 4GB] [--fleet 2GB] [--rate 50MB] [--runs 5] [--write docs/benchmarks.md]
 

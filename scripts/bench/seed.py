@@ -4,7 +4,7 @@
     python scripts/bench/seed.py [--size 1GB] [--runs 5] [--peak 20GB] [--folder DIR] [--write docs/benchmarks.md]
 
 Two checkpoints of one Llama with random weights, in shards: fp32 of --size, and fp16 of half of that.
-Competitors: huggingface_hub.snapshot_download alone, and followed by what the seed documents do with it:
+Competitors: huggingface_hub.snapshot_download alone, and followed by the conversion of a plain handler:
 from_pretrained in fp16, then save_pretrained. Floor: the same bytes over one plain socket into a file. Whole processes
 are timed, imports included.
 """

@@ -118,7 +118,7 @@ def loads(folder: Path, size: int, runs: int, *, cold: bool, where: str) -> list
 
 
 def draw(results: dict[str, list[Measured]], path: Path) -> None:
-    """The starts as bars of spans over one time axis: ours above the seed documents' handler, both floors as lines."""
+    """The starts as bars of spans over one time axis: ours above a plain handler, both floors as lines."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -128,12 +128,12 @@ def draw(results: dict[str, list[Measured]], path: Path) -> None:
     colours = {name: SPAN_KINDS[name].colour for name in ("import", "read", "build", "lookup")}
     figure, axes = pyplot.subplots(len(results), 1, figsize=(9, 2.6 * len(results)), squeeze=False)
     for (title, measured), axis in zip(results.items(), axes[:, 0], strict=True):
-        shown = [result for result in measured[2:] if "ready" in result.label or "seed" in result.label]
+        shown = [result for result in measured[2:] if "ready" in result.label or "plain" in result.label]
         for row, result in enumerate(shown):
             _draw_start(axis, len(shown) - 1 - row, result, colours)
         for floor, style in zip(measured[:2], (":", "--"), strict=True):
             axis.axvline(floor.median, color="black", linestyle=style, linewidth=1, label=floor.label)
-        labels = [result.label.replace("`", "").replace("the seed documents' handler", "seeds") for result in shown]
+        labels = [result.label.replace("`", "").replace("a plain handler", "plain") for result in shown]
         axis.set_yticks(range(len(shown)), reversed(labels), fontsize=8)
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlim(0, 1.08 * max(result.median for result in measured))
@@ -196,7 +196,7 @@ def main() -> None:
     if drawn and options.write:
         draw(drawn, options.write.parent / CHART)
         lines += ["**On a GPU**", "", "Not measured: none was at hand.", ""]
-        lines += [f"![Starts as spans, ours against the seed documents' handler]({CHART})", ""]
+        lines += [f"![Starts as spans, ours against a plain handler]({CHART})", ""]
     text = "\n".join(lines)
     print(text)
     if options.write:

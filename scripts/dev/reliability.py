@@ -53,7 +53,7 @@ def environment() -> str:
 def table(rows: list[dict[str, object]]) -> str:
     lines = []
     for promise in dict.fromkeys(row["promise"] for row in rows):
-        lines += [f"**{promise}**", "", "| fault | where | tried | survived | | test |", "|---|---|---|---|---|---|"]
+        lines += [f"**{promise}**", "", "| fault | place | tried | survived | | test |", "|---|---|---|---|---|---|"]
         for row in rows:
             if row["promise"] == promise:
                 name = str(row["test"]).replace("::", "`<br>`")

@@ -69,7 +69,7 @@ def test_a_worker_starts_and_answers(checkpoint: Path, snapshot: Path) -> None:
         c.label for c in start_contenders(checkpoint.parent / "modelstore", {"float16": checkpoint}, device="cpu")
     ]
     assert [label.partition(":")[0] for label in labels[:2]] == ["floor", "floor"]
-    seeds = run_contender("start_seeds", checkpoint, "cpu")
+    seeds = run_contender("start_plain", checkpoint, "cpu")
     assert [span["name"] for span in seeds.spans] == ["import", "build", "read", "ready"]
 
 

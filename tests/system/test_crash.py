@@ -40,7 +40,7 @@ def sweep(hub: Hub, scenario: str, fault: str, *options: str, where: str = LOCAL
     assert done.returncode == 0, done.stderr[-3000:]
     record: dict[str, Any] = json.loads(done.stdout)
     note(
-        "Whatever dies, and whenever: nothing wrong is published, and a fresh start ends well",
+        "Processes that die, at any step: nothing wrong is published, and a fresh start ends well",
         f"{FAULTS[fault]} of {SCENARIOS[scenario]}, which has {record['steps']}",
         tried=record["tried"],
         survived=record["survived"],
