@@ -83,7 +83,7 @@ class ModelStore:
         observer: Observer = SILENT,
     ) -> Snapshot:
         """Let the alias `name` (without its @) point to a snapshot, which is downloaded first if need be, and verified;
-        with `percent` for so much of the fleet, the rest staying if it is.
+        with `percent` for so much of the fleet; the rest keeps its snapshot.
 
         Raises InvalidReference for a name that is none, and what `ensure` raises.
         """

@@ -2,7 +2,7 @@
 
 [[model]]
 reference = "org/name@main"       # as `modelstore seed` takes it
-dtype = "bfloat16"                # and the rest if it is wanted
+dtype = "bfloat16"                # from here on, all keys are optional
 overflow = "bfloat16"
 aliases = ["chat"]
 pin = true

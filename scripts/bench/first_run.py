@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The first run on an empty volume: one worker against a plain handler, and eight workers at once.
 
-    python scripts/bench/first_run.py [--size 4GB] [--fleet 2GB] [--rate 50MB] [--runs 5] [--write docs/benchmarks.md]
+    python scripts/bench/first_run.py [--size 4GB] [--fleet 2GB] [--rate 50MB] [--runs 5] [--write DOCUMENT]
 
 An fp32 checkpoint of --size in eight shards, from a hub on the same machine: as fast as it goes; and for eight workers
 one of --fleet, at --rate a second over all connections, as a network would be. Every process is timed from its start:

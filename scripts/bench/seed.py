@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Seeding against its competitors, each in a process of its own, in turn, from the same local hub.
 
-    python scripts/bench/seed.py [--size 1GB] [--runs 5] [--peak 20GB] [--folder DIR] [--write docs/benchmarks.md]
+    python scripts/bench/seed.py [--size 1GB] [--runs 5] [--peak 20GB] [--folder DIR] [--write DOCUMENT]
 
 Two checkpoints of one Llama with random weights, in shards: fp32 of --size, and fp16 of half of that.
 Competitors: huggingface_hub.snapshot_download alone, and followed by the conversion of a plain handler:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Loading and starting against the competitors and the physical floors: what docs/benchmarks.md shows.
+"""Loading and starting against the competitors and the physical floors: what docs/benchmarks/measurements.md shows.
 
-    python scripts/bench/start.py [--start 1.7GB,4GB] [--load 0.1GB,1GB,4GB] [--runs 5] [--write docs/benchmarks.md]
+    python scripts/bench/start.py [--start 1.7GB,4GB] [--load 0.1GB,1GB,4GB] [--runs 5] [--write DOCUMENT]
 
 Volumes: a loop device of its own, throttled to 300 MiB/s and to 1000 MiB/s (as root, with cgroup v1), a real MooseFS
 (as root, with its Debian packages) and the page cache. Sizes are those of the 16-bit checkpoint. What is measured and
