@@ -12,8 +12,8 @@ ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE} AS build
 # What to serve with: worker (text), worker,diffusion, or vllm, whose base image has vLLM in an environment of its own
 ARG EXTRA=worker
-# A mirror or a folder of wheels, where the build does not reach PyPI
-ARG PIP_INDEX_URL=https://pypi.org/simple
+# An index, a folder of wheels and a certificate for pip; without them its own defaults
+ARG PIP_INDEX_URL
 ARG PIP_FIND_LINKS
 ARG PIP_CERT
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore

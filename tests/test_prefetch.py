@@ -28,9 +28,9 @@ from modelstore.volume.pins import marks, users_of, volume_time
 from modelstore.volume.snapshots import Snapshot
 from modelstore.warmstart import begin
 from tests.conftest import MakeStore
-from tests.load.test_model import MODELS, assert_equal, save
-from tests.load.test_reader import children
 from tests.support.hub import Hub
+from tests.support.models import MODELS, assert_equal, save
+from tests.support.readings import children
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_a_start_that_does_not_fit_leaves_no_mark_of_use(
 
 
 def test_staging_that_moves_away_is_no_error(store: ModelStore) -> None:
-    class Told(StagingPrefetch):
+    class RecordedChannel(StagingPrefetch):
         def _look(self, key: SnapshotKey) -> None:
             raise OSError(2, "No such file or directory")
 
@@ -283,7 +283,7 @@ def test_staging_that_moves_away_is_no_error(store: ModelStore) -> None:
         def waiting(self, key: object, holder: object, *, left_s: float) -> None:
             seen.append(str(key))
 
-    following = Told(store.layout, Watching(), reading := Reading())
+    following = RecordedChannel(store.layout, Watching(), reading := Reading())
     key = SnapshotKey("org/name", "a" * 40, "float16")
     following.waiting(key, Holder.__new__(Holder), left_s=1.0)
     following.give_up()

@@ -28,8 +28,8 @@ from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.verify import verify_snapshot
 from modelstore.warmstart import PendingStart, begin
 from tests.conftest import MakeStore
-from tests.handler.test_main import write_model
 from tests.support.hub import Hub
+from tests.support.models import write_model
 from tests.support.records import record
 
 

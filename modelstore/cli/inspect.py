@@ -159,7 +159,7 @@ def write_report(
     if text:
         width = max(40, min(shutil.get_terminal_size((80, 24)).columns, 100))
         shown = "\n\n".join(report.text(record, width=width) for record in starts)
-        context.print(starts, lambda console: console.print(shown or "no start has been recorded yet"))
+        context.print(starts, lambda console: console.print(shown or report.NO_STARTS))
         return
     models, space = inventory.models(store.layout), inventory.space(store.layout, store.settings)
     page = report.html(models, space, starts, made_at=time.time())

@@ -14,6 +14,8 @@ from modelstore.dtypes import parse_dtype
 from modelstore.errors import NotFound
 from modelstore.reference import parse_reference
 from modelstore.settings import parse_size
+from modelstore.timeline import Timeline
+from modelstore.volume import history
 
 
 def warm(
@@ -23,7 +25,7 @@ def warm(
     revision: REVISION = None,
     device: Annotated[str | None, typer.Option("--device", help="cuda or cpu; cuda if there is one.")] = None,
 ) -> None:
-    """Load a model as a worker would, and print the timeline."""
+    """Load a model as a worker would, print the timeline, and record the start."""
     from modelstore.startup import gc_paused
     from modelstore.warmstart import begin
 
@@ -31,28 +33,38 @@ def warm(
     if dtype is not None:
         changes["dtype"] = parse_dtype("--dtype", dtype)
     store = context.store(**changes)
-    with gc_paused():
-        with observer_of(context) as observer:
-            pending = begin(
-                store.settings, observer=observer, while_filling=lambda _reading: import_module("modelstore.load.model")
+    settings = store.settings
+    timeline = Timeline(worker=settings.worker_id, model=str(settings.model), dtype=settings.dtype)
+    try:
+        with gc_paused():
+            with observer_of(context) as observer:
+                pending = begin(
+                    settings,
+                    observer=observer,
+                    timeline=timeline,
+                    while_filling=lambda _reading: import_module("modelstore.load.model"),
+                )
+            with timeline.span("import", "transformers"):
+                try:
+                    from modelstore.load.model import load_model
+                except ModuleNotFoundError as error:
+                    raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[worker]'") from error
+            pending.load(
+                lambda start: load_model(
+                    start.snapshot,
+                    device,
+                    reading=start.reading,
+                    timeline=start.timeline,
+                    trust_remote_code=start.trusted,
+                )
             )
-        with pending.timeline.span("import", "transformers"):
-            try:
-                from modelstore.load.model import load_model
-            except ModuleNotFoundError as error:
-                raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[worker]'") from error
-        pending.load(
-            lambda b: load_model(
-                b.snapshot,
-                device,
-                reading=b.reading,
-                timeline=b.timeline,
-                trust_remote_code=b.trusted,
-            )
-        )
-    pending.timeline.mark("ready")
+    except BaseException as error:
+        history.add(store.layout, timeline, error=f"{type(error).__name__}: {error}")
+        raise
+    timeline.mark("ready")
     pending.in_use.end()
-    context.print(pending.timeline.as_json(), lambda console: console.print(pending.timeline.waterfall()))
+    history.add(store.layout, timeline)
+    context.print(timeline.as_json(), lambda console: console.print(timeline.waterfall()))
 
 
 def bench_volume(

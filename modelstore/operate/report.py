@@ -14,6 +14,7 @@ from modelstore.timeline import SPAN_KINDS, label_of, total_s, verdict, waterfal
 from modelstore.units import ago, size
 
 _WATERFALLS = 40
+NO_STARTS = "No start has been recorded yet: start a worker with this volume, or run `modelstore warm REF`."
 _OUTCOMES: Mapping[str, str] = {
     "hit": "#2b8a3e",
     "waited": "#d9480f",
@@ -57,9 +58,9 @@ def html(
         f"<p class=faint>as of {_clock(made_at)} UTC</p>",
         _cards(models, space, starts),
         "<h2>Starts over time</h2>",
-        _scatter(starts) if starts else "<p class=faint>No start has been recorded yet.</p>",
+        _scatter(starts) if starts else f"<p class=faint>{escape(NO_STARTS)}</p>",
         "<h2>The space on the volume</h2>",
-        _treemap(models) if models else "<p class=faint>No models are on the volume.</p>",
+        _treemap(models) if models else "<p class=faint>No models are on the volume: run modelstore seed org/name.</p>",
         _table(models),
         f"<h2>The latest starts</h2>{_keys({kind.name: kind.colour for kind in SPAN_KINDS.values()})}"
         if starts

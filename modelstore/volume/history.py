@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def add(layout: Layout, timeline: Timeline, *, error: str = "") -> None:
-    """Keep the record of a start, or of one that failed. A volume that does not take it fails nothing."""
+    """Keep the record of a start, or of one that failed. Best effort: if the volume cannot be written, it is lost."""
     began = time.time() - timeline.now()
     record = {"at": round(began, 3), "error": error[:2000], **timeline.as_json()}
     _keep(layout, layout.starts, quote(timeline.worker, safe="", errors="replace")[:100], record)

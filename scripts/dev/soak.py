@@ -270,7 +270,7 @@ class Fleet:
 @contextmanager
 def prepared(folder: Path, job_limit_s: float) -> Iterator[tuple[Hub, ModelStore, dict[str, str]]]:
     """A Hub with three models, a volume that holds them and an alias, and the environment of a worker."""
-    from tests.handler.test_main import write_model
+    from tests.support.models import write_model
 
     (folder / "hub").mkdir()
     with running_hub(folder / "hub") as hub:

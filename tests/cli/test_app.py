@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Cli
-from tests.handler.test_main import write_model
 from tests.support.checkpoints import random_tensors, write_repo
 from tests.support.hub import Hub
+from tests.support.models import write_model
 
 
 def test_seed_twice_prints_the_contracts_record_and_downloads_once(hub: Hub, cli: Cli) -> None:

@@ -25,9 +25,9 @@ from modelstore.store import ModelStore
 from modelstore.volume import pins
 from modelstore.volume.layout import SnapshotKey
 from tests.conftest import Cli, MakeStore, OnMount, needs_mount
-from tests.load.test_model import MODELS, save
 from tests.support.checkpoints import random_tensors, write_repo
 from tests.support.hub import Hub
+from tests.support.models import MODELS, save
 
 # Every command as somebody types it, on a volume that holds org/name, org/second, @chat with a history, and a folder
 # that no store made. The order is one in which they can follow each other.

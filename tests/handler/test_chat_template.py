@@ -17,7 +17,7 @@ import transformers as tf
 
 from handler.engines.chat_template import LIMIT_S, Renderer
 from handler.errors import TemplateError, TemplateTimeout
-from tests.handler.test_main import write_model
+from tests.support.models import write_model
 
 MESSAGES = [{"role": "user", "content": "hello \ud800 \u20ac"}, {"role": "assistant", "content": ""}]
 TEMPLATE = (

@@ -29,8 +29,8 @@ from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.volume.verify import verify_snapshot
 from modelstore.warmstart import begin
-from tests.handler.test_worker import Told
 from tests.support.hub import Hub
+from tests.support.workers import RecordedChannel
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -168,7 +168,7 @@ def test_tensors_of_parts_are_named_after_their_folders(settings: Settings, stor
 
 
 def test_a_job_is_answered_streamed_and_refused(engine: Any, settings: Settings) -> None:
-    told = Told()
+    told = RecordedChannel()
     worker = Worker(engine, settings, channel=told)
     assert engine.kind == "image"
     output = asyncio.run(worker.handle({"id": "1", "input": JOB}))

@@ -21,9 +21,9 @@ from modelstore.reference import parse_reference
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.warmstart import begin
-from tests.handler.test_main import write_model
-from tests.handler.test_worker import Engine
 from tests.support.hub import running_hub
+from tests.support.models import write_model
+from tests.support.workers import Engine
 
 NATIVE = (
     *("prompt", "prompts", "messages", "max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed"),

@@ -4,54 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers as tf
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.support.hub import Hub
+from tests.support.models import write_model
 from tests.support.runpod_api import RunPod
-
-TEMPLATE = "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}<{{ m.role }}> {{ m.content }} {% endfor %}"
-WORDS = ["<unk>", "<end>", "<user>", "hello", "world", "what", "is", "the", "capital", "of", "france", "paris"]
-
-
-def write_model(folder: Path, *, seed: int, template: bool = True, context: int = 64, ends: bool = True) -> None:
-    """A tiny causal model whose tokenizer knows a few words; one that does not end goes on until its limit."""
-    torch.manual_seed(seed)
-    config = tf.LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=context,
-        eos_token_id=1 if ends else None,
-        bos_token_id=None,
-    )
-    tf.LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = tf.PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", eos_token="<end>" if ends else None
-    )
-    if template:
-        tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
+from tests.support.workers import serving
 
 
 @pytest.fixture
@@ -122,42 +89,6 @@ def test_changing_model_id_swaps_the_model_and_both_stay(env: dict[str, str], hu
     assert timeline_of(done.stderr)["outcome"] == "hit"
     models_folder = tmp_path / "volume" / "modelstore" / "models"
     assert sorted(path.name for path in models_folder.iterdir()) == ["org--name", "org--other"]
-
-
-@contextmanager
-def serving(env: dict[str, str], *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "handler", *arguments],
-        env=os.environ | env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    ready = threading.Event()
-
-    def follow() -> None:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith('{"timeline"'):
-                ready.set()
-        ready.set()
-
-    following = threading.Thread(target=follow, daemon=True)
-    following.start()
-    try:
-        assert ready.wait(120)
-        assert process.poll() is None, "the worker ended"
-        yield process
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        following.join()
-        assert process.stderr is not None
-        process.stderr.close()
 
 
 def post(port: int, job_input: object) -> dict[str, Any]:

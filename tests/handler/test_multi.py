@@ -25,8 +25,8 @@ from modelstore.reference import parse_reference
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.warmstart import begin
-from tests.handler.test_main import write_model
 from tests.support.hub import Hub
+from tests.support.models import write_model
 
 NAMES = ("org/name", "org/other", "org/third")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from modelstore import environment as environments
-from tests.handler.test_main import write_model
 from tests.support.hub import Hub
+from tests.support.models import write_model
 from tests.support.runpod_api import FINAL, RunPod
 
 SECRETS = {

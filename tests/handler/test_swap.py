@@ -26,8 +26,8 @@ from modelstore.settings import Settings
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.pins import marks, users_of, volume_time
 from modelstore.warmstart import begin
-from tests.handler.test_main import write_model
 from tests.support.hub import Hub
+from tests.support.models import write_model
 
 REQUEST = parse_text({"prompt": "hello world", "max_tokens": 5, "temperature": 0}, Limits.of(Settings(root=Path("/"))))
 

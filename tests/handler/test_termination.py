@@ -21,7 +21,7 @@ from handler import termination
 from handler.engines.offload import Offload
 from handler.worker import serve
 from modelstore.settings import Settings
-from tests.handler.test_worker import Engine
+from tests.support.workers import Engine
 
 termination.GRACE_S, termination._CLOSE_S = 3.0, 2.0
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,70 +12,12 @@ import pytest
 
 from handler.answers import TextDelta
 from handler.delivery import JobChannel
-from handler.errors import Code, JobError, not_served
-from handler.jobs import TextRequest
+from handler.errors import Code, JobError
 from handler.worker import Worker
 from modelstore.settings import Settings
-from modelstore.timeline import Timeline
+from tests.support.workers import Engine, RecordedChannel
 
 JOB = {"id": "1", "input": {"prompt": "hi"}}
-
-
-class Engine:
-    """Answers with these pieces, or raises what it was given."""
-
-    kind = "text"
-    model = "org/name"
-
-    def __init__(self, *pieces: TextDelta, error: BaseException | None = None, takes_s: float = 0.0) -> None:
-        self.pieces = pieces or (TextDelta(0, "hi", 1), TextDelta(0, " there", 1, "stop", 3))
-        self.error = error
-        self.takes_s = takes_s
-        self.broken = ""
-        self.left: list[str] = []
-
-    async def generate(self, request: TextRequest) -> AsyncIterator[TextDelta]:
-        left = "early"
-        try:
-            if request.model is not None and not self.serves(request.model):
-                raise not_served(request.model, self.model)
-            for piece in self.pieces:
-                await asyncio.sleep(self.takes_s)
-                yield replace(piece, model=self.model)
-            if self.error is not None:
-                raise self.error
-            left = "at the end"
-        finally:
-            self.left.append(left)
-
-    def swap(self, reference: str) -> Timeline:
-        raise NotImplementedError
-
-    def status(self) -> dict[str, Any]:
-        return {"engine": "text", "model": self.model, "commit": "c" * 40, "dtype": "float16"}
-
-    def serves(self, name: str) -> bool:
-        return name == self.model
-
-    def check(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class Told(JobChannel):
-    """Keeps what is sent, and takes its time."""
-
-    def __init__(self, takes_s: float = 0.0) -> None:
-        self.chunks: list[Any] = []
-        self.updates: list[Mapping[str, Any]] = []
-        self.takes_s = takes_s
-
-    async def stream(self, job: Mapping[str, Any], chunks: list[Any]) -> None:
-        await asyncio.sleep(self.takes_s)
-        self.chunks += chunks
-
-    async def progress(self, job: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
-        self.updates.append(progress)
 
 
 def worker(engine: Engine, channel: JobChannel | None = None, **settings: Any) -> Worker:
@@ -106,7 +47,7 @@ def test_prompts_are_answered_as_lists_in_their_order() -> None:
 
 
 def test_a_stream_is_sent_as_it_comes_and_is_the_output_too() -> None:
-    told = Told()
+    told = RecordedChannel()
     output = answer(Engine(takes_s=0.02), {"id": "1", "input": {"prompt": "hi", "stream": True}}, told)
     assert told.chunks == output
     assert [chunk["token"] for chunk in output] == ["hi", " there", ""]
@@ -116,7 +57,7 @@ def test_a_stream_is_sent_as_it_comes_and_is_the_output_too() -> None:
 
 
 def test_what_comes_while_a_chunk_is_sent_goes_out_together() -> None:
-    told = Told(takes_s=0.1)
+    told = RecordedChannel(takes_s=0.1)
     pieces = [*(TextDelta(0, f"{number} ", 1) for number in range(50)), TextDelta(0, "end", 1, "stop")]
     output = answer(Engine(*pieces, takes_s=0.005), {"id": "1", "input": {"prompt": "hi", "stream": True}}, told)
     assert told.chunks == output
@@ -128,7 +69,7 @@ def test_streams_of_several_prompts_say_whose_each_chunk_is() -> None:
     engine = Engine(
         TextDelta(0, "a", 1), TextDelta(1, "b", 1), TextDelta(1, "c", 1, "stop"), TextDelta(0, "d", 1, "stop")
     )
-    told = Told(takes_s=0.05)
+    told = RecordedChannel(takes_s=0.05)
     output = answer(engine, {"id": "1", "input": {"prompts": ["x", "y"], "stream": True}}, told)
     texts = ["".join(chunk["token"] for chunk in output if chunk["index"] == index) for index in (0, 1)]
     assert texts == ["ad", "bc"]
@@ -137,13 +78,13 @@ def test_streams_of_several_prompts_say_whose_each_chunk_is() -> None:
 
 def test_a_long_job_says_how_far_it_is_and_never_after_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("handler.delivery.PROGRESS_EVERY_S", 0.25)
-    told = Told()
+    told = RecordedChannel()
     pieces = [*(TextDelta(0, "", 32) for _ in range(10)), TextDelta(0, "x", 1, "stop")]
     output = answer(Engine(*pieces, takes_s=0.1), JOB, told)
     assert output["tokens_generated"] == 321
     assert 2 <= len(told.updates) <= 5
     assert all(0 < update["tokens_generated"] < 321 for update in told.updates)
-    told = Told()
+    told = RecordedChannel()
     assert answer(Engine(takes_s=0.01), JOB, told)
     assert told.updates == [], "a short job has nothing to say"
     assert answer(Engine(TextDelta(0, "late", 9, "stop"), takes_s=0.5), JOB, told)
@@ -202,7 +143,7 @@ def test_any_other_failure_is_one_line_with_a_code() -> None:
 
 
 def test_a_stream_that_fails_has_its_code_and_what_was_said_stays_said() -> None:
-    told = Told()
+    told = RecordedChannel()
     engine = Engine(TextDelta(0, "hi", 1), error=JobError(Code.OOM, "too much"))
     assert answer(engine, {"id": "1", "input": {"prompt": "hi", "stream": True}}, told) == {
         "error": "too much",
@@ -277,7 +218,7 @@ def test_an_openai_route_is_answered_in_its_form() -> None:
 
 
 def test_an_openai_stream_is_server_sent_events() -> None:
-    told = Told()
+    told = RecordedChannel()
     job = openai_job("/v1/completions", prompt="hi", stream=True, stream_options={"include_usage": True})
     output = answer(Engine(), job, told)
     assert "".join(told.chunks) == "".join(output)

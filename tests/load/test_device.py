@@ -20,8 +20,8 @@ from modelstore.load.reader import LoadedBlock, Reading, start_reading
 from modelstore.load.tensors import Weights, _Cuda, load_tensors
 from modelstore.timeline import Timeline
 from modelstore.volume.manifest import FileRecord
-from tests.load.test_model import MODELS, save
-from tests.load.test_reader import MB, start, write
+from tests.support.models import MODELS, save
+from tests.support.readings import MB, start, write
 
 
 @dataclass

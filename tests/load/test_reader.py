@@ -12,16 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import xxhash
 
 from modelstore.errors import DigestMismatch, SnapshotNotFound
 from modelstore.load import blocks
 from modelstore.load.blocks import MOST_AT_ONCE, ReadConcurrency
 from modelstore.load.reader import Reading
 from modelstore.volume.manifest import FileRecord
-
-BLOCK = 4096
-MB = 1 << 20
+from tests.support.readings import BLOCK, MB, children, start, write
 
 
 @pytest.fixture(params=[False, True], ids=["threads", "process"])
@@ -30,28 +27,6 @@ def beside(request: pytest.FixtureRequest) -> Iterator[bool]:
     before = children()
     yield request.param
     assert children() == before
-
-
-def children() -> list[str]:
-    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-
-
-def write(folder: Path, name: str, size: int, block: int = BLOCK) -> FileRecord:
-    data = os.urandom(size)
-    (folder / name).write_bytes(data)
-    checksums = "".join(xxhash.xxh3_64_hexdigest(data[i : i + block]) for i in range(0, size, block))
-    return FileRecord(name, size, "0" * 64, checksums)
-
-
-def start(folder: Path, files: list[FileRecord], block: int = BLOCK, **how: Any) -> Reading:
-    reading = Reading(**how)
-    try:
-        reading.add(folder, files, block_bytes=block)
-    except BaseException:
-        reading.close()
-        raise
-    reading.no_more()
-    return reading
 
 
 def evict(path: Path) -> None:

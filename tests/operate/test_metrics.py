@@ -20,7 +20,7 @@ from modelstore.volume.evict import evict
 from tests.conftest import Cli
 from tests.support.checkpoints import random_tensors, write_repo
 from tests.support.hub import Hub
-from tests.volume.test_history import timeline, with_spans
+from tests.support.starts import timeline, with_spans
 
 
 def parsed(text: str) -> dict[tuple[str, str], float]:

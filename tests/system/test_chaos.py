@@ -21,8 +21,8 @@ import transformers as tf
 from handler.errors import Code
 from modelstore import ModelStore
 from modelstore.settings import Settings
-from tests.handler.test_main import write_model
 from tests.support.hub import Hub
+from tests.support.models import write_model
 from tests.support.runpod_api import FINAL, Job, RunPod
 
 JOBS = 1000

@@ -36,7 +36,7 @@ from tests.support.hub import Hub
 from tests.support.moosefs import Host, MooseFS, why_not
 from tests.support.records import MOOSEFS
 from tests.support.records import record as note
-from tests.system.test_crash import sweep
+from tests.support.sweeps import sweep
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"a MooseFS {why_not()}")
 

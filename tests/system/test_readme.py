@@ -20,9 +20,9 @@ from typer.main import get_command
 from modelstore import errors
 from modelstore.cli.main import app
 from scripts.dev.configuration import table
-from tests.load.test_model import MODELS, save
 from tests.support.checkpoints import random_tensors, write_repo
 from tests.support.hub import Hub
+from tests.support.models import MODELS, save
 
 HERE = Path(__file__).parent.parent.parent
 README = (HERE / "README.md").read_text()

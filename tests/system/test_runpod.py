@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from tests.handler.test_main import serving, write_model
 from tests.support.hub import running_hub
+from tests.support.models import write_model
 from tests.support.runpod_api import ENDPOINT, FINAL, KEY, RunPod
+from tests.support.workers import serving
 
 HERE = Path(__file__).parent.parent.parent
 GREEDY = {"temperature": 0, "max_tokens": 6}

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.handler.test_main import serving
 from tests.support.runpod_api import FINAL, RunPod
+from tests.support.workers import serving
 
 HERE = Path(__file__).parent.parent.parent
 PYTHON = Path(HERE / ".venv-vllm" / "bin" / "python")

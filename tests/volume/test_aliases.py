@@ -20,8 +20,8 @@ from modelstore.volume.evict import evict, survey
 from modelstore.volume.layout import SnapshotKey
 from modelstore.warmstart import begin
 from tests.conftest import Cli
+from tests.support.checkpoints import random_tensors, write_repo
 from tests.support.hub import Hub
-from tests.test_store import random_tensors, write_repo
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from modelstore.reference import parse_reference
 from modelstore.store import ModelStore
 from modelstore.volume.config_sizes import Sizes
 from modelstore.warmstart import begin
-from tests.handler.test_main import write_model
+from tests.support.models import write_model
 
 
 def change(folder: Path, changes: dict[str, Any]) -> str:

@@ -10,30 +10,17 @@ import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from modelstore.operate import report
-from modelstore.timeline import Span, Timeline, verdict
+from modelstore.timeline import Span, verdict
 from modelstore.volume import history
 from modelstore.volume.layout import Layout
 from tests.conftest import Cli
-from tests.handler.test_main import write_model
 from tests.support.hub import Hub
-
-
-def timeline(**changes: Any) -> Timeline:
-    made = Timeline(worker="w/1", model="org/name", commit="c" * 40, dtype="float16", outcome="hit", reason="there")
-    for name, value in changes.items():
-        setattr(made, name, value)
-    return made
-
-
-def with_spans(made: Timeline, *spans: Span) -> Timeline:
-    for span in spans:
-        made.add(span)
-    return made
+from tests.support.models import write_model
+from tests.support.starts import timeline, with_spans
 
 
 def test_what_is_kept_is_read_again_in_order(tmp_path: Path) -> None:
