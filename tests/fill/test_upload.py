@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from modelstore.errors import IntegrityError, NoSpace, NotFound, UsageError, VolumeUnavailable
+from modelstore.errors import FormatTooNew, IntegrityError, NoSpace, NotFound, UsageError, VolumeUnavailable
 from modelstore.fill import upload as s3_module
 from modelstore.fill.upload import RemoteVolume, Target, parse_target
 from modelstore.store import ModelStore
@@ -176,7 +177,7 @@ def test_bytes_that_were_changed_on_the_volume_are_found(s3: S3, snapshot: Snaps
     data = bytearray(s3.read(key))
     data[-1] ^= 1
     s3.client().put_object(Bucket=BUCKET, Key=key, Body=bytes(data))
-    with pytest.raises(Exception, match="is not what was uploaded"):
+    with pytest.raises(Exception, match="differs from the uploaded file"):
         volume.verify(snapshot)
 
 
@@ -302,3 +303,23 @@ def test_keys_that_cannot_be_used_are_one_line(hub: Hub, cli: Cli, env: dict[str
     write_repo(hub.folder / "org" / "name")
     cli.env |= env | {"AWS_EC2_METADATA_DISABLED": "true", "HOME": "/nowhere"}
     assert "keys" in cli("seed", "org/name", "--to", TARGET, code=4).stderr
+
+
+@pytest.mark.parametrize(("text", "is_newer"), [(b"0\n", False), (b"1\n", False), (b"2\n", True), (b"x", True)])
+def test_only_a_store_of_a_newer_format_is_refused(
+    snapshot: Snapshot, volume: RemoteVolume, text: bytes, is_newer: bool
+) -> None:
+    volume.call("put_object", Key="modelstore/FORMAT", Body=text)
+    with pytest.raises(FormatTooNew, match="upgrade modelstore") if is_newer else nullcontext():
+        volume.upload(snapshot)
+    assert volume.has(snapshot) is not is_newer
+
+
+def test_a_commit_is_recorded_as_the_store_records_it(
+    s3: S3, snapshot: Snapshot, volume: RemoteVolume, store: ModelStore, tmp_path: Path
+) -> None:
+    volume.upload(snapshot)
+    volume.record_commit(store.layout, snapshot, snapshot.commit)
+    assert not [key for key in s3.listing() if "/refs/" in key], "a full commit needs no record"
+    volume.record_commit(store.layout, snapshot, "v1")
+    assert on_volume(s3, tmp_path / "pod").lookup("org/name@v1") is not None

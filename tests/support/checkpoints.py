@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from modelstore.store import ModelStore
+
 LLAMA_CONFIG: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -60,3 +62,8 @@ def write_repo(
 def weights_bytes(folder: Path) -> int:
     """What the weights of a repo take, in bytes."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def published(store: ModelStore) -> list[Path]:
+    """Everything below `models/`."""
+    return sorted(store.layout.models.rglob("*")) if store.layout.models.exists() else []

@@ -109,7 +109,7 @@ def test_every_script_that_is_shown_has_the_options_it_is_shown_with() -> None:
     shown = "\n".join(
         [
             README,
-            *(path.read_text() for path in (HERE / "docs").glob("*.md")),
+            *(path.read_text() for path in (HERE / "docs").rglob("*.md")),
             (HERE / "scripts" / "bench" / "all").read_text(),
         ]
     )
@@ -132,7 +132,7 @@ def test_the_exit_codes_are_those_of_the_errors() -> None:
 
 
 def test_every_file_that_is_named_is_there() -> None:
-    for document in (README, *(path.read_text() for path in (HERE / "docs").glob("*.md"))):
+    for document in (README, *(path.read_text() for path in (HERE / "docs").rglob("*.md"))):
         for name in re.findall(r"(?:scripts|docs|modelstore|tests)/[\w./-]+\w", document):
             assert (HERE / name).exists() or name.startswith("modelstore/models"), name
 

@@ -1,0 +1,53 @@
+"""The table of engines is whole, and the first engine that can serve a snapshot is taken."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+import handler.engines
+from handler.engines import ENGINES, engine_for
+from modelstore.settings import EngineName
+from modelstore.volume.layout import SnapshotKey
+from modelstore.volume.manifest import FileRecord, Manifest, SourceRecord
+
+FOLDER = Path(handler.engines.__file__).parent
+
+
+def manifest(*names: str) -> Manifest:
+    files = tuple(FileRecord(name, 1, "0" * 64, "0" * 16) for name in names)
+    return Manifest(SnapshotKey("org/name", "c" * 40, "float16"), 0, SourceRecord("hub", "x", "main"), files)
+
+
+def test_every_engine_that_can_be_set_is_in_the_table() -> None:
+    assert set(ENGINES) == set(get_args(EngineName))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_module_of_an_engine_has_a_loader_of_the_interface(name: EngineName) -> None:
+    tree = ast.parse((FOLDER / f"{ENGINES[name].module}.py").read_text())  # its libraries need not be installed
+    (loader,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Loader"]
+    methods = {node.name: len(node.args.args) for node in loader.body if isinstance(node, ast.FunctionDef)}
+    assert {"__init__": 2, "load": 3, "cancel": 1}.items() <= methods.items()
+
+
+def test_the_extra_of_each_engine_is_one_of_the_distribution() -> None:
+    import tomllib
+
+    extras = tomllib.loads((FOLDER.parent.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {entry.extra for entry in ENGINES.values()} <= extras.keys()
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["config.json", "model.safetensors"], "text"),
+        (["model_index.json", "unet/config.json"], "diffusion"),
+        (["unet/model_index.json", "config.json"], "text"),
+    ],
+)
+def test_the_engine_is_chosen_by_the_files_of_the_snapshot(names: list[str], expected: str) -> None:
+    assert engine_for(manifest(*names)) == expected
