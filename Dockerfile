@@ -46,7 +46,7 @@ WORKDIR /tmp
 RUN if [ "${EXTRA}" = vllm ]; then \
         exec /opt/venv/bin/python -c "import handler.engines.vllm_engine, handler.worker, runpod, modelstore.store"; \
     fi; \
-    /opt/venv/bin/python -c "from pathlib import Path; from modelstore.bench.race import make_checkpoint; \
+    /opt/venv/bin/python -c "from pathlib import Path; from modelstore.bench.checkpoints import make_checkpoint; \
         make_checkpoint(Path('/tmp/tiny'), 2_000_000, 'float16')" \
     && MODEL_ID=file:///tmp/tiny MODELSTORE_ROOT=/tmp/store /opt/venv/bin/python -m handler \
         --test_input '{"input": {"prompt": "a", "max_tokens": 2}}' \

@@ -19,7 +19,7 @@ from modelstore.fill.observer import Observer
 from modelstore.fill.progress import Progress
 from modelstore.fill.staging import finished_record
 from modelstore.load.reader import Reading, host_memory
-from modelstore.volume import durable
+from modelstore.volume import tree
 from modelstore.volume.claim import highest_generation
 from modelstore.volume.layout import Layout, SnapshotKey, StagingLayout
 from modelstore.volume.manifest import BLOCK_BYTES, FileRecord
@@ -138,7 +138,7 @@ class StagingPrefetch(Observer):
         if (generation := highest_generation(folder)) == 0:
             return
         staging = StagingLayout(folder / str(generation))
-        for path in durable.entries(staging.done):
+        for path in tree.entries(staging.done):
             name = path.name.removesuffix(".json")
             if name in self._followed or not name.endswith(".safetensors"):
                 continue

@@ -29,7 +29,7 @@ from modelstore.fill.sources import resolve
 from modelstore.reference import Reference, is_commit, parse_reference
 from modelstore.settings import Settings
 from modelstore.timeline import Span, Timeline
-from modelstore.volume import aliases, durable, history, refs
+from modelstore.volume import aliases, durable, history, refs, tree
 from modelstore.volume.claim import Claim, Contender, Holder
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.pins import mark_used, wait_while_evicting
@@ -122,7 +122,7 @@ class ModelStore:
         code = source.may_bring_code(resolved, self.settings, named=named)
         request = FillRequest(source=source, resolved=resolved, dtype=variant, code=code)
         footprint = preview(request, self.settings).footprint
-        staged = durable.tree_blocks(self.layout.staging(key))
+        staged = tree.tree_blocks(self.layout.staging(key))
         return record | {
             "status": "resumable" if staged else "missing",
             "files": footprint.files,
@@ -248,7 +248,7 @@ class ModelStore:
                 timeline.add(Span("wait", waited_from, timeline.now()))
                 return replace(snapshot, status="waited")
             refs.prepare_store(self.layout)
-            durable.check_no_links(self.layout.root, self.layout.claims(key))
+            tree.check_no_links(self.layout.root, self.layout.claims(key))
             contender = contender or Contender(
                 self.layout.claims(key), worker=self.settings.worker_id, lease_s=self.settings.lease_s
             )
@@ -323,8 +323,8 @@ class ModelStore:
             return None
         manifest = self.catalog.manifest(key)
         aside = self.layout.aside(self.layout.quarantine, key)
-        durable.check_no_links(self.layout.root, path.parent)
-        durable.check_no_links(self.layout.root, aside)
+        tree.check_no_links(self.layout.root, path.parent)
+        tree.check_no_links(self.layout.root, aside)
         durable.make_folder(aside.parent)
         claim.check()
         durable.touch_folder(path)

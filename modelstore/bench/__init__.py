@@ -1,5 +1,6 @@
 """Measurements on a volume, for `modelstore bench` and `scripts/bench`.
 
-race       checkpoints, entrants in turn, results
-loaders    the loaders, each in a process of its own: ours, and those that people use instead
+    checkpoints    checkpoints of a given size
+    race           entrants in turn, and their results
+    loaders        the loaders, each in a process of its own: ours, and those that people use instead
 """

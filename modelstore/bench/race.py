@@ -23,18 +23,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from modelstore.bench.checkpoints import make_checkpoint, seeded, snapshot_of
 from modelstore.bench.loaders import LOAD
-from modelstore.dtypes import DTYPES
 from modelstore.environment import without_secrets
-from modelstore.errors import InvalidSetting, ModelStoreError, NoSpace, ProcessFailed
+from modelstore.errors import ModelStoreError, NoSpace, ProcessFailed
 from modelstore.mount import check_place
-from modelstore.settings import Settings
-from modelstore.store import ModelStore
 from modelstore.units import size
 from modelstore.volume import durable
-from modelstore.volume.header import TensorInfo, encode_header
 
 NEEDS = {
     "runai": "runai_model_streamer",
@@ -44,7 +39,6 @@ NEEDS = {
 }
 _CUDA_ONLY = ("instanttensor",)
 _PACKAGES = ("torch", "transformers", "safetensors", "runpod", "runai-model-streamer", "fastsafetensors", "numpy")
-_VOCABULARY = 32_000
 _TIMES = 7  # the space of the benchmark, by the size of the model
 
 
@@ -201,91 +195,6 @@ def fill_page_cache(folder: Path) -> None:
                     pass
 
 
-def make_checkpoint(folder: Path, stored_bytes: int, dtype: str, *, shard_bytes: int = 5 * 10**9) -> Path:
-    """A Llama with random weights that takes about `stored_bytes` in 16 bits, in `dtype` and in shards."""
-    if stored_bytes < 10**6:
-        raise InvalidSetting("a model to measure with needs at least 1MB: name a larger --size")
-    hidden, width = (2048, 5632) if stored_bytes > 6 * 10**8 else (256, 704)
-    vocabulary = _VOCABULARY if stored_bytes > 6 * 10**8 else 1000
-    layer = 4 * hidden * hidden + 3 * hidden * width + 2 * hidden
-    layers = max(1, round((stored_bytes / 2 - 2 * vocabulary * hidden) / layer))
-    shapes: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (vocabulary, hidden))]
-    for number in range(layers):
-        name = f"model.layers.{number}"
-        shapes += [(f"{name}.self_attn.{part}_proj.weight", (hidden, hidden)) for part in "qkvo"]
-        shapes += [(f"{name}.mlp.{part}_proj.weight", (width, hidden)) for part in ("gate", "up")]
-        shapes += [(f"{name}.mlp.down_proj.weight", (hidden, width))]
-        shapes += [(f"{name}.{part}_layernorm.weight", (hidden,)) for part in ("input", "post_attention")]
-    shapes += [("model.norm.weight", (hidden,)), ("lm_head.weight", (vocabulary, hidden))]
-    folder.mkdir(parents=True)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": dtype,
-        "hidden_size": hidden,
-        "intermediate_size": width,
-        "max_position_embeddings": 2048,
-        "num_attention_heads": hidden // 64,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": hidden // 64,
-        "tie_word_embeddings": False,
-        "vocab_size": vocabulary,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    words = {"<unk>": 0, "a": 1}
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": [],
-        "pre_tokenizer": {"type": "Whitespace"},
-        "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    _write_weights(folder, shapes, dtype, shard_bytes)
-    return folder
-
-
-def _write_weights(folder: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], dtype: str, shard_bytes: int) -> None:
-    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
-    shard_size = 0
-    for name, shape in shapes:
-        length = int(np.prod(shape)) * DTYPES[dtype].width_bytes
-        if shard_size and shard_size + length > shard_bytes:
-            shards.append([])
-            shard_size = 0
-        shards[-1].append((name, shape))
-        shard_size += length
-    block = np.random.default_rng(0).standard_normal(1 << 22).astype("<f4") * np.float32(0.02)
-    data = memoryview({"float32": block, "float16": block.astype("<f2"), "bfloat16": _bfloat16(block)}[dtype].tobytes())
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        is_single = len(shards) == 1
-        path = folder / ("model.safetensors" if is_single else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
-        infos, begin = [], 0
-        for name, shape in shard:
-            end = begin + int(np.prod(shape)) * DTYPES[dtype].width_bytes
-            infos.append(TensorInfo(name, DTYPES[dtype].safetensors, shape, begin, end))
-            weight_map[name] = path.name
-            begin = end
-        with path.open("wb") as file:
-            file.write(encode_header(tuple(infos), {"format": "pt"}))
-            for remaining in range(begin, 0, -len(data)):
-                file.write(data[:remaining])
-    if len(shards) > 1:
-        index = {"metadata": {}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def _bfloat16(values: Any) -> Any:
-    """The upper halves of float32 values."""
-    return (values.view("<u4") >> 16).astype("<u2")
-
-
-def seeded(root: Path, checkpoint: Path) -> Path:
-    """The checkpoint in a store, in float16; returns the snapshot's folder."""
-    return ModelStore(root, settings=Settings(root=root)).ensure(f"file://{checkpoint}").path
-
-
 def environment(folder: Path) -> str:
     """The machine and the volume of the measurement, in one line."""
     cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
@@ -398,9 +307,3 @@ def start_contenders(
             for dtype, folder in checkpoints.items()
         ),
     ]
-
-
-def snapshot_of(root: Path) -> Path:
-    """The folder of the only snapshot of a store."""
-    (snapshot,) = ModelStore(root, settings=Settings(root=root)).snapshots()
-    return snapshot.path

@@ -23,7 +23,8 @@ from modelstore.reference import parse_reference
 from modelstore.settings import Settings
 
 if TYPE_CHECKING:
-    from modelstore.fill.upload import RemoteVolume, Target
+    from modelstore.fill.bucket import Target
+    from modelstore.fill.upload import RemoteVolume
 
 
 def seed(
@@ -173,7 +174,7 @@ def _end_at_once() -> NoReturn:
 
 
 def _targets(texts: Sequence[str]) -> list[Target]:
-    from modelstore.fill.upload import parse_target  # most commands never need it
+    from modelstore.fill.bucket import parse_target  # most commands never need it
 
     return [parse_target(text) for text in texts]
 

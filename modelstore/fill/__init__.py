@@ -18,7 +18,7 @@
     pickles        a pickle to safetensors, in a process of its own
     observer, progress         the calls that report a fill to its caller
     adoption       models that lie on the volume in another layout
-    upload         a snapshot to another volume over S3
+    bucket, upload             a volume over S3, and a snapshot to it
 
 Other packages start with `store.ModelStore`; `observer`, `adoption` and `upload` are for them, too.
 """

@@ -30,7 +30,7 @@ from modelstore.fill.source import SourceFile
 from modelstore.fill.staging import Staging
 from modelstore.fill.weights import WeightsPipeline
 from modelstore.settings import Settings
-from modelstore.volume import durable
+from modelstore.volume import durable, tree
 from modelstore.volume.checksums import Digests, RunningDigests, has_blocks
 from modelstore.volume.claim import Claim
 from modelstore.volume.config_sizes import Sizes
@@ -67,7 +67,7 @@ class Fill:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """`request.damaged`, if any, is the snapshot that is to be replaced, moved aside."""
-        durable.check_no_links(layout.root, layout.snapshot(request.key))
+        tree.check_no_links(layout.root, layout.snapshot(request.key))
         self._layout = layout
         self._request = request
         self._settings = settings

@@ -16,7 +16,7 @@ from modelstore.fill.selection import code_in
 from modelstore.fill.source import ByteStream, Resolved, Source, SourceFile, stream_of
 from modelstore.reference import Reference, is_commit
 from modelstore.settings import Settings
-from modelstore.volume import durable
+from modelstore.volume import durable, tree
 from modelstore.volume.checksums import git_oid_of
 from modelstore.volume.manifest import SourceRecord
 from modelstore.volume.snapshots import Snapshot
@@ -161,11 +161,11 @@ def export_to_hf_cache(snapshot: Snapshot, cache: Path, *, revision: str) -> Pat
         blob = repo / "blobs" / (file.sha256 if is_large else git_oid_of(path))
         link = folder / file.path
         for parent in (blob.parent, link.parent):
-            durable.check_no_links(cache, parent)
+            tree.check_no_links(cache, parent)
             durable.make_folder(parent)
-        durable.check_no_links(cache, blob)
+        tree.check_no_links(cache, blob)
         durable.link_or_copy(path, blob)
         durable.symlink(os.path.relpath(blob, link.parent), link)
-    durable.check_no_links(cache, ref)
+    tree.check_no_links(cache, ref)
     durable.write_atomic(ref, snapshot.commit.encode())
     return folder

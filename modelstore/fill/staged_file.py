@@ -27,7 +27,7 @@ import xxhash
 
 from modelstore.errors import DigestMismatch
 from modelstore.fill.source import SourceFile
-from modelstore.volume import durable
+from modelstore.volume import durable, tree
 from modelstore.volume.checksums import Digests, RunningDigests, git_oid
 from modelstore.volume.layout import StagingLayout
 
@@ -51,7 +51,7 @@ class _Journal:
 
     def slots(self, *, sealed_only: bool) -> Iterator[tuple[int, bytes]]:
         """The slots that are there, by granule."""
-        for path in durable.entries(self._folder):
+        for path in tree.entries(self._folder):
             number, _dot, state = path.name.partition(".")
             if not (number.isascii() and number.isdigit()) or (state and (sealed_only or state != "open")):
                 continue

@@ -16,7 +16,7 @@ from modelstore.errors import ModelStoreError
 from modelstore.fill.progress import Progress
 from modelstore.fill.selection import stored_path
 from modelstore.fill.source import SourceFile
-from modelstore.volume import durable
+from modelstore.volume import durable, tree
 from modelstore.volume.checksums import has_blocks
 from modelstore.volume.claim import Claim, generations
 from modelstore.volume.layout import Layout, SnapshotKey, StagingLayout
@@ -36,8 +36,8 @@ class Staging:
         way.
         """
         generation = str(claim.generation)
-        durable.check_no_links(layout.root, layout.staging(key) / generation)
-        durable.check_no_links_below(layout.staging(key))
+        tree.check_no_links(layout.root, layout.staging(key) / generation)
+        tree.check_no_links_below(layout.staging(key))
         self.paths = StagingLayout(layout.staging(key) / generation)
         self.records: dict[str, FileRecord] = {}
         self.inherited = self._inherit(layout.staging(key), claim)
@@ -56,7 +56,7 @@ class Staging:
     @property
     def present_bytes(self) -> int:
         """The bytes that lie here already, with the inherited staging."""
-        return sum(durable.tree_blocks(paths.folder) for paths in (self.paths, *self.inherited))
+        return sum(tree.tree_blocks(paths.folder) for paths in (self.paths, *self.inherited))
 
     def unfinished(
         self, files: Sequence[SourceFile], progress: Progress, stored_unchanged: str = ""

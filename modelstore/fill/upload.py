@@ -13,28 +13,21 @@ that it is there. An upload that was cut short goes on with the parts that the s
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from modelstore.errors import (
-    AccessDenied,
     IntegrityError,
     ModelStoreError,
-    NoSpace,
-    NotFound,
     ObjectMissing,
-    UsageError,
     VolumeUnavailable,
 )
+from modelstore.fill.bucket import AT_ONCE, ATTEMPTS, Bucket, Target, md5_of
 from modelstore.fill.observer import SILENT, Observer
 from modelstore.fill.progress import Progress
 from modelstore.volume import durable, refs
@@ -44,44 +37,9 @@ from modelstore.volume.snapshots import Snapshot
 
 PART_BYTES = 32 << 20
 _MAX_PARTS = 10_000
-_AT_ONCE = 8
-_ATTEMPTS = 8
-_BUSY = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 522, 524})
-_FULL = 507
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A store's folder on a volume, as S3 names it."""
-
-    volume: str
-    datacenter: str
-    folder: str = "modelstore"
-
-    def __str__(self) -> str:
-        return f"s3://{self.volume}@{self.datacenter}"
-
-    @property
-    def endpoint(self) -> str:
-        """RunPod's address for the datacenter."""
-        return f"https://s3api-{self.datacenter.lower()}.runpod.io"
-
-
-def parse_target(text: str) -> Target:
-    """`s3://<volume-id>@<datacenter>[/<folder>]`. Raises UsageError."""
-    try:
-        parts = urlsplit(text)
-    except ValueError:
-        parts = urlsplit("")
-    volume, at, datacenter = parts.netloc.partition("@")
-    plain = all(part and part.replace("-", "").isalnum() and part.isascii() for part in (volume, datacenter))
-    folder = parts.path.strip("/") or "modelstore"
-    if parts.scheme != "s3" or not at or not plain or ".." in folder or parts.query or parts.fragment:
-        raise UsageError(f"{text!r} is no volume: write it like s3://abc123def@EU-RO-1")
-    return Target(volume, datacenter, folder)
 
 
 class RemoteVolume:
@@ -90,43 +48,13 @@ class RemoteVolume:
     def __init__(
         self, target: Target, *, endpoint: str | None = None, sleep: Callable[[float], object] | None = None
     ) -> None:
-        """`endpoint`: another address than RunPod's. Credentials are boto3's: AWS_ACCESS_KEY_ID and the like.
-
-        Raises NotFound if boto3 is not installed, AccessDenied if there are no credentials.
-        """
-        try:
-            import boto3
-            from botocore.config import Config
-            from botocore.exceptions import BotoCoreError
-        except ModuleNotFoundError as error:
-            raise NotFound("boto3 is not installed: pip install 'runpod-modelstore[s3]'") from error
+        """See `Bucket`."""
+        self.bucket = Bucket(target, endpoint=endpoint, sleep=sleep)
         self.target = target
-        self.stopped = threading.Event()
-        self._sleep = sleep or self.stopped.wait
-        config = Config(
-            s3={"addressing_style": "path"},
-            max_pool_connections=2 * _AT_ONCE,
-            retries={"total_max_attempts": 1},  # tried again here, by the meaning of RunPod's answers
-            connect_timeout=10,
-            read_timeout=120,
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        )
-        try:
-            session = boto3.Session(region_name=target.datacenter)
-            has_credentials = session.get_credentials() is not None
-        except BotoCoreError as error:  # half a pair, a profile that is not there
-            raise AccessDenied(f"the S3 keys cannot be used: {error}") from error
-        if not has_credentials:
-            raise AccessDenied(
-                "there are no S3 keys: make a pair in RunPod's settings, and set AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY"
-            )
-        self._client: Any = session.client("s3", endpoint_url=endpoint or target.endpoint, config=config)
 
     def has(self, snapshot: Snapshot) -> bool:
         """Whether the volume holds this snapshot, every file with its size."""
-        data = self._read(self._key(snapshot, MANIFEST))
+        data = self.bucket.read(self.key_of(snapshot, MANIFEST))
         if data is None:
             return False
         try:
@@ -134,8 +62,8 @@ class RemoteVolume:
         except ModelStoreError as error:
             logger.warning("%s: %s: it is written again", self.target, error)
             return False
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            sizes = pool.map(lambda file: self._size(self._key(snapshot, file.path)), manifest.files)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            sizes = pool.map(lambda file: self.bucket.size(self.key_of(snapshot, file.path)), manifest.files)
             return all(size == file.size_bytes for size, file in zip(sizes, manifest.files, strict=True))
 
     def verify(self, snapshot: Snapshot) -> None:
@@ -145,17 +73,19 @@ class RemoteVolume:
             digest = hashlib.sha256()
             try:
                 for start in range(0, size, PART_BYTES):
-                    digest.update(self._body(self._key(snapshot, path), start, min(start + PART_BYTES, size) - 1))
+                    digest.update(
+                        self.bucket.body(self.key_of(snapshot, path), start, min(start + PART_BYTES, size) - 1)
+                    )
             except ObjectMissing:
                 digest = hashlib.sha256(b"?")
             if digest.hexdigest() != sha256:
-                self.call("delete_object", Key=self._key(snapshot, MANIFEST))
+                self.bucket.call("delete_object", Key=self.key_of(snapshot, MANIFEST))
                 raise IntegrityError(
                     f"{self.target}: {path} of {snapshot.key} differs from the uploaded file: unpublished, "
                     "upload it again"
                 )
 
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             _all_of(
                 pool, [partial(compare, file.path, file.size_bytes, file.sha256) for file in snapshot.manifest.files]
             )
@@ -168,21 +98,21 @@ class RemoteVolume:
         self._check_format()
         progress = Progress(snapshot.size_bytes)
         files = [_Upload(self, snapshot, file, progress, observer) for file in snapshot.manifest.files]
-        pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="s3")
+        pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="s3")
         try:
             _all_of(pool, [file.begin for file in files])
             _all_of(pool, [part for file in files for part in file.parts()])
             _all_of(pool, [file.end for file in files])
         except BaseException as error:
-            self.stopped.set()  # the waits before new attempts end; a part that is on its way is not waited for
+            self.bucket.stopped.set()  # the waits before new attempts end; a part that is on its way is not waited for
             pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
             if not isinstance(error, KeyboardInterrupt):
-                self.stopped.clear()  # for the next snapshot
+                self.bucket.stopped.clear()  # for the next snapshot
             raise
         pool.shutdown()
         manifest = durable.read_file(snapshot.path / MANIFEST, durable.MANIFEST_BYTES)
-        self._put(self._key(snapshot, MANIFEST), manifest)
-        if self._read(self._key(snapshot, MANIFEST)) != manifest:
+        self.bucket.put(self.key_of(snapshot, MANIFEST), manifest)
+        if self.bucket.read(self.key_of(snapshot, MANIFEST)) != manifest:
             raise IntegrityError(f"{self.target}: the manifest of {snapshot.key} does not read back: upload it again")
         return progress.network + len(manifest)
 
@@ -201,90 +131,19 @@ class RemoteVolume:
         """Let workers on that volume use this commit for the revision."""
         for name in refs.recorded_revisions(snapshot.repo_id, revision):
             path = layout.ref(snapshot.repo_id, name).relative_to(layout.root)
-            self._put(f"{self.target.folder}/{path}", refs.commit_record(name, snapshot.commit))
+            self.bucket.put(f"{self.target.folder}/{path}", refs.commit_record(name, snapshot.commit))
 
     def _check_format(self) -> None:
         key = f"{self.target.folder}/FORMAT"
-        data = self._read(key)
+        data = self.bucket.read(key)
         if data is None:
-            self._put(key, refs.FORMAT_BYTES)
+            self.bucket.put(key, refs.FORMAT_BYTES)
         else:
             refs.check_format_bytes(data, store=str(self.target))
 
-    def _key(self, snapshot: Snapshot, path: str) -> str:
+    def key_of(self, snapshot: Snapshot, path: str) -> str:
+        """The key of a file of a snapshot."""
         return "/".join((self.target.folder, "models", *snapshot.key.parts, path))
-
-    def _put(self, key: str, data: bytes) -> None:
-        self.call("put_object", Key=key, Body=data, ContentMD5=_md5(data))
-
-    def _read(self, key: str) -> bytes | None:
-        try:
-            return self._body(key)
-        except ObjectMissing:
-            return None
-
-    def _body(self, key: str, start: int | None = None, last: int | None = None) -> bytes:
-        """An object's bytes, or a range of them; a connection that breaks meanwhile is made again."""
-        from botocore.exceptions import BotoCoreError
-
-        how: dict[str, Any] = {} if start is None else {"Range": f"bytes={start}-{last}"}
-        for attempt in range(_ATTEMPTS):
-            try:
-                return bytes(self.call("get_object", Key=key, **how)["Body"].read())
-            except (BotoCoreError, OSError) as error:
-                reason = type(error).__name__
-                self.pause(attempt)
-        raise VolumeUnavailable(f"{self.target} breaks off while {key} is read ({reason}): try again later")
-
-    def _head(self, key: str) -> tuple[int | None, str]:
-        """An object's size and tag; None and nothing if there is none."""
-        try:
-            head = self.call("head_object", Key=key)
-        except ObjectMissing:
-            return None, ""
-        return int(head["ContentLength"]), str(head.get("ETag", "")).strip('"')
-
-    def _size(self, key: str) -> int | None:
-        return self._head(key)[0]
-
-    def pause(self, attempt: int) -> None:
-        """Wait before the next attempt, longer each time; not at all if the upload is given up."""
-        self._sleep(min(30.0, 0.5 * 2**attempt))
-
-    def call(self, operation: str, *, attempts: int = _ATTEMPTS, **arguments: Any) -> Any:
-        """One request, again and again if the answer means that this may help."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        for attempt in range(attempts):
-            try:
-                return getattr(self._client, operation)(Bucket=self.target.volume, **arguments)
-            except ClientError as error:
-                status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-                code = str(error.response.get("Error", {}).get("Code", ""))
-                if (failed := self._meaning(status, code, arguments.get("Key", ""))) is not None:
-                    raise failed from error
-                reason = f"{status} {code}"
-            except BotoCoreError as error:  # the network
-                reason = type(error).__name__
-            if attempt + 1 < attempts and not self.stopped.is_set():
-                self.pause(attempt)
-        raise VolumeUnavailable(
-            f"{self.target} does not take {operation} ({reason}): try again later, it goes on from here"
-        )
-
-    def _meaning(self, status: int, code: str, key: str) -> Exception | None:
-        """The error that an answer stands for; None if the same request may succeed later."""
-        if status == _FULL or code in ("InsufficientStorage", "QuotaExceeded"):
-            return NoSpace(f"{self.target} is full: remove a model there, or enlarge the volume")
-        if code == "NoSuchBucket":
-            return NotFound(f"{self.target}: there is no such volume in this datacenter: look at its page")
-        if code == "NoSuchUpload" or status == 404:
-            return ObjectMissing(f"{self.target} has no {key or code} any more: try again, it goes on from here")
-        if status in (401, 403):
-            return AccessDenied(f"{self.target} refuses these S3 keys ({code}): a pair belongs to one account")
-        if code == "BadDigest":
-            return None
-        return None if status in _BUSY or not status else VolumeUnavailable(f"{self.target} answers {status} {code}")
 
 
 class _Upload:
@@ -293,11 +152,11 @@ class _Upload:
     def __init__(
         self, volume: RemoteVolume, snapshot: Snapshot, file: FileRecord, progress: Progress, observer: Observer
     ) -> None:
-        self._volume = volume
+        self._bucket = volume.bucket
         self._snapshot = snapshot
         self._name = file.path
         self._path = snapshot.path / file.path
-        self._key = volume._key(snapshot, file.path)
+        self._key = volume.key_of(snapshot, file.path)
         self._size = size = file.size_bytes
         self._progress = progress
         self._observer = observer
@@ -311,13 +170,13 @@ class _Upload:
         """Look at the object on the volume, and open an upload in parts if the file needs one."""
         if self._size <= self._part_bytes:
             return  # sent again rather than trusted by its size
-        size, etag = self._volume._head(self._key)
+        size, etag = self._bucket.head(self._key)
         if size == self._size and etag == self._whole_etag():
             self._there = True
             self._count(self._size, sent=False)
         else:
             self._upload_id = (
-                self._open_upload() or self._volume.call("create_multipart_upload", Key=self._key)["UploadId"]
+                self._open_upload() or self._bucket.call("create_multipart_upload", Key=self._key)["UploadId"]
             )
 
     def parts(self) -> Iterator[Callable[[], None]]:
@@ -336,9 +195,9 @@ class _Upload:
             return
         if self._upload_id:
             self._complete()
-        if (size := self._volume._size(self._key)) != self._size:
+        if (size := self._bucket.size(self._key)) != self._size:
             raise IntegrityError(
-                f"{self._volume.target}: {self._key} has {size} bytes, not {self._size}: upload it again"
+                f"{self._bucket.target}: {self._key} has {size} bytes, not {self._size}: upload it again"
             )
 
     def _whole_etag(self) -> str:
@@ -356,7 +215,7 @@ class _Upload:
     def _open_upload(self) -> str:
         """An upload of this file that was cut short, and the parts that it has; empty if there is none."""
         try:
-            candidates = self._volume.call("list_multipart_uploads", Prefix=self._key, attempts=2).get("Uploads", [])
+            candidates = self._bucket.call("list_multipart_uploads", Prefix=self._key, attempts=2).get("Uploads", [])
             uploads = sorted(
                 (upload for upload in candidates if upload["Key"] == self._key),
                 key=lambda upload: str(upload.get("Initiated")),
@@ -373,7 +232,7 @@ class _Upload:
     def _listed_parts(self, upload_id: str) -> Iterator[tuple[int, tuple[str, int]]]:
         marker = 0
         while True:
-            page = self._volume.call("list_parts", Key=self._key, UploadId=upload_id, PartNumberMarker=marker)
+            page = self._bucket.call("list_parts", Key=self._key, UploadId=upload_id, PartNumberMarker=marker)
             for part in page.get("Parts", []):
                 yield int(part["PartNumber"]), (str(part["ETag"]), int(part["Size"]))
             if not page.get("IsTruncated"):
@@ -381,14 +240,14 @@ class _Upload:
             marker = int(page["NextPartNumberMarker"])
 
     def _send_whole(self) -> None:
-        if self._volume.stopped.is_set():
+        if self._bucket.stopped.is_set():
             return
         self._progress.begin(self._name, self._size)
-        self._volume._put(self._key, durable.read_file(self._path, self._size))
+        self._bucket.put(self._key, durable.read_file(self._path, self._size))
         self._count(self._size, sent=True)
 
     def _send_part(self, number: int) -> None:
-        if self._volume.stopped.is_set():
+        if self._bucket.stopped.is_set():
             return
         self._progress.begin(self._name, self._size)
         offset = (number - 1) * self._part_bytes
@@ -403,8 +262,13 @@ class _Upload:
             self._etags[number] = etag
             self._count(length, sent=False)
             return
-        answer = self._volume.call(
-            "upload_part", Key=self._key, UploadId=self._upload_id, PartNumber=number, Body=data, ContentMD5=_md5(data)
+        answer = self._bucket.call(
+            "upload_part",
+            Key=self._key,
+            UploadId=self._upload_id,
+            PartNumber=number,
+            Body=data,
+            ContentMD5=md5_of(data),
         )
         self._etags[number] = str(answer["ETag"])
         self._count(length, sent=True)
@@ -417,19 +281,19 @@ class _Upload:
     def _complete(self) -> None:
         """Completing a large upload may take longer than the server's own time limit: then the object's size tells."""
         parts = [{"PartNumber": number, "ETag": etag} for number, etag in sorted(self._etags.items())]
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             try:
-                self._volume.call(
+                self._bucket.call(
                     "complete_multipart_upload",
                     Key=self._key, UploadId=self._upload_id, MultipartUpload={"Parts": parts}, attempts=1,
                 )  # fmt: skip
                 return
             except VolumeUnavailable as error:
                 logger.info("completing %s: %s", self._key, error)
-            if self._volume._size(self._key) == self._size:
+            if self._bucket.size(self._key) == self._size:
                 return
-            self._volume.pause(attempt)
-        raise VolumeUnavailable(f"{self._volume.target}: {self._key} is not completed: try again, its parts are there")
+            self._bucket.pause(attempt)
+        raise VolumeUnavailable(f"{self._bucket.target}: {self._key} is not completed: try again, its parts are there")
 
 
 def _all_of(pool: ThreadPoolExecutor, jobs: list[Callable[[], None]]) -> None:
@@ -437,7 +301,3 @@ def _all_of(pool: ThreadPoolExecutor, jobs: list[Callable[[], None]]) -> None:
     done, _left = wait([pool.submit(job) for job in jobs], return_when=FIRST_EXCEPTION)
     for failed in done:
         failed.result()
-
-
-def _md5(data: bytes) -> str:
-    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()

@@ -12,24 +12,19 @@ of slots, so that a model of any size passes through the same few hundred MB of 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import mmap
 import os
-import signal
-import socket
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
-from modelstore.environment import bare_environment
 from modelstore.errors import BadSafetensors, DigestMismatch, NoWeights, SnapshotNotFound
 from modelstore.load import blocks
+from modelstore.load.reader_process import ReaderProcess
 from modelstore.timeline import Span, Timeline
 from modelstore.volume import durable
 from modelstore.volume.header import LENGTH_BYTES, Header, header_length, parse_header
@@ -39,7 +34,6 @@ from modelstore.volume.snapshots import Snapshot
 logger = logging.getLogger(__name__)
 
 RING_BYTES = 1 << 30
-_FD = 3  # of the socket, in the reader process
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +83,8 @@ class Reading:
         self._error: Exception | None = None
         self._complete = False
         self._arrivals: deque[LoadedBlock] = deque()
-        self._process = _Process.start(self) if beside else None
-        self._threads = blocks.BlockReader(self._report) if self._process is None else None
+        self._process = ReaderProcess.start(self) if beside else None
+        self._threads = blocks.BlockReader(self.report) if self._process is None else None
 
     def as_span(self, timeline: Timeline) -> Span:
         """The read as a span of a start; it ends now if it has not ended yet."""
@@ -133,7 +127,14 @@ class Reading:
                     file = blocks.File(index, os.dup(fd), record.size_bytes, block_bytes, checksums, memory)
                     self._threads.add(file)
                 elif self._process is not None:
-                    self._process.add(index, opened, checksums)
+                    self._process.add(
+                        index,
+                        fd,
+                        memory_fd,
+                        size_bytes=record.size_bytes,
+                        block_bytes=block_bytes,
+                        checksums=checksums,
+                    )
 
     def adopt(self, folder: Path, record: FileRecord, memory: memoryview, *, block_bytes: int) -> None:
         """Take a file of `folder` whose bytes are in `memory` already, and right: all its blocks have arrived."""
@@ -292,7 +293,7 @@ class Reading:
             if self._error is not None:
                 raise self._error
 
-    def _report(self, kind: int, index: int, block: int, detail: int, now: float) -> None:
+    def report(self, kind: int, index: int, block: int, detail: int, now: float) -> None:
         """Take the outcome of a block; called by the threads that read, or that listens to the process."""
         with self._changed:
             opened = self._files[index]
@@ -309,7 +310,8 @@ class Reading:
         if self._complete and self.ended is None and not any(opened.left for opened in self._files):
             self.ended = now or time.monotonic()
 
-    def _failed(self, error: Exception) -> None:
+    def failed(self, error: Exception) -> None:
+        """End the reading with an error."""
         with self._changed:
             self._error = self._error or error
             self._changed.notify_all()
@@ -345,78 +347,6 @@ def host_memory(size_bytes: int) -> memoryview:
 
 def _memory_length(size_bytes: int) -> int:
     return max(blocks.rounded(size_bytes), 1)
-
-
-class _Process:
-    """The reader process, and the thread that listens to it. It ends with its socket."""
-
-    def __init__(self, reading: Reading, pid: int, sock: socket.socket) -> None:
-        self._pid = pid
-        self._socket = sock
-        self._sending = threading.Lock()
-        self._thread = threading.Thread(target=self._listen, args=(reading,), name="read", daemon=True)
-        self._thread.start()
-
-    @classmethod
-    def start(cls, reading: Reading) -> _Process | None:
-        """Start one; None, with a warning, if this machine does not allow it."""
-        checksums = find_spec("xxhash")
-        if checksums is None or checksums.origin is None:
-            return None
-        channel, its = socket.socketpair()
-        program = [sys.executable, "-I", "-S", blocks.__file__, str(_FD), str(Path(checksums.origin).parents[1])]
-        try:
-            actions = [(os.POSIX_SPAWN_DUP2, its.fileno(), _FD)]
-            pid = os.posix_spawn(sys.executable, program, bare_environment(), file_actions=actions, setsigmask=[])
-        except (OSError, ValueError) as error:
-            logger.warning("no reader process can be started (%s): threads read instead", error)
-            channel.close()
-            return None
-        finally:
-            its.close()
-        return cls(reading, pid, channel)
-
-    def add(self, index: int, opened: _Opened, checksums: str) -> None:
-        record = {"size_bytes": opened.record.size_bytes, "block_bytes": opened.block_bytes, "checksums": checksums}
-        self._send(lambda: blocks.send_file(self._socket, index, opened.fd, opened.memory_fd, **record))
-
-    def use_ring(self, fd: int, slot_bytes: int) -> None:
-        self._send(lambda: blocks.send_ring(self._socket, fd, slot_bytes))
-
-    def release(self, slot: int) -> None:
-        self._send(lambda: self._socket.sendall(blocks.MESSAGE.pack(blocks.RELEASE, slot)))
-
-    def close_channel(self) -> None:
-        """Let the process end, at once, even if it still reads."""
-        with contextlib.suppress(OSError):  # it has ended
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def end(self) -> None:
-        """Return when the process has ended."""
-        self.close_channel()
-        self._thread.join()
-
-    def _send(self, send: Callable[[], None]) -> None:
-        try:
-            with self._sending:
-                send()
-        except OSError as error:  # a process that has ended is found by the listener, with the reason
-            logger.debug("the reader process takes no more: %s", error)
-
-    def _listen(self, reading: Reading) -> None:
-        try:
-            while not reading.over:
-                data = self._socket.recv(blocks.REPORT.size, socket.MSG_WAITALL)
-                if len(data) < blocks.REPORT.size:
-                    break
-                reading._report(*blocks.REPORT.unpack(data))
-        except OSError as error:
-            reading._failed(error)
-        self._socket.close()
-        _, status = os.waitpid(self._pid, 0)
-        if not reading.over:
-            how = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "an error"
-            reading._failed(OSError(0, f"the reader process was ended by {how}"))
 
 
 def start_reading(

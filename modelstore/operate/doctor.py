@@ -27,7 +27,7 @@ from modelstore.operate import inventory
 from modelstore.reference import Reference, parse_reference
 from modelstore.settings import Settings
 from modelstore.units import size
-from modelstore.volume import aliases, durable, refs
+from modelstore.volume import aliases, durable, refs, tree
 from modelstore.volume.garbage import plan_collection
 from modelstore.volume.layout import Layout
 from modelstore.volume.snapshots import Catalog
@@ -143,7 +143,7 @@ def _probed(layout: Layout, peer: Path | None, probe_bytes: int) -> Iterator[Che
     """The checks by trial; the first refusal of the volume ends them."""
     folder = layout.trash / f"doctor-{secrets.token_hex(4)}"
     try:
-        durable.check_no_links(layout.root, folder)
+        tree.check_no_links(layout.root, folder)
         durable.make_folder(folder)
         try:
             yield from _probes(folder, (peer or layout.root) / folder.relative_to(layout.root), probe_bytes)

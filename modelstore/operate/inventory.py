@@ -15,7 +15,7 @@ from modelstore.errors import SnapshotNotFound
 from modelstore.reference import is_cut_commit, parse_reference
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
-from modelstore.volume import aliases, durable, pins, refs
+from modelstore.volume import aliases, durable, pins, refs, tree
 from modelstore.volume.claim import ClaimRecord, current_record
 from modelstore.volume.evict import survey
 from modelstore.volume.layout import Layout, SnapshotKey
@@ -41,7 +41,7 @@ def models(layout: Layout) -> list[dict[str, Any]]:
 
     records = []
     # Files are parsed after all were read: a thread that computes holds up those that read.
-    for record in durable.map_concurrently(lambda key: _seen(catalog, layout, key, now, marked), keys):
+    for record in tree.map_concurrently(lambda key: _seen(catalog, layout, key, now, marked), keys):
         if record is None:
             continue
         key, file, names, marks = record
@@ -71,7 +71,7 @@ def space(layout: Layout, settings: Settings) -> dict[str, Any]:
     counted: set[tuple[int, int]] = set()
     folders = {"models": layout.models, "staging": layout.root / "staging"}
     folders |= {"quarantine": layout.quarantine, "trash": layout.trash}
-    kinds = {kind: durable.tree_bytes(folder, counted) for kind, folder in folders.items()}
+    kinds = {kind: tree.tree_bytes(folder, counted) for kind, folder in folders.items()}
     taken = Space(layout, settings).taken()
     kinds["promised"] = max(taken - sum(kinds.values()), 0)  # to downloads that run
     may_go = [candidate for candidate in candidates if not candidate.retained_by]
@@ -106,7 +106,7 @@ def claims(layout: Layout, *, sleep: Callable[[float], None] = time.sleep) -> li
         return (key, generation, record) if record is not None and record.state == "held" else None
 
     keys = [key for key, _folder in keyed_folders(layout.root / "claims")]
-    first = [claim for claim in durable.map_concurrently(held_claim, keys) if claim is not None]
+    first = [claim for claim in tree.map_concurrently(held_claim, keys) if claim is not None]
     if not first:
         return []
     sleep(_LOOK_AGAIN_S)

@@ -1,7 +1,8 @@
 """The files on the volume, and the right to change them. No network, no torch.
 
     layout         every path, and the names that may become one; SnapshotKey
-    durable        every write: synced, atomic, mapped to our errors; and the reading of folders
+    durable        every write: synced, atomic, mapped to our errors
+    tree           the entries, sizes and times of folders, and the links in them
     manifest       the record of a snapshot's files
     header         the header of a safetensors file
     checksums      digests of files and of their blocks

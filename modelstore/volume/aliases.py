@@ -19,7 +19,7 @@ from modelstore.dtypes import DTYPES
 from modelstore.errors import InvalidReference, ModelStoreError, SnapshotNotFound
 from modelstore.reference import is_alias, is_commit, is_repo_id
 from modelstore.units import printable
-from modelstore.volume import durable
+from modelstore.volume import durable, tree
 from modelstore.volume.layout import Layout, SnapshotKey
 
 _KEPT = 100
@@ -49,7 +49,7 @@ class Pointed:
 
 def names(layout: Layout) -> Iterator[str]:
     """All aliases."""
-    for path in durable.entries(layout.aliases):
+    for path in tree.entries(layout.aliases):
         if path.suffix == ".json" and is_alias(path.stem):
             yield path.stem
 
@@ -145,7 +145,7 @@ def stable(entries: Sequence[Pointed]) -> Pointed:
 def remove(layout: Layout, name: str) -> None:
     """Take an alias away, with its history."""
     path = layout.alias(name)
-    durable.check_no_links(layout.root, path)
+    tree.check_no_links(layout.root, path)
     durable.remove_file(path)
 
 
@@ -165,5 +165,5 @@ def point(layout: Layout, name: str, key: SnapshotKey, by: str, *, percent: int 
     entries = [*before, Pointed(key, int(time.time()), by, percent)]
     entries = [entry for entry in entries[:-_KEPT] if entry is stable(entries)] + entries[-_KEPT:]
     path = layout.alias(name)
-    durable.check_no_links(layout.root, path)
+    tree.check_no_links(layout.root, path)
     durable.write_atomic(path, json.dumps({"history": [entry.as_json() for entry in entries]}).encode() + b"\n")

@@ -39,7 +39,7 @@ from filelock import FileLock, Timeout
 
 from modelstore.errors import ClaimLost, ModelStoreError
 from modelstore.units import printable, size
-from modelstore.volume import durable
+from modelstore.volume import durable, tree
 
 DEAD_AFTER_S = 1.25
 _HEARTBEAT_S = 0.5
@@ -285,7 +285,7 @@ class Claim:
 
 def generations(folder: Path) -> list[int]:
     """The generations that have a file in a claim's folder, or a folder in a snapshot's staging, the highest first."""
-    return sorted((int(name) for name in durable.names(folder) if _GENERATION.fullmatch(name)), reverse=True)
+    return sorted((int(name) for name in tree.names(folder) if _GENERATION.fullmatch(name)), reverse=True)
 
 
 def highest_generation(folder: Path) -> int:

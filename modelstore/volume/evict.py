@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from modelstore.volume import aliases, durable, history, pins
+from modelstore.volume import aliases, durable, history, pins, tree
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.snapshots import Catalog
 
@@ -52,9 +52,9 @@ def survey(layout: Layout, keys: Sequence[SnapshotKey] | None = None) -> tuple[C
     for key in Catalog(layout).keys() if keys is None else keys:
         folder = layout.snapshot(key)
         marks = pins.marks(layout, key)
-        touched_at = marks[0].touched_at if marks else durable.newest_mtime(folder)
+        touched_at = marks[0].touched_at if marks else tree.newest_mtime(folder)
         users = pins.users_of(marks, now)
-        size, pinned = durable.tree_bytes(folder, unshared=True), pins.is_pinned(layout, key)
+        size, pinned = tree.tree_bytes(folder, unshared=True), pins.is_pinned(layout, key)
         candidates.append(Candidate(key, size, now - touched_at, pinned, users, aliased.keeping(key)))
     return tuple(sorted(candidates, key=lambda candidate: -candidate.idle_s))
 
@@ -79,8 +79,8 @@ def evict(
     `force`: even if it is in use or pinned.
     """
     path, aside = layout.snapshot(key), layout.aside(layout.trash, key)
-    durable.check_no_links(layout.root, path)
-    durable.check_no_links(layout.root, aside)
+    tree.check_no_links(layout.root, path)
+    tree.check_no_links(layout.root, aside)
     durable.make_folder(aside.parent)
     with pins.evicting(layout, key, sleep=sleep) as in_time:
         if not force:

@@ -22,7 +22,7 @@ from typing import Literal
 
 from modelstore.errors import ModelStoreError
 from modelstore.settings import Settings
-from modelstore.volume import durable, pins
+from modelstore.volume import durable, pins, tree
 from modelstore.volume.claim import Claim, Contender, generations, highest_generation
 from modelstore.volume.evict import Candidate, evict, least_recently_used, survey
 from modelstore.volume.layout import Layout, SnapshotKey, key_from_parts
@@ -91,10 +91,10 @@ def find_garbage(layout: Layout, *, grace_s: float = GRACE_S) -> tuple[Garbage, 
 
 def collect(layout: Layout, item: Garbage, *, worker: str, lease_s: float, grace_s: float = GRACE_S) -> bool:
     """Remove one item; False if it has come into use since."""
-    durable.check_no_links(layout.root, item.path)
+    tree.check_no_links(layout.root, item.path)
     if item.kind == "staging" and item.key is not None:
         return _collect_staging(layout, item, item.key, worker=worker, lease_s=lease_s, grace_s=grace_s)
-    if pins.volume_time(layout) - durable.newest_mtime(item.path) < grace_s:
+    if pins.volume_time(layout) - tree.newest_mtime(item.path) < grace_s:
         return False
     if item.path.is_dir():
         durable.remove_tree(item.path)
@@ -108,13 +108,13 @@ def _collect_staging(
 ) -> bool:
     """Take the claim over: there was no write and no beat for the grace period, which is longer than any lease."""
     now = pins.volume_time(layout)
-    if now - max(_claimed_at(layout, key), durable.newest_mtime(item.path)) < grace_s:
+    if now - max(_claimed_at(layout, key), tree.newest_mtime(item.path)) < grace_s:
         return False
     claim = Contender(layout.claims(key), worker=worker, lease_s=lease_s).take_over()
     if not isinstance(claim, Claim):
         return False
     with claim:
-        if pins.volume_time(layout) - durable.newest_mtime(item.path) < grace_s:
+        if pins.volume_time(layout) - tree.newest_mtime(item.path) < grace_s:
             return False
         durable.remove_tree(item.path)
     return True
@@ -123,35 +123,35 @@ def _collect_staging(
 def _candidates(layout: Layout, now: float) -> Iterator[Garbage]:
     for key, variant in keyed_folders(layout.root / "staging"):
         # A live claim beats every half second, even if its download stands still.
-        touched_at = max(durable.newest_mtime(variant), _claimed_at(layout, key))
-        yield Garbage("staging", variant, durable.tree_bytes(variant, unshared=True), now - touched_at, key)
+        touched_at = max(tree.newest_mtime(variant), _claimed_at(layout, key))
+        yield Garbage("staging", variant, tree.tree_bytes(variant, unshared=True), now - touched_at, key)
     aside: dict[Kind, Path] = {"trash": layout.trash, "quarantine": layout.quarantine}
     for kind, folder in aside.items():
         for path in moved_aside(folder):
-            yield replace(_file(kind, path, now), size_bytes=durable.tree_bytes(path, unshared=True))
+            yield replace(_file(kind, path, now), size_bytes=tree.tree_bytes(path, unshared=True))
     for folder in (layout.space_claim, *(variant for _key, variant in keyed_folders(layout.root / "claims"))):
         for generation in generations(folder)[1:]:
             yield _file("generation", folder / str(generation), now)
     for key, variant in keyed_folders(layout.root / "used"):
         kept = 1 if layout.snapshot(key).is_dir() else 0
-        marks = sorted((_file("mark", path, now) for path in durable.entries(variant)), key=lambda mark: mark.age_s)
+        marks = sorted((_file("mark", path, now) for path in tree.entries(variant)), key=lambda mark: mark.age_s)
         marks = [mark for mark in marks if mark.path.name != pins.EVICTING]
         yield from (mark for mark in marks[kept:] if mark.age_s >= pins.IN_USE_S)
-    for repo in durable.entries(layout.root / "verified"):
-        for path in durable.entries(repo):
+    for repo in tree.entries(layout.root / "verified"):
+        for path in tree.entries(repo):
             key_of = key_from_parts(repo.name, path.name.removesuffix(".json"))
             if key_of is not None and not layout.snapshot(key_of).is_dir():
                 yield _file("record", path, now)
     divided = (layout.root / name for name in ("pins", "verified", "refs", "starts", "events"))  # by repo, or by day
-    for folder in (layout.root, layout.aliases, *(part for whole in divided for part in durable.entries(whole))):
-        for path in durable.entries(folder):
+    for folder in (layout.root, layout.aliases, *(part for whole in divided for part in tree.entries(whole))):
+        for path in tree.entries(folder):
             if durable.is_temporary(path.name):
                 yield _file("temporary", path, now)
 
 
 def _claimed_at(layout: Layout, key: SnapshotKey) -> float:
     folder = layout.claims(key)
-    return durable.newest_mtime(folder / str(highest_generation(folder)))
+    return tree.newest_mtime(folder / str(highest_generation(folder)))
 
 
 def _file(kind: Kind, path: Path, now: float) -> Garbage:

@@ -22,7 +22,7 @@ from urllib.parse import quote
 from modelstore.errors import ModelStoreError
 from modelstore.timeline import Timeline
 from modelstore.units import printable
-from modelstore.volume import durable, refs
+from modelstore.volume import durable, refs, tree
 from modelstore.volume.layout import Layout, SnapshotKey
 
 KEPT_DAYS = 30
@@ -53,7 +53,7 @@ def record_event(layout: Layout, kind: str, key: SnapshotKey) -> None:
 
 def events(layout: Layout) -> list[dict[str, Any]]:
     """The events of snapshots, the oldest first; records that cannot be read are left out."""
-    records = [_json(path) for day in _days(layout.events) for path in durable.entries(day)]
+    records = [_json(path) for day in _days(layout.events) for path in tree.entries(day)]
     return [record for record in records if isinstance(record, dict) and record.get("kind") in EVENTS]
 
 
@@ -61,11 +61,11 @@ def _keep(layout: Layout, folder: Path, label: str, record: dict[str, Any]) -> N
     day = folder / time.strftime("%Y-%m-%d", time.gmtime(record["at"]))
     try:
         refs.check_format(layout)
-        durable.check_no_links(layout.root, day)
+        tree.check_no_links(layout.root, day)
         is_new_day = not day.exists()
         path = day / f"{int(record['at'])}.{label}.{secrets.token_hex(4)}.json"
         durable.write_atomic(path, json.dumps(record, separators=(",", ":")).encode() + b"\n")
-        records = [path for path in durable.entries(day) if _RECORD.fullmatch(path.name)]
+        records = [path for path in tree.entries(day) if _RECORD.fullmatch(path.name)]
         for path in records[:-KEPT_A_DAY]:  # their names begin with the time
             durable.remove_file(path)
         if is_new_day:
@@ -79,16 +79,16 @@ def starts(layout: Layout, *, limit: int, model: str | None = None) -> list[dict
     """The latest records, or the latest of one model, the oldest of them first; unreadable ones are left out."""
     records: list[dict[str, Any]] = []
     for day in reversed(_days(layout.starts)):
-        paths = durable.entries(day)  # their names begin with the time
+        paths = tree.entries(day)  # their names begin with the time
         while paths and (missing := limit - len(records)):
-            read = durable.map_concurrently(_read, paths[-missing:])
+            read = tree.map_concurrently(_read, paths[-missing:])
             records += [record for record in read if record is not None and model in (None, record["model"])]
             del paths[-missing:]
     return sorted(records, key=lambda record: record["at"])
 
 
 def _days(folder: Path) -> list[Path]:
-    return [path for path in durable.entries(folder) if len(path.name) == 10 and path.name[:4].isdigit()]
+    return [path for path in tree.entries(folder) if len(path.name) == 10 and path.name[:4].isdigit()]
 
 
 def _json(path: Path) -> Any:

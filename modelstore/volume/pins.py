@@ -31,7 +31,7 @@ from urllib.parse import quote, unquote
 
 from modelstore.errors import ModelStoreError, NoSpace, RootUnusable, UnsafeName
 from modelstore.units import printable
-from modelstore.volume import durable
+from modelstore.volume import durable, tree
 from modelstore.volume.layout import Layout, SnapshotKey, key_from_parts
 
 IN_USE_S = 300.0
@@ -80,7 +80,7 @@ class UsageMark:
     def _keep_fresh(self) -> None:
         while True:
             try:
-                durable.check_no_links(self._layout.root, self._path)
+                tree.check_no_links(self._layout.root, self._path)
                 durable.touch(self._path.with_name(_LAST))
                 with self._lock:
                     if self._over.is_set():
@@ -96,7 +96,7 @@ class UsageMark:
         """Remove marks of workers that were killed: all that are a day old, and the oldest of more than a few that
         that are never refreshed, as workers leave that start and fail in a loop. This one's own mark is the newest."""
         now = self._path.lstat().st_mtime
-        marks = [path for path in durable.entries(self._path.parent) if _MARK.fullmatch(path.name)]
+        marks = [path for path in tree.entries(self._path.parent) if _MARK.fullmatch(path.name)]
         ages = sorted((now - path.lstat().st_mtime, path) for path in marks)
         for number, (age, path) in enumerate(ages):
             if age > _OLD_S or (number >= _MOST_MARKS and age >= IN_USE_S):
@@ -112,7 +112,7 @@ def _touched(layout: Layout, key: SnapshotKey, path: Path) -> bool:
     try:
         if os.statvfs(layout.root).f_flag & os.ST_RDONLY:
             return False
-        durable.check_no_links(layout.root, layout.used(key))
+        tree.check_no_links(layout.root, layout.used(key))
         durable.touch(path)
     except (ModelStoreError, OSError) as error:
         logger.warning("%s is not marked as used (%s): an eviction may take it", key, error)
@@ -123,14 +123,14 @@ def _touched(layout: Layout, key: SnapshotKey, path: Path) -> bool:
 def marked_repos(layout: Layout) -> frozenset[str]:
     """The names of the folders under `used/`: no other repo has marks. After it `recent_marks` asks for less."""
     used = layout.root / "used"
-    return frozenset(durable.folder_names(used)) if used.is_dir() else frozenset()
+    return frozenset(tree.folder_names(used)) if used.is_dir() else frozenset()
 
 
 def marks(layout: Layout, key: SnapshotKey) -> tuple[Mark, ...]:
     """The marks on a snapshot, the latest first."""
     entries = []
     folder = str(layout.used(key))
-    for name in durable.names(folder):
+    for name in tree.names(folder):
         if name == EVICTING:
             continue
         try:
@@ -168,7 +168,7 @@ def volume_time(layout: Layout) -> float:
         return time.time()
     clock = layout.root / "used" / ".clock"
     try:
-        durable.check_no_links(layout.root, clock)
+        tree.check_no_links(layout.root, clock)
         return durable.touch(clock)
     except (RootUnusable, UnsafeName, NoSpace) as error:
         logger.debug("this host's clock is used: %s", error)
@@ -177,13 +177,13 @@ def volume_time(layout: Layout) -> float:
 
 def pin(layout: Layout, key: SnapshotKey, by: str) -> None:
     """Keep a snapshot until `unpin`."""
-    durable.check_no_links(layout.root, layout.pin(key))
+    tree.check_no_links(layout.root, layout.pin(key))
     durable.write_atomic(layout.pin(key), json.dumps({"by": by}).encode() + b"\n")
 
 
 def unpin(layout: Layout, key: SnapshotKey) -> bool:
     """Take a pin away; whether there was one."""
-    durable.check_no_links(layout.root, layout.pin(key))
+    tree.check_no_links(layout.root, layout.pin(key))
     existed = is_pinned(layout, key)
     durable.remove_file(layout.pin(key))
     return existed
@@ -196,7 +196,7 @@ def is_pinned(layout: Layout, key: SnapshotKey) -> bool:
 
 def pinned(layout: Layout) -> frozenset[SnapshotKey]:
     """All that a person pinned."""
-    parts = ((repo.name, path.name) for repo in durable.entries(layout.pins) for path in durable.entries(repo))
+    parts = ((repo.name, path.name) for repo in tree.entries(layout.pins) for path in tree.entries(repo))
     keys = (key_from_parts(repo, name.removesuffix(".json")) for repo, name in parts if name.endswith(".json"))
     return frozenset(key for key in keys if key is not None)
 
@@ -230,7 +230,7 @@ def evicting(
     """Announce an eviction, after one that another process has announced; yields a check to call right before the
     rename, False if it came too late."""
     path = layout.used(key) / EVICTING
-    durable.check_no_links(layout.root, path)
+    tree.check_no_links(layout.root, path)
     if path.exists():
         _wait_until_gone(path, sleep)
     began = time.monotonic()

@@ -17,7 +17,7 @@ from pathlib import Path
 from modelstore.errors import FormatTooNew, RootUnusable
 from modelstore.mount import check_place
 from modelstore.reference import DEFAULT_REVISION, Reference, is_commit, is_local, local_repo_id
-from modelstore.volume import durable
+from modelstore.volume import durable, tree
 from modelstore.volume.layout import FORMAT_VERSION, Layout
 
 FORMAT_BYTES = b"%d\n" % FORMAT_VERSION
@@ -77,7 +77,7 @@ def record_commit(layout: Layout, repo_id: str, revision: str, commit: str, *, r
         recorded = _read_commit(layout, path)
         if recorded == commit or (recorded and not replacing):
             continue
-        durable.check_no_links(layout.root, path)
+        tree.check_no_links(layout.root, path)
         durable.write_atomic(path, commit_record(name, commit))
 
 
@@ -107,7 +107,7 @@ def repo_id_of(reference: Reference) -> str:
 
 def _read_commit(layout: Layout, path: Path) -> str:
     """The commit in one record; empty if there is none."""
-    if not durable.is_free_of_links(layout.root, path):
+    if not tree.is_free_of_links(layout.root, path):
         return ""
     try:
         commit = json.loads(durable.read_file(path))["commit"]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from modelstore.errors import BadManifest, CodeRefused, IntegrityError, RootUnusable
 from modelstore.reference import Reference
-from modelstore.volume import aliases, durable, refs
+from modelstore.volume import aliases, durable, refs, tree
 from modelstore.volume.layout import (
     MANIFEST,
     Layout,
@@ -122,9 +122,9 @@ class Catalog:
         `models` is a link."""
         refs.check_format(self._layout)
         models = self._layout.models
-        durable.check_no_links(self._layout.root, models)
-        repos = durable.folder_names(models) if repo_id is None else [repo_folder(repo_id)]
-        variants = durable.map_concurrently(lambda repo: durable.folder_names(f"{models}/{repo}"), repos)
+        tree.check_no_links(self._layout.root, models)
+        repos = tree.folder_names(models) if repo_id is None else [repo_folder(repo_id)]
+        variants = tree.map_concurrently(lambda repo: tree.folder_names(f"{models}/{repo}"), repos)
         for repo, names in zip(repos, variants, strict=True):
             for name in names:
                 if (key := key_from_parts(repo, name)) is not None:
@@ -153,7 +153,7 @@ class Catalog:
         if read is None or manifest is None:
             return None
         for folder in {os.path.dirname(file.path) for file in manifest.files} - {""}:
-            if not durable.is_free_of_links(path, path / folder):
+            if not tree.is_free_of_links(path, path / folder):
                 logger.warning("%s is passed over: %s is a link", path, folder)
                 return None
         for file in manifest.files:
@@ -180,7 +180,7 @@ class Catalog:
 
     def _read_plain(self, key: SnapshotKey) -> durable.Contents | None:
         path = self._layout.snapshot(key)
-        if not durable.is_free_of_links(self._layout.root, path):
+        if not tree.is_free_of_links(self._layout.root, path):
             logger.warning("%s is passed over: a folder on its way is a link", path)
             return None
         return self.read(key)
@@ -214,12 +214,12 @@ class Catalog:
 
 def keyed_folders(folder: Path) -> Iterator[tuple[SnapshotKey, Path]]:
     """The folders of snapshots below `staging/`, `claims/` or `used/`, with their keys."""
-    for repo in durable.entries(folder):
-        for variant in durable.entries(repo):
+    for repo in tree.entries(folder):
+        for variant in tree.entries(repo):
             if (key := key_from_parts(repo.name, variant.name)) is not None:
                 yield key, variant
 
 
 def moved_aside(folder: Path) -> list[Path]:
     """The folders that the store has put in its trash or its quarantine; others there belong to persons."""
-    return [path for path in durable.entries(folder) if is_aside(path.name) and path.is_dir()]
+    return [path for path in tree.entries(folder) if is_aside(path.name) and path.is_dir()]

@@ -18,7 +18,7 @@ from pathlib import Path
 from modelstore.errors import NoSpace
 from modelstore.settings import Settings
 from modelstore.units import size
-from modelstore.volume import durable
+from modelstore.volume import durable, tree
 from modelstore.volume.claim import DEAD_AFTER_S, Claim, Contender, reserved_bytes
 from modelstore.volume.evict import evict, least_recently_used, survey
 from modelstore.volume.layout import Layout, SnapshotKey
@@ -82,10 +82,10 @@ class Space:
 
         Not alone: a claim could not be written now. Two at once may evict more than they need.
         """
-        before = durable.tree_bytes(self._layout.root)
+        before = tree.tree_bytes(self._layout.root)
 
         def missing_bytes() -> int:
-            return size_bytes - (before - durable.tree_bytes(self._layout.root))
+            return size_bytes - (before - tree.tree_bytes(self._layout.root))
 
         return self._find_room(key, missing_bytes, damaged=None) < size_bytes
 
@@ -111,14 +111,14 @@ class Space:
     def _remove_all(self, folder: Path, but: Path | None) -> None:
         for path in moved_aside(folder):
             if path != but:
-                durable.check_no_links(self._layout.root, path)
+                tree.check_no_links(self._layout.root, path)
                 durable.remove_tree(path)
 
     def _remove_abandoned(self, key: SnapshotKey) -> None:
         """Remove the staging of downloads whose worker is gone; one look tells of a release, two of a death."""
         contenders = {}
         for other, variant in keyed_folders(self._layout.root / "staging"):
-            if other != key and durable.entries(variant):
+            if other != key and tree.entries(variant):
                 contenders[other] = Contender(
                     self._layout.claims(other), worker=self._settings.worker_id, lease_s=self._settings.lease_s
                 )
@@ -148,13 +148,13 @@ class Space:
         """Bytes that the store takes or has promised to downloads that run, without the staging of `apart_from` and the
         quarantined folder `damaged`."""
         counted: set[tuple[int, int]] = set()
-        kept = (self._layout.models, self._layout.trash, *durable.entries(self._layout.quarantine))
-        total = sum(durable.tree_bytes(folder, counted) for folder in kept if folder != damaged)
+        kept = (self._layout.models, self._layout.trash, *tree.entries(self._layout.quarantine))
+        total = sum(tree.tree_bytes(folder, counted) for folder in kept if folder != damaged)
         promised: dict[SnapshotKey, tuple[int, int]] = {}
         for key, variant in keyed_folders(self._layout.root / "staging"):
             if key == apart_from:
                 continue
-            present = durable.tree_bytes(variant, counted)
+            present = tree.tree_bytes(variant, counted)
             reserved, beat = reserved_bytes(self._layout.claims(key))
             total += present
             if reserved > present:
@@ -168,7 +168,7 @@ class Space:
         """
         if self._settings.quota_bytes is not None:
             return needed_bytes <= self._settings.quota_bytes
-        return needed_bytes <= durable.tree_bytes(self._layout.root) + error.free_bytes
+        return needed_bytes <= tree.tree_bytes(self._layout.root) + error.free_bytes
 
     def _of_the_living(self, promised: dict[SnapshotKey, tuple[int, int]]) -> int:
         """The promises of claims whose heart beats; a dead worker needs no room."""
@@ -190,7 +190,7 @@ class Space:
 
     @contextmanager
     def _alone(self, claim: Claim) -> Iterator[None]:
-        durable.check_no_links(self._layout.root, self._layout.space_claim)
+        tree.check_no_links(self._layout.root, self._layout.space_claim)
         contender = Contender(self._layout.space_claim, worker=self._settings.worker_id, lease_s=self._settings.lease_s)
         while not isinstance(counting := contender.try_claim(), Claim):
             claim.check()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from modelstore.errors import BadManifest, FormatTooNew, ModelStoreError, UsageError
 from modelstore.units import printable
-from modelstore.volume import durable
+from modelstore.volume import durable, tree
 from modelstore.volume.checksums import block_count, has_block
 from modelstore.volume.layout import MANIFEST, Layout, SnapshotKey
 from modelstore.volume.manifest import FileRecord, Manifest, parse_manifest
@@ -147,7 +147,7 @@ def save_position(layout: Layout, key: SnapshotKey, position: Position) -> bool:
     """Keep the position of a run; False if the volume cannot be written, and the next run starts over."""
     record = {"stride": position.stride, "first": position.first, "done": position.done}
     try:
-        durable.check_no_links(layout.root, layout.verified(key))
+        tree.check_no_links(layout.root, layout.verified(key))
         durable.write_atomic(layout.verified(key), json.dumps(record).encode() + b"\n")
     except (ModelStoreError, OSError):
         return False

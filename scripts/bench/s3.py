@@ -24,8 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from boto3.s3.transfer import TransferConfig
 from werkzeug.serving import make_ssl_devcert
 
-from modelstore.bench.race import environment, make_checkpoint
-from modelstore.fill.upload import PART_BYTES, RemoteVolume, parse_target
+from modelstore.bench.checkpoints import make_checkpoint
+from modelstore.bench.race import environment
+from modelstore.fill.bucket import parse_target
+from modelstore.fill.upload import PART_BYTES, RemoteVolume
 from modelstore.settings import parse_size
 from modelstore.store import ModelStore
 from tests.support.s3_server import BUCKET, create_volume, moto
@@ -45,7 +47,7 @@ def main() -> int:
         make_checkpoint(Path(folder, "model"), parse_size("--size", options.size), "float16")
         snapshot = ModelStore(Path(folder, "store")).ensure(f"file://{folder}/model")
         volume = RemoteVolume(parse_target(f"s3://{BUCKET}@EU-RO-1"), endpoint=f"https://localhost:{port}")
-        client = volume._client
+        client = volume.bucket.client
         create_volume(client)
         plain = TransferConfig(PART_BYTES, 8, PART_BYTES)
 

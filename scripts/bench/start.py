@@ -21,6 +21,7 @@ from typing import Any
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
+from modelstore.bench.checkpoints import make_checkpoint, seeded  # noqa: E402
 from modelstore.bench.race import (  # noqa: E402
     Entrant,
     Measured,
@@ -28,10 +29,8 @@ from modelstore.bench.race import (  # noqa: E402
     environment,
     fill_page_cache,
     load_contenders,
-    make_checkpoint,
     race,
     run_contender,
-    seeded,
     start_contenders,
     table,
 )

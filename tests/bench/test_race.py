@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from modelstore.bench import race as race_module
+from modelstore.bench.checkpoints import make_checkpoint, seeded
 from modelstore.bench.race import (
     Entrant,
     Measured,
@@ -18,11 +19,9 @@ from modelstore.bench.race import (
     drop_page_cache,
     fill_page_cache,
     load_contenders,
-    make_checkpoint,
     race,
     run_contender,
     run_worker,
-    seeded,
     start_contenders,
     table,
 )

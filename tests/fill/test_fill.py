@@ -31,8 +31,8 @@ from modelstore.errors import (
 from modelstore.fill.footprint import DiskBudget
 from modelstore.store import ModelStore
 from modelstore.timeline import Timeline
-from modelstore.volume.durable import tree_blocks
 from modelstore.volume.manifest import parse_manifest
+from modelstore.volume.tree import tree_blocks
 from modelstore.volume.verify import verify_snapshot
 from tests.support.checkpoints import published, random_tensors, weights_bytes, write_repo
 from tests.support.hub import Hub

@@ -16,7 +16,8 @@ import pytest
 
 from modelstore.errors import FormatTooNew, IntegrityError, NoSpace, NotFound, UsageError, VolumeUnavailable
 from modelstore.fill import upload as s3_module
-from modelstore.fill.upload import RemoteVolume, Target, parse_target
+from modelstore.fill.bucket import Target, parse_target
+from modelstore.fill.upload import RemoteVolume
 from modelstore.store import ModelStore
 from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.verify import verify_snapshot
@@ -278,7 +279,7 @@ def test_the_target_is_read_before_anything_is_downloaded(hub: Hub, cli: Cli) ->
 
 
 def test_a_stale_object_of_the_right_size_is_not_published(s3: S3, snapshot: Snapshot, volume: RemoteVolume) -> None:
-    key = volume._key(snapshot, "model.safetensors")
+    key = volume.key_of(snapshot, "model.safetensors")
     s3.client().put_object(Bucket=BUCKET, Key=key, Body=bytes(snapshot.weights[0].size_bytes))
     volume.upload(snapshot)
     volume.verify(snapshot)
@@ -288,7 +289,7 @@ def test_what_does_not_verify_is_unpublished_and_can_be_uploaded_again(
     s3: S3, snapshot: Snapshot, volume: RemoteVolume
 ) -> None:
     volume.upload(snapshot)
-    key = volume._key(snapshot, "model.safetensors")
+    key = volume.key_of(snapshot, "model.safetensors")
     s3.client().put_object(Bucket=BUCKET, Key=key, Body=bytes(snapshot.weights[0].size_bytes))
     assert volume.has(snapshot), "its sizes are right"
     with pytest.raises(IntegrityError, match="upload it again"):
@@ -309,7 +310,7 @@ def test_keys_that_cannot_be_used_are_one_line(hub: Hub, cli: Cli, env: dict[str
 def test_only_a_store_of_a_newer_format_is_refused(
     snapshot: Snapshot, volume: RemoteVolume, text: bytes, is_newer: bool
 ) -> None:
-    volume.call("put_object", Key="modelstore/FORMAT", Body=text)
+    volume.bucket.call("put_object", Key="modelstore/FORMAT", Body=text)
     with pytest.raises(FormatTooNew, match="upgrade modelstore") if is_newer else nullcontext():
         volume.upload(snapshot)
     assert volume.has(snapshot) is not is_newer

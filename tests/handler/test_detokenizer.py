@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from handler.engines.detokenizer import Detokenizer
-from handler.engines.text import TokenKinds
+from handler.engines.loaded import TokenKinds
 
 
 def decode(tokens: Sequence[int]) -> str:

@@ -110,7 +110,9 @@ def test_the_current_model_answers_while_the_next_is_read(
         return real(self, *what)
 
     monkeypatch.setattr(blocks.BlockReader, "_read", held)
-    monkeypatch.setattr("modelstore.load.reader._Process.start", lambda _reading: None)  # threads, which can be held
+    monkeypatch.setattr(
+        "modelstore.load.reader_process.ReaderProcess.start", lambda _reading: None
+    )  # threads, which can be held
     swap = threading.Thread(target=engine.swap, args=("org/other",))
     swap.start()
     assert reading.wait(20)

@@ -13,7 +13,7 @@ import pytest
 
 from modelstore.errors import NoSpace, RootUnusable, UnsafeName
 from modelstore.store import ModelStore
-from modelstore.volume import durable
+from modelstore.volume import durable, tree
 from tests.support.checkpoints import write_repo
 from tests.support.hub import Hub
 
@@ -112,10 +112,10 @@ def test_links_are_told_from_folders_at_any_depth(tmp_path: Path) -> None:
     (tmp_path / "real" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to("real")
     (tmp_path / "real" / "dangling").symlink_to("nowhere")
-    durable.check_no_links(tmp_path, tmp_path / "real" / "deep" / "not there" / "at all")
+    tree.check_no_links(tmp_path, tmp_path / "real" / "deep" / "not there" / "at all")
     for path in ("link/deep/x", "link", "real/dangling"):
         with pytest.raises(UnsafeName, match="is a link"):
-            durable.check_no_links(tmp_path, tmp_path / path)
+            tree.check_no_links(tmp_path, tmp_path / path)
 
 
 def test_hard_links_are_counted_once(tmp_path: Path) -> None:
@@ -125,8 +125,8 @@ def test_hard_links_are_counted_once(tmp_path: Path) -> None:
     durable.link(tmp_path / "a", tmp_path / "sub" / "b")
     (tmp_path / "c").write_bytes(bytes(7))
     (tmp_path / "sub" / "d").symlink_to("/etc/passwd")
-    assert durable.tree_bytes(tmp_path) == 107
-    assert durable.tree_bytes(tmp_path / "nowhere") == 0
+    assert tree.tree_bytes(tmp_path) == 107
+    assert tree.tree_bytes(tmp_path / "nowhere") == 0
     with pytest.raises(FileExistsError):
         durable.link(tmp_path / "c", tmp_path / "sub" / "b")
 
@@ -154,11 +154,11 @@ def test_a_folder_that_goes_while_its_siblings_are_listed(tmp_path: Path, monkey
         return nullcontext(entries)
 
     monkeypatch.setattr(os, "scandir", scan)
-    assert durable.folder_names(tmp_path) == ["a", "b", "c"], "whoever looks below finds nothing there"
+    assert tree.folder_names(tmp_path) == ["a", "b", "c"], "whoever looks below finds nothing there"
     assert sorted(asked) == ["a", "b", "c"], "this makes the file system send the states of the next ones, too"
     monkeypatch.undo()
-    assert durable.folder_names(tmp_path) == ["a", "c"]
-    assert durable.folder_names(tmp_path / "b") == []
+    assert tree.folder_names(tmp_path) == ["a", "c"]
+    assert tree.folder_names(tmp_path / "b") == []
 
 
 def test_a_file_that_comes_in_short_reads_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,10 @@ from modelstore.store import ModelStore
 from modelstore.volume import evict as evict_module
 from modelstore.volume import pins
 from modelstore.volume.claim import Claim, Contender
-from modelstore.volume.durable import tree_bytes
 from modelstore.volume.evict import evict, least_recently_used, survey
 from modelstore.volume.layout import StagingLayout
 from modelstore.volume.snapshots import Snapshot
+from modelstore.volume.tree import tree_bytes
 from modelstore.volume.verify import verify_snapshot
 from tests.conftest import MakeStore
 from tests.support.checkpoints import random_tensors, weights_bytes, write_repo

@@ -1,0 +1,114 @@
+"""The reader process beside a worker: how it is started, what it is told, and its reports.
+
+It runs `blocks.py` as a program, with the standard library and xxhash alone, and ends with its socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+from modelstore.environment import bare_environment
+from modelstore.load import blocks
+
+logger = logging.getLogger(__name__)
+
+_FD = 3  # of the socket, in the reader process
+
+
+class Listener(Protocol):
+    """The receiver of the reports: a reading. Called from the thread that listens to the process."""
+
+    @property
+    def over(self) -> bool:
+        """Whether all blocks have been reported, or one has failed."""
+
+    def report(self, kind: int, index: int, block: int, detail: int, now: float) -> None:
+        """The outcome of a block: see `blocks.REPORT`."""
+
+    def failed(self, error: Exception) -> None:
+        """The process has failed, or ended before all blocks were read."""
+
+
+class ReaderProcess:
+    """The reader process, and the thread that listens to it. It ends with its socket."""
+
+    def __init__(self, listener: Listener, pid: int, sock: socket.socket) -> None:
+        self._pid = pid
+        self._socket = sock
+        self._sending = threading.Lock()
+        self._thread = threading.Thread(target=self._listen, args=(listener,), name="read", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def start(cls, listener: Listener) -> ReaderProcess | None:
+        """Start one; None, with a warning, if this machine does not allow it."""
+        checksums = find_spec("xxhash")
+        if checksums is None or checksums.origin is None:
+            return None
+        channel, its = socket.socketpair()
+        program = [sys.executable, "-I", "-S", blocks.__file__, str(_FD), str(Path(checksums.origin).parents[1])]
+        try:
+            actions = [(os.POSIX_SPAWN_DUP2, its.fileno(), _FD)]
+            pid = os.posix_spawn(sys.executable, program, bare_environment(), file_actions=actions, setsigmask=[])
+        except (OSError, ValueError) as error:
+            logger.warning("no reader process can be started (%s): threads read instead", error)
+            channel.close()
+            return None
+        finally:
+            its.close()
+        return cls(listener, pid, channel)
+
+    def add(self, index: int, fd: int, memory_fd: int, *, size_bytes: int, block_bytes: int, checksums: str) -> None:
+        """Have it read a file into the memory behind `memory_fd`, or into the ring if that is -1."""
+        record = {"size_bytes": size_bytes, "block_bytes": block_bytes, "checksums": checksums}
+        self._send(lambda: blocks.send_file(self._socket, index, fd, memory_fd, **record))
+
+    def use_ring(self, fd: int, slot_bytes: int) -> None:
+        """Give it the memory for files without memory of their own."""
+        self._send(lambda: blocks.send_ring(self._socket, fd, slot_bytes))
+
+    def release(self, slot: int) -> None:
+        """Let it use a slot of the ring again."""
+        self._send(lambda: self._socket.sendall(blocks.MESSAGE.pack(blocks.RELEASE, slot)))
+
+    def close_channel(self) -> None:
+        """Let the process end, at once, even if it still reads."""
+        with contextlib.suppress(OSError):  # it has ended
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def end(self) -> None:
+        """Return when the process has ended."""
+        self.close_channel()
+        self._thread.join()
+
+    def _send(self, send: Callable[[], None]) -> None:
+        try:
+            with self._sending:
+                send()
+        except OSError as error:  # a process that has ended is found by the listener, with the reason
+            logger.debug("the reader process takes no more: %s", error)
+
+    def _listen(self, listener: Listener) -> None:
+        try:
+            while not listener.over:
+                data = self._socket.recv(blocks.REPORT.size, socket.MSG_WAITALL)
+                if len(data) < blocks.REPORT.size:
+                    break
+                listener.report(*blocks.REPORT.unpack(data))
+        except OSError as error:
+            listener.failed(error)
+        self._socket.close()
+        _, status = os.waitpid(self._pid, 0)
+        if not listener.over:
+            how = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "an error"
+            listener.failed(OSError(0, f"the reader process was ended by {how}"))

@@ -1,0 +1,134 @@
+"""Folders on the volume: their entries, their sizes and times, and the links in them. Writes nothing.
+
+Over a network file system each look is a round trip, so many small ones are made together (`map_concurrently`), and a
+folder's entries are asked for their states at once.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from modelstore.errors import RootUnusable, UnsafeName
+
+T = TypeVar("T")
+R = TypeVar("R")
+_AT_ONCE = 16
+
+
+def entries(folder: Path) -> list[Path]:
+    """The paths in a folder, by name; none if it does not exist."""
+    return [folder / name for name in names(folder)]
+
+
+def names(folder: str | Path) -> list[str]:
+    """The same as names alone."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def folder_names(folder: str | Path) -> list[str]:
+    """The names of the folders in a folder, links left out, sorted; none if it does not exist. Raises RootUnusable.
+
+    Each is asked for its state, because a file system that sees this sends the states of the next ones with their names
+    (FUSE's and NFS's readdirplus), and a look below one of them within a second saves a round trip.
+    """
+    folders = []
+    try:
+        with os.scandir(folder) as listing:
+            for entry in listing:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.name)
+                    with suppress(OSError):  # it may be gone by now
+                        entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RootUnusable(f"cannot read {folder}: {error.strerror}; check the mount and MODELSTORE_ROOT") from error
+    return sorted(folders)
+
+
+def map_concurrently(look: Callable[[T], R], things: Iterable[T]) -> list[R]:
+    """Look at many small things together, because over a network file system each is a round trip."""
+    items = list(things)
+    length = (
+        -(-len(items) // (4 * _AT_ONCE)) or 1
+    )  # a part at a time: handing over each thing alone takes as long again
+    parts = [items[start : start + length] for start in range(0, len(items), length)]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return [result for part in pool.map(lambda part: [look(item) for item in part], parts) for result in part]
+
+
+def tree_bytes(folder: Path, counted: set[tuple[int, int]] | None = None, *, unshared: bool = False) -> int:
+    """The bytes of a folder's regular files by their sizes, each inode once; `seen` carries inodes between calls.
+
+    `unshared`: only the bytes that are freed when the folder goes, without files that have another name. Sizes, not
+    blocks: MooseFS tells the whole size for a sparse file, too.
+    """
+    counted = set() if counted is None else counted
+    total = 0
+    try:
+        with os.scandir(folder) as entry_names:
+            for entry in entry_names:
+                if entry.is_dir(follow_symlinks=False):
+                    total += tree_bytes(Path(entry.path), counted, unshared=unshared)
+                elif entry.is_file(follow_symlinks=False):
+                    state = entry.stat(follow_symlinks=False)
+                    if state.st_nlink == 1 or not (unshared or (state.st_dev, state.st_ino) in counted):
+                        counted.add((state.st_dev, state.st_ino))
+                        total += state.st_size
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # removed while we looked
+    return total
+
+
+def tree_blocks(folder: Path) -> int:
+    """The bytes of a folder's files on the disk, holes left out; MooseFS counts holes."""
+    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
+
+
+def newest_mtime(path: Path) -> float:
+    """The latest mtime of a file, or of a folder and all it holds; 0 if it does not exist."""
+    try:
+        state = path.lstat()
+        children = entries(path) if stat.S_ISDIR(state.st_mode) else []
+    except FileNotFoundError:
+        return 0.0
+    return max([state.st_mtime, *map(newest_mtime, children)])
+
+
+def check_no_links(root: Path, path: Path) -> None:
+    """Raise UnsafeName if a component of `path` below `root` is a symbolic link, as another user of the volume may
+    have planted it. A path that does not exist is fine."""
+    step = str(root)
+    for part in path.relative_to(root).parts:
+        step = f"{step}/{part}"
+        try:
+            if stat.S_ISLNK(os.lstat(step).st_mode):
+                raise UnsafeName(f"{step} is a link: the store follows none; remove it, it was put there by hand")
+        except (FileNotFoundError, NotADirectoryError):
+            return
+
+
+def is_free_of_links(root: Path, path: Path) -> bool:
+    """Whether no component of `path` below `root` is a symbolic link: see `check_no_links`."""
+    try:
+        check_no_links(root, path)
+    except UnsafeName:
+        return False
+    return True
+
+
+def check_no_links_below(folder: Path) -> None:
+    """Raise UnsafeName if a symbolic link lies anywhere below `folder`; one that does not exist is fine."""
+    for parent, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            if os.path.islink(path := os.path.join(parent, name)):
+                raise UnsafeName(f"{path} is a link: the store follows none; remove it, it was put there by hand")
