@@ -123,6 +123,16 @@ def local_repo_id(reference: Reference) -> str:
     return repo_id if is_repo_id(repo_id) else f"{_LOCAL}folder"
 
 
+def revision_of(reference: Reference) -> str:
+    """The revision that a reference's commit is recorded under: the path of a folder; empty for an alias."""
+    return reference.name if reference.kind == "file" else reference.revision
+
+
+def repo_id_of(reference: Reference) -> str:
+    """The repo id that a reference's snapshots are kept under."""
+    return local_repo_id(reference) if reference.kind == "file" else reference.name
+
+
 def pins(reference: Reference, repo_id: str, commit: str) -> bool:
     """Whether `reference` can mean nothing but this commit: it names the commit in full, or the folder that the
     snapshots of `repo_id` are made of."""

@@ -1,9 +1,11 @@
 """A whole start in one page: find the snapshot or make it, have its bytes in flight, load them.
 
-pending = begin(settings)      the standard library, the store and the reader; no torch
-import torch, transformers     while the bytes are read
-    pending.load(load)             load(pending) makes the model; if the bytes are not those published, the snapshot is
-                               quarantined and made again, and the start goes on with the new one
+    pending = begin(settings)      the standard library, the store and the reader; no torch
+    import torch, transformers     while the bytes are read
+    pending.load(load)             load(pending) makes the model; if the bytes are not those published, the snapshot
+                                   is quarantined and made again, and the start goes on with the new one
+
+A start that has to fill the snapshot takes the bytes as they come: see `prefetch.py`.
 """
 
 from __future__ import annotations

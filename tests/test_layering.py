@@ -42,6 +42,7 @@ HEAVY = {"torch", "transformers", "runpod", "accelerate"}
 # pickles and loaders are programs of their own: nothing that imports them imports torch.
 MAY_IMPORT_HEAVY = {
     "modelstore.load.tensors": {"torch"},
+    "modelstore.load.torch_device": {"torch"},
     "modelstore.load.model": {"torch", "transformers", "accelerate"},
     "modelstore.fill.pickles": {"torch"},
     "modelstore.bench.loaders": {"torch", "transformers", "runpod"},

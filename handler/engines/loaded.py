@@ -15,7 +15,7 @@ from handler.engines.detokenizer import Detokenizer
 from handler.errors import Code, JobError, TemplateTimeout, invalid
 from handler.jobs import Prompt, Sampling, TextRequest
 from modelstore.load.model import load_model
-from modelstore.load.tensors import needs_several_gpus
+from modelstore.load.torch_device import needs_several_gpus
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.pins import UsageMark
 from modelstore.volume.snapshots import Snapshot, check_code

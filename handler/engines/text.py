@@ -22,7 +22,7 @@ from handler.engines.offload import Offload
 from handler.errors import Code, JobError, not_served
 from handler.jobs import TextRequest
 from modelstore.errors import IntegrityError, Refused
-from modelstore.load.tensors import check_room
+from modelstore.load.torch_device import check_room
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline

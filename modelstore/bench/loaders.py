@@ -54,7 +54,7 @@ def load_modelstore_unverified(folder: Path, device: str) -> Loaded:
     """As `load_modelstore`, without comparing checksums: the difference is their cost."""
     from modelstore.load.model import load_tensors
     from modelstore.load.reader import start_reading
-    from modelstore.load.tensors import ring_bytes_for, usable_device
+    from modelstore.load.torch_device import ring_bytes_for, usable_device
     from modelstore.volume.manifest import parse_manifest
     from modelstore.volume.snapshots import Snapshot
 

@@ -1,12 +1,14 @@
 """The `modelstore` command.
 
-main       every command, registered in one page
-app        the parts of every command: options, context, errors, progress
-output     the text of results
-bars       progress bars
-fill       seed, adopt, export
-start      warm, bench
-inspect    ls, show, path, du, claims, watch, history, report, metrics, doctor, verify
-manage     rm, gc, pin, unpin
-alias      the commands of aliases
+    main       every command, registered in one page
+    app        the parts of every command: options, context, errors, progress
+    output     the text of results
+    bars       progress bars
+    fill       seed, adopt, export
+    start      warm, bench
+    inspect    ls, show, path, du, claims, watch, history, report, metrics, doctor, verify
+    manage     rm, gc, pin, unpin
+    alias      the commands of aliases
+
+`__main__` calls `main.run`.
 """

@@ -79,7 +79,7 @@ def bench_volume(
     place = (folder or context.store().settings.root.parent).absolute()
     try:
         from modelstore.bench.race import bench_volume, environment
-        from modelstore.load.tensors import usable_device
+        from modelstore.load.torch_device import usable_device
     except ModuleNotFoundError as error:
         raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[worker,bench]'") from error
     target = str(usable_device(device))

@@ -1,12 +1,13 @@
 """From a snapshot to a model on a device.
 
-    blocks     reader threads or a reader process: blocks into memory, each compared with its checksum
-    reader     the reading of one snapshot, and the memory that it fills
+    blocks            threads or a process: blocks into memory, each compared with its checksum
+    reader            the reading of one snapshot, and the memory that it fills
     reader_process    the process that reads beside a worker
-    device     blocks from the ring to a device
-    tensors    the snapshot's tensors on a device (torch)
-    model      a transformers model of these tensors, as `from_pretrained` would make it (torch, transformers)
-    memory     whether a model fits
+    device            blocks from the ring to a device
+    torch_device      devices as torch has them
+    tensors           the snapshot's tensors on a device (torch)
+    model             a transformers model of these tensors, as `from_pretrained` would make it (torch, transformers)
+    memory            whether a model fits
 
 Other packages may import all of these. Nothing here imports `fill`.
 """

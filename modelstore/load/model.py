@@ -27,7 +27,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, modeling
 from modelstore.dtypes import DTYPES
 from modelstore.errors import BadConfig, DoesNotFit, IntegrityError, NoWeights, UsageError
 from modelstore.load.reader import Reading, start_reading
-from modelstore.load.tensors import Weights, check_fits, load_tensors, ring_bytes_for, usable_device
+from modelstore.load.tensors import Weights, load_tensors
+from modelstore.load.torch_device import check_fits, ring_bytes_for, usable_device
 from modelstore.timeline import Timeline
 from modelstore.units import size
 from modelstore.volume.config_sizes import check_configs

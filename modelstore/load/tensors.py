@@ -7,20 +7,18 @@ there before their bytes are, so that a model can be built from them meanwhile.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import mmap
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from modelstore.errors import BadSafetensors, DigestMismatch, UsageError
+from modelstore.errors import BadSafetensors, DigestMismatch
 from modelstore.load.device import transfer
-from modelstore.load.memory import FreeMemory
-from modelstore.load.reader import RING_BYTES, LoadedBlock, Reading, start_reading
+from modelstore.load.reader import LoadedBlock, Reading, start_reading
+from modelstore.load.torch_device import CudaDevices, HostDevice, address_of, check_fits, ring_bytes_for, usable_device
 from modelstore.timeline import Span, Timeline
 from modelstore.volume.header import Header, TensorInfo
 from modelstore.volume.snapshots import Snapshot
@@ -29,10 +27,8 @@ Place = Callable[[str], torch.device]
 
 _SLAB_BYTES = 1 << 30
 _ALIGNMENT = 16
-_FOR_EVERY_DEVICE = 1  # cudaHostRegisterPortable
 _NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE: more than the machine has may be mapped, if it is never touched
 
-logger = logging.getLogger(__name__)
 
 _TORCH = {
     "BOOL": torch.bool,
@@ -56,39 +52,6 @@ _TORCH = {
 }
 if hasattr(torch, "float8_e8m0fnu"):
     _TORCH["F8_E8M0"] = torch.float8_e8m0fnu
-
-
-def usable_device(device: str | torch.device | None) -> torch.device:
-    """`device`, or if none is named CUDA if there is one, else the CPU. Raises UsageError if it is not here."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"{str(device)!r} is not a device: use cuda, cuda:0 or cpu") from error
-    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"this machine has no {target}: torch sees {torch.cuda.device_count()} GPUs; use cpu")
-    return target
-
-
-def check_fits(snapshot: Snapshot, devices: Sequence[torch.device]) -> None:
-    """Raise DoesNotFit if the weights are larger than the free memory of these GPUs together."""
-    if all(device.type == "cuda" for device in devices):
-        place = " and ".join(str(device) for device in devices) + (" have" if len(devices) > 1 else " has")
-        free = FreeMemory(sum(_free_bytes(device) for device in devices), place)
-        free.check_fits(snapshot.key, snapshot.weights_bytes)
-
-
-def needs_several_gpus(snapshot: Snapshot) -> bool:
-    """Whether the weights are larger than the free memory of the first GPU, and there are more."""
-    return torch.cuda.device_count() > 1 and snapshot.weights_bytes > _free_bytes(torch.device("cuda", 0))
-
-
-def check_room(model: torch.nn.Module, device: torch.device, *, besides: torch.nn.Module) -> None:
-    """Raise DoesNotFit if a GPU has no room for a model once another one has left it."""
-    needed, leaving = (sum(p.numel() * p.itemsize for p in each.parameters()) for each in (model, besides))
-    free = FreeMemory(_free_bytes(device) + leaving, f"{device}, without the model before, has")
-    free.check_fits("the model", needed)
 
 
 def load_tensors(
@@ -122,11 +85,6 @@ def load_tensors(
     finally:
         reading.close()
     return tensors
-
-
-def ring_bytes_for(device: torch.device) -> int:
-    """How much host memory the bytes for a device pass through; 0 if they stay."""
-    return 0 if device.type == "cpu" else RING_BYTES
 
 
 def place_early(reading: Reading, timeline: Timeline) -> Weights | None:
@@ -243,7 +201,7 @@ class Weights:
         devices = {self._place(tensor.name) for tensor in header.tensors}
         if devices <= {torch.device("cpu")} and not self._reading.in_ring(path):
             memory = self._reading.memory(path)
-            self._bases.append((_address(memory), len(memory), path))
+            self._bases.append((address_of(memory), len(memory), path))
             if aligned:
                 self._view_in_memory(path, header)
             return
@@ -258,7 +216,7 @@ class Weights:
                 self.tensors[_named(path, tensor)] = flat.view(tensor.shape)
         size_bytes = self._reading.record(path).size_bytes
         untouched = memoryview(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | _NO_RESERVE))
-        self._bases.append((_address(untouched), len(untouched), path))
+        self._bases.append((address_of(untouched), len(untouched), path))
         if aligned:
             self.stand_ins |= {
                 _named(path, tensor): _view(untouched, header, tensor, path) for tensor in header.tensors
@@ -279,7 +237,7 @@ class Weights:
     def _move(self) -> None:
         gpus = {device for device in self._devices.values() if device.type == "cuda"}
         try:
-            transfer(self._reading, _Cuda(self, gpus) if gpus else _Host(self))
+            transfer(self._reading, CudaDevices(self.parts, gpus) if gpus else HostDevice(self.parts))
         except BaseException as error:  # handed to the waiter
             self._error = error
 
@@ -303,76 +261,6 @@ class Weights:
             raise DigestMismatch(
                 f"{path} of the snapshot changed while it was read: remove the snapshot and seed the model again"
             )
-
-
-class _Host:
-    """Takes the bytes of the ring to memory of the CPU."""
-
-    def __init__(self, weights: Weights) -> None:
-        self._weights = weights
-
-    def pin(self, memory: memoryview) -> None: ...
-
-    def unpin(self, memory: memoryview) -> None: ...
-
-    def wait(self, event: Any) -> None: ...
-
-    def copy(self, arrival: LoadedBlock, view: memoryview) -> None:
-        for target, source in self._weights.parts(arrival, view):
-            target.copy_(source)
-
-
-class _Cuda:
-    """Copies on streams of their own, out of memory that is pinned meanwhile."""
-
-    def __init__(self, weights: Weights, devices: set[torch.device]) -> None:
-        self._weights = weights
-        make: Any = torch.cuda.Stream
-        self._streams = {device: make(device) for device in devices}
-        self._pinned: set[int] = set()
-        self._begun: set[str] = set()
-
-    def pin(self, memory: memoryview) -> None:
-        if _cudart("cudaHostRegister", _address(memory), len(memory), _FOR_EVERY_DEVICE):
-            self._pinned.add(_address(memory))
-            return
-        logger.warning("host memory cannot be pinned: the model goes to the GPU more slowly")
-        # torch would find the driver's last error later, and take it for its own.
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=next(iter(self._streams)))
-
-    def unpin(self, memory: memoryview) -> None:
-        if _address(memory) in self._pinned:
-            _cudart("cudaHostUnregister", _address(memory))
-
-    def copy(self, arrival: LoadedBlock, view: memoryview) -> list[torch.cuda.Event]:
-        events = []
-        parts = self._weights.parts(arrival, view)
-        if arrival.path not in self._begun:
-            self._begun.add(arrival.path)
-            for device, stream in self._streams.items():
-                stream.wait_stream(
-                    torch.cuda.current_stream(device)
-                )  # the former owner of this memory has done with it
-        for target, source in parts:
-            stream = self._streams.get(target.device)
-            if stream is None:
-                target.copy_(source)
-                continue
-            with torch.cuda.stream(stream):
-                target.copy_(source, non_blocking=True)
-                events.append(stream.record_event())
-        return events
-
-    def wait(self, event: list[torch.cuda.Event]) -> None:
-        for one in event:
-            one.synchronize()
-
-
-def _cudart(function: str, *arguments: int) -> bool:
-    """Call the CUDA runtime; returns whether it succeeded."""
-    cudart: Any = torch.cuda.cudart
-    return int(getattr(cudart(), function)(*arguments)) == 0
 
 
 def _runs(header: Header, place: Place) -> list[list[TensorInfo]]:
@@ -416,13 +304,3 @@ def _view(memory: memoryview, header: Header, tensor: TensorInfo, path: str) -> 
         buffer, begin = bytearray(memory[begin : begin + tensor.size_bytes]), 0
     flat = torch.frombuffer(buffer, dtype=dtype, count=tensor.size_bytes // dtype.itemsize, offset=begin)
     return flat.view(tensor.shape)
-
-
-def _address(memory: memoryview) -> int:
-    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-
-
-def _free_bytes(device: torch.device) -> int:
-    """The bytes that a model may take: free on the GPU, or held by torch and not in use."""
-    free, _total = torch.cuda.mem_get_info(device)
-    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))

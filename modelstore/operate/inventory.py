@@ -12,14 +12,13 @@ from typing import Any
 
 from modelstore.dtypes import parse_dtype
 from modelstore.errors import SnapshotNotFound
-from modelstore.reference import is_cut_commit, parse_reference
+from modelstore.reference import is_cut_commit, parse_reference, repo_id_of
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.volume import aliases, durable, pins, refs, tree
 from modelstore.volume.claim import ClaimRecord, current_record
 from modelstore.volume.evict import survey
 from modelstore.volume.layout import Layout, SnapshotKey
-from modelstore.volume.refs import repo_id_of
 from modelstore.volume.snapshots import Catalog, Snapshot, keyed_folders
 from modelstore.volume.space import Space
 

@@ -23,13 +23,13 @@ from modelstore.fill.observer import SILENT, Observer
 from modelstore.fill.progress import Progress
 from modelstore.operate import inventory
 from modelstore.operate.seed_list import ListedModel
+from modelstore.reference import revision_of
 from modelstore.store import ModelStore
 from modelstore.volume import aliases, pins
 from modelstore.volume.claim import Holder
 from modelstore.volume.evict import Candidate, evict, survey
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.manifest import FileRecord
-from modelstore.volume.refs import revision_of
 
 if TYPE_CHECKING:
     from modelstore.fill.upload import RemoteVolume

@@ -11,7 +11,7 @@
     aliases        names that point to snapshots
     claim          the exclusive right to fill a snapshot
     pins           pins of persons, usage marks of workers, the notice of an eviction
-        space          the space that the store takes, against the quota
+    space          the space that the store takes, against the quota
     evict          the removal of a snapshot to make room
     garbage        the collection of leftovers
     verify         the comparison of snapshots with their manifests

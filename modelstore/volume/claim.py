@@ -12,7 +12,7 @@ correct because writes are idempotent and publishing is one rename.
 A contender takes over when one of these holds, and only by creating the next generation:
 - the record says the holder is through with it;
 - the generation's `FileLock` is free and the record has not changed for `DEAD_AFTER_S`: the process is gone. Locks that
-    a mount keeps local to its host (`mfsnobsdlocks`) look free from elsewhere; then the heartbeat decides;
+  a mount keeps local to its host (`mfsnobsdlocks`) look free from elsewhere; then the heartbeat decides;
 - the record has not changed for the lease time, on the contender's own monotonic clock: the host is gone. The lock
   alone would not do: MooseFS keeps a lost host's locks for a day.
 

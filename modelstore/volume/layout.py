@@ -1,18 +1,21 @@
-"""Every path on the volume, and which names may become one. No I/O.
+"""Every path on the volume, and the names that may become one. No I/O.
 
     <root>/
       FORMAT                                         "1"
       models/<org>--<name>/<commit>.<dtype>/         a published snapshot: the model's files and manifest.json
       staging/<org>--<name>/<commit>.<dtype>/<generation>/
         source/<file>                                bytes as the source has them, partial
-        journal/<file>/<segment>[.open]              which granules of it are there (partial.py)
-                snapshot/<file>                              the files to publish
+        journal/<file>/<segment>[.open]              which granules of it are there (staged_file.py)
+        snapshot/<file>                              the files to publish
         done/<file>                                  a converted file's digests (convert.py)
       claims/<org>--<name>/<commit>.<dtype>/<generation>
-            claims/space/<generation>                      the process that counts the space and evicts (space.py)
+      claims/space/<generation>                      the process that counts the space and evicts (space.py)
       refs/<org>--<name>/<revision>.json             the commit this fleet uses for a revision
       pins/<org>--<name>/<commit>.<dtype>.json       a person's pin
       used/<org>--<name>/<commit>.<dtype>/<worker>   empty; its mtime is that worker's last use (pins.py)
+      aliases/<name>.json                            the snapshots that an alias has pointed to (aliases.py)
+      starts/<day>/<at>.<worker>.<random>.json       the record of a start (history.py)
+      events/<day>/<at>.<kind>.<random>.json         the record of an eviction or a quarantine
       verified/<org>--<name>/<commit>.<dtype>.json   how far a sampled or time-boxed verify came
       quarantine/ trash/                             <org>--<name>--<commit>.<dtype>.<8 hex digits>
 
@@ -44,7 +47,7 @@ _MAX_REF_CHARACTERS = 200
 _DEVICE_NAMES = frozenset(
     ["con", "prn", "aux", "nul", *(f"com{i}" for i in range(10)), *(f"lpt{i}" for i in range(10))]
 )
-_ASIDE = re.compile(r"(?:.+--[0-9a-f]{40}\.[a-z0-9]+\.|doctor-)[0-9a-f]{8}")
+_ASIDE = re.compile(rf"(?:.+--[0-9a-f]{{40}}\.(?:{'|'.join(map(re.escape, DTYPES))})\.|doctor-)[0-9a-f]{{8}}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _DRIVE = re.compile(r"[A-Za-z]:")
 

@@ -2,8 +2,8 @@
 
     pins/<org>--<name>/<commit>.<dtype>.json        {"by": "alice"}; until a person takes it away
     used/<org>--<name>/<commit>.<dtype>/<worker>.<random>    empty; touched at a worker's start and every minute
-        used/<org>--<name>/<commit>.<dtype>/.last       empty; touched with every mark, and by uses that do not serve
-        used/<org>--<name>/<commit>.<dtype>/.evicting   a process is about to move the snapshot away
+    used/<org>--<name>/<commit>.<dtype>/.last                empty; touched with each mark and by uses without one
+    used/<org>--<name>/<commit>.<dtype>/.evicting            a process is about to move the snapshot away
 
 A worker's mark that was touched in the last five minutes says "in use"; the newest of all is the last use. Ages are
 told by the volume's own clock, which gives every mtime here, so a host whose clock is wrong changes nothing.

@@ -16,7 +16,14 @@ from pathlib import Path
 
 from modelstore.errors import FormatTooNew, RootUnusable
 from modelstore.mount import check_place
-from modelstore.reference import DEFAULT_REVISION, Reference, is_commit, is_local, local_repo_id
+from modelstore.reference import (
+    DEFAULT_REVISION,
+    Reference,
+    is_commit,
+    is_local,
+    repo_id_of,
+    revision_of,
+)
 from modelstore.volume import durable, tree
 from modelstore.volume.layout import FORMAT_VERSION, Layout
 
@@ -93,16 +100,6 @@ def recorded_revisions(repo_id: str, revision: str) -> tuple[str, ...]:
     if not revision or is_commit(revision):
         return ()
     return (revision, DEFAULT_REVISION) if is_local(repo_id) else (revision,)
-
-
-def revision_of(reference: Reference) -> str:
-    """The revision that a reference's commit is recorded under: the path of a folder; empty for an alias."""
-    return reference.name if reference.kind == "file" else reference.revision
-
-
-def repo_id_of(reference: Reference) -> str:
-    """The repo id that a reference's snapshots are kept under."""
-    return local_repo_id(reference) if reference.kind == "file" else reference.name
 
 
 def _read_commit(layout: Layout, path: Path) -> str:

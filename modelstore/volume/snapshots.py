@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelstore.errors import BadManifest, CodeRefused, IntegrityError, RootUnusable
-from modelstore.reference import Reference
+from modelstore.reference import Reference, repo_id_of
 from modelstore.volume import aliases, durable, refs, tree
 from modelstore.volume.layout import (
     MANIFEST,
@@ -115,7 +115,7 @@ class Catalog:
         if reference.kind == "alias":
             return self.published(aliases.target(self._layout, reference.name, worker=worker))
         commit = refs.recorded_commit(self._layout, reference)
-        return self.published(SnapshotKey(refs.repo_id_of(reference), commit, dtype)) if commit else None
+        return self.published(SnapshotKey(repo_id_of(reference), commit, dtype)) if commit else None
 
     def keys(self, repo_id: str | None = None) -> Iterator[SnapshotKey]:
         """The key of each folder in a snapshot's place, damaged or not, of all repos or of one. Raises UnsafeName if
@@ -142,7 +142,7 @@ class Catalog:
         if reference.kind == "alias":
             key = aliases.target(self._layout, reference.name)
         else:
-            key = SnapshotKey(refs.repo_id_of(reference), refs.recorded_commit(self._layout, reference), dtype)
+            key = SnapshotKey(repo_id_of(reference), refs.recorded_commit(self._layout, reference), dtype)
         return key if key.commit and self._layout.snapshot(key).is_dir() else None
 
     def published(self, key: SnapshotKey) -> Snapshot | None:

@@ -194,11 +194,11 @@ def test_a_swap_that_does_not_fit_puts_the_current_model_back(
     moved: list[str] = []
     monkeypatch.setattr(engine, "_device", type("Device", (), {"type": "cuda"})())
     monkeypatch.setattr(tf.LlamaForCausalLM, "to", lambda self, device: moved.append(str(device)) or self)
-    monkeypatch.setattr("modelstore.load.tensors._free_bytes", lambda device: -(10**9))
+    monkeypatch.setattr("modelstore.load.torch_device._free_bytes", lambda device: -(10**9))
     with pytest.raises(DoesNotFit, match="without the model before"):
         engine.swap("org/other")
     assert moved == [], "nothing was moved"
-    monkeypatch.setattr("modelstore.load.tensors._free_bytes", lambda device: 10**9)
+    monkeypatch.setattr("modelstore.load.torch_device._free_bytes", lambda device: 10**9)
 
     def fails(self: Any, device: Any) -> Any:
         moved.append(str(device))

@@ -17,7 +17,8 @@ from modelstore import ModelStore
 from modelstore.errors import DigestMismatch
 from modelstore.load.device import transfer
 from modelstore.load.reader import LoadedBlock, Reading, start_reading
-from modelstore.load.tensors import Weights, _Cuda, load_tensors
+from modelstore.load.tensors import Weights, load_tensors
+from modelstore.load.torch_device import CudaDevices
 from modelstore.timeline import Timeline
 from modelstore.volume.manifest import FileRecord
 from tests.support.models import MODELS, save
@@ -197,7 +198,7 @@ def test_copies_go_on_a_stream_of_their_own_out_of_memory_that_is_pinned_meanwhi
     snapshot = store.ensure(f"file://{tmp_path}/original")
     reading = start_reading(snapshot, ring_bytes=1)
     weights = Weights(reading, {"": torch.device("cpu")})
-    transfer(reading, _Cuda(weights, {torch.device("cpu")}))
+    transfer(reading, CudaDevices(weights.parts, {torch.device("cpu")}))
     weights.complete(snapshot)
     tensors = weights.wait(Timeline())
     reading.close()

@@ -15,7 +15,7 @@ from modelstore import ModelStore, load_model, load_tensors
 from modelstore.errors import DigestMismatch, DoesNotFit, IntegrityError, NoWeights, UsageError
 from modelstore.load import blocks
 from modelstore.load.reader import start_reading
-from modelstore.load.tensors import check_fits
+from modelstore.load.torch_device import check_fits
 from modelstore.timeline import Timeline
 from modelstore.volume.header import TensorInfo, encode_header
 from tests.support.models import MODELS, SMALL, assert_equal, save
@@ -157,12 +157,12 @@ def test_a_model_that_does_not_fit_is_refused_with_both_figures_before_anything_
 ) -> None:
     save(MODELS["llama"](), tmp_path / "original", shards=False)
     snapshot = store.ensure(f"file://{tmp_path}/original")
-    monkeypatch.setattr("modelstore.load.tensors._free_bytes", lambda device: 100)
+    monkeypatch.setattr("modelstore.load.torch_device._free_bytes", lambda device: 100)
     monkeypatch.setattr("modelstore.load.reader.start_reading", lambda *_: pytest.fail("it was read"))
     with pytest.raises(DoesNotFit, match=r"takes \d+\.\d kB and cuda:0 has 100 B free"):
         check_fits(snapshot, [torch.device("cuda", 0)])
     check_fits(snapshot, [torch.device("cpu")])
-    monkeypatch.setattr("modelstore.load.tensors._free_bytes", lambda device: snapshot.size_bytes)
+    monkeypatch.setattr("modelstore.load.torch_device._free_bytes", lambda device: snapshot.size_bytes)
     check_fits(snapshot, [torch.device("cuda", 0), torch.device("cuda", 1)])
 
 

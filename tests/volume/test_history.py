@@ -201,9 +201,9 @@ def test_the_page_is_whole_and_loads_nothing(hub: Hub, cli: Cli, tmp_path: Path,
 def test_an_empty_store_has_a_page_too(cli: Cli, tmp_path: Path) -> None:
     cli("report", "--out", str(tmp_path / "page.html"))
     text = (tmp_path / "page.html").read_text()
-    assert "No start has been recorded yet." in text
-    assert "No models are on the volume." in text
-    assert "no start has been recorded yet" in cli("report", "--text").stdout
+    assert "No start has been recorded yet: start a worker with this volume" in text
+    assert "No models are on the volume: run modelstore seed" in text
+    assert "run `modelstore warm REF`" in cli("report", "--text").stdout
 
 
 def test_a_page_that_cannot_be_written_is_one_line(cli: Cli) -> None:

@@ -84,8 +84,8 @@ def test_a_thousand_flipped_bits_are_found(tmp_path: Path) -> None:
     ("damage", "problem"),
     [
         (lambda folder: (folder / "b.safetensors").unlink(), "missing"),
-        (lambda folder: (folder / "b.safetensors").write_bytes(b"b" * 9_999), "9999 bytes where 10000"),
-        (lambda folder: (folder / "b.safetensors").write_bytes(b"b" * 10_001), "10001 bytes where 10000"),
+        (lambda folder: (folder / "b.safetensors").write_bytes(b"b" * 9_999), "9999 bytes, and 10000 were"),
+        (lambda folder: (folder / "b.safetensors").write_bytes(b"b" * 10_001), "10001 bytes, and 10000 were"),
         (lambda folder: (folder / "stray.py").write_text("import os"), "not named"),
         (lambda folder: (folder / "sub").symlink_to("/etc"), "not named"),
         (lambda folder: (folder / "manifest.json").write_text("{}"), "damaged"),
