@@ -30,8 +30,14 @@ for name in [name for name in os.environ if name.startswith(("HF_", "MODELSTORE_
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """vLLM's two minutes go first: begun among the last, they are what one process does while the other has ended."""
+    """vLLM's two minutes go first: begun among the last, they would keep one process busy while the other has ended.
+
+    Tests of whole processes are slow, which `scripts/test --quick` leaves out.
+    """
     items.sort(key=lambda item: item.path.name != "test_vllm.py")
+    for item in items:
+        if item.path.parent.name == "system":
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -202,7 +202,8 @@ def _interrupted(_signum: int, _frame: object) -> None:
 
 
 def report_error(error: ModelStoreError, context: Context) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    """Print an error. In one write, because models that are seeded at once fail at once."""
+    sys.stderr.write(f"error: {error}\n")
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def list_models(context: Context) -> None:
 
 
 def du(context: Context) -> None:
-    """The space of each model and each kind of file, against the quota, and the space that an eviction would free."""
+    """Show the space of models and leftovers, against the quota. And the space that an eviction would free."""
     store = context.volume()
     usage = inventory.space(store.layout, store.settings)
 
@@ -62,7 +62,7 @@ def du(context: Context) -> None:
 
 
 def claims(context: Context) -> None:
-    """The running downloads: the worker, its progress, and whether it is alive."""
+    """Show the running downloads, and whether each is alive."""
     records = inventory.claims(context.volume().layout)
     context.print(records, lambda console: console.print(_claims_table(records)))
 
@@ -114,7 +114,7 @@ def past_starts(
     limit: _LIMIT = 20,
     model: Annotated[str | None, typer.Option("--model", help="Only starts of this one, as MODEL_ID names it.")] = None,
 ) -> None:
-    """The starts of the fleet: time, duration, and the slowest part."""
+    """List the starts of the fleet, and the slowest part of each."""
     records = history.starts(context.volume().layout, limit=limit, model=model)
 
     def text(console: Console) -> None:
@@ -149,7 +149,7 @@ def write_report(
     text: Annotated[bool, typer.Option("--text", help="The starts as bars in the terminal instead.")] = False,
     limit: _LIMIT = 200,
 ) -> None:
-    """One HTML page of starts, the reasons of slow ones, and the volume. It needs no server and no network."""
+    """Write a page about starts, slow ones, and the volume. It needs no server and no network."""
     from modelstore.operate import report
 
     store = context.volume()

@@ -25,7 +25,7 @@ def warm(
     revision: REVISION = None,
     device: Annotated[str | None, typer.Option("--device", help="cuda or cpu; cuda if there is one.")] = None,
 ) -> None:
-    """Load a model as a worker would, print the timeline, and record the start."""
+    """Load a model as a worker would. Prints the timeline, and records the start."""
     from modelstore.startup import gc_paused
     from modelstore.warmstart import begin
 

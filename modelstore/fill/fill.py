@@ -12,13 +12,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from modelstore.errors import ClaimLost, CodeRefused, IntegrityError, NoSpace, Refused
-from modelstore.fill.convert import config_in_dtype, read_header, storage_policy
+from modelstore.fill.convert import StoragePolicy, config_in_dtype, converted_tensors, storage_policy
 from modelstore.fill.download import Download
 from modelstore.fill.footprint import DiskBudget
 from modelstore.fill.indexes import check_index, index_of_converted, index_with_total_size, parse_json
@@ -116,7 +116,7 @@ class Fill:
                 self._reserve(plan, weights)
                 weights.run(stop=self._guard.stop)
                 span.size_bytes = self._progress.network or self._progress.total
-            self._finish_indexes(selection, weights.headers)
+            self._finish_indexes(plan, weights.headers)
             self._check_config_sizes(plan, weights.headers)
             with timeline.span("publish"):
                 manifest = self._publish(plan, has_code=has_code)
@@ -232,10 +232,10 @@ class Fill:
             return None
         return self._request.observer.memory(self._request.key, stored_path(file.path), file.size_bytes)
 
-    def _finish_indexes(self, selection: Selection, headers: dict[str, Header]) -> None:
+    def _finish_indexes(self, plan: CheckpointPlan, headers: dict[str, Header]) -> None:
         """Check each index against the shards' headers, and correct its total size if shards were converted."""
         records = self._staging.records
-        for path, weight_map in selection.indexes.items():
+        for path, weight_map in plan.selection.indexes.items():
             folder, stored = folder_of(path), stored_path(path)
             shards = {name: header for name, header in headers.items() if folder_of(name) == folder}
             check_index(path, weight_map, shards)
@@ -243,14 +243,10 @@ class Fill:
                 continue
             target = self._staging.paths.snapshot_file(stored)
             data = _read(target)
-            corrected = index_with_total_size(data, partial(self._tensor_bytes, shards), where=stored)
+            corrected = index_with_total_size(data, partial(_tensor_bytes, shards, plan.policies[folder]), where=stored)
             if corrected != data:
                 durable.write_atomic(target, corrected)
                 records[stored] = _rewritten(stored, corrected, records[stored].original)
-
-    def _tensor_bytes(self, shards: Iterable[str]) -> int:
-        """Bytes of all tensors of these stored files."""
-        return sum(read_header(self._staging.paths.snapshot_file(name), where=name).tensors[-1].end for name in shards)
 
     def _check_config_sizes(self, plan: CheckpointPlan, headers: dict[str, Header]) -> None:
         """Refuse a config whose sizes are not those of the weights beside it: it would fill the memory of a start."""
@@ -317,6 +313,11 @@ def _remove_damaged_files(snapshot: Snapshot) -> None:
     for record in snapshot.manifest.files:
         if not has_blocks(snapshot.path / record.path, record):
             durable.remove_file(snapshot.path / record.path)
+
+
+def _tensor_bytes(shards: Mapping[str, Header], policy: StoragePolicy) -> int:
+    """Bytes of all tensors of these files, once they are stored."""
+    return sum(max((t.end for t in converted_tensors(header, policy)), default=0) for header in shards.values())
 
 
 def _read(path: Path) -> bytes:

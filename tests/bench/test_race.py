@@ -29,6 +29,8 @@ from modelstore.cli import main
 from modelstore.errors import InvalidSetting, ModelStoreError
 from modelstore.load.blocks import _PageCache
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -17,6 +17,8 @@ from tests.support.checkpoints import random_tensors, write_repo
 from tests.support.hub import Hub
 from tests.support.models import write_model
 
+pytestmark = pytest.mark.slow
+
 
 def test_seed_twice_prints_the_contracts_record_and_downloads_once(hub: Hub, cli: Cli) -> None:
     repo = write_repo(hub.folder / "org" / "name")

@@ -29,6 +29,8 @@ from tests.support.checkpoints import random_tensors, write_repo
 from tests.support.hub import Hub
 from tests.support.models import MODELS, save
 
+pytestmark = pytest.mark.slow
+
 # Every command as somebody types it, on a volume that holds org/name, org/second, @chat with a history, and a folder
 # that no store made. The order is one in which they can follow each other.
 COMMANDS: dict[str, str] = {

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 @pytest.mark.timeout(900)
 def test_the_committed_table_is_what_the_script_makes_of_the_installed_transformers() -> None:
     script = Path(__file__).parent.parent.parent / "scripts" / "dev" / "fp32_table.py"

@@ -20,6 +20,8 @@ from tests.support.models import write_model
 from tests.support.runpod_api import RunPod
 from tests.support.workers import serving
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def env(hub: Hub, store_env: dict[str, str]) -> dict[str, str]:

@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers as tf
 
@@ -102,7 +101,6 @@ def check(job: Job, texts: dict[tuple[str, str], str]) -> str:
     return "answered"
 
 
-@pytest.mark.slow
 def test_a_thousand_jobs_survive_kills_and_swaps(hub: Hub, store_env: dict[str, str], tmp_path: Path) -> None:
     for number, name in enumerate(NAMES):
         write_model(hub.folder / name, seed=number, context=256)

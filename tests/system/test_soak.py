@@ -9,7 +9,6 @@ import pytest
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "dev" / "soak.py"
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_no_job_is_lost_answered_twice_or_wrong_and_nothing_grows() -> None:
     # A job's limit is long here, because other tests run beside this one.
