@@ -105,6 +105,7 @@ def test_a_commit_that_the_hub_does_not_know_is_not_taken_from_an_hf_cache(hub: 
     assert store.ensure("org/name").commit == hub.commit(repo)
 
 
+@pytest.mark.slow
 def test_without_the_hub_an_hf_cache_is_taken_by_its_names_and_the_manifest_says_so(
     hub: Hub, make_store: MakeStore, cli: Cli
 ) -> None:

@@ -50,6 +50,7 @@ def test_the_error_of_a_template_is_one_printable_line(renderer: Renderer) -> No
     assert len(str(caught.value)) <= 500
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "template",
     [

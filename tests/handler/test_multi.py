@@ -208,6 +208,7 @@ def chat(settings: Settings, store: ModelStore) -> Iterator[TextEngine]:
     engine.close()
 
 
+@pytest.mark.slow
 def test_an_alias_that_is_repointed_under_load_loses_no_job(
     chat: TextEngine, settings: Settings, store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def started(runpod: RunPod, how: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["close hangs", "closes"])
 def test_a_worker_with_calls_that_hang_still_answers_and_ends_on_sigterm(how: str) -> None:
     with RunPod().running() as runpod:
@@ -78,6 +79,7 @@ def test_a_worker_with_calls_that_hang_still_answers_and_ends_on_sigterm(how: st
             process.wait()
 
 
+@pytest.mark.slow
 def test_a_worker_with_too_many_calls_that_hang_asks_to_be_replaced_and_ends() -> None:
     with RunPod().running() as runpod:
         process = started(runpod, "close hangs")

@@ -162,6 +162,7 @@ def test_a_download_that_runs_and_one_whose_worker_is_gone_are_told_apart(filled
     assert inventory.claims(filled.layout) == []
 
 
+@pytest.mark.slow
 def test_claims_shows_a_real_download(hub: Hub, cli: Cli, store_env: dict[str, str]) -> None:
     write_repo(hub.folder / "org" / "name", random_tensors(8))
     hub.faults.bytes_per_s = 100_000

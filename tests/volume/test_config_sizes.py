@@ -76,6 +76,7 @@ def test_the_sizes_of_real_models_pass() -> None:
         Sizes().check(config, "config.json")
 
 
+@pytest.mark.slow
 def test_the_default_config_of_every_model_type_passes() -> None:
     """With no more weights than a small member of the family has."""
     tried = 0

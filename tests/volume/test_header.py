@@ -139,6 +139,7 @@ def test_encoding_is_deterministic() -> None:
 FUZZ_S = int(os.environ.get("FUZZ_S", "15"))
 
 
+@pytest.mark.slow
 def test_coverage_guided_fuzzing_finds_nothing_that_the_reference_refuses(tmp_path: Path) -> None:
     pytest.importorskip("atheris", reason="needs atheris, which has no wheel for this Python")
     corpus = tmp_path / "corpus"

@@ -127,6 +127,7 @@ def test_the_slowest_part_is_named_in_words(spans: list[Span], changes: dict[str
     assert words in verdict(record)
 
 
+@pytest.mark.slow
 def test_a_worker_keeps_the_record_of_its_start_and_of_a_failed_one(
     hub: Hub, cli: Cli, store_env: dict[str, str]
 ) -> None:
