@@ -23,7 +23,7 @@ transformers.logging.get_logger("transformers.models").warning(evil)
 """
 
 
-def test_what_is_logged_is_one_printable_line_and_cut() -> None:
+def test_a_record_is_one_printable_line_and_cut() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     lines = done.stderr.split("\n")
     assert all(line.isprintable() for line in lines)

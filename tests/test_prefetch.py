@@ -84,7 +84,7 @@ def test_a_waiter_reads_finished_shards_before_the_snapshot_is_published(
     pending.in_use.end()
 
 
-def test_what_is_published_otherwise_is_read_again(store: ModelStore, hub: Hub, last: threading.Event) -> None:
+def test_other_published_bytes_are_read_again(store: ModelStore, hub: Hub, last: threading.Event) -> None:
     last.set()
     snapshot = store.ensure("org/name")
     first, *others = snapshot.weights
@@ -150,7 +150,7 @@ def read_from_the_volume(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["converted", "stored as it comes"])
 @pytest.mark.parametrize("shards", [True, False], ids=["shards", "one file"])
-def test_who_downloads_does_not_read_it_back(
+def test_the_downloading_worker_does_not_read_back(
     dtype: torch.dtype, shards: bool, hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -165,7 +165,7 @@ def test_who_downloads_does_not_read_it_back(
     pending.in_use.end()
 
 
-def test_what_an_earlier_worker_finished_is_read_beside_the_rest(
+def test_finished_files_of_an_earlier_worker_are_read_beside_the_rest(
     hub: Hub, store: ModelStore, last: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = next(iter(hub.faults.held))

@@ -31,7 +31,7 @@ def test_every_form_of_the_design_is_understood(text: str, expected: Reference) 
         "org/name@-x", "org/name.git", "-org/name", "org/" + "x" * 97,
     ],
 )  # fmt: skip
-def test_what_is_malformed_is_refused_in_one_line(text: str) -> None:
+def test_a_malformed_reference_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(InvalidReference) as caught:
         parse_reference(text)
     assert "\n" not in str(caught.value)

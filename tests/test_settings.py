@@ -43,7 +43,7 @@ def test_every_variable_is_read() -> None:
     assert "hf_secret" not in repr(settings)
 
 
-def test_model_name_of_worker_vllm_serves_where_model_id_is_not_set() -> None:
+def test_model_name_of_worker_vllm_serves_if_model_id_is_not_set() -> None:
     assert str(Settings.from_env(ROOT | {"MODEL_NAME": "org/other"}).model) == "org/other"
     assert str(Settings.from_env(ROOT | {"MODEL_NAME": "org/other", "MODEL_ID": "org/name"}).model) == "org/name"
 

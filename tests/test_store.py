@@ -39,7 +39,7 @@ def test_a_second_seed_makes_one_metadata_call_and_downloads_nothing(hub: Hub, s
     assert hub.served.total_bytes == 0
 
 
-def test_a_hit_asks_nobody_and_takes_under_5_ms(hub: Hub, store: ModelStore) -> None:
+def test_a_hit_needs_no_network_and_takes_under_5_ms(hub: Hub, store: ModelStore) -> None:
     write_repo(hub.folder / "org" / "name", shards=4)
     store.ensure("org/name")
     hub.served.reset()
@@ -52,7 +52,7 @@ def test_a_hit_asks_nobody_and_takes_under_5_ms(hub: Hub, store: ModelStore) -> 
     assert statistics.median(times) < 0.005
 
 
-def test_a_fleet_serves_one_commit_until_somebody_seeds_again(hub: Hub, store: ModelStore) -> None:
+def test_a_fleet_serves_one_commit_until_the_next_seed(hub: Hub, store: ModelStore) -> None:
     repo = write_repo(hub.folder / "org" / "name")
     first = store.ensure("org/name")
     write_repo(repo, random_tensors(4, seed=1))
@@ -178,7 +178,7 @@ def test_an_alias_that_does_not_exist_is_not_found(store: ModelStore) -> None:
         store.ensure("@chat")
 
 
-def test_a_wait_that_is_too_long_says_for_whom_and_what_to_do(hub: Hub, make_store: MakeStore) -> None:
+def test_a_wait_that_is_too_long_names_the_worker_and_the_remedy(hub: Hub, make_store: MakeStore) -> None:
     from modelstore.volume.claim import Claim, Contender
 
     repo = write_repo(hub.folder / "org" / "name")

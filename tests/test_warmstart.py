@@ -106,7 +106,7 @@ def test_a_damaged_config_that_its_parser_refuses_is_mended_too(hub: Hub, store:
     assert pending.load(parse_before_the_bytes_are_checked).startswith("{")
 
 
-def test_what_is_no_damage_is_raised_as_it_is(hub: Hub, store: ModelStore, model: Snapshot) -> None:
+def test_other_errors_are_raised_as_they_are(hub: Hub, store: ModelStore, model: Snapshot) -> None:
     def fail(pending: PendingStart) -> None:
         raise KeyError("a bug")
 
@@ -115,7 +115,7 @@ def test_what_is_no_damage_is_raised_as_it_is(hub: Hub, store: ModelStore, model
     assert not store.layout.quarantine.exists()
 
 
-def test_damage_on_the_way_leaves_the_snapshot_where_it_is(hub: Hub, store: ModelStore, model: Snapshot) -> None:
+def test_damage_on_the_way_leaves_the_snapshot_in_place(hub: Hub, store: ModelStore, model: Snapshot) -> None:
     """A host with bad memory must not make the whole fleet download again."""
     pending = begin(settings_of(store))
     calls = []
@@ -226,7 +226,7 @@ def test_a_chunk_that_the_volume_has_lost_is_mended_like_a_flipped_bit(
     assert hub.served.bytes["model.safetensors"]
 
 
-def test_what_is_needed_next_is_done_beside_a_download_and_not_at_a_hit(hub: Hub, store: ModelStore) -> None:
+def test_the_next_work_is_done_beside_a_download_and_not_at_a_hit(hub: Hub, store: ModelStore) -> None:
     write_model(hub.folder / "org" / "name", seed=1)
     seen: list[int] = []
 

@@ -50,7 +50,7 @@ def test_path_prints_the_folder_and_touches_no_network(hub: Hub, cli: Cli) -> No
     assert cli.json("path", "org/name") == {"path": seeded["path"]}
 
 
-def test_ls_show_and_verify_tell_what_is_there(hub: Hub, cli: Cli) -> None:
+def test_ls_show_and_verify_tell_the_present_snapshots(hub: Hub, cli: Cli) -> None:
     write_repo(hub.folder / "org" / "name")
     assert cli.json("ls") == []
     assert "modelstore seed" in cli("ls").stdout
@@ -176,7 +176,7 @@ def test_lines_into_a_pipe_are_as_long_as_they_are(hub: Hub, cli: Cli) -> None:
         assert line.split()[2:5] == ["float16", "3", "524.8"]
 
 
-def test_a_commit_may_be_cut_and_what_is_there_otherwise_is_named(hub: Hub, cli: Cli) -> None:
+def test_a_commit_may_be_cut_and_other_variants_are_named(hub: Hub, cli: Cli) -> None:
     write_repo(hub.folder / "org" / "name")
     commit = cli.json("seed", "org/name", "--dtype", "keep")["commit"]
     hub.stop()
@@ -268,7 +268,7 @@ def test_a_reader_that_reads_nothing_is_no_error(hub: Hub, cli: Cli, store_env: 
     ("line", "found"),
     [("show o", ["org/name"]), ("pin ", ["@chat", "org/name"]), ("alias rollback c", ["chat"]), ("cla", ["claims"])],
 )
-def test_the_shell_knows_what_is_on_the_volume(hub: Hub, cli: Cli, line: str, found: list[str]) -> None:
+def test_the_shell_completes_the_models_on_the_volume(hub: Hub, cli: Cli, line: str, found: list[str]) -> None:
     write_repo(hub.folder / "org" / "name")
     cli("alias", "set", "chat", "org/name")
     words = f"modelstore {line}"
@@ -285,7 +285,7 @@ def test_a_size_without_a_unit_is_asked_again(cli: Cli) -> None:
     assert "write it like 150GB" in cli("gc", "--to", "150", "--yes", code=2).stderr
 
 
-def test_verify_in_parts_goes_on_where_it_stopped_and_finds_the_damage(hub: Hub, cli: Cli) -> None:
+def test_verify_in_parts_goes_on_at_its_position_and_finds_the_damage(hub: Hub, cli: Cli) -> None:
     write_repo(hub.folder / "org" / "name", random_tensors(3, (1024, 2048)), shards=3)  # two blocks a shard
     folder = Path(cli.json("seed", "org/name")["path"])
     (whole,) = cli.json("verify")

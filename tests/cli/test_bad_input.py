@@ -117,7 +117,7 @@ def test_every_command_is_in_the_table() -> None:
     assert found == set(COMMANDS)
 
 
-def test_help_says_what_each_command_does_in_a_line(cli: Cli) -> None:
+def test_help_has_one_line_for_each_command(cli: Cli) -> None:
     cli.env["COLUMNS"] = "80"
     commands = cli("--help").stdout.partition("Commands:")[2].split("\n  ")[1:]
     assert [line.split()[0] for line in commands] == [*REGISTERED, "alias"]
@@ -334,7 +334,7 @@ def test_a_terminal_shows_bars_for_all_for_each_model_and_for_its_files(
     assert "━" not in "".join(shown[-1])
 
 
-def test_what_is_under_way_is_shown_where_there_are_more_bars_than_rows(hub: Hub, store_env: dict[str, str]) -> None:
+def test_running_downloads_are_shown_if_there_are_more_bars_than_rows(hub: Hub, store_env: dict[str, str]) -> None:
     small = [f"org/small-{number:02}" for number in range(26)]
     for name in small:
         write_repo(hub.folder / name, random_tensors(1, (8, 8)))

@@ -58,9 +58,7 @@ def test_an_hf_cache_becomes_a_snapshot_by_links(hub: Hub, cli: Cli, store: Mode
     assert cli.json("adopt", str(cache / "models--org--name"))[0]["status"] == "present"
 
 
-def test_what_has_to_be_converted_is_and_the_cache_stays_as_it_was(
-    hub: Hub, cli: Cli, store: ModelStore, volume: Path
-) -> None:
+def test_files_are_converted_and_the_cache_stays_as_it_was(hub: Hub, cli: Cli, store: ModelStore, volume: Path) -> None:
     repo = write_repo(hub.folder / "org" / "name")
     cache = volume / "cache"
     downloaded(hub, cache)
@@ -142,7 +140,7 @@ def test_a_mirror_of_the_sdk_with_an_hf_cache_in_it(
         (lambda path: (path / "models--a--b").mkdir(parents=True), ["--as", "a/b"], 2, "leave out --as"),
     ],
 )
-def test_what_cannot_be_adopted_is_one_line(
+def test_a_folder_that_cannot_be_adopted_is_one_line(
     cli: Cli, volume: Path, make: Any, arguments: list[str], code: int, words: str
 ) -> None:
     make(volume / "x")

@@ -65,7 +65,7 @@ def test_weights_that_float16_cannot_hold_stop_the_conversion_and_are_named(tmp_
     assert caught.value.exit_code == 8
 
 
-def test_integers_wide_floats_and_what_transformers_keeps_stay_as_they_came(tmp_path: Path) -> None:
+def test_integers_wide_floats_and_modules_kept_in_fp32_stay_as_they_came(tmp_path: Path) -> None:
     tensors = {
         "position_ids": torch.arange(5),
         "flag": torch.tensor([True, False]),
@@ -115,12 +115,12 @@ def test_a_16_bit_checkpoint_in_its_own_dtype_needs_no_conversion(tmp_path: Path
         ({"_class_name": "TransformerOfNextYear"}, "not known"),
     ],
 )
-def test_what_cannot_be_judged_is_stored_unchanged_and_says_why(config: dict[str, Any], reason: str) -> None:
+def test_an_unknown_model_is_stored_unchanged_and_says_why(config: dict[str, Any], reason: str) -> None:
     assert reason in storage_policy("float16", config).unchanged_because
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_parts_of_a_pipeline_keep_what_their_class_keeps(tmp_path: Path, dtype: Any) -> None:
+def test_parts_of_a_pipeline_keep_the_modules_of_their_class_in_fp32(tmp_path: Path, dtype: Any) -> None:
     names = [
         "blocks.0.norm1.weight",
         "condition_embedder.time_embedder.linear_1.weight",
@@ -157,6 +157,6 @@ def test_a_config_names_the_storage_dtype_wherever_it_named_another() -> None:
     }
 
 
-def test_numpy_loads_what_was_written(tmp_path: Path) -> None:
+def test_numpy_loads_the_written_file(tmp_path: Path) -> None:
     convert(tmp_path, {"a": torch.ones(2, 3)}, "float16")
     assert load_file(tmp_path / "out.safetensors")["a"].dtype == np.float16

@@ -116,7 +116,7 @@ def test_errors_of_the_server_are_tried_again_with_growing_pauses(fetch: Fetch, 
     assert fetch.slept == [0.5, 1.0, 2.0]
 
 
-def test_a_server_that_breaks_ends_in_one_error_and_keeps_what_came(fetch: Fetch, repo: Path, hub: Hub) -> None:
+def test_a_server_that_breaks_ends_in_one_error_and_keeps_the_bytes(fetch: Fetch, repo: Path, hub: Hub) -> None:
     fetch.connections = 1
     hub.faults.cut_after[WEIGHTS] = [3 * GRANULE_BYTES + 1]
 
@@ -170,7 +170,7 @@ def test_wrong_bytes_of_a_small_file_are_refused_by_its_git_id(fetch: Fetch, rep
 
 
 @pytest.mark.parametrize("stated", [SIZE - 1, SIZE + 1])
-def test_a_size_that_is_not_what_was_stated_is_refused(fetch: Fetch, repo: Path, hub: Hub, stated: int) -> None:
+def test_a_size_that_differs_from_the_stated_one_is_refused(fetch: Fetch, repo: Path, hub: Hub, stated: int) -> None:
     hub.faults.stated_size[WEIGHTS] = stated
     with pytest.raises(DigestMismatch, match="nothing was published"):
         fetch.run()
@@ -196,7 +196,7 @@ def test_a_download_that_was_stopped_goes_on_in_another_process(fetch: Fetch, re
     assert first > 0
 
 
-def test_of_what_a_silent_host_left_the_sealed_segments_are_copied_and_the_rest_is_not_touched(
+def test_sealed_segments_of_a_silent_host_are_copied_and_the_rest_is_not_touched(
     repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MooseFS holds reads of what a lost host was writing for two minutes."""
@@ -228,7 +228,7 @@ def test_of_what_a_silent_host_left_the_sealed_segments_are_copied_and_the_rest_
     assert StagedFile(SourceFile(WEIGHTS, SIZE), old).resume() == 7 * GRANULE_BYTES
 
 
-def test_what_was_damaged_on_the_volume_is_fetched_again(fetch: Fetch, repo: Path, hub: Hub) -> None:
+def test_damaged_bytes_on_the_volume_are_fetched_again(fetch: Fetch, repo: Path, hub: Hub) -> None:
     fetch.run()
     assert fetch.path is not None
     with fetch.path.open("r+b") as file:
@@ -339,5 +339,5 @@ def test_granules_may_arrive_in_any_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("attempt", "asked", "expected"), [(1, None, 0.5), (4, None, 4.0), (1, 3.0, 3.0), (1, 9e9, 120.0)]
 )
-def test_the_pause_is_what_was_asked_for_within_reason(attempt: int, asked: float | None, expected: float) -> None:
+def test_the_pause_is_the_servers_within_reason(attempt: int, asked: float | None, expected: float) -> None:
     assert backoff_s(attempt, asked) == expected

@@ -81,7 +81,7 @@ def test_a_shard_is_converted_while_the_next_one_is_downloaded(hub: Hub, store: 
     assert spans["convert"].end < spans["download"].end + 0.1
 
 
-def test_a_download_takes_at_most_one_original_more_than_what_is_stored(hub: Hub, store: ModelStore) -> None:
+def test_a_download_takes_at_most_one_original_beside_the_stored_files(hub: Hub, store: ModelStore) -> None:
     tensors = random_tensors(24, (512, 512))
     folder = write_repo(hub.folder / "org" / "name", tensors, shards=8)
     shard = max(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -300,7 +300,7 @@ def test_a_surrogate_in_a_config_is_kept(hub: Hub, store: ModelStore) -> None:
     assert config["torch_dtype"] == "float16"
 
 
-def test_the_manifest_tells_where_each_file_came_from(hub: Hub, store: ModelStore) -> None:
+def test_the_manifest_tells_the_origin_of_each_file(hub: Hub, store: ModelStore) -> None:
     repo = write_repo(hub.folder / "org" / "name")
     snapshot = store.ensure("org/name@main")
     manifest = parse_manifest((snapshot.path / "manifest.json").read_bytes(), where="x")

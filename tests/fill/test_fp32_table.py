@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.timeout(900)
-def test_the_committed_table_is_what_the_script_makes_of_the_installed_transformers() -> None:
+def test_the_committed_table_is_that_of_the_installed_transformers() -> None:
     script = Path(__file__).parent.parent.parent / "scripts" / "dev" / "fp32_table.py"
     done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"run scripts/dev/fp32_table.py and look at what changed:\n{done.stdout}{done.stderr}"

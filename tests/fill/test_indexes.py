@@ -38,12 +38,12 @@ def test_a_right_total_leaves_every_byte_and_a_wrong_one_is_corrected() -> None:
     assert corrected == {"metadata": {"total_size": 4, "format": "pt"}, "weight_map": {"x": "a"}}
 
 
-def test_what_is_no_json_names_the_file() -> None:
+def test_a_file_that_is_no_json_is_named() -> None:
     with pytest.raises(BadSafetensors, match=r"unet/i\.json is not JSON"):
         index_with_total_size(b"{", lambda: 8, where="unet/i.json")
 
 
-def test_the_index_of_pickles_names_what_they_become() -> None:
+def test_the_index_of_pickles_names_the_converted_files() -> None:
     index = {"metadata": {"total_size": 8}, "weight_map": {"x": "pytorch_model-00001-of-00001.bin"}}
     stored = json.loads(index_of_converted(index))
     assert stored == index | {"weight_map": {"x": "model-00001-of-00001.safetensors"}}

@@ -187,7 +187,7 @@ def test_a_folder_that_changes_while_it_is_seeded_is_refused(
     assert published(store) == []
 
 
-def test_a_seed_takes_from_the_hf_cache_what_the_hub_names(hub: Hub, store: ModelStore) -> None:
+def test_a_seed_takes_from_the_hf_cache_the_files_that_the_hub_names(hub: Hub, store: ModelStore) -> None:
     write_repo(hub.folder / "org" / "name")
     hf_cache(store.settings.root, hub, "org/name")
     hub.served.reset()
@@ -195,7 +195,7 @@ def test_a_seed_takes_from_the_hf_cache_what_the_hub_names(hub: Hub, store: Mode
     assert len(hub.served.requests) == 2, "which commit main is, and what that holds"
 
 
-def test_offline_serves_what_is_there_and_says_what_is_not(hub: Hub, make_store: MakeStore) -> None:
+def test_offline_serves_present_models_and_names_missing_ones(hub: Hub, make_store: MakeStore) -> None:
     write_repo(hub.folder / "org" / "name")
     with pytest.raises(SnapshotNotFound, match="MODELSTORE_OFFLINE") as caught:
         make_store(offline=True).ensure("org/name")

@@ -88,7 +88,7 @@ def test_a_target_names_volume_datacenter_and_folder(text: str, target: Target) 
 @pytest.mark.parametrize(
     "text", ["abc@EU", "s3://abc", "s3://@EU", "s3://a/b@c", "s3://a@b/../c", "s3://a b@c", "s3://[x@EU", "http://a@b"]
 )
-def test_what_is_no_target_is_refused(text: str) -> None:
+def test_a_text_that_is_no_target_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="write it like s3://"):
         parse_target(text)
 
@@ -112,7 +112,7 @@ def test_an_upload_is_a_store_that_a_worker_finds(
 
 
 @pytest.mark.parametrize("at", [r"\?uploads", "partNumber=3", r"uploadId=.*$", "config.json", "manifest.json"])
-def test_until_the_manifest_is_there_nobody_sees_a_snapshot(
+def test_until_the_manifest_is_there_no_snapshot_is_seen(
     s3: S3, snapshot: Snapshot, volume: RemoteVolume, tmp_path: Path, at: str
 ) -> None:
     s3.faults = [Fault("PUT", at, 507), Fault("POST", at, 507)]
@@ -138,7 +138,7 @@ def test_parts_that_are_there_are_not_sent_again(s3: S3, snapshot: Snapshot, vol
 
 
 @pytest.mark.parametrize("status", [500, 503, 524, 429, 0])
-def test_what_passes_is_tried_again(s3: S3, snapshot: Snapshot, volume: RemoteVolume, status: int) -> None:
+def test_a_passing_failure_is_tried_again(s3: S3, snapshot: Snapshot, volume: RemoteVolume, status: int) -> None:
     s3.faults = [
         Fault("PUT", "partNumber=2", status, times=2), Fault("HEAD", "safetensors", status),
         Fault("POST", "uploads", status), Fault("PUT", "manifest.json", status),
@@ -285,7 +285,7 @@ def test_a_stale_object_of_the_right_size_is_not_published(s3: S3, snapshot: Sna
     volume.verify(snapshot)
 
 
-def test_what_does_not_verify_is_unpublished_and_can_be_uploaded_again(
+def test_a_damaged_upload_is_unpublished_and_can_be_made_again(
     s3: S3, snapshot: Snapshot, volume: RemoteVolume
 ) -> None:
     volume.upload(snapshot)

@@ -97,7 +97,7 @@ def alone(model: tf.PreTrainedModel, prompt: list[int], count: int) -> str:
 PROMPTS = [[5, 6, 7], [11] * 9, [20, 30, 40, 50, 60], [1], [9, 8, 7, 6]]
 
 
-def test_each_of_a_batch_gets_what_it_would_have_got_alone(model: tf.PreTrainedModel, batcher: Batcher) -> None:
+def test_each_of_a_batch_gets_the_text_that_it_gets_alone(model: tf.PreTrainedModel, batcher: Batcher) -> None:
     made = [row(prompt) for prompt in PROMPTS]
     batcher.submit([one for one, _ in made])
     wait(*(receiver for _, receiver in made))
@@ -120,7 +120,7 @@ def calls(model: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[in
     return sizes
 
 
-def test_who_comes_later_joins_those_that_run(
+def test_a_later_request_joins_the_running_ones(
     model: tf.PreTrainedModel, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = Sampling(max_tokens=200, temperature=0.0, repetition_penalty=1.3)
@@ -139,7 +139,7 @@ def test_who_comes_later_joins_those_that_run(
     assert 2 in sizes
 
 
-def test_a_join_changes_nothing_for_who_runs(model: tf.PreTrainedModel, batcher: Batcher) -> None:
+def test_a_join_changes_nothing_for_running_requests(model: tf.PreTrainedModel, batcher: Batcher) -> None:
     seeded = Sampling(max_tokens=100, temperature=0.8, seed=5)
     lonely, expected = row(PROMPTS[2], seeded)
     batcher.submit([lonely])
@@ -253,7 +253,7 @@ def failing(
     return install
 
 
-def test_who_fails_alone_is_to_blame_and_the_others_are_answered(
+def test_a_row_that_fails_alone_is_to_blame_and_the_others_are_answered(
     model: tf.PreTrainedModel, batcher: Batcher, failing: Callable[..., None]
 ) -> None:
     def poisoned(tokens: torch.Tensor) -> None:
@@ -285,7 +285,9 @@ def test_out_of_memory_makes_batches_smaller(
         assert receiver.text == alone(model, prompt, 12)
 
 
-def test_what_does_not_fit_alone_fails_and_the_next_goes_on(batcher: Batcher, failing: Callable[..., None]) -> None:
+def test_a_row_that_does_not_fit_alone_fails_and_the_next_goes_on(
+    batcher: Batcher, failing: Callable[..., None]
+) -> None:
     def full(tokens: torch.Tensor) -> None:
         if tokens.shape[1] > 100:
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -396,7 +398,7 @@ def test_weights_that_overflow_are_an_error_and_no_crash(batcher: Batcher, monke
     assert "not a number" in str(got.error)
 
 
-def test_a_model_with_an_encoder_is_not_interrupted_for_who_comes_later() -> None:
+def test_a_model_with_an_encoder_is_not_interrupted_for_later_requests() -> None:
     torch.manual_seed(1)
     config = tf.T5Config(
         vocab_size=100, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0,
@@ -455,9 +457,7 @@ def test_no_row_waits_for_a_thread_that_has_ended(batcher: Batcher, monkeypatch:
     assert "failed" in batcher.broken
 
 
-def test_a_step_that_nobody_waits_for_any_more_says_that_the_worker_is_stuck(
-    batcher: Batcher, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_abandoned_step_says_that_the_worker_is_stuck(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     monkeypatch.setattr(batcher, "_generate", lambda _rows: release.wait(30))
     monkeypatch.setattr("handler.engines.batcher._STUCK_S", 0.2)

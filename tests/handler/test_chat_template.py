@@ -34,7 +34,7 @@ def renderer() -> Iterator[Renderer]:
     made.close()
 
 
-def test_a_template_gives_what_transformers_gives(renderer: Renderer, tmp_path: Path) -> None:
+def test_a_template_gives_the_text_of_transformers(renderer: Renderer, tmp_path: Path) -> None:
     write_model(tmp_path / "model", seed=0)
     tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "model")
     tokenizer.chat_template = TEMPLATE
@@ -80,7 +80,7 @@ def test_a_text_that_is_far_longer_than_the_messages_is_refused(renderer: Render
     assert len(renderer.render("{{ messages[0].content }}", long, {})) == 1_000_000
 
 
-def test_where_root_is_an_ordinary_account_templates_are_rendered_too() -> None:
+def test_templates_are_rendered_too_if_root_is_an_ordinary_account() -> None:
     """A container without root: `geteuid` is 0, and no user may be changed to."""
     code = (
         "from handler.engines.chat_template import Renderer; r = Renderer(); "

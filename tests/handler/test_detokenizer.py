@@ -117,7 +117,7 @@ def streamed(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: S
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(data=st.data())
-def test_a_stream_is_what_decoding_all_at_once_gives(name: str, data: Any) -> None:
+def test_a_stream_equals_the_decoding_of_all_tokens_at_once(name: str, data: Any) -> None:
     """Any tokens, special ones and ids without a token among them, and runs of a few."""
     tokenizer = TOKENIZERS[name]
     ids = st.one_of(st.integers(0, len(tokenizer) + 2), st.sampled_from(tokenizer.all_special_ids))

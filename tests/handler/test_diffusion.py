@@ -103,7 +103,7 @@ def picture(data: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(data)))
 
 
-def test_it_draws_what_diffusers_draws(engine: Any, hub: Hub) -> None:
+def test_it_draws_the_picture_of_diffusers(engine: Any, hub: Hub) -> None:
     steps, images = drawn(engine, negative_prompt="z")
     assert [(step.step, step.steps) for step in steps] == [(1, 3), (2, 3), (3, 3)]
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(hub.folder / "org" / "name", dtype=torch.float16)
@@ -117,7 +117,7 @@ def test_it_draws_what_diffusers_draws(engine: Any, hub: Hub) -> None:
     assert len(set(ours.tobytes())) > 10, "it is not one colour"
 
 
-def test_what_was_moved_before_it_was_published_is_what_is_drawn_with(
+def test_bytes_moved_before_publishing_are_drawn_with(
     settings: Settings, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a first run on a GPU, but that the device is the CPU: one taker gets all blocks."""
@@ -198,7 +198,7 @@ def test_a_cancelled_job_ends_at_its_next_step(engine: Any, settings: Settings) 
     assert drawn(engine)[1].images, "the next one is drawn as ever"
 
 
-def test_a_drawing_that_does_not_end_and_that_nobody_waits_for_has_the_worker_replaced(
+def test_an_abandoned_drawing_that_does_not_end_has_the_worker_replaced(
     engine: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
@@ -262,7 +262,7 @@ def test_bad_input_names_the_field_and_the_limit(data: dict[str, Any], words: st
         parse_image(data, Limits.of(Settings(root=Path("/"))))
 
 
-def test_what_a_class_keeps_in_fp32_is_fp32_bit_for_bit(hub: Hub, store: ModelStore) -> None:
+def test_modules_that_a_class_keeps_in_fp32_are_bit_for_bit(hub: Hub, store: ModelStore) -> None:
     """Wan's transformer, in a pipeline of nothing else."""
     from handler.engines.diffusion import _part
 

@@ -127,17 +127,17 @@ def check(worker: Worker, data: Any) -> None:
 
 @QUIET
 @given(data=INPUTS | OPENAI)
-def test_a_text_job_is_answered_whatever_it_holds(text_worker: Worker, data: Any) -> None:
+def test_every_text_job_is_answered(text_worker: Worker, data: Any) -> None:
     check(text_worker, data)
 
 
 @QUIET
 @given(data=INPUTS | OPENAI)
-def test_an_image_job_is_answered_whatever_it_holds(text_worker: Worker, data: Any) -> None:
+def test_every_image_job_is_answered(text_worker: Worker, data: Any) -> None:
     check(Worker(Draws(), text_worker._settings), data)
 
 
 @QUIET
 @given(job=st.dictionaries(st.sampled_from(["id", "input", "webhook"]), JSON))
-def test_a_job_is_answered_whatever_it_is(text_worker: Worker, job: Any) -> None:
+def test_every_json_value_is_answered(text_worker: Worker, job: Any) -> None:
     assert "error" in asyncio.run(text_worker.handle(job)) or "prompt" in job.get("input", {})

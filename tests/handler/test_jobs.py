@@ -109,7 +109,7 @@ def test_parts_of_text_are_joined_and_others_refused() -> None:
         ({"prompt": "a", "stop": {"a": 1}}, "stop"),
     ],
 )
-def test_bad_input_names_the_field_the_limit_and_what_was_given(data: dict[str, Any], names: str) -> None:
+def test_bad_input_names_the_field_the_limit_and_the_value(data: dict[str, Any], names: str) -> None:
     with pytest.raises(JobError, match=names) as caught:
         parse(**data)
     assert caught.value.payload()["code"] == "INVALID_INPUT"

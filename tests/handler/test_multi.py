@@ -102,9 +102,7 @@ def test_the_least_recently_used_makes_room(engine: MultiModelEngine, made: Made
     assert len(engine.status()["other_models"]) == 1
 
 
-def test_where_there_is_no_room_at_all_the_job_fails_and_the_worker_goes_on(
-    engine: MultiModelEngine, made: Made
-) -> None:
+def test_a_job_without_room_fails_and_the_worker_goes_on(engine: MultiModelEngine, made: Made) -> None:
     made.room = 0
     with pytest.raises(JobError, match="takes 3 GB") as caught:
         asyncio.run(answered(engine, "org/other"))
@@ -156,7 +154,7 @@ def test_a_job_that_is_cancelled_while_its_model_is_loaded_does_not_keep_it(
     ("name", "code"),
     [("org/unlisted", Code.MODEL_NOT_ALLOWED), ("what is this", Code.INVALID_INPUT), ("../x", Code.INVALID_INPUT)],
 )
-def test_what_may_not_be_asked_for(engine: MultiModelEngine, name: str, code: Code) -> None:
+def test_models_that_may_not_be_asked_for(engine: MultiModelEngine, name: str, code: Code) -> None:
     with pytest.raises(JobError) as caught:
         asyncio.run(answered(engine, name))
     assert caught.value.code is code
@@ -175,7 +173,7 @@ def test_more_jobs_than_threads_wait_for_models_without_holding_up_the_others(
     assert [output["model"] for output in asyncio.run(run())] == ["org/other", "org/third", "org/name"] * 6
 
 
-def test_a_follower_lives_on_whatever_it_finds(
+def test_a_follower_outlives_every_record(
     chat: TextEngine, settings: Settings, store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("handler.alias_follower.LOOK_EVERY_S", 0.02)
@@ -244,7 +242,7 @@ def test_an_alias_that_is_repointed_under_load_loses_no_job(
     assert all(len(found) == 1 for found in texts.values()), "none was answered by the other model"
 
 
-def test_where_models_cannot_be_exchanged_the_worker_is_to_be_replaced(
+def test_a_worker_that_cannot_exchange_models_is_to_be_replaced(
     chat: TextEngine, settings: Settings, store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reasons: list[str] = []

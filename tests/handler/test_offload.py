@@ -30,7 +30,7 @@ def test_a_call_gives_its_result_or_raises() -> None:
     asyncio.run(run())
 
 
-def test_calls_that_do_not_end_are_left_counted_and_hold_up_nobody() -> None:
+def test_calls_that_do_not_end_are_left_counted_and_hold_up_no_other() -> None:
     release = threading.Event()
 
     async def run() -> Offload:

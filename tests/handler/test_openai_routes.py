@@ -52,7 +52,7 @@ def test_defaults_are_openais() -> None:
     assert text.prompts == (Prompt("a"),)
 
 
-def test_what_is_asked_for_is_taken() -> None:
+def test_the_fields_of_a_job_are_taken() -> None:
     body = CHAT | {"max_completion_tokens": 5, "temperature": 0, "top_p": 0.5, "seed": 3, "stop": ["x"], "stream": True}
     request = parse_body("chat/completions", body, LIMITS)
     assert request.sampling.parameters == {"max_tokens": 5, "temperature": 0.0, "top_p": 0.5, "seed": 3, "stop": ["x"]}
@@ -81,7 +81,7 @@ def test_choices_are_as_many_prompts() -> None:
         ({"stream": 1}, "stream"),
     ],
 )
-def test_what_would_change_the_answer_is_refused_and_not_ignored(more: dict[str, Any], words: str) -> None:
+def test_a_field_that_would_change_the_answer_is_refused_and_not_ignored(more: dict[str, Any], words: str) -> None:
     with pytest.raises(JobError, match=words):
         parse_body("chat/completions", CHAT | more, LIMITS)
 

@@ -56,7 +56,7 @@ print(open("/proc/self/environ").read().replace("\\0", " "), os.environ["OTHER"]
 """
 
 
-def test_a_token_is_forgotten_also_where_the_kernel_shows_it() -> None:
+def test_a_token_is_forgotten_also_in_the_kernels_copy() -> None:
     env = {**os.environ, **SECRETS, "OTHER": "stays", "MODELSTORE_ROOT": "/nowhere"}
     for second in ("hf_secret_two", "hf_secret_one"):  # many set both to the same
         env["HUGGING_FACE_HUB_TOKEN"] = second
@@ -140,7 +140,7 @@ def test_a_worker_becomes_the_owner_of_the_store_for_good(tmp_path: Path) -> Non
 
 @ROOT
 @pytest.mark.parametrize("why", ["root owns it", "it is not there", "it cannot be written", "root made a part"])
-def test_a_worker_stays_root_where_it_has_to(tmp_path: Path, why: str) -> None:
+def test_a_worker_stays_root_if_it_has_to(tmp_path: Path, why: str) -> None:
     store = tmp_path / "store"
     if why != "it is not there":
         store.mkdir()

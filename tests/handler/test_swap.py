@@ -153,7 +153,7 @@ def test_an_answer_that_is_being_made_ends_with_its_own_model(
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_the_model_before_is_kept_where_that_was_asked_for(
+def test_the_model_before_is_kept_if_that_was_asked_for(
     engine_for: Engines, settings: Settings, store: ModelStore, keep: bool
 ) -> None:
     engine = engine_for(replace(settings, keep_previous=keep))

@@ -56,7 +56,7 @@ def test_a_stream_is_sent_as_it_comes_and_is_the_output_too() -> None:
     assert output[-1]["tokens_generated"] == 2
 
 
-def test_what_comes_while_a_chunk_is_sent_goes_out_together() -> None:
+def test_chunks_that_come_while_one_is_sent_go_out_together() -> None:
     told = RecordedChannel(takes_s=0.1)
     pieces = [*(TextDelta(0, f"{number} ", 1) for number in range(50)), TextDelta(0, "end", 1, "stop")]
     output = answer(Engine(*pieces, takes_s=0.005), {"id": "1", "input": {"prompt": "hi", "stream": True}}, told)
@@ -142,7 +142,7 @@ def test_any_other_failure_is_one_line_with_a_code() -> None:
     assert answer(Engine(error=ValueError("boom"))) == {"error": "ValueError: boom", "code": "INTERNAL_ERROR"}
 
 
-def test_a_stream_that_fails_has_its_code_and_what_was_said_stays_said() -> None:
+def test_a_stream_that_fails_has_its_code_and_sent_chunks_stay() -> None:
     told = RecordedChannel()
     engine = Engine(TextDelta(0, "hi", 1), error=JobError(Code.OOM, "too much"))
     assert answer(engine, {"id": "1", "input": {"prompt": "hi", "stream": True}}, told) == {
@@ -189,7 +189,7 @@ def test_nonsense_gets_an_error_and_no_exception(job: dict[str, Any]) -> None:
     assert answer(Engine(), job)["code"] == "INVALID_INPUT"
 
 
-def test_status_tells_what_runs_here() -> None:
+def test_status_tells_the_model_and_the_jobs() -> None:
     one = worker(Engine(), worker_id="pod-7")
 
     async def run() -> Any:
@@ -249,7 +249,7 @@ class PanicException(BaseException):
 @pytest.mark.parametrize(
     "job", [JOB, {"id": "1", "input": {"openai_route": "/v1/completions", "openai_input": {"prompt": "x"}}}]
 )
-def test_a_job_is_answered_whatever_is_raised_inside_it(error: BaseException, job: Mapping[str, Any]) -> None:
+def test_a_job_is_answered_for_every_error_inside_it(error: BaseException, job: Mapping[str, Any]) -> None:
     output = answer(Engine(error=error), job)
     code = output["error"]["code"] if "openai_route" in job["input"] else output["code"]
     assert code == "INTERNAL_ERROR"
@@ -297,7 +297,7 @@ def test_limits_count_all_that_a_request_carries(data: dict[str, Any]) -> None:
     assert engine.left == [], "the engine never saw it"
 
 
-def test_an_error_quotes_what_a_job_sent_on_one_line_cut_and_printable() -> None:
+def test_an_error_quotes_a_value_on_one_line_cut_and_printable() -> None:
     model = "org/x\n\x1b[2J\u202estart failed: " + "y" * 2_000
     output = answer(Engine(), {"id": "1", "input": {"prompt": "hi", "model": model}})
     assert output["code"] == "MODEL_NOT_ALLOWED"
@@ -305,7 +305,7 @@ def test_an_error_quotes_what_a_job_sent_on_one_line_cut_and_printable() -> None
     assert len(output["error"]) < 300
 
 
-def test_nothing_that_a_job_is_told_shows_where_the_volume_is() -> None:
+def test_no_answer_shows_the_path_of_the_volume() -> None:
     error = RuntimeError("cannot read /nowhere/store/models/org--name/x.safetensors: Input/output error")
     settings = {"root": Path("/nowhere/store")}
     made = Worker(Engine(error=error), Settings(**settings), timeline={"model": "file:///nowhere/store/mine"})

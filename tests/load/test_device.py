@@ -99,9 +99,7 @@ def test_every_byte_gets_there(
 
 
 @pytest.mark.parametrize("stream", [0.0], indirect=True)
-def test_other_files_are_left_to_whoever_waits_for_them(
-    tmp_path: Path, files: list[FileRecord], stream: SlowStream
-) -> None:
+def test_other_files_are_left_to_their_waiters(tmp_path: Path, files: list[FileRecord], stream: SlowStream) -> None:
     small = write(tmp_path, "config.json", 100, MB)
     reading = start(tmp_path, [small, *files], MB, ring_bytes=4 * MB)
     transfer(reading, stream)

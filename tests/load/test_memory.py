@@ -24,7 +24,7 @@ def write(folder: Path, **files: str) -> Path:
     return folder
 
 
-def test_the_machines_memory_where_there_is_no_limit(proc: Path, tmp_path: Path) -> None:
+def test_the_machines_memory_if_there_is_no_limit(proc: Path, tmp_path: Path) -> None:
     assert free_host_bytes(proc, tmp_path / "none") == 40_960_000_000
     unlimited = write(tmp_path / "two", memory__max="max\n", memory__current="5\n", memory__stat="")
     assert free_host_bytes(proc, unlimited) == 40_960_000_000
@@ -50,7 +50,7 @@ def test_a_containers_limit_counts_and_its_cache_is_free(proc: Path, tmp_path: P
     assert free_host_bytes(proc, tmp_path / "one") == 10 * GB
 
 
-def test_nothing_is_told_where_nothing_is_known(tmp_path: Path) -> None:
+def test_nothing_is_told_if_nothing_is_known(tmp_path: Path) -> None:
     assert free_host_bytes(tmp_path, tmp_path) is None
 
 

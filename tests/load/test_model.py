@@ -56,9 +56,7 @@ def test_a_plain_from_pretrained_of_the_snapshot_gives_the_same(store: ModelStor
 
 @pytest.mark.parametrize("shards", [False, True], ids=["single", "sharded"])
 @pytest.mark.parametrize("name", MODELS)
-def test_what_comes_through_a_ring_is_bit_for_bit_too(
-    name: str, shards: bool, store: ModelStore, tmp_path: Path
-) -> None:
+def test_a_model_through_a_ring_is_bit_for_bit_too(name: str, shards: bool, store: ModelStore, tmp_path: Path) -> None:
     """The way of a GPU, with the CPU as the device: stand-ins, allocations of its own, block by block."""
     torch.manual_seed(0)
     save(MODELS[name](), tmp_path / "original", shards=shards)

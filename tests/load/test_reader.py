@@ -74,7 +74,7 @@ def test_a_cold_file_is_read_past_the_page_cache(tmp_path: Path, beside: bool, s
     assert not any(cached), "bytes that a direct read brings are not in the page cache"
 
 
-def test_what_the_page_cache_holds_is_copied_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_pages_are_copied_from_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path, "x", 8 * MB, MB)
     evict(tmp_path / "x")
     with (tmp_path / "x").open("rb") as opened:
@@ -246,7 +246,7 @@ def test_a_reader_process_that_is_killed_is_an_error_and_not_a_hang(tmp_path: Pa
     assert children() == before
 
 
-def test_where_no_process_can_be_started_threads_read(
+def test_threads_read_if_no_process_can_be_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refused(*_arguments: Any, **_keywords: Any) -> int:
@@ -260,7 +260,7 @@ def test_where_no_process_can_be_started_threads_read(
     assert "threads read instead" in caplog.text
 
 
-def test_the_reader_process_ends_with_the_worker_whatever_ended_that(tmp_path: Path) -> None:
+def test_the_reader_process_ends_with_the_worker_in_every_case(tmp_path: Path) -> None:
     write(tmp_path, "x.safetensors", 32 * MB, MB)
     code = f"""
 import os, sys, time

@@ -110,7 +110,7 @@ def test_a_file_system_that_breaks_the_protocol_is_found(
     assert finding.do
 
 
-def test_locks_that_nobody_else_sees(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locks_that_no_other_host_sees(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", lambda _fd, _how: None)
     assert found(store.settings)["locks"].level == "warning"
 
@@ -190,7 +190,7 @@ def test_exit_codes_are_those_of_the_errors(hub: Hub, cli: Cli, store: ModelStor
     assert "full path" in cli("doctor", "--peer", "x", code=2).stderr
 
 
-def test_access_is_what_a_start_would_find(hub: Hub, store: ModelStore, make_store: MakeStore, tmp_path: Path) -> None:
+def test_access_is_the_result_of_a_start(hub: Hub, store: ModelStore, make_store: MakeStore, tmp_path: Path) -> None:
     write_repo(hub.folder / "org" / "name")
     write_repo(hub.folder / "org" / "other")
 

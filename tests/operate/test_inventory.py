@@ -51,7 +51,7 @@ def test_a_model_that_is_evicted_while_ls_looks_is_not_listed(
     assert [model["repo_id"] for model in inventory.models(filled.layout)] == ["org/two"]
 
 
-def test_ls_goes_on_where_there_can_be_no_marks(filled: ModelStore, cli: Cli) -> None:
+def test_ls_goes_on_if_there_can_be_no_marks(filled: ModelStore, cli: Cli) -> None:
     shutil.rmtree(filled.layout.root / "used")
     (filled.layout.root / "used").touch()
     assert [(model["repo_id"], model["idle_s"]) for model in cli.json("ls")] == [("org/one", None), ("org/two", None)]
@@ -75,7 +75,7 @@ def test_ls_tells_use_pins_and_aliases(filled: ModelStore, cli: Cli) -> None:
     assert "pin" in shown
 
 
-def test_ls_sees_a_worker_on_a_snapshot_that_nobody_had_used_for_long(filled: ModelStore, cli: Cli) -> None:
+def test_ls_sees_a_worker_on_a_snapshot_that_was_unused_for_long(filled: ModelStore, cli: Cli) -> None:
     one = filled.lookup("org/one")
     assert one is not None
     last = filled.layout.used(one.key) / ".last"
@@ -89,7 +89,7 @@ def test_ls_sees_a_worker_on_a_snapshot_that_nobody_had_used_for_long(filled: Mo
     use.end()
 
 
-def test_ls_says_what_is_damaged(filled: ModelStore, cli: Cli) -> None:
+def test_ls_names_damaged_snapshots(filled: ModelStore, cli: Cli) -> None:
     two = filled.lookup("org/two")
     assert two is not None
     (two.path / two.weights[0].path).unlink()
@@ -99,7 +99,7 @@ def test_ls_says_what_is_damaged(filled: ModelStore, cli: Cli) -> None:
     assert "org/two (damaged)" in cli("ls").stdout
 
 
-def test_ls_lists_a_folder_only_where_it_changed_after_its_manifest(
+def test_ls_lists_a_folder_only_if_it_changed_after_its_manifest(
     filled: ModelStore, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listed = []
@@ -124,7 +124,7 @@ def test_models_in_the_place_of_a_link_are_not_listed(filled: ModelStore, cli: C
         assert "is a link" in cli(command, code=8).stderr
 
 
-def test_du_adds_up_and_says_what_may_go(filled: ModelStore, cli: Cli) -> None:
+def test_du_adds_up_and_names_the_models_that_may_go(filled: ModelStore, cli: Cli) -> None:
     one, two = filled.lookup("org/one"), filled.lookup("org/two")
     assert one is not None
     assert two is not None

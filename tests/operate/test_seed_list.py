@@ -29,7 +29,7 @@ overflow = "bfloat16"
 """
 
 
-def test_a_list_says_what_each_model_is_called(tmp_path: Path) -> None:
+def test_a_list_gives_each_model_its_names(tmp_path: Path) -> None:
     (tmp_path / "models.toml").write_text(LIST)
     one, two = read_list(tmp_path / "models.toml")
     assert (str(one.reference), one.aliases, one.pin, one.dtype) == ("org/one", ("chat", "small"), True, None)
@@ -54,7 +54,7 @@ def test_a_list_says_what_each_model_is_called(tmp_path: Path) -> None:
         ("[[model]", "is no TOML file"),
     ],
 )
-def test_a_list_that_is_wrong_says_where(tmp_path: Path, text: str, words: str) -> None:
+def test_a_wrong_list_names_the_entry(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "models.toml").write_text(text)
     with pytest.raises(UsageError, match=words):
         read_list(tmp_path / "models.toml")
@@ -75,7 +75,7 @@ def two_models(hub: Hub, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_dry_run_tells_sizes_and_what_is_there_and_leaves_the_volume_alone(
+def test_a_dry_run_tells_sizes_and_states_and_leaves_the_volume_alone(
     cli: Cli, two_models: Path, store: ModelStore
 ) -> None:
     store.ensure("org/one")
@@ -106,7 +106,7 @@ def test_a_list_is_made_true_and_pruned(cli: Cli, two_models: Path, store: Model
     assert len(aliases.history(store.layout, "chat")) == 1, "an alias that is right is left alone"
 
 
-def test_a_dry_run_tells_what_goes_once_the_aliases_are_moved(cli: Cli, two_models: Path, store: ModelStore) -> None:
+def test_a_dry_run_names_removals_once_the_aliases_are_moved(cli: Cli, two_models: Path, store: ModelStore) -> None:
     old = store.set_alias("chat", "org/old")
     two_models.write_text(f'{LIST}\n[[model]]\nreference = "org/one@main"\n')  # which is there already
     plan = cli.json("seed", "--from", str(two_models), "--prune", "--dry-run")
@@ -118,7 +118,7 @@ def test_a_dry_run_tells_what_goes_once_the_aliases_are_moved(cli: Cli, two_mode
     assert abs(cli.json("du")["taken"] - plan["taken_after"]) < 16384
 
 
-def test_what_is_used_stays_and_a_failed_list_removes_nothing(cli: Cli, two_models: Path, store: ModelStore) -> None:
+def test_used_models_stay_and_a_failed_list_removes_nothing(cli: Cli, two_models: Path, store: ModelStore) -> None:
     old = store.ensure("org/old")
     use = pins.UsageMark(store.layout, old.key, "w1")
     records = cli.json("seed", "--from", str(two_models), "--prune", "--yes")
@@ -159,7 +159,7 @@ def test_options_for_single_models_do_not_silently_miss_a_list(cli: Cli, two_mod
     assert "write them into the list" in cli("seed", "--from", str(two_models), "--dtype", "keep", code=2).stderr
 
 
-def test_what_was_stored_as_bfloat16_is_not_fetched_again(hub: Hub, cli: Cli, tmp_path: Path) -> None:
+def test_a_model_stored_as_bfloat16_is_not_fetched_again(hub: Hub, cli: Cli, tmp_path: Path) -> None:
     write_repo(hub.folder / "org" / "huge", {"layers.0.weight": np.full((512, 512), 1e30, np.float32)})
     path = tmp_path / "models.toml"
     path.write_text('[[model]]\nreference = "org/huge"\noverflow = "bfloat16"\n')

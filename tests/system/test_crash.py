@@ -12,7 +12,7 @@ from tests.support.sweeps import sweep
 
 @pytest.mark.parametrize("fault", ["kill", "torn", "EIO", "ENOSPC"])
 @pytest.mark.parametrize(("scenario", "at_least"), [("seed", 60), ("mend", 30), ("evict", 8)])
-def test_whatever_dies_and_whenever_a_fresh_seed_ends_well(
+def test_after_a_death_at_any_step_a_fresh_seed_ends_well(
     hub: Hub, tmp_path: Path, scenario: str, at_least: int, fault: str
 ) -> None:
     record = sweep(hub, scenario, fault, "--base", str(tmp_path / "sweep"))

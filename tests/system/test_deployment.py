@@ -23,7 +23,7 @@ TESTS: dict[str, Any] = json.loads((HERE / ".runpod" / "tests.json").read_text()
 VARIABLES = {field.variable: field for field in FIELDS}
 
 
-def test_the_hubs_page_has_what_it_needs() -> None:
+def test_the_hubs_page_is_complete() -> None:
     assert HUB["title"]
     assert len(HUB["description"]) <= 200
     assert HUB["type"] == "serverless"
@@ -81,7 +81,7 @@ def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_image_copies_only_what_is_there() -> None:
+def test_the_image_copies_only_existing_files() -> None:
     copied = re.findall(r"^COPY (?!--from)(.+)$", (HERE / "Dockerfile").read_text(), re.MULTILINE)
     for line in copied:
         for source in line.split()[:-1]:
@@ -115,7 +115,7 @@ def test_a_dry_run_prints_the_plan_and_changes_nothing(runpod: RunPod) -> None:
     assert not runpod.saved
 
 
-def test_a_second_deployment_updates_what_the_first_made(runpod: RunPod) -> None:
+def test_a_second_deployment_updates_the_first(runpod: RunPod) -> None:
     code, first, _ = deploy(runpod, "--env", "MODELSTORE_QUOTA=200GB", "--env", 'NOTE=a "quoted" {thing}')
     assert code == 0
     assert (first["endpoint"][0], first["template"][0]) == ("create", "create")
@@ -151,7 +151,7 @@ def test_no_token_is_printed(runpod: RunPod) -> None:
         (("--preset", "free"), {}, 2, "invalid choice"),
     ],
 )
-def test_bad_input_is_one_line_that_says_what_to_do(
+def test_bad_input_is_one_line_with_the_remedy(
     runpod: RunPod, arguments: tuple[str, ...], env: dict[str, str], code: int, words: str
 ) -> None:
     found, _, error = deploy(runpod, *arguments, **env)

@@ -113,7 +113,7 @@ def test_python_files_that_no_config_names_are_left_behind(hub: Hub, make_store:
     assert not snapshot.manifest.remote_code
 
 
-def test_code_that_is_trusted_runs_and_gives_what_transformers_gives(hub: Hub, make_store: MakeStore) -> None:
+def test_trusted_code_runs_and_gives_the_model_of_transformers(hub: Hub, make_store: MakeStore) -> None:
     folder = hub.folder / "org" / "own"
     torch.manual_seed(0)
     model = tf.LlamaForCausalLM(
@@ -373,7 +373,7 @@ for attempt in (lambda: os.system("true"), lambda: socket.socket()):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a network namespace")
-def test_where_pickles_are_read_there_is_no_network_and_no_program() -> None:
+def test_pickles_are_read_without_network_and_programs() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         done = subprocess.run(
             [sys.executable, "-I", "-c", INSIDE, str(server.getsockname()[1])],
@@ -405,7 +405,7 @@ def test_a_converted_pickle_goes_by_the_name_that_transformers_looks_for(path: s
 
 @pytest.mark.parametrize("part", ["models", "staging", "claims", "refs", "used", "quarantine"])
 @pytest.mark.parametrize("depth", [1, 2])
-def test_a_folder_that_somebody_replaced_by_a_link_is_not_followed(
+def test_a_folder_that_was_replaced_by_a_link_is_not_followed(
     hub: Hub, store: ModelStore, tmp_path: Path, part: str, depth: int
 ) -> None:
     """Another tenant of the volume points a folder of the store somewhere else."""
@@ -455,7 +455,7 @@ def test_nothing_but_weights_is_no_model(hub: Hub, make_store: MakeStore) -> Non
 
 @pytest.mark.parametrize("what", ["a pipe", "a folder", "nested", "wrong types", "huge numbers", "random", "empty"])
 @pytest.mark.parametrize("record", ["FORMAT", "manifest", "claim", "ref", "verified", "mark", "done", "journal"])
-def test_a_record_that_somebody_spoiled_hangs_nobody_and_ends_in_one_of_our_errors(
+def test_a_spoiled_record_hangs_no_command_and_ends_in_one_of_our_errors(
     hub: Hub, make_store: MakeStore, record: str, what: str
 ) -> None:
     write_repo(hub.folder / "org" / "name", shards=2)

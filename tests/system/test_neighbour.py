@@ -137,7 +137,7 @@ def looked(env: dict[str, str], commands: Any, cwd: Path) -> subprocess.Complete
 
 
 @pytest.mark.parametrize("record", RECORDS)
-def test_no_command_hangs_or_fills_the_memory_for_what_lies_in_a_records_place(
+def test_no_command_hangs_or_fills_the_memory_for_a_file_in_a_records_place(
     store: ModelStore, seeded: SnapshotKey, cli: Cli, tmp_path: Path, record: str
 ) -> None:
     env = cli.env | {"MODELSTORE_QUOTA": "1GB"}
@@ -158,7 +158,7 @@ def test_no_command_hangs_or_fills_the_memory_for_what_lies_in_a_records_place(
 
 
 @pytest.mark.parametrize("record", RECORDS)
-def test_seeding_and_using_a_model_outlive_what_lies_in_a_records_place(
+def test_seeding_and_using_a_model_outlive_a_file_in_a_records_place(
     hub: Hub, store: ModelStore, seeded: SnapshotKey, record: str
 ) -> None:
     write_repo(hub.folder / "org" / "fresh")

@@ -169,7 +169,7 @@ def violations(events: list[list[Any]]) -> list[str]:
     return found
 
 
-def test_the_checker_finds_what_must_never_be() -> None:
+def test_the_checker_finds_forbidden_schedules() -> None:
     fine = [["created", 1, 0.0, 0], ["check", 1, 1.0, 0], ["published", 1, 1.1, 0], ["created", 2, 1.05, 1]]
     assert violations(fine) == []
     assert "held by 0 and by 1" in violations([*fine, ["created", 1, 2.0, 1]])[0]

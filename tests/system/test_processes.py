@@ -91,7 +91,7 @@ def test_a_seeder_that_is_killed_at_60_percent_is_resumed_by_another(
 
 
 @pytest.mark.parametrize("others", [(), ("org/second", "org/third")], ids=["one", "three at once"])
-def test_ctrl_c_stops_a_slow_download_at_once_and_says_what_is_kept(
+def test_ctrl_c_stops_a_slow_download_at_once_and_says_that_bytes_are_kept(
     hub: Hub, store_env: dict[str, str], others: tuple[str, ...]
 ) -> None:
     for name in others:

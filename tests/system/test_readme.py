@@ -154,7 +154,7 @@ def test_every_row_of_a_page_of_tests_names_one_that_is_there(page: str) -> None
         assert re.search(rf"^def {name}\(", (HERE / "tests" / file).read_text(), re.MULTILINE), f"{file}::{name}"
 
 
-def test_the_recorded_sessions_print_what_they_print_now() -> None:
+def test_the_recorded_sessions_print_the_same_now() -> None:
     from scripts.dev.record_session import PAGE, session
 
     def words(page: str) -> list[str]:

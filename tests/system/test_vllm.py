@@ -113,7 +113,7 @@ def test_sampling_is_passed_on(endpoint: Any) -> None:
         ({"prompt": 7}, "INVALID_INPUT", "prompt must be a string"),
     ],
 )
-def test_what_cannot_be_answered_is_an_error(
+def test_a_request_that_cannot_be_answered_is_an_error(
     endpoint: Any, runpod: RunPod, job: dict[str, Any], code: str, words: str
 ) -> None:
     sent = endpoint.run({"input": job})
@@ -123,7 +123,7 @@ def test_what_cannot_be_answered_is_an_error(
 
 
 @needs_vllm
-def test_what_the_context_leaves_is_used_where_no_length_is_asked_for(endpoint: Any) -> None:
+def test_the_room_of_the_context_is_used_if_no_length_is_asked_for(endpoint: Any) -> None:
     output = endpoint.run_sync({"prompt": "word " * 480, "temperature": 0}, timeout=60)
     assert 1 <= output["tokens_generated"] <= 32
 
@@ -199,7 +199,7 @@ def test_arguments_that_vllm_refuses_end_the_start_with_its_words(volume: dict[s
 
 
 @pytest.mark.parametrize("python", ["", "/no/such/python"])
-def test_without_vllm_the_start_says_what_to_set(store_env: dict[str, str], python: str) -> None:
+def test_without_vllm_the_start_names_the_setting(store_env: dict[str, str], python: str) -> None:
     env = os.environ | store_env | {"MODEL_ID": "org/name", "ENGINE": "vllm", "MODELSTORE_VLLM_PYTHON": python}
     done = subprocess.run(
         [sys.executable, "-m", "handler"], env=env, capture_output=True, text=True, timeout=60, check=False

@@ -107,7 +107,7 @@ def test_a_volume_that_says_that_it_is_too_small_is_believed(hub: Hub, on_mount:
 
 
 @needs_mount
-def test_a_read_only_volume_is_named_where_something_must_be_written(hub: Hub, on_mount: OnMount) -> None:
+def test_a_read_only_volume_is_named_if_something_must_be_written(hub: Hub, on_mount: OnMount) -> None:
     write_repo(hub.folder / "org" / "name")
     done = on_mount(READ_ONLY, *SEED)
     assert done.returncode == 1
@@ -116,7 +116,7 @@ def test_a_read_only_volume_is_named_where_something_must_be_written(hub: Hub, o
 
 
 @needs_mount
-def test_a_read_only_volume_serves_what_it_holds(hub: Hub, store: ModelStore, on_mount: OnMount) -> None:
+def test_a_read_only_volume_serves_its_models(hub: Hub, store: ModelStore, on_mount: OnMount) -> None:
     write_repo(hub.folder / "org" / "name")
     snapshot = store.ensure("org/name")
     hub.stop()
@@ -132,7 +132,7 @@ def test_a_read_only_volume_serves_what_it_holds(hub: Hub, store: ModelStore, on
 @needs_mount
 @pytest.mark.parametrize("statfs_lies", [False, True])
 @pytest.mark.parametrize("allowed", [False, True])
-def test_on_a_full_volume_the_least_recently_used_goes_where_that_is_allowed(
+def test_on_a_full_volume_the_least_recently_used_goes_if_that_is_allowed(
     hub: Hub, on_mount: OnMount, statfs_lies: bool, allowed: bool
 ) -> None:
     """7 MB: one model of 2.1 MB, and another that takes 6.3 MB while it is made."""

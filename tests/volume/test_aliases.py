@@ -44,7 +44,7 @@ def key_of(store: ModelStore, **how: str) -> SnapshotKey:
     return found.key
 
 
-def test_an_alias_leads_to_what_it_was_set_to(two: ModelStore) -> None:
+def test_an_alias_leads_to_its_target(two: ModelStore) -> None:
     first = two.set_alias("chat", "org/name")
     assert key_of(two) == first.key
     second = two.set_alias("chat", "org/other", dtype="bfloat16")
@@ -63,7 +63,7 @@ def test_an_alias_whose_snapshot_is_gone_brings_it_back(two: ModelStore, hub: Hu
     assert two.ensure("@chat").key == key
 
 
-def test_what_cannot_be_had_leaves_the_alias_alone(two: ModelStore) -> None:
+def test_a_missing_model_leaves_the_alias_alone(two: ModelStore) -> None:
     first = two.set_alias("chat", "org/name")
     with pytest.raises(Exception, match="org/gone"):
         two.set_alias("chat", "org/gone")
@@ -76,7 +76,7 @@ def test_a_name_that_is_none_is_refused(two: ModelStore, name: str) -> None:
         two.set_alias(name, "org/name")
 
 
-def test_an_unknown_alias_says_what_to_do(two: ModelStore) -> None:
+def test_an_unknown_alias_names_the_remedy(two: ModelStore) -> None:
     for ask in (two.lookup, two.ensure):
         with pytest.raises(SnapshotNotFound, match="no alias @chat: set it"):
             ask("@chat")
@@ -150,7 +150,7 @@ def test_bad_names_and_unknown_models_change_nothing(two: ModelStore, env_of: di
     assert run(two, "ls", "--json")
 
 
-def test_what_an_alias_points_to_is_not_evicted(two: ModelStore) -> None:
+def test_the_target_of_an_alias_is_not_evicted(two: ModelStore) -> None:
     snapshot = two.set_alias("chat", "org/name")
     (candidate,) = survey(two.layout, [snapshot.key])
     assert candidate.retained_by == "@chat points to it"
@@ -208,7 +208,7 @@ def test_a_share_that_is_none_is_refused(cli: Cli) -> None:
         assert "--percent" in cli("alias", "set", "chat", "org/name", "--percent", percent, code=2).stderr
 
 
-def test_a_hundred_canaries_do_not_lose_what_the_fleet_serves(store: ModelStore) -> None:
+def test_a_hundred_canaries_do_not_lose_the_model_of_the_fleet(store: ModelStore) -> None:
     stable = SnapshotKey("org/stable", "a" * 40, "float16")
     aliases.point(store.layout, "chat", stable, "w")
     for number in range(150):

@@ -47,7 +47,7 @@ def held(outcome: Claim | Holder) -> Holder:
     return outcome
 
 
-def test_one_claims_and_the_other_sees_who_and_how_far(tmp_path: Path) -> None:
+def test_one_claims_and_the_other_sees_the_worker_and_its_progress(tmp_path: Path) -> None:
     with claimed(contender(tmp_path / "c", "a").try_claim()) as claim:
         claim.report("downloading", done=5_000_000_000, total=10_000_000_000, eta_s=42.0)
         claim._write()

@@ -116,7 +116,7 @@ def test_of_a_worker_and_an_eviction_one_sees_the_other(
     assert snapshot.path.exists()
 
 
-def test_an_eviction_that_was_cut_short_holds_up_nobody(
+def test_an_eviction_that_was_cut_short_holds_up_no_other(
     hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (snapshot,) = seeded(hub, store, "a")
@@ -146,7 +146,7 @@ def test_no_model_of_another_repo_is_downloaded_beyond_the_quota(hub: Hub, make_
     assert {snapshot.key for snapshot in store.snapshots()} == {first.key, second.key}
 
 
-def test_where_it_is_allowed_the_least_recently_used_makes_room(hub: Hub, make_store: MakeStore) -> None:
+def test_the_least_recently_used_makes_room_if_that_is_allowed(hub: Hub, make_store: MakeStore) -> None:
     store = make_store(quota_bytes=2_300_000, evict=True)
     first, second = seeded(hub, store, "a", "b")
     write_repo(hub.folder / "org" / "c")
@@ -174,7 +174,7 @@ def test_a_model_that_can_never_fit_is_refused_and_leaves_nothing(hub: Hub, make
     assert not list(store.settings.root.glob("staging/*/*/*/*"))
 
 
-def test_a_model_that_would_fit_keeps_what_it_has_for_a_resume(hub: Hub, make_store: MakeStore) -> None:
+def test_a_model_that_would_fit_keeps_its_bytes_for_a_resume(hub: Hub, make_store: MakeStore) -> None:
     repo = write_repo(hub.folder / "org" / "name", shards=2)
     store = make_store(sleep=lambda _seconds: None)
     hub.faults.status["model-00002-of-00002.safetensors"] = [(404, {})] * 1000
@@ -202,7 +202,7 @@ sys.stdin.read()
 """
 
 
-def test_what_another_download_has_reserved_counts_as_long_as_its_heart_beats(hub: Hub, make_store: MakeStore) -> None:
+def test_another_downloads_reservation_counts_as_long_as_its_heart_beats(hub: Hub, make_store: MakeStore) -> None:
     write_repo(hub.folder / "org" / "name")
     store = make_store(quota_bytes=3_000_000)
     (other,) = seeded(hub, make_store(), "other")
@@ -249,7 +249,7 @@ def test_models_are_not_evicted_for_a_download_that_fails_anyway(hub: Hub, make_
     assert {snapshot.key for snapshot in store.snapshots()} == {first.key, second.key}
 
 
-def test_what_dead_workers_left_makes_room(hub: Hub, make_store: MakeStore) -> None:
+def test_downloads_of_dead_workers_make_room(hub: Hub, make_store: MakeStore) -> None:
     """An eviction that was killed leaves its snapshot in the trash, a seeder its staging."""
     store = make_store(quota_bytes=2_300_000, evict=True)
     (first,) = seeded(hub, store, "a")
@@ -296,7 +296,7 @@ def test_the_mark_of_a_process_that_ends_goes_with_it(hub: Hub, store: ModelStor
     assert pins.users(store.layout, snapshot.key, pins.volume_time(store.layout)) == ()
 
 
-def test_an_eviction_waits_for_another_and_takes_its_place_where_that_died(
+def test_an_eviction_waits_for_another_and_takes_its_place_if_that_died(
     hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (snapshot,) = seeded(hub, store, "a")

@@ -96,7 +96,7 @@ def test_a_download_whose_heart_beats_stays_however_old_its_files_are(cut_short:
         claim.check()
 
 
-def test_what_was_moved_aside_goes_after_the_grace(hub: Hub, store: ModelStore) -> None:
+def test_trash_and_quarantine_go_after_the_grace(hub: Hub, store: ModelStore) -> None:
     write_repo(hub.folder / "org" / "name")
     first = store.ensure("org/name")
     (first.path / "config.json").unlink()
@@ -139,7 +139,7 @@ def test_marks_of_the_dead_go_but_the_newest_says_when_it_was_used(hub: Hub, sto
     assert [path.name for path in folder.iterdir()] == ["w4.0"]
 
 
-def test_a_live_workers_mark_and_a_persons_pin_stay_whatever_the_grace(hub: Hub, store: ModelStore) -> None:
+def test_a_live_workers_mark_and_a_persons_pin_stay_with_any_grace(hub: Hub, store: ModelStore) -> None:
     write_repo(hub.folder / "org" / "name")
     key = store.ensure("org/name").key
     (store.layout.used(key) / "w.0").touch()
@@ -170,7 +170,7 @@ def test_records_of_snapshots_that_are_gone_and_temporary_files_go(hub: Hub, sto
     assert found["mark"] == [str((store.layout.used(key) / ".last").relative_to(store.settings.root))]
 
 
-def test_what_the_store_did_not_make_stays(hub: Hub, make_store: MakeStore) -> None:
+def test_files_of_others_stay(hub: Hub, make_store: MakeStore) -> None:
     """Somebody's own folders may have the same names as the store's, where the root is a folder in use."""
     weights = write_repo(hub.folder / "org" / "name") / "model.safetensors"
     store = make_store(quota_bytes=3 * weights.stat().st_size)

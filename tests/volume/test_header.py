@@ -93,7 +93,7 @@ headers = st.dictionaries(names, fields | st.dictionaries(names, st.text(max_siz
 
 @settings(max_examples=400, deadline=None)
 @given(header=headers | st.binary(max_size=40), data=st.binary(max_size=24))
-def test_what_the_reference_refuses_is_refused_here(header: Any, data: bytes) -> None:
+def test_a_header_that_the_reference_refuses_is_refused_here(header: Any, data: bytes) -> None:
     file = with_header(header, data)
     try:
         parse(file)

@@ -23,7 +23,7 @@ from tests.support.models import write_model
 from tests.support.starts import timeline, with_spans
 
 
-def test_what_is_kept_is_read_again_in_order(tmp_path: Path) -> None:
+def test_records_are_read_again_in_order(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     for number in range(3):
         history.add(layout, timeline(worker=f"w{number}", began=time.monotonic() - 5 + number))

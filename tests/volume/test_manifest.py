@@ -45,7 +45,7 @@ def test_any_flipped_bit_is_found(position: int, bit: int) -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"{", b"[]", b"null", b'"x"', b"{}", b'{"format_version": 1}', b"\xff", b"[" * 99999]
 )
-def test_what_is_no_manifest_is_refused(data: bytes) -> None:
+def test_a_text_that_is_no_manifest_is_refused(data: bytes) -> None:
     with pytest.raises(BadManifest):
         parse_manifest(data, where="x")
 

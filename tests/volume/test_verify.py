@@ -155,7 +155,7 @@ def test_a_sample_is_written_as_people_do(text: str, stride: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", "1/0", "2/3", "x", "1e-320", "1e-320%", "-5%", "120%", "nan", "1e-9"])
-def test_what_is_no_sample_is_refused(text: str) -> None:
+def test_a_text_that_is_no_sample_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="1/20"):
         parse_sample(text)
 
