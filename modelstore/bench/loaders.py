@@ -1,4 +1,4 @@
-"""Ways to get a model from a volume into memory, ours and the others', each run by bench.py in a process of its own.
+"""Ways to get a model from a volume into memory, ours and the others', each run by race.py in a process of its own.
 
     python -m modelstore.bench.loaders NAME DEVICE FOLDER
 

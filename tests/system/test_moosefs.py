@@ -415,7 +415,7 @@ def test_a_thousand_snapshots_do_not_slow_a_hit(fleet: Fleet, hub: Hub) -> None:
             os.utime(store.layout.used(key) / ".last", (time.time() - 3600,) * 2)
         store.layout.claims(key).mkdir(parents=True)
         (store.layout.claims(key) / "1").touch()
-    assert folder.lstat().st_mtime_ns % 10**9 == 0, "look.py counts on times in whole seconds"
+    assert folder.lstat().st_mtime_ns % 10**9 == 0, "inventory.py counts on times in whole seconds"
     there = fleet.store(fleet.hosts[1])
     began = time.monotonic()
     found = list(there.snapshots())
