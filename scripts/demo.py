@@ -2,7 +2,7 @@
 """The main job, seen from outside: two workers start at once on an empty volume, then a third one warm.
 
     scripts/demo                          SmolLM2-135M-Instruct from a small local hub; no network but the package index
-    scripts/demo --model org/name         a real model from the Hub, on the GPU where there is one
+    scripts/demo --model org/name         a real model from the Hub, on the GPU if there is one
 
 Each worker is `python -m handler` under the unmodified RunPod SDK, asked over HTTP as RunPod would ask it.
 """

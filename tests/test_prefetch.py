@@ -1,4 +1,4 @@
-"""Whoever waits for a download reads what is finished of it, and trusts it only when it is published."""
+"""A waiting worker reads the finished files of a download, and trusts them only when they are published."""
 
 from __future__ import annotations
 

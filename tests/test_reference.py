@@ -1,4 +1,4 @@
-"""Parsing of what a user writes to name a model."""
+"""Parsing of model references."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The store from outside: what a seed publishes, what a hit costs, and what a bad repo leaves behind."""
+"""The store from outside: lookups, hits and their cost, waits, and damaged snapshots."""
 
 from __future__ import annotations
 

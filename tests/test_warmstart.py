@@ -1,4 +1,4 @@
-"""A start goes on where its snapshot is damaged, evicted or being made; nothing wrong is ever served."""
+"""A start goes on if its snapshot is damaged, evicted or being made; nothing wrong is ever served."""
 
 from __future__ import annotations
 

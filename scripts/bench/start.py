@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Loading and starting against the competitors and the physical floors: what docs/benchmarks/measurements.md shows.
+"""Loading and starting against the competitors and the physical floors: the tables of docs/benchmarks/measurements.md.
 
     python scripts/bench/start.py [--start 1.7GB,4GB] [--load 0.1GB,1GB,4GB] [--runs 5] [--write DOCUMENT]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What comparing block checksums while reading costs.
+"""The cost of comparing block checksums while reading.
 
     python scripts/bench/verify.py [--size 1GB] [--runs 9] [--write docs/reliability.md]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run the sessions of docs/operations.md, and write what each command printed.
+"""Run the sessions of docs/operations.md, and write the output of each command.
 
     python scripts/dev/record_session.py
 

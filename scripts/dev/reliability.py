@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run the tests that break things, and write what they have shown: `python scripts/dev/reliability.py [--write FILE]`.
+"""Run the tests that break things, and write their figures: `python scripts/dev/reliability.py [--write FILE]`.
 
 Needs root, FUSE and MooseFS for all of it; without them the rows of MooseFS are missing, and it says so.
 """

@@ -1,4 +1,4 @@
-"""The bench measures what it says: every contender really loads, in turn, cold or warm, and a failure costs one row."""
+"""The bench is honest: every entrant really loads, in turn, cold or warm, and a failure costs one row."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Every command with what goes wrong around it: a wrong name, no folder, a full or read-only volume, no network, Ctrl-C.
-And what a terminal shows."""
+"""Every command with everything that goes wrong around it: a wrong name, no folder, a full or read-only volume, no network, Ctrl-C.
+And the output on a terminal."""
 
 from __future__ import annotations
 

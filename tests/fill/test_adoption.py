@@ -1,4 +1,4 @@
-"""Models that lie on the volume in somebody else's layout become snapshots, and the other way round."""
+"""Models that lie on the volume in another layout become snapshots, and the other way round."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fill publishes, and what a bad repo leaves behind."""
+"""The snapshot that a fill publishes, and the traces of a bad repo."""
 
 from __future__ import annotations
 

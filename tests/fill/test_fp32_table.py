@@ -1,4 +1,4 @@
-"""The table of what transformers keeps in fp32 is the one that this transformers gives."""
+"""The committed table of modules kept in fp32 is that of this transformers."""
 
 import subprocess
 import sys

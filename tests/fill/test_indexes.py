@@ -1,4 +1,4 @@
-"""What is made of a checkpoint's index: checked, corrected where that is needed, else left byte for byte."""
+"""A checkpoint's index is checked, corrected if need be, and else left byte for byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of a fill: a dry run tells what the fill then stores."""
+"""The plan of a fill: a dry run tells the files that the fill then stores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, an HF cache on the volume, the Hub; and what of it is believed."""
+"""The sources of a model: a folder, an HF cache on the volume, the Hub; and the trust in each."""
 
 from __future__ import annotations
 

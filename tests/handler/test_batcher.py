@@ -1,4 +1,4 @@
-"""Many prompts through one real model at once: each gets what it would have got alone, whoever joins, fails or leaves."""
+"""Many prompts through one real model at once: each gets the text that it gets alone, even if others join, fail or leave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates in their own process: what transformers renders, and templates that mean harm."""
+"""Chat templates in their own process: the texts of transformers, and templates that mean harm."""
 
 from __future__ import annotations
 

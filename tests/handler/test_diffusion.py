@@ -1,4 +1,4 @@
-"""Images by a tiny random pipeline of real parts: what diffusers itself would draw, step by step, and cut short."""
+"""Images by a tiny random pipeline of real parts: the pictures of diffusers itself, step by step, and cut short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a job holds, it gets an answer, or an error with a code on one printable line; the worker goes on."""
+"""Every job gets an answer, or an error with a code on one printable line; the worker goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job may ask, and what it gets back."""
+"""The fields of a job, and its answer."""
 
 from __future__ import annotations
 

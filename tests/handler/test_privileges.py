@@ -1,4 +1,4 @@
-"""What a worker gives up at its start: the Hub's token in its environment, and root where the store is another's."""
+"""A worker gives up the Hub's token in its environment at its start, and root if another account owns the store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Another model in the same process: the current one answers until the next is there, whatever goes wrong with that."""
+"""Another model in the same process: the current one answers until the next is there, even if that fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory that is left: the machine's, or the container's where that is less."""
+"""The free memory: the machine's, or the container's if that is less."""
 
 from __future__ import annotations
 

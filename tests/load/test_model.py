@@ -1,4 +1,4 @@
-"""What is loaded from the store equals, bit for bit, what transformers loads from the original."""
+"""A model from the store equals, bit for bit, the one that transformers loads from the original."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`modelstore doctor`: each check on a volume where it finds nothing, and on one where it does."""
+"""`modelstore doctor`: each check on a sound volume, and on one with a fault."""
 
 from __future__ import annotations
 

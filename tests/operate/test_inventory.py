@@ -1,4 +1,4 @@
-"""`ls`, `du`, `claims`, `watch`: what is on a volume, and who does what there."""
+"""`ls`, `du`, `claims`, `watch`: the models on a volume, their users, and the downloads."""
 
 from __future__ import annotations
 

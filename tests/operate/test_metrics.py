@@ -1,4 +1,4 @@
-"""Prometheus' own parser reads what the volume tells."""
+"""Prometheus' own parser reads the metrics of a volume."""
 
 from __future__ import annotations
 

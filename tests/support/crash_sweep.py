@@ -6,7 +6,7 @@ Scenarios: `seed` an empty store; `mend` a snapshot with a flipped bit; `evict` 
 the step), `torn` (half of a write, then SIGKILL), `EIO` (that one step fails), `ENOSPC` (from that step on, everything
 that takes space fails). While the process runs, another one watches `models/`. After it, a fresh seed must end well and
 the snapshot must verify. `--elsewhere` is the same folder through another mount: the watching and the fresh seed are done
-there. Prints one JSON record: how many steps there are, how many were tried, what did not survive.
+there. Prints one JSON record: how many steps there are, how many were tried, which did not survive.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of the header parser against the reference: `python -m tests.support.fuzz_header CORPUS [libFuzzer options]`.
 
-What we take, safetensors must take too, with the same tensors; what we refuse is BadSafetensors and nothing else.
+Headers that we take, safetensors must take too, with the same tensors; we refuse with BadSafetensors and nothing else.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python tests/support/hub.py FOLDER [--port N] [--bytes-per-s N]      FOLDER holds org/name/<the repo's files>
 
 Two servers, as with the real one: the hub (metadata, small files) and its storage, which large files are redirected to
-under another address with a signed query string. What is served is counted; faults are set on `hub.faults`.
+under another address with a signed query string. Served bytes are counted; faults are set on `hub.faults`.
 """
 
 from __future__ import annotations

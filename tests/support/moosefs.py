@@ -1,12 +1,12 @@
 """A real MooseFS: one master, one chunkserver, and hosts in network namespaces, each with a mount of its own.
 
     with MooseFS.running(hosts=3) as moosefs:
-        moosefs.hosts[0].mount                 a path; whatever uses it does so as that host
+        moosefs.hosts[0].mount                 a path; a use of it is a use by that host
         moosefs.hosts[0].pull_cable()          the host's network is gone; everything on its mount hangs
 
 Needs root, /dev/fuse, and Debian's moosefs-master, moosefs-chunkserver, moosefs-client, fuse3 and iproute2. Only the
-mount process lives in the host's namespace: a test's processes stay in the machine's own network, where their hub is.
-Names and addresses carry the process id; everything is taken down by what was started, whatever happens.
+mount process lives in the host's namespace: a test's processes stay in the machine's own network, beside their hub.
+Names and addresses carry the process id; everything that was started is taken down in the end.
 """
 
 from __future__ import annotations

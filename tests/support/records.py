@@ -1,4 +1,4 @@
-"""What a test has shown, in figures, for the table of `docs/reliability.md` (`scripts/dev/reliability.py` collects them)."""
+"""The figures of a test, for the table of `docs/reliability.md` (`scripts/dev/reliability.py` collects them)."""
 
 from __future__ import annotations
 

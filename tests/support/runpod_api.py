@@ -4,7 +4,7 @@
     client   run, runsync, status, stream, cancel, health, purge-queue, openai/v1/…
     owner    GraphQL: saveTemplate, saveEndpoint, and what there is
 
-Jobs of a worker that stops to ping go back to the queue, where that is wanted.
+Jobs of a worker that stops to ping go back to the queue, if a test asks for it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A real S3 server (moto's, a process of its own) behind a proxy that shows RunPod's quirks where a test asks for them."""
+"""A real S3 server (moto's, a process of its own) behind a proxy that shows RunPod's quirks if a test asks for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What RunPod's Hub and an image build read: right in itself, and about settings and jobs that the worker has."""
+"""The files that RunPod's Hub and an image build read: right in themselves, and about settings and jobs that the worker has."""
 
 from __future__ import annotations
 

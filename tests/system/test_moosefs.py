@@ -1,4 +1,4 @@
-"""The store on a real MooseFS, from several hosts: who downloads, who takes over, and when.
+"""The store on a real MooseFS, from several hosts: one downloads, others take over in time.
 
 Each seeder is a process that uses one host's mount. Cables are pulled, processes killed and stopped; the hub counts.
 """

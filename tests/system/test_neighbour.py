@@ -1,6 +1,6 @@
-"""What a neighbour on the volume can plant: nothing hangs, fills the memory, is written through, or speaks to a terminal.
+"""Files that a neighbour plants on the volume: nothing hangs, fills the memory, is written through, or reaches a terminal.
 
-Whoever else can write the volume can of course delete and replace what lies there (docs/security.md).
+Another user who can write the volume can of course delete and replace files there (docs/security.md).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Contending processes log what they hold and when; a checker reads the logs. The schedule is hypothesis's.
+"""Contending processes log their claims with times; a checker reads the logs. The schedule is hypothesis's.
 
-What must never be: two holders of one generation, or a publish whose check began after a higher generation existed.
+Forbidden: two holders of one generation, or a publish whose check began after a higher generation existed.
 Times are CLOCK_MONOTONIC, which all processes of one machine share.
 """
 

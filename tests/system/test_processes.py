@@ -1,4 +1,4 @@
-"""Real processes, real signals: many seeders at once, and one that is killed. The hub counts what it served."""
+"""Real processes, real signals: many seeders at once, and one that is killed. The hub counts the served bytes."""
 
 from __future__ import annotations
 

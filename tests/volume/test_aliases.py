@@ -1,4 +1,4 @@
-"""Names that point to snapshots: what a reader sees is the last that was set, and never half of it."""
+"""Names that point to snapshots: a reader sees the last target that was set, and never half of a record."""
 
 from __future__ import annotations
 

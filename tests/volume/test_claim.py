@@ -1,4 +1,4 @@
-"""The claim: who holds it, who may take it over, and when. Time is a clock that the test moves."""
+"""The claim: its holder, and the moment when another may take it over. Time is a clock that the test moves."""
 
 from __future__ import annotations
 

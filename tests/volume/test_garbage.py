@@ -1,4 +1,4 @@
-"""What is collected, and above all what is not."""
+"""The garbage that is collected, and above all the files that are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The manifest's bytes: what goes in comes out, and nothing else does."""
+"""The manifest's bytes: a record that goes in comes out, and nothing else does."""
 
 from __future__ import annotations
 
