@@ -163,7 +163,7 @@ def _built_early(
 
     Nothing may be computed from them: every operation on one is watched, and only making a view of it is let through.
     """
-    if not weights.early:
+    if not weights.has_stand_ins:
         return None
     try:
         with _OnlyViews(weights):

@@ -54,10 +54,10 @@ class _Opened:
     block_bytes: int
     memory: memoryview | None
     memory_fd: int = -1
-    left: int = field(init=False)
+    blocks_left: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.left = -(-self.record.size_bytes // self.block_bytes)
+        self.blocks_left = -(-self.record.size_bytes // self.block_bytes)
 
     def length(self, block: int) -> int:
         return min(self.block_bytes, self.record.size_bytes - block * self.block_bytes)
@@ -121,7 +121,7 @@ class Reading:
             with self._changed:
                 index = len(self._files)
                 self._files.append(opened)
-            if opened.left:
+            if opened.blocks_left:
                 checksums = record.blocks if self._verify else ""
                 if self._threads is not None:
                     file = blocks.File(index, os.dup(fd), record.size_bytes, block_bytes, checksums, memory)
@@ -142,9 +142,9 @@ class Reading:
         opened = _Opened(record, folder, -1, block_bytes, memory)
         with self._changed:
             self._files.append(opened)
-            for block in range(opened.left):
+            for block in range(opened.blocks_left):
                 self._arrivals.append(LoadedBlock(record.path, block * block_bytes, opened.length(block), -1))
-            opened.left = 0
+            opened.blocks_left = 0
             self._changed.notify_all()
 
     def no_more(self) -> None:
@@ -165,7 +165,7 @@ class Reading:
         size, where = opened.record.size_bytes, str(opened.folder / path)
 
         def read(length: int, offset: int) -> bytes:
-            if opened.memory is not None and not opened.left:
+            if opened.memory is not None and not opened.blocks_left:
                 return bytes(opened.memory[offset : offset + length])
             return os.pread(opened.fd, length, offset)
 
@@ -189,7 +189,7 @@ class Reading:
         Raises DigestMismatch if a block is not what the manifest says, OSError if the volume fails.
         """
         opened = self._opened(path)
-        self._until(lambda: not opened.left)
+        self._until(lambda: not opened.blocks_left)
         return self.memory(path)
 
     def descriptor(self, path: str) -> int:
@@ -298,7 +298,7 @@ class Reading:
         with self._changed:
             opened = self._files[index]
             if kind == blocks.ARRIVED:
-                opened.left -= 1
+                opened.blocks_left -= 1
                 offset = block * opened.block_bytes
                 self._arrivals.append(LoadedBlock(opened.record.path, offset, opened.length(block), detail))
                 self._end_if_done(now)
@@ -307,7 +307,7 @@ class Reading:
             self._changed.notify_all()
 
     def _end_if_done(self, now: float | None = None) -> None:
-        if self._complete and self.ended is None and not any(opened.left for opened in self._files):
+        if self._complete and self.ended is None and not any(opened.blocks_left for opened in self._files):
             self.ended = now or time.monotonic()
 
     def failed(self, error: Exception) -> None:

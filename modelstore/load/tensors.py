@@ -114,7 +114,7 @@ class Weights:
     Files are prepared with `complete`, when the snapshot is known, or before that, if their bytes are to be moved,
     as the first of them arrives. `tensors`: by their names in the checkpoint. `stand_ins`: the same as CPU tensors that
     a model can be built from at once; on the CPU they are the tensors, else views of memory that is never touched.
-    `early`: whether there are any.
+    `has_stand_ins`: whether there are any.
     """
 
     def __init__(self, reading: Reading, device_map: Mapping[str, torch.device]) -> None:
@@ -131,7 +131,7 @@ class Weights:
         self._bases: list[tuple[int, int, str]] = []
         self.tensors: dict[str, torch.Tensor] = {}
         self.stand_ins: dict[str, torch.Tensor] = {}
-        self.early = True
+        self.has_stand_ins = True
 
     def complete(self, snapshot: Snapshot) -> None:
         """Prepare the rest of a snapshot, all of whose files were added to the reading. Raises BadSafetensors and
@@ -160,7 +160,7 @@ class Weights:
         for path, header in self._headers.items():
             if path not in self._slabs:
                 self._check_header(path, reading.memory(path))
-                if not self.early:
+                if not self.has_stand_ins:
                     self._view_in_memory(path, header)
         return self.tensors
 
@@ -197,7 +197,7 @@ class Weights:
 
     def _make_room(self, path: str, header: Header) -> None:
         aligned = not any(_begin(header, tensor) % _dtype(tensor, path).itemsize for tensor in header.tensors)
-        self.early = self.early and aligned
+        self.has_stand_ins = self.has_stand_ins and aligned
         devices = {self._place(tensor.name) for tensor in header.tensors}
         if devices <= {torch.device("cpu")} and not self._reading.in_ring(path):
             memory = self._reading.memory(path)

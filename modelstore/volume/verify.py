@@ -109,7 +109,7 @@ def verify_folder(
     if position.done >= len(blocks):  # a run that came to the end has kept the next one's start
         position = replace(position, done=0)
     planned = sum(_length(manifest, file, index) for file, index in blocks[position.done :])
-    compared, done, last_report_at = 0, position.done, time.monotonic()
+    compared, checked_blocks, last_report_at = 0, position.done, time.monotonic()
     with _Files(folder) as files:
         for file, index in blocks[position.done :]:
             if time.monotonic() >= until:
@@ -117,18 +117,18 @@ def verify_folder(
             if file.path not in problems and (problem := _in_block(files, file, index, manifest.block_bytes)):
                 problems[file.path] = f"{problem}, at byte {index * manifest.block_bytes}"
             compared += _length(manifest, file, index)
-            done += 1
+            checked_blocks += 1
             if on_position is not None and time.monotonic() - last_report_at > _SAVE_EVERY_S:
                 last_report_at = time.monotonic()
-                on_position(Position(position.stride, position.first, done))
+                on_position(Position(position.stride, position.first, checked_blocks))
     findings = [*(Finding(path, problem) for path, problem in problems.items()), *_foreign(folder, manifest)]
-    whole = done >= len(blocks)
+    whole = checked_blocks >= len(blocks)
     after = Position(position.stride, (position.first + 1) % position.stride) if whole else None
     return Verified(
         tuple(sorted(findings, key=lambda finding: finding.path)),
         compared,
         planned,
-        after or Position(position.stride, position.first, done),
+        after or Position(position.stride, position.first, checked_blocks),
     )
 
 
