@@ -131,7 +131,7 @@ class ActiveSequence:
 
 
 class Batcher:
-    """Generates for all rows that were submitted, `most` at once. Call `close` at the end."""
+    """Generates for all rows that were submitted, `limit` at once. Call `close` at the end."""
 
     def __init__(self, model: PreTrainedModel, *, limit: int, pad_token_id: int | None) -> None:
         self._model = model

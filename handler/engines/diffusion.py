@@ -52,7 +52,7 @@ class DiffusionEngine:
 
     @classmethod
     def load(cls, pending: PendingStart, *, while_reading: Callable[[], None] | None = None) -> DiffusionEngine:
-        """The engine from a start whose bytes are in flight; `meanwhile` is called once, before the last of them."""
+        """The engine from a start whose bytes are in flight; `while_reading` is called before the last of them."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for file in pending.snapshot.manifest.files:
             if not file.path.endswith(".safetensors"):

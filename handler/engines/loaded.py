@@ -41,7 +41,7 @@ class Loaded:
         device: str | torch.device | None = None,
         while_reading: Callable[[], None] | None = None,
     ) -> Loaded:
-        """The tokenizer and the model while the bytes are in flight; then `meanwhile`, once; then the last bytes."""
+        """The tokenizer, and the model while bytes are in flight; then `while_reading`, once; then the last bytes."""
         check_code(pending.snapshot, trusted=pending.trusted)
         with pending.timeline.span("import"):
             tokenizer = AutoTokenizer.from_pretrained(pending.snapshot.path, trust_remote_code=pending.trusted)

@@ -61,7 +61,7 @@ class TextEngine:
     def load(
         cls, pending: PendingStart, *, while_reading: Callable[[], None] | None = None, renderer: Renderer | None = None
     ) -> TextEngine:
-        """The engine from a start whose bytes are in flight; `meanwhile` is called once, before the last of them."""
+        """The engine from a start whose bytes are in flight; `while_reading` is called before the last of them."""
         return cls(Loaded.from_start(pending, while_reading=while_reading), pending.settings, renderer)
 
     @property

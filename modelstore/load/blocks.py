@@ -90,7 +90,7 @@ class ReadConcurrency:
         self._blocks = 0
 
     def read(self, size_bytes: int, now: float) -> bool:
-        """Count a block; whether `at_once` has changed."""
+        """Count a block; whether `readers` has changed."""
         if self._began is None:
             self._began = now
             return False

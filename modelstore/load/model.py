@@ -62,7 +62,7 @@ def load_model(
     `device_map`: parts of the model on several devices, as accelerate understands it ("auto", or devices by module).
     `trust_remote_code`: run the code that the snapshot was stored with; without it such a snapshot is CodeRefused.
     `weights`: those that `place_early` has begun to move, with their `reading`; `device` is then the GPU's.
-    `meanwhile` is called once, while the last bytes are on their way.
+    `while_reading` is called once, while the last bytes are on their way.
     """
     timeline = timeline or Timeline()
     if all("/" in file.path for file in snapshot.weights):

@@ -7,7 +7,7 @@
         source/<file>                                bytes as the source has them, partial
         journal/<file>/<segment>[.open]              which granules of it are there (staged_file.py)
         snapshot/<file>                              the files to publish
-        done/<file>                                  a converted file's digests (convert.py)
+        done/<file>                                  the record of a finished file (staging.py)
       claims/<org>--<name>/<commit>.<dtype>/<generation>
       claims/space/<generation>                      the process that counts the space and evicts (space.py)
       refs/<org>--<name>/<revision>.json             the commit this fleet uses for a revision

@@ -67,7 +67,7 @@ def map_concurrently(look: Callable[[T], R], things: Iterable[T]) -> list[R]:
 
 
 def tree_bytes(folder: Path, counted: set[tuple[int, int]] | None = None, *, unshared: bool = False) -> int:
-    """The bytes of a folder's regular files by their sizes, each inode once; `seen` carries inodes between calls.
+    """The bytes of a folder's regular files by their sizes, each inode once; `counted` carries inodes between calls.
 
     `unshared`: only the bytes that are freed when the folder goes, without files that have another name. Sizes, not
     blocks: MooseFS tells the whole size for a sparse file, too.
