@@ -21,11 +21,11 @@ from modelstore.errors import ClaimLost, CodeRefused, IntegrityError, NoSpace, R
 from modelstore.fill.convert import StoragePolicy, config_in_dtype, converted_tensors, storage_policy
 from modelstore.fill.download import Download
 from modelstore.fill.footprint import DiskBudget
-from modelstore.fill.indexes import check_index, index_of_converted, index_with_total_size, parse_json
+from modelstore.fill.indexes import check_index, index_of_converted, index_with_total_size
 from modelstore.fill.plan import CheckpointPlan, config_path, plan_checkpoint, select
 from modelstore.fill.progress import Progress
 from modelstore.fill.request import FillRequest
-from modelstore.fill.selection import MAX_SMALL_BYTES, Selection, code_in, folder_of, stored_path
+from modelstore.fill.selection import MAX_SMALL_BYTES, Selection, code_in, folder_of, parse_json, stored_path
 from modelstore.fill.source import SourceFile
 from modelstore.fill.staging import Staging
 from modelstore.fill.weights import WeightsPipeline

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from modelstore.errors import BadSafetensors
-from modelstore.fill.selection import stored_path
+from modelstore.fill.selection import parse_json, stored_path
 from modelstore.volume.header import Header
 
 
@@ -43,14 +43,6 @@ def index_of_converted(index: Mapping[str, Any]) -> bytes:
     """The index of a checkpoint whose files are stored under other names, such as a pickled one."""
     weight_map = {tensor: stored_path(shard) for tensor, shard in index["weight_map"].items()}
     return _encoded({**index, "weight_map": weight_map})
-
-
-def parse_json(data: bytes, where: str) -> Mapping[str, Any] | Any:
-    """A repo's own JSON. Raises BadSafetensors."""
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadSafetensors(f"{where} is not JSON ({error}): name another revision") from error
 
 
 def _encoded(index: Mapping[str, Any]) -> bytes:

@@ -12,9 +12,8 @@ from typing import Any
 from modelstore.dtypes import DTYPES
 from modelstore.fill.convert import StoragePolicy, storage_policy
 from modelstore.fill.footprint import Footprint, footprint_of, named_dtype
-from modelstore.fill.indexes import parse_json
 from modelstore.fill.request import FillRequest
-from modelstore.fill.selection import Selection, folder_of, select_files
+from modelstore.fill.selection import Selection, folder_of, parse_json, select_files
 from modelstore.fill.source import SourceFile
 from modelstore.settings import Settings
 

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 from modelstore.dtypes import DTYPES
 from modelstore.errors import BadSafetensors, NoWeights, PickleRefused
@@ -84,7 +85,7 @@ def code_in(path: str, data: bytes, repo: Collection[str]) -> str:
     name = PurePosixPath(path).name
     if not name.endswith(".json") or not ("config" in name or name in ("model_index.json", "modules.json")):
         return ""
-    record = _parsed(path, data)
+    record = parse_json(data, path)
     if name == "modules.json" and isinstance(record, list):
         types = [module.get("type") for module in record if isinstance(module, dict)]
         foreign = [each for each in types if not str(each).startswith("sentence_transformers.")]
@@ -169,11 +170,11 @@ def _component_folders(by_path: Mapping[str, SourceFile], read: Callable[[Source
     """The sub-folders that a pipeline's or a sentence-transformer's own index names."""
     named: set[str] = set()
     if pipeline := by_path.get("model_index.json"):
-        record = _parsed(pipeline.path, read(pipeline))
+        record = parse_json(read(pipeline), pipeline.path)
         if isinstance(record, dict):
             named |= {name for name, value in record.items() if isinstance(value, list)}
     if modules := by_path.get("modules.json"):
-        record = _parsed(modules.path, read(modules))
+        record = parse_json(read(modules), modules.path)
         if isinstance(record, list):
             named |= {str(module["path"]) for module in record if isinstance(module, dict) and module.get("path")}
     return sorted(name for name in named if any(folder_of(path) == name for path in by_path))
@@ -193,7 +194,7 @@ def _weights_name(files: list[SourceFile], *, pickles: bool) -> str:
 
 
 def _weight_map(path: str, data: bytes) -> dict[str, str]:
-    record = _parsed(path, data)
+    record = parse_json(data, path)
     weight_map = record.get("weight_map") if isinstance(record, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise BadSafetensors(f"{path} has no usable weight_map: the repo is damaged, name another revision")
@@ -233,7 +234,8 @@ def _is_small(file: SourceFile) -> bool:
     return name.suffix in _SMALL_SUFFIXES and not _FOREIGN.fullmatch(name.name)
 
 
-def _parsed(path: str, data: bytes) -> object:
+def parse_json(data: bytes, path: str) -> Any:
+    """A repo's own JSON. Raises BadSafetensors, which names `path`."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
