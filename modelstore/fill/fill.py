@@ -49,7 +49,6 @@ _CHECK_EVERY_S = 0.05
 class Filled:
     """The result of a fill; sizes in bytes. `reused` lay in staging already, `network` came over the wire."""
 
-    manifest: Manifest
     reused: int
     network: int
 
@@ -98,7 +97,7 @@ class Fill:
         return self._space.make_room(self._request.key, max(missing_bytes, 1))
 
     def run(self) -> Filled:
-        """Download, convert and publish; returns the manifest that is published.
+        """Download, convert and publish.
 
         Raises the errors of the source and the volume. After ClaimLost, HubUnavailable, or NoSpace for a model that
         would fit, the staging stays for a resume; after an IntegrityError, Refused, or NoSpace for one that never can,
@@ -119,7 +118,7 @@ class Fill:
             self._finish_indexes(plan, weights.headers)
             self._check_config_sizes(plan, weights.headers)
             with timeline.span("publish"):
-                manifest = self._publish(plan, has_code=has_code)
+                self._publish(plan, has_code=has_code)
         except (IntegrityError, Refused):
             self._staging.remove()
             raise
@@ -130,7 +129,7 @@ class Fill:
         except OSError:
             self._claim.check()  # a successor moves our staging away under us: then the claim is lost
             raise
-        return Filled(manifest, self._progress.reused, self._progress.network)
+        return Filled(self._progress.reused, self._progress.network)
 
     def _read_source(self, file: SourceFile) -> bytes:
         """A small file as the source has it."""
@@ -255,7 +254,7 @@ class Fill:
             longest = max((side for tensor in tensors for side in tensor.shape), default=1)
             Sizes(len(tensors), longest).check(config, f"{config_path(folder)} of {self._request.key.repo_id}")
 
-    def _publish(self, plan: CheckpointPlan, *, has_code: bool) -> Manifest:
+    def _publish(self, plan: CheckpointPlan, *, has_code: bool) -> None:
         key, records = self._request.key, self._staging.records
         manifest = Manifest(
             key=key,
@@ -277,7 +276,6 @@ class Fill:
             durable.remove_tree(self._layout.staging(key))
         except OSError as error:  # a holder that was fenced may still write there; `gc` removes it later
             logger.info("staging of %s is not empty yet: %s", key, error)
-        return manifest
 
 
 class _Guard:
