@@ -73,8 +73,7 @@ def parse_request(route: object, body: object, limits: Limits) -> tuple[str, Map
     path = route.split("?")[0].strip("/") if isinstance(route, str) else ""
     if path not in _PASSED_ON:
         raise invalid(f"openai_route must be one of OpenAI's routes, as in /v1/completions, not {shown(route)}")
-    if body is not None and not isinstance(body, dict):
-        raise invalid("openai_input must be an object")
+    body = {} if body is None else checked_body(body)
     if not body:
         return f"/{path}", None
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):

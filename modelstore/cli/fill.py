@@ -82,12 +82,12 @@ def seed(
     if not models:
         raise UsageError("REF is missing: name a model, as in `modelstore seed org/name`, or a list with --from")
     plan = SeedPlan(store, models, prune=prune)
-    volumes = _volumes(targets, store.settings) if not dry_run else []
     if dry_run:
         check_place(store.settings.root)
         preview = plan.preview()
         context.print(preview.as_json(), lambda console: print_preview(console, preview))
         return
+    volumes = _volumes(targets, store.settings)
     # Asked before the hours of a download, not after.
     if prune:
         context.confirm(f"remove from {store.settings.root} the models that {listed} does not name", yes=yes)
