@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from modelstore.errors import HubUnavailable
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from tests.support.hub import Hub, running_hub
@@ -71,6 +72,14 @@ def make_store(tmp_path: Path, hub: Hub) -> MakeStore:
         return ModelStore(settings["root"], settings=Settings(**settings), sleep=sleep)
 
     return make
+
+
+def leave_unfinished(hub: Hub, store: ModelStore) -> None:
+    """Fill org/name, which has two shards, from a hub that lacks the second one; afterwards the hub has it."""
+    hub.faults.status["model-00002-of-00002.safetensors"] = [(404, {})] * 1000
+    with pytest.raises(HubUnavailable):
+        store.ensure("org/name")
+    hub.faults.status.clear()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +22,9 @@ from modelstore.fill.progress import Progress
 from modelstore.store import ModelStore
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.verify import verify_snapshot
+from tests.conftest import MakeStore
 from tests.support.checkpoints import random_tensors, write_repo
 from tests.support.hub import Hub
-
-MakeStore = Callable[..., ModelStore]
 
 
 def test_a_second_seed_makes_one_metadata_call_and_downloads_nothing(hub: Hub, store: ModelStore) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ from modelstore.errors import (
 )
 from modelstore.store import ModelStore
 from modelstore.volume.verify import verify_snapshot
-from tests.conftest import Cli
+from tests.conftest import Cli, MakeStore
 from tests.support.checkpoints import published, random_tensors, weights_bytes, write_repo
 from tests.support.hub import Hub
-
-MakeStore = Callable[..., ModelStore]
 
 
 def test_a_folder_becomes_a_snapshot_without_a_network(hub: Hub, store: ModelStore, tmp_path: Path) -> None:
