@@ -185,7 +185,7 @@ class TextEngine:
             self._turns.notify_all()
 
     @contextmanager
-    def _nobody_answered(self) -> Iterator[None]:
+    def _answers_paused(self) -> Iterator[None]:
         """Let running answers come to their end, and no new ones begin."""
         with self._turns:
             self._exchanging = True
@@ -214,7 +214,7 @@ class TextEngine:
         before = self._loaded
         if hasattr(before.model, "hf_device_map"):
             raise Refused(f"{self.model} lies on several GPUs and cannot be exchanged: restart the worker instead")
-        with self._nobody_answered(), timeline.span("transfer"):
+        with self._answers_paused(), timeline.span("transfer"):
             if self._device.type != "cpu":
                 check_room(loaded.model, self._device, besides=before.model)
             self._batcher.close()  # a row that was cancelled may be in its last step

@@ -56,7 +56,7 @@ def read_list(path: Path) -> tuple[ListedModel, ...]:
     models = []
     for number, entry in enumerate(entries, 1):
         try:
-            models.append(_wanted(entry))
+            models.append(_listed_model(entry))
         except (UsageError, InvalidReference, InvalidSetting) as error:
             raise UsageError(f"{path}: model {number}: {error}") from error
     names = [name for model in models for name in model.aliases]
@@ -65,7 +65,7 @@ def read_list(path: Path) -> tuple[ListedModel, ...]:
     return tuple(models)
 
 
-def _wanted(entry: Any) -> ListedModel:
+def _listed_model(entry: Any) -> ListedModel:
     if not isinstance(entry, dict) or "reference" not in entry:
         raise UsageError('it has no reference, as in reference = "org/name"')
     for name, value in entry.items():
