@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelstore.dtypes import DTYPES
-from modelstore.errors import InvalidReference, ModelStoreError, SnapshotNotFound
+from modelstore.errors import InvalidReference, ModelStoreError, RootUnusable, SnapshotNotFound
 from modelstore.reference import is_alias, is_commit, is_repo_id
 from modelstore.units import printable
 from modelstore.volume import durable, tree
@@ -57,7 +57,7 @@ def names(layout: Layout) -> Iterator[str]:
 def history(layout: Layout, name: str) -> tuple[Pointed, ...]:
     """The entries of an alias, the latest last; empty if there is no such alias.
 
-    Raises InvalidReference if its record cannot be read.
+    Raises InvalidReference if its record is damaged, and RootUnusable if it cannot be read.
     """
     path = layout.alias(name)
     try:
@@ -65,6 +65,8 @@ def history(layout: Layout, name: str) -> tuple[Pointed, ...]:
     except (FileNotFoundError, NotADirectoryError):
         return ()
     except OSError as error:
+        if not durable.is_no_file_of_ours(error):
+            raise tree.unreadable(error, path) from error
         raise InvalidReference(f"{path} cannot be read ({error.strerror}): point @{name} anew") from error
     try:
         entries = [
@@ -93,7 +95,7 @@ def history(layout: Layout, name: str) -> tuple[Pointed, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The aliases that point to each snapshot, and those whose record is damaged: they may point to any."""
+    """The aliases that point to each snapshot, and those whose record tells nothing: they may point to any."""
 
     known: Mapping[SnapshotKey, tuple[str, ...]]
     damaged: tuple[str, ...]
@@ -104,13 +106,13 @@ class Targets:
 
 
 def targets(layout: Layout) -> Targets:
-    """The target of each alias; a damaged record is a warning."""
+    """The target of each alias; a record that is damaged, or cannot be read, is a warning."""
     known: dict[SnapshotKey, tuple[str, ...]] = {}
     damaged = []
     for name in names(layout):
         try:
             entries = history(layout, name)
-        except InvalidReference as error:
+        except (InvalidReference, RootUnusable) as error:
             logger.warning("%s", error)
             damaged.append(name)
             continue

@@ -15,6 +15,7 @@ written is RootUnusable. Every path must come from `layout.py`.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import secrets
@@ -27,9 +28,11 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from modelstore.errors import ModelStoreError, NoSpace, RootUnusable, UnsafeName
+from modelstore.volume.tree import unreadable
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP})
+_NO_FILE_OF_OURS = frozenset({errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENXIO})
 _FOREIGN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # for every open: another user may have put anything there
 _FILE_MODE = 0o644
 _STALE_ATTEMPTS = 3
@@ -37,6 +40,8 @@ _STALE_S = 1.0
 RECORD_BYTES = 1 << 20  # no alias, ref, pin or record of a start is as large
 MANIFEST_BYTES = 64 << 20  # 16 hex digits for each block of 8 MiB: 32 TB
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -108,6 +113,28 @@ def open_for_read(path: Path) -> int:
 def read_file(path: Path, limit_bytes: int = RECORD_BYTES) -> bytes:
     """The bytes of a regular file; one that is larger than `limit_bytes` is an OSError."""
     return read_with_state(path, limit_bytes).data
+
+
+def read_record(path: Path, limit_bytes: int = RECORD_BYTES) -> bytes | None:
+    """The bytes of a record of the store; None if there is none, or if something is in its place that no store writes:
+    a folder, a link, a pipe or a file too large, which is a warning.
+
+    Raises RootUnusable if it is there, or may be, and cannot be read: that is not the same as no record.
+    """
+    try:
+        return read_file(path, limit_bytes)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if not is_no_file_of_ours(error):
+            raise unreadable(error, path) from error
+        logger.warning("%s is passed over: it is no file of the store (%s)", path, error.strerror)
+        return None
+
+
+def is_no_file_of_ours(error: OSError) -> bool:
+    """Whether an open failed because something is there that no store writes, such as a folder, a link or a pipe."""
+    return error.errno in _NO_FILE_OF_OURS
 
 
 class Contents(NamedTuple):

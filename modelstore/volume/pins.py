@@ -191,7 +191,7 @@ def unpin(layout: Layout, key: SnapshotKey) -> bool:
 
 def is_pinned(layout: Layout, key: SnapshotKey) -> bool:
     """Whether a person pinned the snapshot."""
-    return os.path.lexists(layout.pin(key))
+    return tree.exists(layout.pin(key))
 
 
 def pinned(layout: Layout) -> frozenset[SnapshotKey]:

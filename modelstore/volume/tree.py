@@ -27,11 +27,13 @@ def entries(folder: Path) -> list[Path]:
 
 
 def names(folder: str | Path) -> list[str]:
-    """The same as names alone."""
+    """The same as names alone. Raises RootUnusable if the folder is there and cannot be read."""
     try:
         return sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise unreadable(error, folder) from error
 
 
 def folder_names(folder: str | Path) -> list[str]:
@@ -51,8 +53,24 @@ def folder_names(folder: str | Path) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise RootUnusable(f"cannot read {folder}: {error.strerror}; check the mount and MODELSTORE_ROOT") from error
+        raise unreadable(error, folder) from error
     return sorted(folders)
+
+
+def exists(path: str | Path) -> bool:
+    """Whether anything has this name, a link too. Raises RootUnusable if that cannot be told."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise unreadable(error, path) from error
+    return True
+
+
+def unreadable(error: OSError, path: str | Path) -> RootUnusable:
+    """The error for a file or a folder that is there, or may be, and cannot be read."""
+    return RootUnusable(f"cannot read {path}: {error.strerror}; check the mount and MODELSTORE_ROOT")
 
 
 def map_concurrently(look: Callable[[T], R], things: Iterable[T]) -> list[R]:
@@ -115,6 +133,8 @@ def check_no_links(root: Path, path: Path) -> None:
                 raise UnsafeName(f"{step} is a link: the store follows none; remove it, it was put there by hand")
         except (FileNotFoundError, NotADirectoryError):
             return
+        except OSError as error:
+            raise unreadable(error, step) from error
 
 
 def is_free_of_links(root: Path, path: Path) -> bool:

@@ -133,11 +133,13 @@ def verify_folder(
 
 
 def saved_position(layout: Layout, key: SnapshotKey, stride: int) -> Position:
-    """The position that the last run with this stride reached; the start if there was none."""
+    """The position that the last run with this stride reached; the start if there was none. Raises RootUnusable if its
+    record cannot be read."""
+    data = durable.read_record(layout.verified(key), 4096)
     try:
-        record = json.loads(durable.read_file(layout.verified(key), 4096))
+        record = json.loads(data or b"")
         position = Position(*(operator.index(record[name]) for name in ("stride", "first", "done")))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return Position(stride)
     usable = position.stride == stride and 0 <= position.first < stride and position.done >= 0
     return position if usable else Position(stride)
@@ -203,8 +205,10 @@ def _at_a_glance(folder: Path, file: FileRecord) -> str:
     """The problem of a file as its folder shows it."""
     try:
         state = os.lstat(folder / file.path)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return "missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
     if not stat.S_ISREG(state.st_mode):
         return "not a regular file"
     if state.st_size != file.size_bytes:
