@@ -18,6 +18,8 @@ from modelstore.errors import (
     BadManifest,
     ClaimLost,
     DigestMismatch,
+    IntegrityError,
+    ModelStoreError,
     NoSpace,
     WaitTimeout,
     WeightOverflow,
@@ -26,7 +28,7 @@ from modelstore.fill.observer import SILENT, Observer
 from modelstore.fill.request import FillRequest
 from modelstore.fill.source import Resolved, Source
 from modelstore.fill.sources import resolve
-from modelstore.reference import Reference, is_commit, parse_reference
+from modelstore.reference import Reference, is_commit, parse_reference, repo_id_of
 from modelstore.settings import Settings
 from modelstore.timeline import Span, Timeline
 from modelstore.volume import aliases, durable, history, refs, tree
@@ -214,19 +216,53 @@ class ModelStore:
             observer=observer,
             timeline=timeline,
         )
-        accepted = accepted_dtypes(variant, overflow)
-        snapshot = self._published(request.key, accepted[1:]) if damaged is None else None
-        for accepted_dtype in accepted if snapshot is None else ():
+        try:
+            snapshot = self._in_accepted_dtype(request, overflow)
+        except IntegrityError as error:
+            if not source.is_copy:
+                raise
+            logger.warning("%s is not used: %s", source.label, error)
+            request = self._from_original(request, parsed, named, error)
+            resolved = request.resolved
+            snapshot = self._in_accepted_dtype(request, overflow)
+        refs.record_commit(
+            self.layout,
+            resolved.repo_id,
+            resolved.revision,
+            resolved.commit,
+            replacing=refresh,
+            asked_as=repo_id_of(parsed),
+        )
+        mark_used(self.layout, snapshot.key)
+        return snapshot
+
+    def _from_original(
+        self, request: FillRequest, parsed: Reference, named: Reference, error: IntegrityError
+    ) -> FillRequest:
+        """The request for the same commit from the Hub, after a copy of it proved to be damaged."""
+        pinned = replace(parsed, revision=request.resolved.commit)
+        try:
+            source, resolved = self._resolve(pinned, refresh=False, copies=False)
+        except ModelStoreError as unreachable:
+            raise DigestMismatch(
+                f"{request.source.label} is damaged ({error}), and the Hub cannot be asked ({unreachable}): remove "
+                "that cache, or try again when the Hub answers"
+            ) from error
+        code = source.may_bring_code(resolved, self.settings, named=named)
+        return replace(request, source=source, resolved=resolved.for_revision(request.resolved.revision), code=code)
+
+    def _in_accepted_dtype(self, request: FillRequest, overflow: Overflow) -> Snapshot:
+        """The snapshot in the dtype of the request, or in its fallback if weights overflow and that is allowed."""
+        accepted = accepted_dtypes(request.dtype, overflow)
+        snapshot = self._published(request.key, accepted[1:]) if request.damaged is None else None
+        for dtype in accepted if snapshot is None else ():
             try:
-                snapshot = self._obtain(replace(request, dtype=accepted_dtype))
-                break
+                return self._obtain(replace(request, dtype=dtype))
             except WeightOverflow as error:
-                if accepted_dtype == accepted[-1]:
+                if dtype == accepted[-1]:
                     raise
                 logger.warning("%s: storing %s instead, as allowed", error, accepted[-1])
         assert snapshot is not None
-        refs.record_commit(self.layout, resolved.repo_id, resolved.revision, resolved.commit, replacing=refresh)
-        mark_used(self.layout, snapshot.key)
         return snapshot
 
     def _published(self, key: SnapshotKey, dtypes: Sequence[Dtype]) -> Snapshot | None:
@@ -307,10 +343,12 @@ class ModelStore:
             raise BadManifest(f"{key} was published and cannot be read back: check the volume, then seed again")
         return replace(snapshot, status="resumed" if filled.reused else "downloaded", downloaded_bytes=filled.network)
 
-    def _resolve(self, reference: Reference, *, refresh: bool) -> tuple[Source, Resolved]:
-        """The source to fill from, and the commit."""
-        recorded = refs.recorded_commit(self.layout, reference)
-        return resolve(reference, self.settings, recorded_commit=recorded, refresh=refresh, sleep=self._sleep)
+    def _resolve(self, reference: Reference, *, refresh: bool, copies: bool = True) -> tuple[Source, Resolved]:
+        """The source to fill from, and the commit. `copies`: an HF cache on the volume may be the source."""
+        recorded = refs.recorded(self.layout, reference)
+        return resolve(
+            reference, self.settings, recorded_commit=recorded.commit, refresh=refresh, copies=copies, sleep=self._sleep
+        )
 
     def _dtype(self, dtype: str | None) -> Dtype:
         return parse_dtype("dtype", dtype) if dtype else self.settings.dtype
@@ -319,7 +357,7 @@ class ModelStore:
         """Move the folder in the snapshot's place, damaged or no snapshot at all, out of the way. It is kept, and
         returned if its manifest still tells which of its files are intact."""
         path = self.layout.snapshot(key)
-        if not os.path.lexists(path):
+        if not tree.exists(path):
             return None
         manifest = self.catalog.manifest(key)
         aside = self.layout.aside(self.layout.quarantine, key)

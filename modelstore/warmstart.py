@@ -65,8 +65,10 @@ class PendingStart:
     @property
     def trusted(self) -> bool:
         """Whether the snapshot brings code of its own that may run."""
-        key = self.snapshot.key
-        return self.snapshot.manifest.remote_code and self.settings.may_run_code_of(key.repo_id, key.commit)
+        key, model = self.snapshot.key, self.settings.model
+        names = {key.repo_id} if model is None or model.kind != "hub" else {key.repo_id, model.name}
+        may_run = any(self.settings.may_run_code_of(name, key.commit) for name in names)
+        return self.snapshot.manifest.remote_code and may_run
 
     def load(self, load: Callable[[PendingStart], T]) -> T:
         """The model that `load` makes of this start; called again, once, if the first bytes were not those published.

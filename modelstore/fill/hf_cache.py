@@ -33,6 +33,7 @@ class HfCacheSource(Source):
     """
 
     over_network = False
+    is_copy = True
 
     def __init__(
         self, cache: Path, reference: Reference, settings: Settings, *, named: Reference | None = None
@@ -43,13 +44,17 @@ class HfCacheSource(Source):
         self._settings = settings
         self._named = named or reference
 
+    @property
+    def label(self) -> str:
+        return f"the HF cache at {self._repo}"
+
     def resolve(self) -> Resolved:
         revision = self._reference.revision
         commit = revision
         if not is_commit(revision):
             try:
                 commit = durable.read_file(self._repo / "refs" / revision).decode(errors="replace").strip()
-            except OSError:
+            except FileNotFoundError:
                 commit = ""
         if not is_commit(commit) or not (self._repo / "snapshots" / commit).is_dir():
             raise RepoNotFound(f"{self._reference} is not in the HF cache at {self._repo.parent}: seed it from the Hub")
@@ -92,11 +97,15 @@ class HfCacheSource(Source):
                 return None
             return self.confirmed(resolved)
         except (ModelStoreError, OSError) as error:
-            logger.warning("the HF cache of %s is passed over: %s", self._named, error)
+            logger.warning("%s is passed over: %s", self.label, error)
             return None
 
     def reach(self) -> str:
-        return "lies in an HF cache on the volume" if self.whole() is not None else ""
+        try:
+            return "lies in an HF cache on the volume" if self.whole() is not None else ""
+        except (ModelStoreError, OSError) as error:
+            logger.warning("%s is passed over: %s", self.label, error)
+            return ""
 
     def confirmed(self, resolved: Resolved) -> Resolved | None:
         """`resolved` once the Hub confirms that the cache holds the commit's own files: see `hub.confirmed`."""

@@ -35,7 +35,7 @@ from modelstore.errors import (
 )
 from modelstore.fill.http_range import open_url
 from modelstore.fill.source import ByteStream, Resolved, Source, SourceFile, backoff_s
-from modelstore.reference import Reference, is_commit, is_local
+from modelstore.reference import Reference, is_commit, is_local, is_repo_id
 from modelstore.settings import Settings
 from modelstore.volume.manifest import SourceRecord
 
@@ -99,24 +99,49 @@ class HubSource(Source):
         self._locations_lock = threading.Lock()
 
     def resolve(self) -> Resolved:
-        """The commit that the revision stands for now: one metadata call, none for a full commit id."""
-        revision = self._reference.revision
-        commit = revision
-        if not is_commit(revision):
-            info = self._retrying(
-                lambda: self._api.model_info(self._reference.name, revision=revision, timeout=_TIMEOUT_S)
-            )
-            commit = info.sha or ""
-            if not is_commit(commit):
-                raise HubUnavailable(f"{self._endpoint} gave no commit for {self._reference}: try again later")
+        """The commit that the revision stands for now, of the repo by the id that the Hub gives it: one metadata
+        call."""
+        name, revision = self._reference.name, self._reference.revision
         record = SourceRecord(kind="hub", location=self._endpoint, revision=revision, compared_with="hub")
-        return Resolved(repo_id=self._reference.name, commit=commit, revision=revision, record=record)
+        if is_local(name) and is_commit(revision):  # for a snapshot that is present: no Hub knows it
+            return Resolved(name, revision, revision, record)
+        info = self._info()
+        commit = revision if is_commit(revision) else info.sha or ""
+        if not is_commit(commit):
+            raise HubUnavailable(f"{self._endpoint} gave no commit for {self._reference}: try again later")
+        return Resolved(self._repo_id(info), commit, revision, record)
+
+    def described(self) -> tuple[str, tuple[SourceFile, ...]]:
+        """The id that the Hub gives the repo, and the files of the revision: one call for both."""
+        info = self._info(files_metadata=True)
+        files = [
+            SourceFile(each.rfilename, each.size or 0, each.lfs.sha256)
+            if each.lfs
+            else SourceFile(each.rfilename, each.size or 0, git_oid=each.blob_id)
+            for each in info.siblings or ()
+        ]
+        return self._repo_id(info), tuple(files)
+
+    def _info(self, *, files_metadata: bool = False) -> huggingface_hub.ModelInfo:
+        name, revision = self._reference.name, self._reference.revision
+        return self._retrying(
+            lambda: self._api.model_info(name, revision=revision, files_metadata=files_metadata, timeout=_TIMEOUT_S)
+        )
+
+    def _repo_id(self, info: huggingface_hub.ModelInfo) -> str:
+        """The id of the repo, which may be another one than it was asked for by; that is reported."""
+        name = self._reference.name
+        if info.id == name or not is_repo_id(info.id or "") or is_local(info.id):
+            return name
+        logger.warning("%s is called %s on the Hub: it is stored and listed under that name", name, info.id)
+        return info.id
 
     def reach(self) -> str:
         return f"is within reach, at {self.resolve().commit[:12]}"
 
     def may_bring_code(self, resolved: Resolved, settings: Settings, *, named: Reference | None) -> bool:
-        return settings.may_run_code_of(resolved.repo_id, resolved.commit, named=named)
+        names = {resolved.repo_id, self._reference.name}
+        return any(settings.may_run_code_of(name, resolved.commit, named=named) for name in names)
 
     def list_files(self, resolved: Resolved) -> tuple[SourceFile, ...]:
         """Every file of the commit with its size and digest as the Hub states them."""
@@ -265,7 +290,9 @@ def confirmed(source: Source, resolved: Resolved, settings: Settings) -> Resolve
             Reference("hub", resolved.repo_id, resolved.commit), settings, attempts=1, limit_s=_CONFIRMED_WITHIN_S
         )
         try:
-            stated = {file.path: file for file in hub.list_files(resolved)}
+            repo_id, files = hub.described()
+            stated = {file.path: file for file in files}
+            resolved = replace(resolved, repo_id=repo_id)
         except RevisionNotFound:
             logger.warning("%s: the Hub knows no commit %s: the cache is not used", resolved.repo_id, resolved.commit)
             return None

@@ -62,6 +62,14 @@ class Source(ABC):
     replaces_recorded_commit = False
     """Whether an adopted commit replaces the one that the fleet used before."""
 
+    is_copy = False
+    """Whether it holds a copy of files that the next source has: if they are damaged, that one is asked."""
+
+    @property
+    def label(self) -> str:
+        """The source's name in messages, with its place."""
+        return type(self).__name__
+
     @abstractmethod
     def resolve(self) -> Resolved:
         """The commit that the reference stands for now. Raises NotFound, AccessDenied or HubUnavailable."""

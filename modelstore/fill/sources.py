@@ -27,18 +27,20 @@ def sources_for(
     settings: Settings,
     *,
     named: Reference | None = None,
+    copies: bool = True,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Source]:
     """The sources that may have the model, in the order in which they are asked; no alias.
 
-    `named`: the reference as the caller gave it, if `reference` was pinned to a commit since.
+    `named`: the reference as the caller gave it, if `reference` was pinned to a commit since. `copies`: HF caches are
+    among them.
     """
     from modelstore.fill.hub import HubSource  # its imports are for a miss alone
 
     if reference.kind == "file":
         yield FolderSource(reference)
         return
-    for cache in settings.hf_caches:
+    for cache in settings.hf_caches if copies else ():
         yield HfCacheSource(cache, reference, settings, named=named)
     if not settings.offline:
         yield HubSource(reference, settings, sleep=sleep)
@@ -50,6 +52,7 @@ def resolve(
     *,
     recorded_commit: str,
     refresh: bool,
+    copies: bool = True,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Source, Resolved]:
     """The first source that has the model, and its commit: the one that the fleet recorded, or the Hub's if `refresh`.
@@ -59,12 +62,17 @@ def resolve(
     from modelstore.fill.hub import HubSource
 
     commit = "" if reference.kind == "file" else recorded_commit
+    hub: tuple[Source, Resolved] | None = None
     if refresh and not settings.offline and reference.kind == "hub" and not is_local(reference.name):
-        commit = HubSource(reference, settings, sleep=sleep).resolve().commit
+        newest = HubSource(reference, settings, sleep=sleep)
+        hub = newest, newest.resolve()
+        commit = hub[1].commit
     pinned = replace(reference, revision=commit) if commit else reference
-    for source in sources_for(pinned, settings, named=reference, sleep=sleep):
+    for source in sources_for(pinned, settings, named=reference, copies=copies, sleep=sleep):
+        if hub is not None and not source.is_copy:
+            return hub
         if (resolved := source.offer()) is not None:
             return source, resolved.for_revision(reference.revision) if commit else resolved
     raise SnapshotNotFound(
-        f"{reference} is not in {settings.root} and MODELSTORE_OFFLINE is set: seed it, or unset MODELSTORE_OFFLINE"
+        f"{reference} is not in {settings.root} and MODELSTORE_OFFLINE is set: unset it to download the model"
     )

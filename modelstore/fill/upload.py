@@ -30,6 +30,7 @@ from modelstore.errors import (
 from modelstore.fill.bucket import AT_ONCE, ATTEMPTS, Bucket, Target, md5_of
 from modelstore.fill.observer import SILENT, Observer
 from modelstore.fill.progress import Progress
+from modelstore.reference import Reference, repo_id_of, revision_of
 from modelstore.volume import durable, refs
 from modelstore.volume.layout import MANIFEST, Layout
 from modelstore.volume.manifest import FileRecord, parse_manifest
@@ -127,11 +128,13 @@ class RemoteVolume:
             "status": status,
         }
 
-    def record_commit(self, layout: Layout, snapshot: Snapshot, revision: str) -> None:
-        """Let workers on that volume use this commit for the revision."""
-        for name in refs.recorded_revisions(snapshot.repo_id, revision):
-            path = layout.ref(snapshot.repo_id, name).relative_to(layout.root)
-            self.bucket.put(f"{self.target.folder}/{path}", refs.commit_record(name, snapshot.commit))
+    def record_commit(self, layout: Layout, snapshot: Snapshot, reference: Reference) -> None:
+        """Let workers on that volume use this snapshot's commit for the reference that it was seeded by."""
+        to = refs.Recorded(snapshot.repo_id, snapshot.commit)
+        places = refs.record_places(to.repo_id, revision_of(reference), repo_id_of(reference))
+        for name, revision in places:
+            path = layout.ref(name, revision).relative_to(layout.root)
+            self.bucket.put(f"{self.target.folder}/{path}", refs.commit_record(revision, to, name))
 
     def _check_format(self) -> None:
         key = f"{self.target.folder}/FORMAT"

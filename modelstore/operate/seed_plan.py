@@ -23,7 +23,6 @@ from modelstore.fill.observer import SILENT, Observer
 from modelstore.fill.progress import Progress
 from modelstore.operate import inventory
 from modelstore.operate.seed_list import ListedModel
-from modelstore.reference import revision_of
 from modelstore.store import ModelStore
 from modelstore.volume import aliases, pins
 from modelstore.volume.claim import Holder
@@ -178,7 +177,7 @@ class SeedPlan:
                         sent = 0 if volume.has(snapshot) else volume.upload(snapshot, observer=shown)
                         if verify:
                             volume.verify(snapshot)
-                        volume.record_commit(self.store.layout, snapshot, revision_of(model.reference))
+                        volume.record_commit(self.store.layout, snapshot, model.reference)
                     records.append(volume.record(snapshot, sent=sent, status="uploaded" if sent else "present"))
                 except ModelStoreError as error:
                     on_error(error)

@@ -2,6 +2,7 @@
 
     FORMAT                                   "1"
     refs/<org>--<name>/<revision>.json       {"revision": "main", "commit": "…", "resolved_at": 1790000000}
+                                             with "repo_id", if the Hub has another id for the repo of this name
 
 A revision that was resolved once is answered from its record, so a fleet serves one commit until the next seed, and a
 Hub that is down changes nothing. Standard library only.
@@ -12,7 +13,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from modelstore.errors import FormatTooNew, RootUnusable
 from modelstore.mount import check_place
@@ -21,6 +23,7 @@ from modelstore.reference import (
     Reference,
     is_commit,
     is_local,
+    is_repo_id,
     repo_id_of,
     revision_of,
 )
@@ -70,27 +73,52 @@ def prepare_store(layout: Layout) -> None:
         logger.warning("%s; until then it is made here", missing)
 
 
-def recorded_commit(layout: Layout, reference: Reference) -> str:
-    """The commit that this fleet uses for the reference; empty if none was recorded."""
-    if is_commit(reference.revision):
-        return reference.revision
-    return _read_commit(layout, layout.ref(repo_id_of(reference), revision_of(reference)))
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The snapshots that a fleet uses for a reference: the id that the Hub gives the repo, and the commit, empty if
+    none was recorded."""
+
+    repo_id: str
+    commit: str
 
 
-def record_commit(layout: Layout, repo_id: str, revision: str, commit: str, *, replacing: bool) -> None:
-    """Let the fleet use this commit for the revision from now on; only a seed replaces another one."""
-    for name in recorded_revisions(repo_id, revision):
-        path = layout.ref(repo_id, name)
-        recorded = _read_commit(layout, path)
-        if recorded == commit or (recorded and not replacing):
+def recorded(layout: Layout, reference: Reference) -> Recorded:
+    """The repo and the commit that this fleet uses for the reference; a name of the repo that the Hub has replaced
+    leads to its present one. Raises RootUnusable if the record cannot be read."""
+    repo_id, revision = repo_id_of(reference), revision_of(reference)
+    record = _read(layout, repo_id, revision)
+    return Recorded(record.repo_id, revision) if is_commit(revision) else record
+
+
+def record_commit(
+    layout: Layout, repo_id: str, revision: str, commit: str, *, replacing: bool, asked_as: str = ""
+) -> None:
+    """Let the fleet use this commit for the revision from now on; only a seed replaces another one.
+
+    `asked_as`: the name that the repo was asked for under, if it is another one than its id: it then means the same.
+    """
+    for name, record_revision in record_places(repo_id, revision, asked_as):
+        before = _read(layout, name, record_revision)
+        if before == Recorded(repo_id, commit) or (before.commit and not replacing):
             continue
+        path = layout.ref(name, record_revision)
         tree.check_no_links(layout.root, path)
-        durable.write_atomic(path, commit_record(name, commit))
+        durable.write_atomic(path, commit_record(record_revision, Recorded(repo_id, commit), name))
 
 
-def commit_record(revision: str, commit: str) -> bytes:
-    """The bytes of a record under `refs/`."""
-    record = {"revision": revision, "commit": commit, "resolved_at": int(time.time())}
+def record_places(repo_id: str, revision: str, asked_as: str = "") -> Iterator[tuple[str, str]]:
+    """The names and revisions that a commit is recorded under: see `recorded_revisions`; under a name that is not the
+    repo's id a commit itself, too."""
+    yield from ((repo_id, name) for name in recorded_revisions(repo_id, revision))
+    if asked_as and asked_as != repo_id and revision:
+        yield asked_as, revision
+
+
+def commit_record(revision: str, to: Recorded, name: str) -> bytes:
+    """The bytes of a record under `refs/`, for the repo called `name` there."""
+    record = {"revision": revision, "commit": to.commit, "resolved_at": int(time.time())}
+    if to.repo_id != name:
+        record["repo_id"] = to.repo_id
     return json.dumps(record).encode() + b"\n"
 
 
@@ -102,12 +130,18 @@ def recorded_revisions(repo_id: str, revision: str) -> tuple[str, ...]:
     return (revision, DEFAULT_REVISION) if is_local(repo_id) else (revision,)
 
 
-def _read_commit(layout: Layout, path: Path) -> str:
-    """The commit in one record; empty if there is none."""
-    if not tree.is_free_of_links(layout.root, path):
-        return ""
+def _read(layout: Layout, name: str, revision: str) -> Recorded:
+    """The record of a revision of the repo called `name`."""
+    path = layout.ref(name, revision)
+    data = durable.read_record(path) if tree.is_free_of_links(layout.root, path) else None
+    if data is None:
+        return Recorded(name, "")
     try:
-        commit = json.loads(durable.read_file(path))["commit"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return ""
-    return commit if isinstance(commit, str) and is_commit(commit) else ""
+        record = json.loads(data)
+        commit, repo_id = record["commit"], record.get("repo_id", name)
+        if is_commit(commit) and is_repo_id(repo_id):
+            return Recorded(repo_id, commit)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    logger.warning("%s is passed over: it is damaged; a seed writes it anew", path)
+    return Recorded(name, "")

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from modelstore.errors import BadManifest, CodeRefused, IntegrityError, RootUnusable
-from modelstore.reference import Reference, repo_id_of
+from modelstore.errors import BadManifest, CodeRefused, IntegrityError
+from modelstore.reference import Reference
 from modelstore.volume import aliases, durable, refs, tree
 from modelstore.volume.layout import (
     MANIFEST,
@@ -114,8 +114,8 @@ class Catalog:
         refs.check_format(self._layout)
         if reference.kind == "alias":
             return self.published(aliases.target(self._layout, reference.name, worker=worker))
-        commit = refs.recorded_commit(self._layout, reference)
-        return self.published(SnapshotKey(repo_id_of(reference), commit, dtype)) if commit else None
+        recorded = refs.recorded(self._layout, reference)
+        return self.published(SnapshotKey(recorded.repo_id, recorded.commit, dtype)) if recorded.commit else None
 
     def keys(self, repo_id: str | None = None) -> Iterator[SnapshotKey]:
         """The key of each folder in a snapshot's place, damaged or not, of all repos or of one. Raises UnsafeName if
@@ -142,7 +142,8 @@ class Catalog:
         if reference.kind == "alias":
             key = aliases.target(self._layout, reference.name)
         else:
-            key = SnapshotKey(repo_id_of(reference), refs.recorded_commit(self._layout, reference), dtype)
+            recorded = refs.recorded(self._layout, reference)
+            key = SnapshotKey(recorded.repo_id, recorded.commit, dtype)
         return key if key.commit and self._layout.snapshot(key).is_dir() else None
 
     def published(self, key: SnapshotKey) -> Snapshot | None:
@@ -162,7 +163,7 @@ class Catalog:
             except (FileNotFoundError, NotADirectoryError):
                 state = None
             except OSError as error:
-                raise RootUnusable(f"cannot read {path}: {error.strerror}; check the mount") from error
+                raise tree.unreadable(error, path / file.path) from error
             if state is None or not stat.S_ISREG(state.st_mode) or state.st_size != file.size_bytes:
                 logger.warning("%s is passed over: %s is missing or has another size", path, file.path)
                 return None
@@ -194,7 +195,7 @@ class Catalog:
             return None
         except OSError as error:
             if error.errno not in (errno.ELOOP, errno.EINVAL):
-                raise RootUnusable(f"cannot read {path.parent}: {error.strerror}; check the mount") from error
+                raise tree.unreadable(error, path) from error
             logger.warning("%s is passed over: its manifest is no file of ours", path.parent)
             return None
 

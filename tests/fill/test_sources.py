@@ -56,15 +56,51 @@ def test_an_hf_cache_on_the_volume_costs_one_listing(hub: Hub, store: ModelStore
     assert not any(path.is_symlink() for path in snapshot.path.rglob("*"))
 
 
-def test_a_damaged_blob_of_an_hf_cache_is_never_published(hub: Hub, store: ModelStore) -> None:
+def damage(cache: Path, kind: str) -> None:
+    """Damage the weights in an HF cache, as a copy of it that ended early, or a disk, may leave them."""
+    link = next((cache / "models--org--name" / "snapshots").rglob("model.safetensors"))
+    blob = link.resolve()
+    data = bytearray(blob.read_bytes())
+    match kind:
+        case "a flipped byte":
+            data[-1] ^= 1
+            blob.write_bytes(data)
+        case "zeros where the copy ended":
+            blob.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+        case "half a blob":
+            blob.write_bytes(data[: len(data) // 2])
+        case "links to a place that was left":
+            for each in link.parent.iterdir():
+                target = each.resolve()
+                each.unlink()
+                each.symlink_to(Path("/root/.cache/huggingface/hub/models--org--name/blobs") / target.name)
+
+
+DAMAGES = ["a flipped byte", "zeros where the copy ended", "half a blob", "links to a place that was left"]
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_hf_cache_is_named_and_the_hub_is_used(
+    hub: Hub, store: ModelStore, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
     write_repo(hub.folder / "org" / "name")
     cache = hf_cache(store.settings.root, hub, "org/name")
-    blob = next((cache / "models--org--name" / "snapshots").rglob("model.safetensors")).resolve()
-    data = bytearray(blob.read_bytes())
-    data[-1] ^= 1
-    blob.write_bytes(data)
-    with pytest.raises(DigestMismatch):
-        store.ensure("org/name")
+    damage(cache, kind)
+    snapshot = store.ensure("org/name")
+    assert snapshot.manifest.source.kind == "hub"
+    assert verify_snapshot(snapshot).ok
+    assert "org/name" in caplog.text or "models--org--name" in caplog.text
+    assert "huggingface-cache" in caplog.text or "HF cache" in caplog.text
+
+
+def test_a_damaged_hf_cache_is_never_published(hub: Hub, store: ModelStore, make_store: MakeStore) -> None:
+    write_repo(hub.folder / "org" / "name")
+    cache = hf_cache(store.settings.root, hub, "org/name")
+    damage(cache, "a flipped byte")
+    with pytest.raises(
+        DigestMismatch, match=r"models--org--name is damaged .* MODELSTORE_OFFLINE .* remove that cache"
+    ):
+        make_store(offline=True).ensure("org/name")
     assert published(store) == []
 
 

@@ -70,7 +70,8 @@ class Served:
 
 
 class Hub:
-    """The two servers over one folder of repos. `gated` and `private` name repos that want `token`."""
+    """The two servers over one folder of repos. `gated` and `private` name repos that want `token`, `renamed` gives
+    the present names of repos by their old ones."""
 
     def __init__(self, folder: Path, *, port: int = 0) -> None:
         self.folder = folder
@@ -79,6 +80,7 @@ class Hub:
         self.gated: set[str] = set()
         self.private: set[str] = set()
         self.token = "hf_test_token_0123456789"
+        self.renamed: dict[str, str] = {}
         self.revisions: dict[tuple[str, str], Path] = {}
         self.throttle = threading.Lock()
         self._servers = [_Server(self, "hub", port), _Server(self, "storage", 0)]
@@ -98,6 +100,14 @@ class Hub:
         for server in self._servers:
             server.shutdown()
             server.server_close()
+
+    def present_name(self, repo: str) -> str:
+        """The id of a repo that is asked for under an old name or in other capitals; empty if the name is its id."""
+        if (self.folder / repo).is_dir():
+            return ""
+        owner, _, name = self.renamed.get(repo, repo).partition("/")
+        known = [path.name for path in self.folder.glob(f"{owner}/*")]
+        return next((f"{owner}/{each}" for each in known if each.lower() == name.lower()), "")
 
     def repo_folder(self, repo: str, revision: str) -> Path | None:
         """The folder that a revision (branch, tag or commit) of a repo is served from."""
@@ -184,6 +194,8 @@ class _Handler(BaseHTTPRequestHandler):
             if self.headers.get("Authorization") != f"Bearer {hub.token}":
                 return self._error(401, "")
             return self._json({"name": "alice", "type": "user", "auth": {"accessToken": {"role": "read"}}})
+        if pieces[:2] == ["api", "models"] and (name := hub.present_name("/".join(pieces[2:4]))):
+            return self._head(307, {"Location": self.path.replace("/".join(pieces[2:4]), name), "Content-Length": "0"})
         if pieces[:2] == ["api", "models"] and len(pieces) >= 4:
             return self._metadata("/".join(pieces[2:4]), pieces[4:], parse_qs(parts.query))
         if len(pieces) >= 5 and pieces[2] == "resolve":
@@ -217,7 +229,13 @@ class _Handler(BaseHTTPRequestHandler):
         commit = hub.commit(folder)
         if rest[:1] == ["tree"]:
             return self._tree(folder, commit, repo, int(query.get("cursor", ["0"])[0]))
-        siblings = [{"rfilename": name} for name in files_of(folder)]
+        siblings: list[dict[str, Any]] = [{"rfilename": name} for name in files_of(folder)]
+        if query.get("blobs"):
+            for sibling in siblings:
+                entry = self._entry(folder, sibling["rfilename"])
+                sibling |= {"size": entry["size"], "blobId": entry["oid"]}
+                if lfs := entry.get("lfs"):
+                    sibling["lfs"] = {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
         self._json({"id": repo, "modelId": repo, "sha": commit, "siblings": siblings, "tags": [], "downloads": 0})
 
     def _tree(self, folder: Path, commit: str, repo: str, cursor: int) -> None:
