@@ -35,7 +35,7 @@ RUN /opt/venv/bin/pip uninstall --yes --quiet hf-xet uvloop watchfiles fastapi-c
         email-validator dnspython inquirerpy prompt_toolkit pfzy opentelemetry-exporter-otlp-proto-http \
         opentelemetry-exporter-otlp-proto-common opentelemetry-exporter-otlp-common \
         opentelemetry-exporter-http-transport opentelemetry-proto opentelemetry-sdk opentelemetry-semantic-conventions \
-        googleapis-common-protos protobuf setuptools pip \
+        googleapis-common-protos setuptools pip \
     && find /opt/venv -type d \( -name tests -o -name test -o -name include \) -path '*site-packages*' \
         -not -path '*/torch/*' -prune -exec rm -r {} + \
     && find /opt/venv/lib/python3*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -type d -not -name 's3*' \

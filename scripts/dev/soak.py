@@ -353,7 +353,7 @@ class Result:
 
 def soak(folder: Path, *, minutes: float, seed: int, job_limit_s: float) -> Result:
     """Run it all in `folder`, for longer if the machine is so busy that the memory cannot be told yet."""
-    chance, result = random.Random(seed), Result()  # noqa: S311  no secret
+    chance, result = random.Random(seed), Result()
     with prepared(folder, job_limit_s) as (hub, store, env), RunPod(lost_after_s=8).running() as runpod:
         result.texts = {name: expected(hub.folder / name) for name in NAMES}
         fleet = Fleet(runpod, env, folder)
