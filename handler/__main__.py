@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from handler.engines import ENGINES, engine_for
 from handler.privileges import become_owner_of
@@ -102,16 +102,21 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
         import_sdk()
         return weights
 
+    def check_config(config: Mapping[str, Any], files: Collection[str], label: str) -> None:
+        ENGINES[settings.engine or engine_for(files)].check_config(config, files, label)
+
     name = settings.engine
     target = ENGINES[name].target if name else "device"
     loader: Loader | None = None
     if name and target == "shared":
         loader = import_engine(name).Loader(settings)
     try:
-        pending = begin(settings, timeline=timeline, target=target, while_filling=while_filling)
+        pending = begin(
+            settings, timeline=timeline, target=target, while_filling=while_filling, check_config=check_config
+        )
         try:
             reason = "as set by ENGINE" if name else "by the files of the snapshot"
-            name = name or engine_for(pending.snapshot.manifest)
+            name = name or engine_for(pending.snapshot.manifest.paths)
             logger.info("the engine is %s: %s", name, reason)
             loader = loader or import_engine(name).Loader(settings)
             return loader.load(pending, import_sdk)

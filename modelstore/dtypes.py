@@ -1,6 +1,6 @@
 """The storage dtypes, in one table that everything else reads.
 
-A new dtype is a line here, its cast in `fill/convert.py`, and an entry in `scripts/dev/fp32_table.py` for the modules
+A new dtype is a line here, its cast in `fill/convert.py`, and an entry in `scripts/dev/model_types.py` for the modules
 that transformers keeps in fp32 beside it. Standard library only.
 """
 

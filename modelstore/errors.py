@@ -23,6 +23,7 @@
     │   ├── PickleRefused
     │   ├── CodeRefused
     │   ├── WeightOverflow
+    │   ├── NotServable
     │   └── FormatTooNew
     ├── ClaimLost                       1
     ├── HubUnavailable                  1
@@ -60,6 +61,7 @@ __all__ = [
     "NoSpace",
     "NoWeights",
     "NotFound",
+    "NotServable",
     "ObjectMissing",
     "PickleRefused",
     "ProcessFailed",
@@ -199,6 +201,10 @@ class WeightOverflow(Refused):
     def __init__(self, message: str, *, tensors: tuple[str, ...]) -> None:
         super().__init__(message)
         self.tensors = tensors
+
+
+class NotServable(Refused):
+    """A model of a kind that the engine does not serve, or that the libraries here cannot load."""
 
 
 class FormatTooNew(Refused):

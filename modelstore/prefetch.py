@@ -10,15 +10,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modelstore.errors import ModelStoreError, SnapshotNotFound
 from modelstore.fill.observer import Observer
 from modelstore.fill.progress import Progress
 from modelstore.fill.staging import finished_record
 from modelstore.load.reader import Reading, host_memory
+from modelstore.servable import CheckConfig, check_nothing
 from modelstore.volume import tree
 from modelstore.volume.claim import highest_generation
 from modelstore.volume.layout import Layout, SnapshotKey, StagingLayout
@@ -47,19 +48,25 @@ class StagingPrefetch(Observer):
         *,
         keep_bytes: float = float("inf"),
         check: Callable[[object, int], None] = lambda _key, _weights_bytes: None,
+        check_config: CheckConfig = check_nothing,
     ) -> None:
-        """`keep_bytes`: host memory for the bytes that this process writes itself. `check` gets the planned size; its
-        errors stop the fill."""
+        """`keep_bytes`: host memory for the bytes that this process writes itself. `check` gets the planned size and
+        `check_config` the config and the files; their errors stop the fill."""
         self._layout = layout
         self._observer = observer
         self._reading = reading
         self._check = check
+        self._check_config = check_config
         self._left = keep_bytes
         self._kept: dict[str, memoryview] = {}
         self._key: SnapshotKey | None = None
         self._followed: dict[str, FileRecord] = {}
         self._looked = float("-inf")
         self._lock = threading.Lock()
+
+    def described(self, key: SnapshotKey, config: Mapping[str, Any], files: Collection[str]) -> None:
+        self._check_config(config, files, key.repo_id)
+        self._observer.described(key, config, files)
 
     def planned(self, key: SnapshotKey, *, weights_bytes: int) -> None:
         self._check(key, weights_bytes)

@@ -23,6 +23,7 @@ from modelstore.errors import DigestMismatch, DoesNotFit, InvalidSetting, ModelS
 from modelstore.fill.observer import LogObserver, Observer
 from modelstore.load import memory
 from modelstore.load.reader import RING_BYTES, Reading, start_reading
+from modelstore.servable import CheckConfig, check_nothing
 from modelstore.settings import Settings
 from modelstore.timeline import Outcome, Timeline
 from modelstore.volume.config_sizes import check_configs
@@ -143,6 +144,7 @@ def begin(
     timeline: Timeline | None = None,
     target: Target = "device",
     while_filling: Callable[[Reading], object] = lambda _reading: None,
+    check_config: CheckConfig = check_nothing,
 ) -> PendingStart:
     """Make sure that the model is on the volume, and start to read its weights.
 
@@ -150,7 +152,7 @@ def begin(
     there is no GPU; host memory; or memory that a server beside this process opens, which gets only the small files if
     the host has no room for the weights. `while_filling`: a callback for the work that comes next, such as imports and
     taking the weights that have arrived; it runs in a thread during a download or a wait, not on a hit, nor for a
-    server.
+    server. `check_config`: a check before a download, of `servable.py`.
 
     Raises InvalidSetting if no model is set, DoesNotFit if the GPUs or the host have no room for it, and the errors of
     `ModelStore.ensure`.
@@ -179,7 +181,7 @@ def begin(
                 snapshot = store.ensure(settings.model, timeline=timeline, observer=observer)
             elif snapshot is None:
                 snapshot, reading, prefetched = _made(
-                    settings, observer, timeline, check_fits, ring_bytes, while_filling
+                    settings, observer, timeline, check_fits, ring_bytes, while_filling, check_config
                 )
             if mark is None or mark.key != snapshot.key:
                 if mark is not None:
@@ -218,6 +220,7 @@ def _made(
     check_fits: Callable[[object, int], None],
     ring_bytes: int,
     while_filling: Callable[[Reading], object],
+    check_config: CheckConfig,
 ) -> tuple[Snapshot, Reading | None, object]:
     """The snapshot, made here or waited for; its reading, if that has begun and is of use; and the result of
     `while_filling`."""
@@ -228,7 +231,9 @@ def _made(
     store = ModelStore(settings.root, settings=settings)
     reading = Reading(beside=True, ring_bytes=ring_bytes)
     keep_bytes = _KEPT_BYTES if ring_bytes else float("inf")
-    following = StagingPrefetch(store.layout, observer, reading, keep_bytes=keep_bytes, check=check_fits)
+    following = StagingPrefetch(
+        store.layout, observer, reading, keep_bytes=keep_bytes, check=check_fits, check_config=check_config
+    )
     try:
         with _beside(lambda: while_filling(reading)) as prefetched:
             snapshot = store.ensure(settings.model, timeline=timeline, observer=following)

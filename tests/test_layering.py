@@ -35,6 +35,8 @@ GROUND = {
     "environment",
     "isolation",
     "startup",
+    "model_types",
+    "servable",
 }
 ALONE = {"store": "store", "prefetch": "start", "warmstart": "start"}
 
@@ -44,7 +46,9 @@ MAY_IMPORT_HEAVY = {
     "modelstore.load.tensors": {"torch"},
     "modelstore.load.torch_device": {"torch"},
     "modelstore.load.model": {"torch", "transformers", "accelerate"},
+    "modelstore.load.model_class": {"transformers"},
     "modelstore.fill.pickles": {"torch"},
+    "modelstore.servable": {"transformers"},  # about a type that its table does not have
     "modelstore.bench.loaders": {"torch", "transformers", "runpod"},
 }
 WRITES = ("os.write", "os.pwrite", "os.fsync", "os.rename", "os.replace", "os.link", "os.unlink", "write_bytes(")

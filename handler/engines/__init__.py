@@ -10,16 +10,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from handler.answers import TextDelta
 from handler.images import ImageRequest, Images, Step
 from handler.jobs import TextRequest
+from modelstore.servable import CheckConfig, check_generates_text, check_nothing
 from modelstore.settings import EngineName
 from modelstore.timeline import Timeline
-from modelstore.volume.manifest import Manifest
 from modelstore.warmstart import PendingStart, Target
 
 
@@ -109,28 +109,32 @@ class EngineEntry:
     """One engine.
 
     `module`: below `handler.engines`. `libraries`: the packages that the import takes its time for, the last of them
-    with the module itself. `extra`: of the distribution. `can_serve`: whether a snapshot with this manifest is served
-    by it if ENGINE is not set. `target`: the place that the bytes are read to, see `warmstart.begin`.
+    with the module itself. `extra`: of the distribution. `can_serve`: whether a snapshot with these files is served
+    by it if ENGINE is not set. `target`: the place that the bytes are read to, see `warmstart.begin`. `check_config`:
+    whether it serves a model, told before a download.
     """
 
     module: str
     libraries: tuple[str, ...]
     extra: str
-    can_serve: Callable[[Manifest], bool]
+    can_serve: Callable[[Collection[str]], bool]
     target: Target = "device"
+    check_config: CheckConfig = check_nothing
 
 
-def _is_pipeline(manifest: Manifest) -> bool:
-    return manifest.file("model_index.json") is not None
+def _is_pipeline(files: Collection[str]) -> bool:
+    return "model_index.json" in files
 
 
 ENGINES: Mapping[EngineName, EngineEntry] = {  # the first that can serve a snapshot is taken
     "diffusion": EngineEntry("diffusion", ("torch", "diffusers"), "diffusion", _is_pipeline),
-    "vllm": EngineEntry("vllm_engine", ("aiohttp",), "vllm", lambda _manifest: False, target="shared"),
-    "text": EngineEntry("multi", ("torch", "transformers"), "worker", lambda _manifest: True),
+    "vllm": EngineEntry("vllm_engine", ("aiohttp",), "vllm", lambda _files: False, target="shared"),
+    "text": EngineEntry(
+        "multi", ("torch", "transformers"), "worker", lambda _files: True, check_config=check_generates_text
+    ),
 }
 
 
-def engine_for(manifest: Manifest) -> EngineName:
-    """The engine that serves a snapshot if ENGINE is not set."""
-    return next(name for name, entry in ENGINES.items() if entry.can_serve(manifest))
+def engine_for(files: Collection[str]) -> EngineName:
+    """The engine that serves a snapshot with these files, by path, if ENGINE is not set."""
+    return next(name for name, entry in ENGINES.items() if entry.can_serve(files))

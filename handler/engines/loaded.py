@@ -14,12 +14,17 @@ from handler.engines.chat_template import Renderer
 from handler.engines.detokenizer import Detokenizer
 from handler.errors import Code, JobError, TemplateTimeout, invalid
 from handler.jobs import Prompt, Sampling, TextRequest
+from modelstore.errors import NotServable
 from modelstore.load.model import load_model
 from modelstore.load.torch_device import needs_several_gpus
+from modelstore.servable import check_generates_text
+from modelstore.units import one_line
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.pins import UsageMark
 from modelstore.volume.snapshots import Snapshot, check_code
 from modelstore.warmstart import PendingStart
+
+_MESSAGE_CHARACTERS = 500  # of an error of a tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +47,11 @@ class Loaded:
         while_reading: Callable[[], None] | None = None,
     ) -> Loaded:
         """The tokenizer, and the model while bytes are in flight; then `while_reading`, once; then the last bytes."""
-        check_code(pending.snapshot, trusted=pending.trusted)
+        snapshot = pending.snapshot
+        check_code(snapshot, trusted=pending.trusted)
+        check_generates_text(snapshot.config(), snapshot.manifest.paths, str(snapshot.key))
         with pending.timeline.span("import"):
-            tokenizer = AutoTokenizer.from_pretrained(pending.snapshot.path, trust_remote_code=pending.trusted)
+            tokenizer = _tokenizer_of(pending)
         model = load_model(
             pending.snapshot,
             device,
@@ -52,6 +59,7 @@ class Loaded:
             reading=pending.reading,
             timeline=pending.timeline,
             trust_remote_code=pending.trusted,
+            causal=True,
             weights=pending.prefetched,
             while_reading=while_reading,
         )
@@ -62,6 +70,19 @@ class Loaded:
     @property
     def key(self) -> SnapshotKey:
         return self.snapshot.key
+
+
+def _tokenizer_of(pending: PendingStart) -> PreTrainedTokenizerBase:
+    """The snapshot's tokenizer. Raises NotServable if it cannot be made."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            pending.snapshot.path, trust_remote_code=pending.trusted
+        )
+    except Exception as error:  # the tokenizers of each library have their own
+        raise NotServable(
+            f"the tokenizer of {pending.snapshot.key} cannot be loaded: {one_line(str(error), _MESSAGE_CHARACTERS)}"
+        ) from error
+    return tokenizer
 
 
 class TokenKinds:

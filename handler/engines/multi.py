@@ -24,6 +24,7 @@ from handler.errors import Code, JobError, invalid, not_served
 from handler.jobs import TextRequest
 from modelstore.errors import DoesNotFit, ModelStoreError, Refused
 from modelstore.reference import parse_reference
+from modelstore.servable import check_generates_text
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.warmstart import PendingStart, begin
@@ -234,7 +235,7 @@ class Loader:
 
     def _load_another(self, settings: Settings) -> TransformersEngine:
         free_memory()  # memory that torch keeps for itself would count as taken
-        pending = begin(settings, timeline=Timeline())
+        pending = begin(settings, timeline=Timeline(), check_config=check_generates_text)
         try:
             return pending.load(partial(TransformersEngine.load, renderer=self._renderer))
         except BaseException:

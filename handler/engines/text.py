@@ -24,6 +24,7 @@ from handler.jobs import TextRequest
 from modelstore.errors import IntegrityError, Refused
 from modelstore.load.torch_device import check_room
 from modelstore.reference import parse_reference
+from modelstore.servable import check_generates_text
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.volume.layout import Layout
@@ -143,7 +144,7 @@ class TextEngine:
             timeline = Timeline(worker=settings.worker_id, model=str(settings.model), began=time.monotonic())
             loaded = self._in_memory(settings, timeline)
             if loaded is None:
-                pending = begin(settings, timeline=timeline, target="host")
+                pending = begin(settings, timeline=timeline, target="host", check_config=check_generates_text)
                 try:
                     loaded = pending.load(partial(Loaded.from_start, device="cpu"))
                     self._exchange(loaded, timeline)

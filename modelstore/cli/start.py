@@ -13,6 +13,7 @@ from modelstore.cli.output import print_measured
 from modelstore.dtypes import parse_dtype
 from modelstore.errors import NotFound
 from modelstore.reference import parse_reference
+from modelstore.servable import check_loadable
 from modelstore.settings import parse_size
 from modelstore.timeline import Timeline
 from modelstore.volume import history
@@ -43,6 +44,7 @@ def warm(
                     observer=observer,
                     timeline=timeline,
                     while_filling=lambda _reading: import_module("modelstore.load.model"),
+                    check_config=check_loadable,
                 )
             with timeline.span("import", "transformers"):
                 try:

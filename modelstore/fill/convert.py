@@ -1,9 +1,8 @@
 """A safetensors file in the storage dtype, tensor by tensor, with numpy alone.
 
-Converted: F32, F16 and BF16 tensors, to the storage dtype, rounded as torch rounds (to nearest, ties to even).
-Not converted: integers, booleans, 8-bit floats and F64; everything of a quantized checkpoint; and weights that
-transformers keeps in float32 (`fp32_modules.json`), which are stored as they came. Casting them at load time gives the
-same bits as loading the original. A weight that float16 cannot hold stops the conversion and is named.
+`storage_policy.py` says which tensors are converted. They are rounded as torch rounds (to nearest, ties to even), so
+casting the others at load time gives the same bits as loading the original. A weight that float16 cannot hold stops the
+conversion and is named.
 
 Equal input gives equal bytes: the order is fixed, the header canonical. At most a chunk of one tensor is in memory.
 """
@@ -12,11 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
-from importlib import resources
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +20,7 @@ import numpy.typing as npt
 
 from modelstore.dtypes import DTYPES, Dtype
 from modelstore.errors import BadSafetensors, WeightOverflow
+from modelstore.fill.storage_policy import CONVERTED, StoragePolicy
 from modelstore.volume import durable
 from modelstore.volume.checksums import Digests, RunningDigests
 from modelstore.volume.header import (
@@ -38,78 +34,7 @@ from modelstore.volume.header import (
 )
 
 CHUNK_BYTES = 8 << 20
-_CONVERTED = frozenset({"F16", "BF16", "F32"})  # of a source; tensors in other dtypes are stored as they come
 _MOST_NAMED = 5
-
-
-@dataclass(frozen=True, slots=True)
-class StoragePolicy:
-    """How one checkpoint's tensors are stored; `unchanged_because` is set if none of them is converted."""
-
-    dtype: Dtype
-    keep: re.Pattern[str] | None = None
-    unchanged_because: str = ""
-
-    def stored_dtype(self, tensor: TensorInfo) -> str:
-        """The safetensors dtype that `tensor` is stored in."""
-        if self.unchanged_because or tensor.dtype not in _CONVERTED:
-            return tensor.dtype
-        if self.keep is not None and self.keep.search(tensor.name):
-            return tensor.dtype
-        return DTYPES[self.dtype].safetensors
-
-
-def storage_policy(dtype: Dtype, config: Mapping[str, Any] | None) -> StoragePolicy:
-    """The policy for a checkpoint with this `config.json`; None if there is none."""
-    if dtype == "keep":
-        return StoragePolicy(dtype, unchanged_because="asked for")
-    config = config or {}
-    if config.get("quantization_config"):
-        return StoragePolicy(dtype, unchanged_because="quantized checkpoint")
-    types = set(_model_types(config))
-    unknown = sorted(types - _table()["model_types"])
-    if unknown:
-        reason = f"model_type {unknown[0]!r} is not known to this version, nor the weights that it keeps in fp32"
-        return StoragePolicy(dtype, unchanged_because=reason)
-    if not types and (name := config.get("_class_name")):  # a part of a diffusers pipeline
-        return _policy_of_part(dtype, str(name))
-    patterns: set[str] = set()
-    if dtype in ("float16", "bfloat16"):
-        patterns |= {p for name in types for p in _table()["float16_and_bfloat16"].get(name, ())}
-    if dtype == "float16":
-        patterns |= {p for name in types for p in _table()["float16_only"].get(name, ())}
-    return StoragePolicy(dtype, keep=_pattern(patterns))
-
-
-def _policy_of_part(dtype: Dtype, class_name: str) -> StoragePolicy:
-    kept = _table()["diffusers_classes"].get(class_name)
-    if kept is None:
-        reason = f"the class {class_name!r} is not known to this version, nor the weights that it keeps in fp32"
-        return StoragePolicy(dtype, unchanged_because=reason)
-    if dtype == "float32" or not kept:
-        return StoragePolicy(dtype)
-    return StoragePolicy(dtype, keep=re.compile(rf"(?:^|\.)(?:{'|'.join(map(re.escape, kept))})(?:\.|$)"))
-
-
-def _pattern(patterns: set[str]) -> re.Pattern[str] | None:
-    if not patterns:
-        return None
-    return re.compile("|".join(".*".join(map(re.escape, p.split("*"))) for p in sorted(patterns)))
-
-
-def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
-    """The `model_type` of a config and of the configs inside it."""
-    if isinstance(name := config.get("model_type"), str) and name:
-        yield name
-    for value in config.values():
-        if isinstance(value, dict):
-            yield from _model_types(value)
-
-
-@cache
-def _table() -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(resources.files("modelstore.fill").joinpath("fp32_modules.json").read_bytes())
-    return table | {"model_types": frozenset(table["model_types"])}
 
 
 def config_in_dtype(data: bytes, dtype: Dtype) -> bytes:
@@ -228,7 +153,7 @@ def _overflow(dtype: Dtype, file: str, names: list[str]) -> WeightOverflow:
 
 def _chunks(fd: int, tensor: TensorInfo, data_start: int, path: Path) -> Iterator[npt.NDArray[Any]]:
     """A tensor's bytes as little-endian words of its width, a chunk at a time."""
-    width = DTYPE_BITS[tensor.dtype] // 8 if tensor.dtype in _CONVERTED else 1
+    width = DTYPE_BITS[tensor.dtype] // 8 if tensor.dtype in CONVERTED else 1
     word = np.dtype(f"<u{width}")
     position, end = data_start + tensor.begin, data_start + tensor.end
     while position < end:

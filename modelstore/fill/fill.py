@@ -15,19 +15,22 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from modelstore.errors import ClaimLost, CodeRefused, IntegrityError, NoSpace, Refused
-from modelstore.fill.convert import StoragePolicy, config_in_dtype, converted_tensors, storage_policy
+from modelstore.fill.convert import config_in_dtype, converted_tensors
 from modelstore.fill.download import Download
 from modelstore.fill.footprint import DiskBudget
-from modelstore.fill.indexes import check_index, index_of_converted, index_with_total_size
+from modelstore.fill.indexes import absent_tensors, index_of_converted, index_with_total_size, index_without
 from modelstore.fill.plan import CheckpointPlan, config_path, plan_checkpoint, select
 from modelstore.fill.progress import Progress
+from modelstore.fill.repo_code import code_of
+from modelstore.fill.repo_files import MAX_SMALL_BYTES, folder_of, parse_json, stored_path
 from modelstore.fill.request import FillRequest
-from modelstore.fill.selection import MAX_SMALL_BYTES, Selection, code_in, folder_of, parse_json, stored_path
+from modelstore.fill.selection import Selection
 from modelstore.fill.source import SourceFile
 from modelstore.fill.staging import Staging
+from modelstore.fill.storage_policy import StoragePolicy
 from modelstore.fill.weights import WeightsPipeline
 from modelstore.settings import Settings
 from modelstore.volume import durable, tree
@@ -77,7 +80,6 @@ class Fill:
         self._guard = _Guard(claim, request, self._progress)
         self._budget = DiskBudget({})
         self._needed_bytes = 0
-        self._originals: dict[str, bytes] = {}
         self._download = Download(
             request.source,
             request.resolved,
@@ -111,10 +113,16 @@ class Fill:
                 self._fetch_small(selection)
                 has_code = self._check_code(files, selection)
                 plan = self._plan(selection)
+                config = plan.configs.get("", {})
+                self._request.observer.described(self._request.key, config, selection.paths)
                 weights = self._weights_pipeline(plan)
                 self._reserve(plan, weights)
                 weights.run(stop=self._guard.stop)
                 span.size_bytes = self._progress.network or self._progress.total
+            if weights.plan.stored_unchanged != plan.stored_unchanged:
+                plan = weights.plan
+                self._report_unchanged(plan)
+            self._finish_configs(plan)
             self._finish_indexes(plan, weights.headers)
             self._check_config_sizes(plan, weights.headers)
             with timeline.span("publish"):
@@ -145,57 +153,47 @@ class Fill:
         self._download.fetch(self._staging.unfinished(selection.small, self._progress), self._store_small)
 
     def _store_small(self, file: SourceFile, path: Path, digests: Digests) -> None:
-        """A small file as it came, but for a config, which names the storage dtype, and the index of pickles."""
+        """A small file as it came, but for the index of files that are stored under other names."""
         stored = stored_path(file.path)
         target = self._staging.paths.snapshot_file(stored)
         durable.make_folder(target.parent)
-        before = after = b""
-        if stored != file.path:
-            before = _read(path)
-            after = index_of_converted(parse_json(before, file.path))
-        elif PurePosixPath(file.path).name == "config.json":
-            before = after = self._originals[file.path] = _read(path)
-            config = parse_json(before, file.path)
-            if isinstance(config, dict) and not storage_policy(self._request.dtype, config).unchanged_because:
-                after = config_in_dtype(before, self._request.dtype)
-        if after == before or parse_json(after, stored) == parse_json(before, file.path):
+        if stored == file.path:
             durable.sync_path(path)
             durable.rename(path, target)
             self._staging.add(file, FileRecord(stored, file.size_bytes, digests.sha256, digests.blocks))
             return
-        durable.write_atomic(target, after)
-        self._staging.add(file, _rewritten(stored, after, Origin(file.size_bytes, digests.sha256)))
+        data = index_of_converted(parse_json(_read(path), file.path))
+        durable.write_atomic(target, data)
+        self._staging.add(file, _rewritten(stored, data, Origin(file.size_bytes, digests.sha256)))
 
     def _check_code(self, files: Iterable[SourceFile], selection: Selection) -> bool:
         """Whether a config names code of the repo. Raises CodeRefused if that may not be stored."""
+        staged = {file.path: self._staging.paths.snapshot_file(stored_path(file.path)) for file in selection.small}
         repo = frozenset(file.path for file in files)
-        key, has_code = self._request.key, False
-        for file in selection.small:
-            path = self._staging.paths.snapshot_file(stored_path(file.path))
-            phrase = code_in(file.path, _read(path), repo) if file.path.endswith(".json") else ""
-            if phrase and not self._request.code:
-                raise CodeRefused(
-                    f"{key.repo_id} brings code of its own ({phrase}): read it, then name the commit in full "
-                    f"({key.repo_id}@{key.commit}) with --trust-remote-code, or use another repo"
-                )
-            has_code = has_code or bool(phrase)
-        return has_code
+        phrase, key = code_of(staged, lambda path: _read(staged[path]), repo), self._request.key
+        if phrase and not self._request.code:
+            raise CodeRefused(
+                f"{key.repo_id} brings code of its own ({phrase}): read it, then name the commit in full "
+                f"({key.repo_id}@{key.commit}) with --trust-remote-code, or use another repo"
+            )
+        return bool(phrase)
 
     def _plan(self, selection: Selection) -> CheckpointPlan:
-        """The plan, made from the configs as the source has them: a stored one names the storage dtype."""
+        """The plan, made from the configs as the source has them: an earlier process may have changed a stored one."""
 
         def read(file: SourceFile) -> bytes:
-            if file.path in self._originals:
-                return self._originals[file.path]
             rewritten = self._staging.records[file.path].origin is not None
             return self._read_source(file) if rewritten else _read(self._staging.paths.snapshot_file(file.path))
 
         plan, key = plan_checkpoint(self._request, selection, read), self._request.key
         for folder, config in plan.configs.items():
             Sizes().check(config, f"{config_path(folder)} of {key.repo_id}")
-            if (reason := plan.policies[folder].unchanged_because) and self._request.dtype != "keep":
-                logger.warning("%s is stored unchanged: %s", key, reason)
+        self._report_unchanged(plan)
         return plan
+
+    def _report_unchanged(self, plan: CheckpointPlan) -> None:
+        if plan.stored_unchanged and self._request.dtype != "keep":
+            logger.warning("%s is stored unchanged: %s", self._request.key, plan.stored_unchanged)
 
     def _weights_pipeline(self, plan: CheckpointPlan) -> WeightsPipeline:
         self._budget = DiskBudget(plan.footprint.weights)
@@ -231,18 +229,34 @@ class Fill:
             return None
         return self._request.observer.memory(self._request.key, stored_path(file.path), file.size_bytes)
 
+    def _finish_configs(self, plan: CheckpointPlan) -> None:
+        """Let each config beside converted weights name the storage dtype."""
+        for folder, policy in plan.policies.items():
+            path = config_path(folder)
+            if policy.unchanged_because or not plan.configs[folder]:
+                continue
+            target, record = self._staging.paths.snapshot_file(path), self._staging.records[path]
+            before = _read(target)
+            after = config_in_dtype(before, policy.dtype)
+            if parse_json(after, path) != parse_json(before, path):
+                durable.write_atomic(target, after)
+                self._staging.records[path] = _rewritten(path, after, record.original)
+
     def _finish_indexes(self, plan: CheckpointPlan, headers: dict[str, Header]) -> None:
-        """Check each index against the shards' headers, and correct its total size if shards were converted."""
+        """Check each index against the shards' headers; correct its total size if shards were converted, and leave out
+        tied weights that no shard holds."""
         records = self._staging.records
         for path, weight_map in plan.selection.indexes.items():
             folder, stored = folder_of(path), stored_path(path)
             shards = {name: header for name, header in headers.items() if folder_of(name) == folder}
-            check_index(path, weight_map, shards)
-            if not any(records[name].origin for name in shards):
+            absent = absent_tensors(path, weight_map, shards, plan.configs[folder])
+            if not absent and not any(records[name].origin for name in shards):
                 continue
             target = self._staging.paths.snapshot_file(stored)
             data = _read(target)
-            corrected = index_with_total_size(data, partial(_tensor_bytes, shards, plan.policies[folder]), where=stored)
+            corrected = index_without(data, absent, where=stored)
+            total_size = partial(_tensor_bytes, shards, plan.policies[folder])
+            corrected = index_with_total_size(corrected, total_size, where=stored)
             if corrected != data:
                 durable.write_atomic(target, corrected)
                 records[stored] = _rewritten(stored, corrected, records[stored].original)

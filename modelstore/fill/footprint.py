@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelstore.dtypes import DTYPES
-from modelstore.fill.convert import StoragePolicy
-from modelstore.fill.selection import Selection, folder_of, is_pickle
+from modelstore.fill.repo_files import folder_of, is_pickle
+from modelstore.fill.selection import Selection
+from modelstore.fill.storage_policy import StoragePolicy
 
 
 @dataclass(frozen=True, slots=True)

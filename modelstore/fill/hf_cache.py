@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from modelstore.errors import ModelStoreError, NotFound, Refused, RepoNotFound, UnsafeName
-from modelstore.fill.selection import code_in
+from modelstore.fill.repo_code import code_of
 from modelstore.fill.source import ByteStream, Resolved, Source, SourceFile, stream_of
 from modelstore.reference import Reference, is_commit
 from modelstore.settings import Settings
@@ -118,10 +118,8 @@ class HfCacheSource(Source):
 
     def _has_code(self, resolved: Resolved) -> bool:
         """Whether a config in the cache names code of the repo."""
-        files = self.list_files(resolved)
-        names = {file.path for file in files}
-        configs = (file for file in files if file.path.endswith(".json"))
-        return any(code_in(file.path, self.read(resolved, file), names) for file in configs)
+        files = {file.path: file for file in self.list_files(resolved)}
+        return bool(code_of(files, lambda path: self.read(resolved, files[path]), files.keys()))
 
     def list_files(self, resolved: Resolved) -> tuple[SourceFile, ...]:
         folder = self._repo / "snapshots" / resolved.commit

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modelstore.fill.progress import Progress
 from modelstore.units import size
@@ -23,8 +24,12 @@ _LOG_EVERY_S = 5.0
 
 
 class Observer:
-    """Override the calls of interest; every call must return quickly. An error of `planned`, `filling` and `waiting`
-    ends the work; the others must not raise."""
+    """Override the calls of interest; every call must return quickly. An error of `described`, `planned`, `filling` and
+    `waiting` ends the work; the others must not raise."""
+
+    def described(self, key: SnapshotKey, config: Mapping[str, Any], files: Collection[str]) -> None:
+        """This process is about to fill `key`, which has this `config.json`, empty if there is none, and these files.
+        An error raised here stops it before a download."""
 
     def planned(self, key: SnapshotKey, *, weights_bytes: int) -> None:
         """This process is about to fill `key`, whose weights have this size. An error raised here stops it."""

@@ -6,23 +6,26 @@ The dry run and the fill make the same plan, so that they cannot differ; each br
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from modelstore.dtypes import DTYPES
-from modelstore.fill.convert import StoragePolicy, storage_policy
 from modelstore.fill.footprint import Footprint, footprint_of, named_dtype
+from modelstore.fill.repo_files import folder_of, join, parse_object
 from modelstore.fill.request import FillRequest
-from modelstore.fill.selection import Selection, folder_of, parse_json, select_files
+from modelstore.fill.selection import Selection, select_files
 from modelstore.fill.source import SourceFile
+from modelstore.fill.storage_policy import QUANTIZATION_FILES, StoragePolicy, storage_policy
 from modelstore.settings import Settings
+from modelstore.volume.header import Header
 
 ReadFile = Callable[[SourceFile], bytes]
 
 
 def config_path(folder: str) -> str:
     """The path of a folder's config in a repo; the folder is empty for the repo's root."""
-    return f"{folder}/config.json" if folder else "config.json"
+    return join(folder, "config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,16 @@ class CheckpointPlan:
     def policy_of(self, path: str) -> StoragePolicy:
         """The storage policy of a weights file."""
         return self.policies[folder_of(path)]
+
+    def with_headers(self, headers: Mapping[str, Header]) -> CheckpointPlan:
+        """The plan once these headers are known, by the paths of the weights in the snapshot."""
+        policies = {
+            folder: policy.for_tensors(
+                tensor for path, header in headers.items() if folder_of(path) == folder for tensor in header.tensors
+            )
+            for folder, policy in self.policies.items()
+        }
+        return replace(self, policies=policies)
 
     @property
     def stored_unchanged(self) -> str:
@@ -73,17 +86,21 @@ def plan_checkpoint(request: FillRequest, selection: Selection, read: ReadFile) 
     """
     small = {file.path: file for file in selection.small}
     configs: dict[str, Mapping[str, Any]] = {}
+    policies: dict[str, StoragePolicy] = {}
     for folder in sorted({folder_of(file.path) for file in selection.weights}):
         file = small.get(config_path(folder))
-        config = parse_json(read(file), file.path) if file is not None else {}
-        configs[folder] = config if isinstance(config, dict) else {}
-    policies = {folder: storage_policy(request.dtype, config) for folder, config in configs.items()}
+        configs[folder] = parse_object(read(file), file.path) if file is not None else {}
+        beside = {name: small[path] for name in QUANTIZATION_FILES if (path := join(folder, name)) in small}
+        others = {name: parse_object(read(each), each.path) for name, each in beside.items()}
+        names = (name for path, tensors in selection.indexes.items() if folder_of(path) == folder for name in tensors)
+        policies[folder] = storage_policy(request.dtype, configs[folder], others).for_names(names)
     return CheckpointPlan(selection, configs, policies, footprint_of(selection, configs, policies))
 
 
 def preview(request: FillRequest, settings: Settings) -> CheckpointPlan:
     """The plan of a fill that is not begun; reads indexes and configs from the source."""
 
+    @cache
     def read(file: SourceFile) -> bytes:
         return request.source.read(request.resolved, file)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from modelstore.errors import ModelStoreError
 from modelstore.fill.progress import Progress
-from modelstore.fill.selection import stored_path
+from modelstore.fill.repo_files import stored_path
 from modelstore.fill.source import SourceFile
 from modelstore.volume import durable, tree
 from modelstore.volume.checksums import has_blocks
@@ -103,6 +103,12 @@ class Staging:
         self.records[record.path] = record
         durable.remove_file(self.paths.source_file(file.path))
         durable.remove_tree(self.paths.journal(file.path))
+
+    def forget(self, file: SourceFile) -> None:
+        """Take back a finished file: it has to be stored again."""
+        record = self.records.pop(stored_path(file.path))
+        durable.remove_file(self.paths.done_file(file.path))
+        durable.remove_file(self.paths.snapshot_file(record.path))
 
     def _here(self, file: SourceFile) -> FileRecord | None:
         record = finished_record(self.paths.done_file(file.path))

@@ -3,7 +3,7 @@
     source ──ranges──▶ staging/source ──verified──▶ convert or move ──▶ staging/snapshot
 
 A conversion that fails stops the download. Files that lie on this volume already are linked, if the request allows
-that.
+that. If a shard's header shows that the checkpoint is quantized, those that were converted before are fetched again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,8 @@ from modelstore.fill.download import Download
 from modelstore.fill.footprint import DiskBudget
 from modelstore.fill.plan import CheckpointPlan
 from modelstore.fill.progress import Progress
+from modelstore.fill.repo_files import is_pickle, stored_path
 from modelstore.fill.request import FillRequest
-from modelstore.fill.selection import is_pickle, stored_path
 from modelstore.fill.source import SourceFile
 from modelstore.fill.staging import Staging
 from modelstore.timeline import Span
@@ -39,7 +39,8 @@ _WAITING_CONVERSIONS = 2
 
 
 class WeightsPipeline:
-    """Stores all weights of a plan. `headers`: those of the sources, by the path in the snapshot."""
+    """Stores all weights of a plan. `headers`: those of the sources, by the path in the snapshot; `plan`: the plan once
+    these were known."""
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class WeightsPipeline:
         """`guard` is called before each step and raises ClaimLost if the work has to stop."""
         self.headers: dict[str, Header] = {}
         self._request = request
-        self._plan = plan
+        self.plan = plan
         self._staging = staging
         self._download = download
         self._budget = budget
@@ -68,12 +69,22 @@ class WeightsPipeline:
     @property
     def linkable_bytes(self) -> int:
         """The bytes of weights that will be linked: they take no space."""
-        return sum(file.size_bytes for file in self._plan.selection.weights if self._linkable(file) is not None)
+        return sum(file.size_bytes for file in self.plan.selection.weights if self._linkable(file) is not None)
 
     def run(self, *, stop: Callable[[], None]) -> None:
         """Fetch and store the files that no earlier process has finished; `stop` is called if it fails, and makes
         `guard` raise, so that conversions end at their next chunk."""
         files = self._unfinished()
+        while files:
+            self._fetch(files, stop)
+            files = self._wrongly_converted()
+        self._observer.filling(self._request.key, self._progress)
+        if self._convert_began is not None:
+            timeline = self._request.timeline
+            timeline.add(Span("convert", self._convert_began, timeline.now()))
+
+    def _fetch(self, files: Sequence[SourceFile], stop: Callable[[], None]) -> None:
+        """Fetch and store these files."""
         room = threading.BoundedSemaphore(_CONVERSIONS + _WAITING_CONVERSIONS)
         jobs: list[Future[None]] = []
         with ThreadPoolExecutor(_CONVERSIONS, thread_name_prefix="convert") as pool:
@@ -104,15 +115,23 @@ class WeightsPipeline:
                 raise
         for job in jobs:
             job.result()
-        self._observer.filling(self._request.key, self._progress)
-        if self._convert_began is not None:
-            timeline = self._request.timeline
-            timeline.add(Span("convert", self._convert_began, timeline.now()))
+
+    def _wrongly_converted(self) -> list[SourceFile]:
+        """The files that were converted before another one showed that none may be; they are forgotten."""
+        files = []
+        for file in self.plan.selection.weights:
+            record = self._staging.records[stored_path(file.path)]
+            is_unchanged = bool(self.plan.policy_of(file.path).unchanged_because)
+            if is_unchanged and record.origin is not None and not is_pickle(file.path):
+                self._staging.forget(file)
+                self._progress.add(done=-file.size_bytes)
+                files.append(file)
+        return files
 
     def _unfinished(self) -> list[SourceFile]:
         """The files that no earlier process has finished; the others are counted."""
-        unfinished = self._staging.unfinished(self._plan.selection.weights, self._progress, self._plan.stored_unchanged)
-        for file in self._plan.selection.weights:
+        unfinished = self._staging.unfinished(self.plan.selection.weights, self._progress, self.plan.stored_unchanged)
+        for file in self.plan.selection.weights:
             if file in unfinished:
                 continue
             record = self._staging.records[stored_path(file.path)]
@@ -127,7 +146,7 @@ class WeightsPipeline:
         if path is None or file.sha256 is None or stored_path(file.path) != file.path:
             return None
         header = read_header(path, where=self._label(file))
-        if converted_tensors(header, self._plan.policy_of(file.path)) is not header.tensors:
+        if converted_tensors(header, self.plan.policy_of(file.path).for_tensors(header.tensors)) is not header.tensors:
             return None
         return (path, header) if path.stat().st_dev == self._staging.device else None
 
@@ -169,7 +188,7 @@ class WeightsPipeline:
         if is_pickle(file.path):
             path, origin = self._unpickled(file, path), Origin(file.size_bytes, digests.sha256)
         header = read_header(path, where=self._label(file))
-        policy = self._plan.policy_of(file.path)
+        policy = self.plan.policy_of(file.path).for_tensors(header.tensors)
         target = self._staging.paths.snapshot_file(stored)
         durable.make_folder(target.parent)
         if converted_tensors(header, policy) is header.tensors and origin is None:
@@ -190,7 +209,9 @@ class WeightsPipeline:
         self._budget.end(file.path)
 
     def _add(self, file: SourceFile, record: FileRecord, header: Header) -> None:
-        self.headers[record.path] = header
+        with self._lock:
+            self.headers[record.path] = header
+            self.plan = self.plan.with_headers({record.path: header})
         self._staging.add(file, record)
         self._observer.finished(self._request.key, self._staging.paths.snapshot, record)
 

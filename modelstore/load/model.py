@@ -13,7 +13,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -22,15 +21,16 @@ import transformers
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, modeling_utils
+from transformers import PreTrainedModel, modeling_utils
 
 from modelstore.dtypes import DTYPES
-from modelstore.errors import BadConfig, DoesNotFit, IntegrityError, NoWeights, UsageError
+from modelstore.errors import BadConfig, DoesNotFit, IntegrityError, NotFound, NoWeights, UsageError
+from modelstore.load.model_class import MESSAGE_CHARACTERS, config_of, generation_config_of, model_class, own_class
 from modelstore.load.reader import Reading, start_reading
 from modelstore.load.tensors import Weights, load_tensors
 from modelstore.load.torch_device import check_fits, ring_bytes_for, usable_device
 from modelstore.timeline import Timeline
-from modelstore.units import size
+from modelstore.units import one_line, size
 from modelstore.volume.config_sizes import check_configs
 from modelstore.volume.snapshots import Snapshot, check_code
 
@@ -52,22 +52,27 @@ def load_model(
     reading: Reading | None = None,
     timeline: Timeline | None = None,
     trust_remote_code: bool = False,
+    causal: bool = False,
     weights: Weights | None = None,
     while_reading: Callable[[], None] | None = None,
 ) -> PreTrainedModel:
     """The model that the snapshot's `config.architectures` names, in eval mode, bit for bit what
     `from_pretrained(original, dtype=<storage dtype>)` gives.
 
-    `device`, `reading` and errors as in `load_tensors`; IntegrityError also if weights of the class are missing.
+    `device`, `reading` and errors as in `load_tensors`; IntegrityError also if weights of the class are missing, or do
+    not fit it; NotServable if transformers has no such class. `causal`: if `architectures` names no class of
+    transformers, take the causal language model of the type instead of its plain model.
     `device_map`: parts of the model on several devices, as accelerate understands it ("auto", or devices by module).
-    `trust_remote_code`: run the code that the snapshot was stored with; without it such a snapshot is CodeRefused.
+    `trust_remote_code`: run the code that the snapshot was stored with, even of a type that transformers has; without
+    it a snapshot of another type is CodeRefused.
     `weights`: those that `place_early` has begun to move, with their `reading`; `device` is then the GPU's.
     `while_reading` is called once, while the last bytes are on their way.
     """
     timeline = timeline or Timeline()
     if all("/" in file.path for file in snapshot.weights):
         raise NoWeights(f"{snapshot.key} is a pipeline, and no single model: load it by its path, or with load_tensors")
-    trusted = snapshot.manifest.remote_code and trust_remote_code
+    has_code = snapshot.manifest.remote_code or any(path.endswith(".py") for path in snapshot.manifest.paths)
+    trusted = has_code and trust_remote_code
     check_code(snapshot, trusted=trusted)
     target = usable_device(device)
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
@@ -82,8 +87,8 @@ def load_model(
                 reading.wait(file.path)  # the config is parsed only once its bytes are known to be right
         check_configs(snapshot.path, (file.path for file in snapshot.manifest.files), str(snapshot.key))
         transformers.utils.logging.disable_progress_bar()  # it would draw one bar a start into the worker's log
-        config = AutoConfig.from_pretrained(snapshot.path, trust_remote_code=trusted)
-        cls = _own_class(config, snapshot.path) if trusted else model_class(config)
+        config = config_of(snapshot, trusted=trusted)
+        cls = (trusted and own_class(config, snapshot.path)) or model_class(config, str(snapshot.key), causal=causal)
         spread = None if device_map is None else _spread(device_map, cls, config, snapshot)
         if weights is None:
             weights = Weights(reading, {name: torch.device(to) for name, to in (spread or {"": target}).items()})
@@ -122,7 +127,7 @@ def _built(
     model = _from_tensors(cls, config, snapshot, tensors, device_map)
     model.name_or_path = model.config.name_or_path = str(snapshot.path)
     if model.can_generate():
-        model.generation_config = _generation_config(snapshot.path)
+        model.generation_config = generation_config_of(snapshot.path)
     return model.eval()
 
 
@@ -141,7 +146,7 @@ def _from_tensors(
     device_map: Mapping[str, Any],
 ) -> PreTrainedModel:
     on_cpu = all(torch.device(device).type == "cpu" for device in device_map.values())
-    with _BUILDING, _without_allocating_ahead(), bounded_build(snapshot, len(tensors)):
+    with _BUILDING, _without_allocating_ahead(), bounded_build(snapshot, len(tensors)), _foreign_errors(snapshot, cls):
         model, info = cls.from_pretrained(
             None,
             config=config,
@@ -150,10 +155,35 @@ def _from_tensors(
             device_map=None if on_cpu else dict(device_map),
             output_loading_info=True,
         )
-    if info["missing_keys"]:
-        names = ", ".join(sorted(info["missing_keys"])[:5])
-        raise IntegrityError(f"{snapshot.key} lacks weights that {cls.__name__} needs ({names}): use another model")
+    if missing := sorted(info["missing_keys"]):
+        if not _is_unused_pooler(model, missing):
+            raise IntegrityError(
+                f"{snapshot.key} lacks weights that {cls.__name__} needs ({', '.join(missing[:5])}): use another model"
+            )
+        logger.warning("%s has no pooler (%s): what it gives out is random", snapshot.key, ", ".join(missing[:5]))
     return model
+
+
+def _is_unused_pooler(model: PreTrainedModel, missing: list[str]) -> bool:
+    """Whether all of these weights are an encoder's pooler, which published encoders often lack; a class with a head on
+    it needs it."""
+    return model.base_model is model and all("pooler" in name.split(".") for name in missing)
+
+
+@contextmanager
+def _foreign_errors(snapshot: Snapshot, cls: type[PreTrainedModel]) -> Iterator[None]:
+    """Map the errors of transformers about a config, or about weights that are not those of its class."""
+    try:
+        yield
+    except ImportError as error:
+        raise NotFound(f"{cls.__name__} of {snapshot.key}: {one_line(str(error), MESSAGE_CHARACTERS)}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise IntegrityError(
+            f"{snapshot.key} cannot be made a {cls.__name__}, which its config names: "
+            f"{one_line(str(error), MESSAGE_CHARACTERS)}"
+        ) from error
 
 
 def _built_early(
@@ -338,37 +368,3 @@ def _spread(
     if "disk" in devices.values():
         raise DoesNotFit(f"{snapshot.key} fits on no GPUs and memory that are here: use more, or a smaller model")
     return dict(devices)
-
-
-def _own_class(config: Any, folder: Path) -> type[PreTrainedModel]:
-    """The class of the snapshot's own code for the name in `config.architectures`, else transformers' own."""
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    name = set(getattr(config, "architectures", None) or ())
-    for reference in (getattr(config, "auto_map", None) or {}).values():
-        if isinstance(reference, str) and "--" not in reference and reference.rpartition(".")[2] in name:
-            cls: type[PreTrainedModel] = get_class_from_dynamic_module(reference, folder)
-            return cls
-    return model_class(config)
-
-
-def _generation_config(folder: Path) -> GenerationConfig:
-    """As `from_pretrained` finds it: its own file, else the generation keys of an older `config.json`."""
-    if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder)
-    return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
-
-
-def model_class(config: Any) -> type[PreTrainedModel]:
-    """The transformers class that `config.architectures` names, else the plain model of its type."""
-    for name in getattr(config, "architectures", None) or ():
-        cls = getattr(transformers, name, None)
-        if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
-            return cls
-    try:
-        named_class = transformers.AutoModel._model_mapping[type(config)]
-    except KeyError as error:
-        raise NoWeights(
-            f"transformers {transformers.__version__} has no class for {config.architectures}: upgrade transformers"
-        ) from error
-    return named_class if isinstance(named_class, type) else named_class[0]

@@ -96,6 +96,11 @@ class Manifest:
         """Bytes of all files, without the manifest's own."""
         return sum(file.size_bytes for file in self.files)
 
+    @property
+    def paths(self) -> frozenset[str]:
+        """The files of the snapshot."""
+        return frozenset(file.path for file in self.files)
+
     def file(self, path: str) -> FileRecord | None:
         """The record of one file, if the snapshot holds it."""
         return next((file for file in self.files if file.path == path), None)

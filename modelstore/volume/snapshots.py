@@ -7,6 +7,7 @@ seed, and a Hub that is down changes nothing. Standard library only: this is the
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import stat
@@ -73,6 +74,16 @@ class Snapshot:
         """The weights at the top of the snapshot; for a pipeline, which has none there, those of its parts."""
         files = tuple(f for f in self.manifest.files if f.path.endswith(".safetensors"))
         return tuple(f for f in files if "/" not in f.path) or files
+
+    def config(self) -> dict[str, Any]:
+        """The `config.json` at the top; empty if there is none, or if it is no JSON object."""
+        if "config.json" not in self.manifest.paths:
+            return {}
+        try:
+            config = json.loads(durable.read_file(self.path / "config.json", durable.MANIFEST_BYTES))
+        except (ValueError, RecursionError):
+            return {}
+        return config if isinstance(config, dict) else {}
 
     @property
     def weights_bytes(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from modelstore.fill.adoption import find
-from modelstore.fill.convert import StoragePolicy
+from modelstore.fill.storage_policy import StoragePolicy
 from modelstore.store import ModelStore
 from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.verify import verify_snapshot
@@ -191,8 +191,7 @@ def test_a_link_that_was_left_behind_is_never_written_to(
             store.adopt(found.source, found.resolved)
     assert [path for path in store.layout.root.rglob("*.linked") if path.samefile(folder / "model.safetensors")]
     with monkeypatch.context() as patch:
-        for module in ("fill", "plan"):
-            patch.setattr(f"modelstore.fill.{module}.storage_policy", lambda dtype, config: StoragePolicy(dtype))
+        patch.setattr("modelstore.fill.plan.storage_policy", lambda dtype, *_configs: StoragePolicy(dtype))
         store.adopt(found.source, found.resolved)
     assert (folder / "model.safetensors").read_bytes() == before
     assert is_sound(store, "me/mine").size_bytes < len(before)

@@ -15,7 +15,8 @@ from safetensors.torch import save_file as save_torch
 
 from modelstore.dtypes import Dtype
 from modelstore.errors import WeightOverflow
-from modelstore.fill.convert import config_in_dtype, convert_file, converted_tensors, read_header, storage_policy
+from modelstore.fill.convert import config_in_dtype, convert_file, converted_tensors, read_header
+from modelstore.fill.storage_policy import storage_policy
 from modelstore.volume.checksums import RunningDigests
 
 LLAMA = {"model_type": "llama"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from modelstore.errors import ModelStoreError
-from modelstore.fill.convert import storage_policy
 from modelstore.fill.footprint import stored_ratio
+from modelstore.fill.storage_policy import storage_policy
 from modelstore.operate.seed_list import ListedModel
 from modelstore.operate.seed_plan import SeedPlan
 from modelstore.reference import parse_reference

@@ -11,15 +11,8 @@ import pytest
 import handler.engines
 from handler.engines import ENGINES, engine_for
 from modelstore.settings import EngineName
-from modelstore.volume.layout import SnapshotKey
-from modelstore.volume.manifest import FileRecord, Manifest, SourceRecord
 
 FOLDER = Path(handler.engines.__file__).parent
-
-
-def manifest(*names: str) -> Manifest:
-    files = tuple(FileRecord(name, 1, "0" * 64, "0" * 16) for name in names)
-    return Manifest(SnapshotKey("org/name", "c" * 40, "float16"), 0, SourceRecord("hub", "x", "main"), files)
 
 
 def test_every_engine_that_can_be_set_is_in_the_table() -> None:
@@ -50,4 +43,4 @@ def test_the_extra_of_each_engine_is_one_of_the_distribution() -> None:
     ],
 )
 def test_the_engine_is_chosen_by_the_files_of_the_snapshot(names: list[str], expected: str) -> None:
-    assert engine_for(manifest(*names)) == expected
+    assert engine_for(names) == expected

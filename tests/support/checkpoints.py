@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,12 @@ def write_repo(
     shards: int = 1,
     config: Mapping[str, Any] | None = None,
     extra: Mapping[str, bytes] | None = None,
+    save: Callable[..., None] = save_file,
 ) -> Path:
-    """A repo of a transformers model: config, tokenizer files, weights in one file or in shards with an index."""
+    """A repo of a transformers model: config, tokenizer files, weights in one file or in shards with an index.
+
+    `save`: of the library that the tensors are of, numpy by default.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = random_tensors(4) if tensors is None else tensors
     (folder / "config.json").write_text(json.dumps(dict(LLAMA_CONFIG if config is None else config)))
@@ -45,13 +49,13 @@ def write_repo(
         (folder / name).write_bytes(data)
     names = sorted(tensors)
     if shards == 1:
-        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+        save(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
         return folder
     weight_map = {}
     for number in range(shards):
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         part = {name: tensors[name] for name in names[number::shards]}
-        save_file(part, folder / file, metadata={"format": "pt"})
+        save(part, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

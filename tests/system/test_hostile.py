@@ -30,7 +30,8 @@ from modelstore.errors import (
     UnsafeName,
 )
 from modelstore.fill import pickles
-from modelstore.fill.selection import code_in, stored_path
+from modelstore.fill.repo_code import code_in
+from modelstore.fill.repo_files import stored_path
 from modelstore.reference import parse_reference
 from modelstore.store import ModelStore
 from modelstore.volume.claim import Contender
