@@ -56,6 +56,11 @@ def find(path: Path, settings: Settings, *, repo_id: str | None = None) -> Itera
     if (path / "big").is_dir() and (path / "manifest.json").is_file():
         yield from _in_mirror(path, settings, repo_id)
         return
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        models = [model for model in _in_cache(path.parent.parent, settings) if model.resolved.commit == path.name]
+        if models and repo_id is None:
+            yield from models
+            return
     if any((path / name).is_file() for name in _INDEXES):
         yield _folder(str(path), path.name, files_below(path), repo_id, str(path))
         return
@@ -87,7 +92,7 @@ def _in_cache(repo: Path, settings: Settings) -> Iterator[Found]:
         source = HfCacheSource(repo.parent, Reference("hub", name, revision), settings)
         try:
             resolved = source.whole()
-        except ModelStoreError as error:
+        except (ModelStoreError, OSError) as error:
             logger.warning("%s is passed over: %s", repo, error)
             continue
         if resolved is not None:

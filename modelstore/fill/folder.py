@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from modelstore.errors import NotFound
+from modelstore.errors import NotFound, UnsafeName
+from modelstore.fill.components import MODULES_INDEX, PIPELINE_INDEX
+from modelstore.fill.repo_files import is_small, is_weights
 from modelstore.fill.source import ByteStream, Resolved, Source, SourceFile, stream_of
 from modelstore.reference import Reference, local_repo_id
 from modelstore.settings import Settings
@@ -83,14 +85,35 @@ class FolderSource(LocalFiles):
 
 
 def files_below(folder: Path) -> dict[str, Path]:
-    """Regular files below a folder under their relative names, sorted; links and hidden folders are left out."""
+    """Regular files below a folder under their relative names, sorted, without hidden folders.
+
+    Links are followed if they stay in the HF cache that the folder is a snapshot of. Raises UnsafeName for another link
+    to a file that a model needs; links to anything else are left out.
+    """
+    cache = _cache_around(folder)
+    has_parts = any((folder / name).is_file() for name in (PIPELINE_INDEX, MODULES_INDEX))
     paths = {}
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(parent, name) for name in names):
-            if path.is_file() and not path.is_symlink():
-                paths[str(path.relative_to(folder))] = path
+        for path in (Path(parent, name) for name in (*names, *folders)):
+            if path.is_symlink() and not (cache is not None and path.resolve().is_relative_to(cache)):
+                name = str(path.relative_to(folder))
+                is_needed_file = is_weights(name) or is_small(SourceFile(name, 0))
+                if has_parts if path.name in folders else is_needed_file:
+                    raise UnsafeName(
+                        f"{path} is a link, and links are not followed: give the folder that holds the files "
+                        f"themselves, or a copy of this one with them (cp -rL {folder} COPY)"
+                    )
+            elif path.is_file():
+                paths[str(path.relative_to(folder))] = path.resolve() if cache is not None else path
     return dict(sorted(paths.items()))
+
+
+def _cache_around(folder: Path) -> Path | None:
+    """The repo's folder in an HF cache that `folder` is a snapshot of, or None: models--org--name/snapshots/commit."""
+    real = folder.resolve()
+    repo = real.parent.parent
+    return repo if real.parent.name == "snapshots" and repo.name.startswith("models--") else None
 
 
 def _sha256_of(path: Path) -> str:
