@@ -194,8 +194,7 @@ class ModelStore:
             parsed, variant = Reference("hub", key.repo_id, key.commit), parse_dtype("alias", key.dtype)
         timeline = timeline or Timeline()
         with timeline.span("lookup"):
-            lookups = (self.lookup(parsed, dtype=dtype) for dtype in accepted_dtypes(variant, overflow))
-            present = next(filter(None, lookups), None)
+            present = self._present(parsed, accepted_dtypes(variant, overflow), refresh=refresh)
         if present is not None and _same(present, damaged):
             parsed, variant = replace(parsed, revision=present.commit), parse_dtype("dtype", present.dtype)
         elif present is not None and (not refresh or is_commit(parsed.revision) or self.settings.offline):
@@ -234,6 +233,13 @@ class ModelStore:
             asked_as=repo_id_of(parsed),
         )
         mark_used(self.layout, snapshot.key)
+        if request.code and snapshot.lacks_code:
+            logger.warning(
+                "%s was stored without its code: to have it, run `modelstore rm %s@%s` and seed it again",
+                snapshot.key,
+                snapshot.repo_id,
+                snapshot.commit[:12],
+            )
         return snapshot
 
     def _from_original(
@@ -250,6 +256,15 @@ class ModelStore:
             ) from error
         code = source.may_bring_code(resolved, self.settings, named=named)
         return replace(request, source=source, resolved=resolved.for_revision(request.resolved.revision), code=code)
+
+    def _present(self, reference: Reference, dtypes: Sequence[Dtype], *, refresh: bool) -> Snapshot | None:
+        """The snapshot that the records lead to; a damaged record leads nowhere if it is to be written anew."""
+        try:
+            return next(filter(None, (self.lookup(reference, dtype=dtype) for dtype in dtypes)), None)
+        except IntegrityError:
+            if not refresh:
+                raise
+            return None
 
     def _in_accepted_dtype(self, request: FillRequest, overflow: Overflow) -> Snapshot:
         """The snapshot in the dtype of the request, or in its fallback if weights overflow and that is allowed."""
@@ -345,9 +360,15 @@ class ModelStore:
 
     def _resolve(self, reference: Reference, *, refresh: bool, copies: bool = True) -> tuple[Source, Resolved]:
         """The source to fill from, and the commit. `copies`: an HF cache on the volume may be the source."""
-        recorded = refs.recorded(self.layout, reference)
+        try:
+            commit = refs.recorded(self.layout, reference).commit
+        except IntegrityError as error:
+            if not refresh:
+                raise
+            logger.warning("%s", error)
+            commit = ""
         return resolve(
-            reference, self.settings, recorded_commit=recorded.commit, refresh=refresh, copies=copies, sleep=self._sleep
+            reference, self.settings, recorded_commit=commit, refresh=refresh, copies=copies, sleep=self._sleep
         )
 
     def _dtype(self, dtype: str | None) -> Dtype:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelstore.dtypes import DTYPES
-from modelstore.errors import InvalidReference, ModelStoreError, RootUnusable, SnapshotNotFound
+from modelstore.errors import InvalidReference, RootUnusable, SnapshotNotFound
 from modelstore.reference import is_alias, is_commit, is_repo_id
 from modelstore.units import printable
 from modelstore.volume import durable, tree
@@ -160,7 +160,8 @@ def point(layout: Layout, name: str, key: SnapshotKey, by: str, *, percent: int 
     """Let an alias point to a snapshot that the caller knows to be published; `percent`: for how much of the fleet."""
     try:
         before = history(layout, name)
-    except ModelStoreError:
+    except InvalidReference as error:
+        logger.warning("%s: its history begins anew", error)
         before = ()
     if before and (before[-1].key, before[-1].percent) == (key, percent):
         return

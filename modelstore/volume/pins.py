@@ -204,7 +204,7 @@ def pinned(layout: Layout) -> frozenset[SnapshotKey]:
 def wait_while_evicting(layout: Layout, key: SnapshotKey, *, sleep: Callable[[float], None] = time.sleep) -> bool:
     """Return when no eviction is about to move the snapshot away; whether one was, and it must be looked up again."""
     path = layout.used(key) / EVICTING
-    if not path.exists():
+    if not tree.exists(path):
         return False
     _wait_until_gone(path, sleep)
     return True
@@ -214,7 +214,7 @@ def _wait_until_gone(path: Path, sleep: Callable[[float], None]) -> None:
     """Return when an announced eviction is over; one that takes too long was cut short, and its announcement goes."""
     until = time.monotonic() + _EVICTING_S
     while time.monotonic() < until:
-        if not path.exists():
+        if not tree.exists(path):
             return
         sleep(_POLL_S)
     try:
@@ -231,7 +231,7 @@ def evicting(
     rename, False if it came too late."""
     path = layout.used(key) / EVICTING
     tree.check_no_links(layout.root, path)
-    if path.exists():
+    if tree.exists(path):
         _wait_until_gone(path, sleep)
     began = time.monotonic()
     try:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from modelstore.errors import FormatTooNew, RootUnusable
+from modelstore.errors import FormatTooNew, IntegrityError, RootUnusable
 from modelstore.mount import check_place
 from modelstore.reference import (
     DEFAULT_REVISION,
@@ -60,7 +60,7 @@ def check_format_bytes(data: bytes, *, store: str) -> None:
 
 def prepare_store(layout: Layout) -> None:
     """Write the format of a store that has none yet, with the folders that a full volume could no longer take."""
-    if layout.format_file.exists():
+    if tree.exists(layout.format_file):
         return
     missing = ""
     try:
@@ -84,7 +84,7 @@ class Recorded:
 
 def recorded(layout: Layout, reference: Reference) -> Recorded:
     """The repo and the commit that this fleet uses for the reference; a name of the repo that the Hub has replaced
-    leads to its present one. Raises RootUnusable if the record cannot be read."""
+    leads to its present one. Raises RootUnusable if the record cannot be read, and IntegrityError if it is damaged."""
     repo_id, revision = repo_id_of(reference), revision_of(reference)
     record = _read(layout, repo_id, revision)
     return Recorded(record.repo_id, revision) if is_commit(revision) else record
@@ -98,7 +98,10 @@ def record_commit(
     `asked_as`: the name that the repo was asked for under, if it is another one than its id: it then means the same.
     """
     for name, record_revision in record_places(repo_id, revision, asked_as):
-        before = _read(layout, name, record_revision)
+        try:
+            before = _read(layout, name, record_revision)
+        except IntegrityError:
+            before = Recorded(name, "")
         if before == Recorded(repo_id, commit) or (before.commit and not replacing):
             continue
         path = layout.ref(name, record_revision)
@@ -131,11 +134,17 @@ def recorded_revisions(repo_id: str, revision: str) -> tuple[str, ...]:
 
 
 def _read(layout: Layout, name: str, revision: str) -> Recorded:
-    """The record of a revision of the repo called `name`."""
+    """The record of a revision of the repo called `name`. Raises IntegrityError if it is damaged."""
     path = layout.ref(name, revision)
-    data = durable.read_record(path) if tree.is_free_of_links(layout.root, path) else None
-    if data is None:
+    tree.check_no_links(layout.root, path)
+    try:
+        data = durable.read_file(path)
+    except (FileNotFoundError, NotADirectoryError):
         return Recorded(name, "")
+    except OSError as error:
+        if not durable.is_no_file_of_ours(error):
+            raise tree.unreadable(error, path) from error
+        data = b""
     try:
         record = json.loads(data)
         commit, repo_id = record["commit"], record.get("repo_id", name)
@@ -143,5 +152,7 @@ def _read(layout: Layout, name: str, revision: str) -> Recorded:
             return Recorded(repo_id, commit)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    logger.warning("%s is passed over: it is damaged; a seed writes it anew", path)
-    return Recorded(name, "")
+    raise IntegrityError(
+        f"{path}, the record of the commit that this fleet uses, is damaged: write it anew, with `modelstore seed "
+        f"{name}`"
+    )

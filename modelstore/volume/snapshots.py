@@ -86,6 +86,11 @@ class Snapshot:
         return config if isinstance(config, dict) else {}
 
     @property
+    def lacks_code(self) -> bool:
+        """Whether its config names code of the repo, and the snapshot was stored without it."""
+        return bool(self.config().get("auto_map")) and not any(path.endswith(".py") for path in self.manifest.paths)
+
+    @property
     def weights_bytes(self) -> int:
         return sum(file.size_bytes for file in self.weights)
 

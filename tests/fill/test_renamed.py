@@ -7,7 +7,7 @@ import json
 import pytest
 from huggingface_hub import snapshot_download
 
-from modelstore.errors import CodeRefused
+from modelstore.errors import CodeRefused, IntegrityError
 from modelstore.load.model import load_model
 from modelstore.store import ModelStore
 from tests.conftest import Cli, MakeStore
@@ -85,7 +85,8 @@ def test_a_record_that_names_no_repo_is_passed_over(hub: Hub, store: ModelStore)
     path = store.layout.ref(OLD, "main")
     for forged in ("../../etc", "a", 7, None, "local/x\n"):
         path.write_text(json.dumps({"revision": "main", "commit": "a" * 40, "repo_id": forged}))
-        assert store.lookup(OLD) is None
+        with pytest.raises(IntegrityError, match="is damaged"):
+            store.lookup(OLD)
 
 
 def test_code_of_a_commit_that_is_pinned_under_an_old_name_may_run(hub: Hub, make_store: MakeStore) -> None:

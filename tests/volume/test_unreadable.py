@@ -9,12 +9,13 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from modelstore.errors import RootUnusable
+from modelstore.errors import IntegrityError, RootUnusable
 from modelstore.reference import parse_reference
 from modelstore.store import ModelStore
 from modelstore.volume import aliases, pins, tree
@@ -106,15 +107,18 @@ def test_a_snapshot_that_cannot_be_read_is_not_made_again(hub: Hub, store: Model
     assert finding.problem.startswith("cannot be read"), "it is not missing"
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"commit": 7}', b"[]", b'{"commit": "main"}'])
-def test_a_damaged_record_is_reported(
-    hub: Hub, store: ModelStore, content: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("content", [b"", bytes(80), b"{", b'{"commit": 7}', b"[]", b'{"commit": "main"}'])
+def test_a_damaged_record_is_no_missing_one_and_a_seed_mends_it(hub: Hub, store: ModelStore, content: bytes) -> None:
     store_one(hub, store)
     path = store.layout.ref("org/name", "main")
     path.write_bytes(content)
+    write_repo(hub.folder / "org" / "name", extra={"merges.txt": b"a b\n"})  # the Hub has a newer commit
+    hub.served.reset()
+    with pytest.raises(IntegrityError, match=rf"{path}, the record .* is damaged: .* `modelstore seed org/name`"):
+        store.ensure("org/name")
+    assert hub.served.requests == [], "the Hub is not asked instead"
+    assert store.ensure("org/name", refresh=True).status == "downloaded"
     assert store.ensure("org/name").status == "present"
-    assert f"{path} is passed over: it is damaged" in caplog.text
 
 
 def test_only_a_missing_name_does_not_exist(tmp_path: Path) -> None:
@@ -132,7 +136,28 @@ def test_the_command_says_in_one_line_what_cannot_be_read(hub: Hub, store: Model
     folder = store.layout.root / "refs"
     folder.rename(folder.with_name("kept"))
     folder.symlink_to(folder)  # the kernel gives up on it
-    assert len(cli("path", "org/name", code=3).stderr.splitlines()) <= 2
+    assert len(cli("path", "org/name", code=8).stderr.splitlines()) == 1
+
+
+def test_a_canary_is_not_put_in_place_of_an_alias_that_cannot_be_opened(
+    hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_one(hub, store)
+    store.set_alias("live", "org/name")
+    key = replace(key_of(store), commit="b" * 40)
+    path, real = store.layout.alias("live"), os.open
+    for number in ERRORS:
+
+        def sick_open(name: Any, *args: Any, number: int = number, **kwargs: Any) -> int:
+            if Path(name) == path:
+                raise OSError(number, os.strerror(number))
+            return real(name, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", sick_open)
+            with pytest.raises(RootUnusable):
+                aliases.point(store.layout, "live", key, "worker", percent=10)
+    assert [entry.percent for entry in aliases.history(store.layout, "live")] == [100]
 
 
 def store_one(hub: Hub, store: ModelStore) -> str:
