@@ -25,6 +25,11 @@ def generates(class_name: str) -> bool | None:
     return _classes().get(class_name)
 
 
+def type_generates(model_type: str) -> bool:
+    """Whether a class of this type generates text; True for a type that is not in the table."""
+    return not is_known(model_type) or any(_table()["model_types"][model_type].get("classes", {}).values())
+
+
 def unbuildable(model_type: str) -> str:
     """Why the table may miss weights of a known type; empty if it does not."""
     return str(_table()["model_types"][model_type].get("unbuildable", ""))
@@ -39,15 +44,14 @@ def kept_patterns(model_types: Collection[str], *, float16: bool) -> set[str]:
     return patterns
 
 
-def is_ignored(tensor: str, model_types: Collection[str]) -> bool:
-    """Whether transformers passes over a tensor of this name in checkpoints of these known types: no class has a weight
-    of its last name, and it is one that their classes say they ignore, or a mask."""
+def is_unloaded(tensor: str, model_types: Collection[str]) -> bool:
+    """Whether no class of these known types loads a tensor of this name, told by its last part; False if that cannot be
+    told."""
     name = tensor.rpartition(".")[2]
     entries = [_table()["model_types"][model_type] for model_type in model_types]
-    if not entries or name in _EVERYWHERE or any("unbuildable" in e or name in e.get("names", ()) for e in entries):
+    if not entries or name in _EVERYWHERE:
         return False
-    patterns = [pattern for entry in entries for pattern in entry.get("ignored", ())]
-    return "mask" in name or any(re.search(pattern, tensor) for pattern in patterns)
+    return not any("unbuildable" in entry or name in entry.get("names", ()) for entry in entries)
 
 
 def is_tied(tensor: str, model_types: Collection[str]) -> bool:

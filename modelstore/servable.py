@@ -9,11 +9,12 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from modelstore.errors import NotServable
-from modelstore.model_types import generates, is_known
+from modelstore.model_types import generates, is_known, type_generates
 
 CheckConfig = Callable[[Mapping[str, Any], Collection[str], str], None]
 """Gets a model's config, its files by path, and its name in messages; raises NotServable."""
 
+_PIPELINE_INDEX = "model_index.json"  # of diffusers
 _MODULES_INDEX = "modules.json"  # of sentence-transformers
 
 
@@ -21,36 +22,57 @@ def check_nothing(_config: Mapping[str, Any], _files: Collection[str], _label: s
     """For an engine that knows by itself which models it serves."""
 
 
-def check_loadable(config: Mapping[str, Any], _files: Collection[str], label: str) -> None:
-    """Raise NotServable if transformers has no model of this config's type."""
+def check_loadable(config: Mapping[str, Any], files: Collection[str], label: str) -> None:
+    """Raise NotServable if transformers has no model of this config's type, or of that of the language model in it."""
+    if _PIPELINE_INDEX in files:
+        raise NotServable(f"{label} is a pipeline of Diffusers, and no single model: serve it with ENGINE=diffusion")
+    if "_class_name" in config:
+        raise NotServable(
+            f"{label} is a {str(config['_class_name'])[:80]}, a part of a Diffusers pipeline: name the pipeline"
+        )
+    if "config.json" not in files:
+        raise NotServable(f"{label} has no config.json, which names its class: load it with load_tensors")
     name = config.get("model_type")
-    if not isinstance(name, str) or not name or is_known(name) or config.get("auto_map"):
+    if config.get("auto_map"):
+        return
+    if not isinstance(name, str) or not name:
+        raise NotServable(
+            f"{label}: its config.json names no model_type, without which transformers has no class for it: use "
+            "another revision"
+        )
+    inner = config.get("text_config")
+    names = [name, inner.get("model_type") if isinstance(inner, dict) else None]
+    unknown = [each for each in names if isinstance(each, str) and each and not is_known(each)]
+    if not unknown:
         return
     try:
         from transformers import CONFIG_MAPPING
     except ModuleNotFoundError:
         return
-    if name not in CONFIG_MAPPING:
-        raise NotServable(f"{label}: model type {name!r} is unknown to transformers {_version()}: upgrade transformers")
+    for each in unknown:
+        if each not in CONFIG_MAPPING:
+            raise NotServable(
+                f"{label}: model type {each!r} is unknown to transformers {_version()}: upgrade transformers"
+            )
 
 
 def check_generates_text(config: Mapping[str, Any], files: Collection[str], label: str) -> None:
     """Raise NotServable if the model generates no text."""
-    check_loadable(config, files, label)
     if _MODULES_INDEX in files:
         raise NotServable(
             f"{label} is an embedding model and generates no text: name a language model, or load the folder that "
             "`modelstore path` prints with sentence-transformers"
         )
-    if not config:
-        raise NotServable(f"{label} has no config.json, which names its class: name a language model")
+    check_loadable(config, files, label)
     named = config.get("architectures")
     names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     known = {name: answer for name in names if (answer := generates(name)) is not None}
+    if not names and not type_generates(config["model_type"]):
+        known = {f"of type {config['model_type']}": False}
     if known and not any(known.values()):
         raise NotServable(
-            f"{label} is an encoder or another model without a language head ({names[0]}) and generates no text: "
-            "name a language model"
+            f"{label} is an encoder, or another model that continues no text ({next(iter(known))}), and generates "
+            "none: name a language model"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from modelstore.errors import BadSafetensors
 from modelstore.fill.repo_files import folder_of, is_weights, join, parse_json, parse_object
@@ -68,7 +69,7 @@ def _parts_of_pipeline(files: Mapping[str, SourceFile], read: ReadFile) -> Itera
 def _modules(files: Mapping[str, SourceFile], read: ReadFile) -> Iterator[Component]:
     record = parse_json(read(files[MODULES_INDEX]), MODULES_INDEX)
     pending = [
-        (str(module.get("path") or ""), str(module.get("type") or ""), MODULES_INDEX)
+        (_normal(str(module.get("path") or "")), str(module.get("type") or ""), MODULES_INDEX)
         for module in (record if isinstance(record, list) else ())
         if isinstance(module, dict)
     ]
@@ -82,16 +83,21 @@ def _modules(files: Mapping[str, SourceFile], read: ReadFile) -> Iterator[Compon
             raise BadSafetensors(f"{MODULES_INDEX} names more than {_MOST_FOLDERS} folders: name another revision")
         inside = _inside(files, folder)
         router = join(folder, _ROUTER_INDEX)
-        if router not in files and kind.endswith(".Asym"):  # the name of a router in older versions
+        if router not in files:  # older versions wrote it there
             router = join(folder, "config.json")
         is_router = kind.endswith((".Router", ".Asym")) and router in files
         if is_router:
             types = parse_object(read(files[router]), router).get("types")
             for name, inner in (types if isinstance(types, dict) else {}).items():
-                pending.append((join(folder, str(name)), str(inner), router))
+                pending.append((join(folder, _normal(str(name))), str(inner), router))
         holds = any(map(is_weights, inside))
         is_model = not is_router and kind.rpartition(".")[2] not in _WEIGHTLESS_MODULES
         yield Component(folder, named_by, has_weights=holds or is_model)
+
+
+def _normal(path: str) -> str:
+    """The path of a folder without `./` and a slash at its end."""
+    return "" if path in ("", ".", "./") else str(PurePosixPath(path))
 
 
 def _inside(files: Mapping[str, SourceFile], folder: str) -> set[str]:

@@ -120,8 +120,8 @@ class Fill:
                 weights.run(stop=self._guard.stop)
                 span.size_bytes = self._progress.network or self._progress.total
             if weights.plan.stored_unchanged != plan.stored_unchanged:
-                plan = weights.plan
-                self._report_unchanged(plan)
+                self._report_unchanged(weights.plan)
+            plan = weights.plan
             self._finish_configs(plan)
             self._finish_indexes(plan, weights.headers)
             self._check_config_sizes(plan, weights.headers)
@@ -170,7 +170,10 @@ class Fill:
         """Whether a config names code of the repo. Raises CodeRefused if that may not be stored."""
         staged = {file.path: self._staging.paths.snapshot_file(stored_path(file.path)) for file in selection.small}
         repo = frozenset(file.path for file in files)
-        phrase, key = code_of(staged, lambda path: _read(staged[path]), repo), self._request.key
+        phrase, key = (
+            code_of(staged, lambda path: _read(staged[path]), repo, allowed=self._request.code),
+            self._request.key,
+        )
         if phrase and not self._request.code:
             raise CodeRefused(
                 f"{key.repo_id} brings code of its own ({phrase}): read it, then name the commit in full "

@@ -79,6 +79,11 @@ class FolderSource(LocalFiles):
         return super().resolve()
 
     def reach(self) -> str:
+        if (self._folder / "snapshots").is_dir() and self._folder.name.startswith("models--"):
+            raise NotFound(
+                f"{self._reference} is a repo in an HF cache: give one of its folders snapshots/COMMIT, or run "
+                f"`modelstore adopt {self._folder}`"
+            )
         if not self._folder.is_dir():
             raise NotFound(f"{self._reference} is not a folder: give the folder that holds the model's files")
         return super().reach()
@@ -96,7 +101,7 @@ def files_below(folder: Path) -> dict[str, Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(parent, name) for name in (*names, *folders)):
-            if path.is_symlink() and not (cache is not None and path.resolve().is_relative_to(cache)):
+            if path.is_symlink() and not (cache is not None and Path(os.path.realpath(path)).is_relative_to(cache)):
                 name = str(path.relative_to(folder))
                 is_needed_file = is_weights(name) or is_small(SourceFile(name, 0))
                 if has_parts if path.name in folders else is_needed_file:
@@ -105,13 +110,13 @@ def files_below(folder: Path) -> dict[str, Path]:
                         f"themselves, or a copy of this one with them (cp -rL {folder} COPY)"
                     )
             elif path.is_file():
-                paths[str(path.relative_to(folder))] = path.resolve() if cache is not None else path
+                paths[str(path.relative_to(folder))] = Path(os.path.realpath(path)) if cache is not None else path
     return dict(sorted(paths.items()))
 
 
 def _cache_around(folder: Path) -> Path | None:
     """The repo's folder in an HF cache that `folder` is a snapshot of, or None: models--org--name/snapshots/commit."""
-    real = folder.resolve()
+    real = Path(os.path.realpath(folder))
     repo = real.parent.parent
     return repo if real.parent.name == "snapshots" and repo.name.startswith("models--") else None
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from modelstore.errors import ModelStoreError, NotFound, Refused, RepoNotFound, UnsafeName
+from modelstore.fill.components import components
 from modelstore.fill.repo_code import code_of
+from modelstore.fill.repo_files import folder_of, is_small
 from modelstore.fill.source import ByteStream, Resolved, Source, SourceFile, stream_of
 from modelstore.reference import Reference, is_commit
 from modelstore.settings import Settings
@@ -113,6 +116,20 @@ class HfCacheSource(Source):
 
         return confirmed(self, resolved, self._settings)
 
+    def lacks(self, resolved: Resolved, stated: Mapping[str, SourceFile]) -> str:
+        """The first small file of the commit, as the Hub states it, that a snapshot needs and the cache has not; empty
+        if it has all of them. A cache holds only what its programs have opened."""
+        cached = {file.path: file for file in self.list_files(resolved)}
+
+        def read(file: SourceFile) -> bytes:
+            return self.read(resolved, cached[file.path])
+
+        try:
+            folders = {part.folder for part in components(stated, read)}
+        except KeyError as error:
+            return str(error.args[0])
+        return next((p for p, f in stated.items() if folder_of(p) in folders and is_small(f) and p not in cached), "")
+
     def may_bring_code(self, resolved: Resolved, settings: Settings, *, named: Reference | None) -> bool:
         return False  # every user of the volume may have made the cache
 
@@ -144,8 +161,8 @@ class HfCacheSource(Source):
 
     def _inside(self, path: Path) -> Path:
         """`path` with its links followed, as long as they stay in this repo's folder."""
-        real = path.resolve()
-        if not real.is_relative_to(self._repo.resolve()):
+        real = Path(os.path.realpath(path))  # a loop of links is a path that does not exist
+        if not real.is_relative_to(os.path.realpath(self._repo)):
             raise UnsafeName(f"{path} is a link that leaves its HF cache: it is refused")
         return real
 

@@ -316,6 +316,9 @@ def confirmed(source: Source, resolved: Resolved, settings: Settings) -> Resolve
                 resolved.repo_id,
             )
             return None
+    if missing := source.lacks(resolved, stated):
+        logger.warning("%s lacks %s: it is not used", source.label, missing)
+        return None
     return replace(resolved, record=replace(resolved.record, compared_with="hub"))
 
 

@@ -120,7 +120,8 @@ def main(source: str, target: str, processor_s: str, parent: str) -> int:
     except MemoryError:
         return _failed("it takes more memory than a checkpoint of its size can need")
     except Exception as error:
-        return _failed(f"it is more than tensors ({' '.join(str(error).split())[:200]})")
+        reason = " ".join(str(error).split()).partition(". ")[0]  # torch goes on with advice that runs the code
+        return _failed(f"it is more than tensors ({reason[:200]})")
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(

@@ -51,6 +51,11 @@ class CheckpointPlan:
         }
         return replace(self, policies=policies)
 
+    def with_unloaded(self, folder: str, names: frozenset[str]) -> CheckpointPlan:
+        """The plan once these tensors of a folder are known to overflow, and to be loaded by no class."""
+        policy = self.policies[folder]
+        return replace(self, policies={**self.policies, folder: replace(policy, unloaded=policy.unloaded | names)})
+
     @property
     def stored_unchanged(self) -> str:
         """Why weights are stored as they come, for the manifest; empty if none are."""

@@ -13,15 +13,18 @@ from modelstore.fill.repo_files import folder_of, join, parse_json, parse_object
 from modelstore.model_types import is_known
 
 
-def code_of(paths: Iterable[str], read: Callable[[str], bytes], repo: Collection[str]) -> str:
+def code_of(paths: Iterable[str], read: Callable[[str], bytes], repo: Collection[str], *, allowed: bool = False) -> str:
     """The first part of these configs that makes its reader run code, as a phrase; empty if there is none.
 
-    `read` gives the bytes of a path, `repo` is all paths of the repo.
+    `read` gives the bytes of a path, `repo` is all paths of the repo. `allowed`: code of a tokenizer or a processor
+    counts, too, if transformers has the model's type: its own are used without it, and may not fit.
     """
     configs = sorted(path for path in paths if path.endswith(".json"))
     for path in configs:
         config = join(folder_of(path), "config.json")
         model_type = parse_object(read(config), config).get("model_type") if config in configs else None
+        if allowed and path != config:
+            model_type = None
         if phrase := code_in(path, read(path), repo, model_type=model_type):
             return phrase
     return ""

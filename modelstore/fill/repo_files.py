@@ -34,9 +34,10 @@ _FOREIGN_WEIGHTS = re.compile(r"(adapter_model|open_clip|optimizer|.*lora)[^/]*\
 _STEM = r"(?P<stem>model|pytorch_model|diffusion_pytorch_model)"
 _SHARD = r"-\d+-of-\d+"
 _VARIANTS = (
-    re.compile(rf"{_STEM}\.(?P<variant>\w+)(?P<shard>{_SHARD})?(?P<suffix>\.safetensors|\.bin)"),
-    re.compile(rf"{_STEM}(?P<shard>{_SHARD})\.(?P<variant>\w+)(?P<suffix>\.safetensors|\.bin)"),
-    re.compile(rf"{_STEM}(?P<shard>)(?P<suffix>\.(safetensors|bin)\.index)\.(?P<variant>\w+)\.json"),
+    re.compile(rf"{_STEM}\.(?P<variant>[\w-]+?)(?P<shard>{_SHARD})?(?P<suffix>\.safetensors|\.bin)"),
+    re.compile(rf"{_STEM}(?P<shard>{_SHARD})\.(?P<variant>[\w-]+)(?P<suffix>\.safetensors|\.bin)"),
+    re.compile(rf"{_STEM}(?P<shard>)(?P<suffix>\.(safetensors|bin)\.index)\.(?P<variant>[\w-]+)\.json"),
+    re.compile(rf"{_STEM}(?P<shard>)(?P<suffix>\.(safetensors|bin))\.(?P<variant>[\w-]+)(?P<ending>\.index\.json)"),
 )
 _INDEX_ENDINGS = (".safetensors.index", ".bin.index")
 MAX_SMALL_BYTES = 512 << 20
@@ -109,7 +110,7 @@ def _plain_name(path: str) -> str:
     match = _variant_match(path)
     if match is None:
         return PurePosixPath(path).name
-    ending = ".json" if match["suffix"].endswith(".index") else ""
+    ending = match.groupdict().get("ending") or (".json" if match["suffix"].endswith(".index") else "")
     return f"{match['stem']}{match['shard'] or ''}{match['suffix']}{ending}"
 
 

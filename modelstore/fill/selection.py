@@ -1,13 +1,14 @@
 """The files of a repo that a snapshot needs: those that its natural loader would open, and nothing twice.
 
 Which weights a folder has, in the order of `from_pretrained`: the file that `transformers_weights` in its config names;
-`model.safetensors`; the shards of its index; the same as a variant such as `.fp16.`; then pickles, if they are allowed.
-A repo with none of these names gives every safetensors file at its root. In a pipeline of diffusers a variant in the
-storage dtype goes first, because the plain files are twice as large. `components.py` tells the folders.
+`model.safetensors`; the shards of its index; the same as a variant such as `.fp16.`; then pickles, if they are allowed;
+then names of other loaders (`_by_other_names`). In a pipeline of diffusers a variant in the storage dtype goes first,
+because the plain files are twice as large. `components.py` tells the folders.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -25,13 +26,14 @@ from modelstore.fill.repo_files import (
     variant_of,
 )
 from modelstore.fill.source import SourceFile
+from modelstore.fill.storage_policy import QUANTIZATION_FILES
 from modelstore.fill.unservable import missing_weights
 from modelstore.volume.layout import check_file_name, check_file_names
 
 _SAFETENSORS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _PICKLES = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 _EXPLICIT = "transformers_weights"
-_CONFIGS = frozenset({"config.json", "params.json"})  # of transformers, and of Mistral's own layout
+_SHARD = re.compile(r"model-\d+-of-(?P<count>\d+)\.safetensors")
 _EXTRA_FOLDERS = ("additional_chat_templates",)
 _VARIANTS_FIRST = ("", "fp32", "fp16", "bf16")  # of those that a repo has, if none is preferred
 
@@ -97,7 +99,8 @@ def select_files(
         preferred = variant if part.named_by == PIPELINE_INDEX else ""
         chosen = _weights_of(part, in_folder, read, preferred=preferred, pickles=pickles)
         if chosen is None:
-            raise missing_weights(part, by_path, read, repo_id=repo_id, pickles=pickles)
+            convertible = _weights_of(part, in_folder, read, preferred=preferred, pickles=True) is not None
+            raise missing_weights(part, by_path, read, repo_id=repo_id, convertible=convertible)
         weights += chosen.files
         if chosen.index is not None and chosen.weight_map is not None:
             small.append(chosen.index)
@@ -105,7 +108,7 @@ def select_files(
     for folder in _EXTRA_FOLDERS:
         small += _small_files((file for file in files if folder_of(file.path) == folder), code=False)
     if not weights:
-        raise missing_weights(parts[0], by_path, read, repo_id=repo_id, pickles=pickles)
+        raise missing_weights(parts[0], by_path, read, repo_id=repo_id, convertible=False)
     return Selection(tuple(small), tuple(weights), indexes)
 
 
@@ -135,10 +138,22 @@ def _weights_of(
         for name in _PICKLES:
             if (weights := _under(join(part.folder, name), variant, in_folder, read)) is not None:
                 return weights if pickles else None
-    if part.named_by:
-        return None
-    others = [f for path, f in in_folder.items() if path.endswith(".safetensors") and not is_foreign_weights(path)]
-    return _Weights(tuple(others)) if others and in_folder.keys() & _CONFIGS else None
+    return None if part.named_by else _by_other_names(in_folder)
+
+
+def _by_other_names(files: Mapping[str, SourceFile]) -> _Weights | None:
+    """Weights at a repo's root that transformers does not find by their names, and other loaders do: all shards of a
+    model without an index, Mistral's own layout, and the names that GPTQ's tools give; None for anything else."""
+    paths = [path for path in files if path.endswith(".safetensors") and not is_foreign_weights(path)]
+    shards = [path for path in paths if _SHARD.fullmatch(path)]
+    count = {int(match["count"]) for path in shards if (match := _SHARD.fullmatch(path))}
+    if "config.json" in files and shards and count == {len(shards)}:
+        return _Weights(tuple(files[path] for path in shards))
+    if "params.json" in files:
+        paths = [path for path in paths if path.startswith("consolidated")]
+    elif not files.keys() & QUANTIZATION_FILES and not any("gptq" in path.lower() for path in paths):
+        paths = []
+    return _Weights(tuple(files[path] for path in paths)) if paths else None
 
 
 def _named_in_config(folder: str, in_folder: Mapping[str, SourceFile], read: ReadFile) -> SourceFile | None:
@@ -170,7 +185,8 @@ def _under(plain: str, variant: str, in_folder: Mapping[str, SourceFile], read: 
     single = in_folder.get(f"{stem}.{variant}.{suffix}" if variant else plain)
     if single is not None:
         return _Weights((single,))
-    index = in_folder.get(f"{plain}.index.{variant}.json" if variant else f"{plain}.index.json")
+    names = [f"{plain}.index.{variant}.json", f"{plain}.{variant}.index.json"] if variant else [f"{plain}.index.json"]
+    index = next((in_folder[name] for name in names if name in in_folder), None)
     return _listed(index, in_folder, read) if index is not None else None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,6 +69,11 @@ class Source(ABC):
     def label(self) -> str:
         """The source's name in messages, with its place."""
         return type(self).__name__
+
+    def lacks(self, resolved: Resolved, stated: Mapping[str, SourceFile]) -> str:
+        """A file that a snapshot of the commit needs and a copy has not, of those that the Hub states; empty if it has
+        all of them."""
+        return ""
 
     @abstractmethod
     def resolve(self) -> Resolved:

@@ -2,8 +2,8 @@
 
 Converted: F32, F16 and BF16 tensors. Not converted: integers, booleans, 8-bit floats and F64; everything of a quantized
 checkpoint, however it says that it is one; everything of a type that this version does not know well enough; weights
-that transformers keeps in float32; and constant
-masks of old checkpoints, which no class loads.
+that transformers keeps in float32; and tensors
+that overflow and that no class loads, such as the masks of old checkpoints.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _QUANTIZED_NAME = re.compile(
     r"(^|\.)(qweight|qzeros|scales|g_idx|codes|W_q|absmax|input_scale|weight_(packed|scale\w*|shape)|\w+_(blocks|scales)|"
     r"quant_(map|state.*))$"
 )
-_INTEGER = re.compile(r"[IU](8|16|32)")
+_INTEGER = re.compile(r"[IU](8|16|32|64)")
 _INTEGER_BUFFER = re.compile(r"(^|[._])(masked_bias|bias|mask|ids?|index|indices|positions?)$|mask")
 
 
@@ -34,13 +34,15 @@ _INTEGER_BUFFER = re.compile(r"(^|[._])(masked_bias|bias|mask|ids?|index|indices
 class StoragePolicy:
     """How one checkpoint's tensors are stored.
 
-    `unchanged_because` is set if none of them is converted; `types`: the model types in its config.
+    `unchanged_because` is set if none of them is converted; `types`: the model types in its config; `unloaded`: tensors
+    that overflowed and that no class loads.
     """
 
     dtype: Dtype
     keep: re.Pattern[str] | None = None
     unchanged_because: str = ""
     types: frozenset[str] = frozenset()
+    unloaded: frozenset[str] = frozenset()
 
     def stored_dtype(self, tensor: TensorInfo) -> str:
         """The safetensors dtype that `tensor` is stored in."""
@@ -48,9 +50,15 @@ class StoragePolicy:
             return tensor.dtype
         if self.keep is not None and self.keep.search(tensor.name):
             return tensor.dtype
-        if model_types.is_ignored(tensor.name, self.types):
+        if tensor.name in self.unloaded:
             return tensor.dtype
         return DTYPES[self.dtype].safetensors
+
+    def without(self, overflowing: Iterable[str]) -> StoragePolicy | None:
+        """The policy that stores these tensors as they come, if no class loads any of them; else None."""
+        names = frozenset(overflowing)
+        is_unloaded = all(model_types.is_unloaded(name, self.types) for name in names)
+        return replace(self, unloaded=self.unloaded | names) if is_unloaded else None
 
     def for_names(self, names: Iterable[str]) -> StoragePolicy:
         """The policy once the names of the checkpoint's tensors are known, as an index lists them."""
@@ -135,6 +143,6 @@ def _quantized(tensor: TensorInfo) -> str:
     is_integer = _INTEGER.fullmatch(tensor.dtype) is not None and not _INTEGER_BUFFER.search(tensor.name)
     is_packed = is_integer and (len(tensor.shape) > 1 or "weight" in tensor.name)
     is_small_float = tensor.dtype.startswith("F") and DTYPE_BITS[tensor.dtype] <= 8
-    if is_packed or is_small_float:
+    if is_packed or is_small_float or _QUANTIZED_NAME.search(tensor.name):
         return f"quantized checkpoint ({tensor.name[:80]} is {tensor.dtype})"
     return ""

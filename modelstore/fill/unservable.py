@@ -13,27 +13,28 @@ from modelstore.fill.components import Component, ReadFile
 from modelstore.fill.repo_files import folder_of, is_foreign_weights, is_pickle, is_weights, join, parse_object
 from modelstore.fill.source import SourceFile
 
-_CONVERTIBLE = ("pytorch_model", "diffusion_pytorch_model")
 _MOST_NAMED = 3
 
 
 def missing_weights(
-    part: Component, files: Mapping[str, SourceFile], read: ReadFile, *, repo_id: str, pickles: bool
+    part: Component, files: Mapping[str, SourceFile], read: ReadFile, *, repo_id: str, convertible: bool
 ) -> NoWeights | PickleRefused:
-    """The error for a component without weights that may be stored. `pickles`: whether those are allowed."""
+    """The error for a component without weights that may be stored. `convertible`: whether its pickles could be, with
+    permission."""
     label = repo_id
     if part.folder:
         label = f"the folder {part.folder} of {repo_id}, which {part.named_by} names,"
     names = sorted(PurePosixPath(path).name for path in files if folder_of(path) == part.folder and is_weights(path))
+    if not names and not part.folder:
+        names = sorted(path for path in files if is_weights(path))
     adapter = join(part.folder, "adapter_config.json")
     if adapter in files:
         return _adapter(label, parse_object(read(files[adapter]), adapter))
     pickled = [name for name in names if is_pickle(name)]
-    known = [name for name in pickled if name.startswith(_CONVERTIBLE)]
-    if known and not pickles:
+    if convertible:
         return PickleRefused(
-            f"{label} has its weights only as pickles ({_shown(known)}), which can run code when opened: "
-            "use a revision or a repo with safetensors, or allow it with --allow-pickle"
+            f"{label} has its weights only as pickles ({_shown(pickled)}), which can run code when opened: use a "
+            "revision or a repo with safetensors, or allow it with --allow-pickle (MODELSTORE_ALLOW_PICKLE=1)"
         )
     if any(name.endswith(".gguf") for name in names):
         return NoWeights(
@@ -49,6 +50,11 @@ def missing_weights(
         return PickleRefused(
             f"{label} has its weights as {_shown(pickled)}, pickles that transformers does not open by these names: "
             "name a repo with safetensors; of pickles only pytorch_model.bin and its shards are converted"
+        )
+    if safetensors and join(part.folder, "config.json") in files:
+        return NoWeights(
+            f"{label} has safetensors by names that its loader does not take for the model's ({_shown(safetensors)}): "
+            "name a repo with model.safetensors, or all shards of it"
         )
     if safetensors and not part.folder:
         return NoWeights(

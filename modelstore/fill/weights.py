@@ -16,16 +16,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from modelstore.errors import DigestMismatch, ModelStoreError
+from modelstore.errors import DigestMismatch, ModelStoreError, WeightOverflow
 from modelstore.fill.convert import convert_file, converted_tensors, read_header
 from modelstore.fill.download import Download
 from modelstore.fill.footprint import DiskBudget
 from modelstore.fill.plan import CheckpointPlan
 from modelstore.fill.progress import Progress
-from modelstore.fill.repo_files import is_pickle, stored_path
+from modelstore.fill.repo_files import folder_of, is_pickle, stored_path
 from modelstore.fill.request import FillRequest
 from modelstore.fill.source import SourceFile
 from modelstore.fill.staging import Staging
+from modelstore.fill.storage_policy import StoragePolicy
 from modelstore.timeline import Span
 from modelstore.volume import durable
 from modelstore.volume.checksums import Digests, digests_of_file
@@ -75,9 +76,9 @@ class WeightsPipeline:
         """Fetch and store the files that no earlier process has finished; `stop` is called if it fails, and makes
         `guard` raise, so that conversions end at their next chunk."""
         files = self._unfinished()
-        while files:
+        while files or (files := self._wrongly_converted()):
             self._fetch(files, stop)
-            files = self._wrongly_converted()
+            files = []
         self._observer.filling(self._request.key, self._progress)
         if self._convert_began is not None:
             timeline = self._request.timeline
@@ -138,6 +139,7 @@ class WeightsPipeline:
             self.headers[record.path] = read_header(self._staging.paths.snapshot_file(record.path), where=file.path)
             self._observer.finished(self._request.key, self._staging.paths.snapshot, record)
             self._budget.count_finished(file.path)
+        self.plan = self.plan.with_headers(self.headers)
         return unfinished
 
     def _linkable(self, file: SourceFile) -> tuple[Path, Header] | None:
@@ -199,14 +201,29 @@ class WeightsPipeline:
             with self._lock:
                 if self._convert_began is None:
                     self._convert_began = self._request.timeline.now()
-            memory = partial(self._observer.memory, self._request.key, stored)
-            size, stored_digests = convert_file(path, target, header, policy, guard=self._guard, memory=memory)
+            size, stored_digests = self._convert(file, path, target, header, policy)
             origin = origin or Origin(file.size_bytes, digests.sha256)
             record = FileRecord(stored, size, stored_digests.sha256, stored_digests.blocks, origin)
         self._add(file, record, header)
         if path != self._staging.paths.source_file(file.path):
             durable.remove_file(path)
         self._budget.end(file.path)
+
+    def _convert(
+        self, file: SourceFile, path: Path, target: Path, header: Header, policy: StoragePolicy
+    ) -> tuple[int, Digests]:
+        """Convert one file; tensors that overflow and that no class loads are stored as they come, in a second try."""
+        memory = partial(self._observer.memory, self._request.key, stored_path(file.path))
+        try:
+            return convert_file(path, target, header, policy, guard=self._guard, memory=memory)
+        except WeightOverflow as error:
+            exempt = policy.without(error.tensors)
+            if exempt is None:
+                raise
+            logger.warning("%s: %s overflow, and no class loads them", self._label(file), ", ".join(error.tensors[:5]))
+        with self._lock:
+            self.plan = self.plan.with_unloaded(folder_of(file.path), exempt.unloaded)
+        return convert_file(path, target, header, exempt, guard=self._guard, memory=memory)
 
     def _add(self, file: SourceFile, record: FileRecord, header: Header) -> None:
         with self._lock:

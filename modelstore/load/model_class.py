@@ -53,6 +53,16 @@ def generation_config_of(folder: Path) -> GenerationConfig:
     return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
 
 
+def _auto_class(config: Any, names: list[str]) -> Any:
+    """The Auto class that the config's `auto_map` gives one of these names to; None if there is none."""
+    for key, reference in (getattr(config, "auto_map", None) or {}).items():
+        if isinstance(reference, str) and reference.rpartition(".")[2] in names:
+            auto = getattr(transformers, key, None)
+            if type(config) in getattr(auto, "_model_mapping", ()):
+                return auto
+    return None
+
+
 def model_class(config: Any, label: str, *, causal: bool = False) -> type[PreTrainedModel]:
     """The transformers class that `config.architectures` names; else the plain model of its type, or the causal
     language model if `causal`. Raises NotServable, which names the model by `label`."""
@@ -62,7 +72,7 @@ def model_class(config: Any, label: str, *, causal: bool = False) -> type[PreTra
         cls = getattr(transformers, name, None)
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
             return cls
-    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    auto = _auto_class(config, names) or (transformers.AutoModelForCausalLM if causal else transformers.AutoModel)
     try:
         of_type = auto._model_mapping[type(config)]
     except KeyError as error:

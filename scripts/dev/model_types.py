@@ -15,12 +15,10 @@ For each `model_type`, of all its loadable classes, built tiny on the meta devic
     text.
 `names`
     The last parts of the names of tensors that its classes load, beside `weight` and `bias`.
-`ignored`
-    Regular expressions of tensors that a class says it ignores in a checkpoint.
 `tied`
     Regular expressions of weights that are another weight under a second name, which a checkpoint may leave out.
 `classes`
-    The classes that `architectures` may name; those that generate text, with true.
+    The classes that `architectures` may name; those that continue a text, with true.
 `unbuildable`
     Why one of its classes cannot be built here, or compared by `conformance.py`. The table may then miss something, and
     the type is stored unchanged.
@@ -53,6 +51,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -219,7 +218,6 @@ def facts_of(folder: str) -> dict[str, Any]:
     """The entry of the model types whose classes are in one folder of transformers."""
     built = Built()
     tied: set[str] = set()
-    ignored: set[str] = set()
     classes: dict[str, bool] = {}
     modules, reason = modelling_files(folder)
     if reason:
@@ -231,17 +229,15 @@ def facts_of(folder: str) -> dict[str, Any]:
         for cls in classes_of(module):
             built.both |= set(cls._keep_in_fp32_modules_strict or ())
             built.float16 |= set(cls._keep_in_fp32_modules or ())
-            ignored |= set(cls._keys_to_ignore_on_load_unexpected or ())
             if not isinstance(keys := cls._tied_weights_keys or (), property):
                 tied |= set(keys)
             if cls.__name__ in _LOADABLE:
-                classes[cls.__name__] = cls.can_generate()
+                classes[cls.__name__] = cls.__name__ in _CONTINUE_TEXT and cls.main_input_name == "input_ids"
                 built.add(cls)
     facts: dict[str, Any] = {
         "both": _compact(built.both, below=set()),
         "float16": _compact(built.float16, below=built.both),
         "names": sorted(built.names - _EVERYWHERE),
-        "ignored": sorted(ignored),
         "tied": sorted(tied),
         "classes": dict(sorted(classes.items())),
         "unbuildable": "; ".join(sorted(built.unbuildable)[:1]),
@@ -250,6 +246,17 @@ def facts_of(folder: str) -> dict[str, Any]:
 
 
 _LOADABLE = frozenset(loadable_classes())
+_CONTINUE_TEXT = frozenset(
+    name
+    for mapping in (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
+    for entry in mapping.values()
+    for name in ([entry] if isinstance(entry, str) else entry)
+)
 
 
 def build_table() -> dict[str, object]:

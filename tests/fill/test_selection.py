@@ -126,6 +126,8 @@ def test_a_foreign_file_beside_the_model_is_left_out(foreign: str) -> None:
 def test_weights_by_a_name_of_their_own_are_taken_if_a_config_describes_them() -> None:
     files = {"gptq_model-4bit-128g.safetensors": None, "quantize_config.json": {"bits": 4}}
     assert weights({"config.json": CONFIG, **files}) == ["gptq_model-4bit-128g.safetensors"]
+    shards = {f"model-0000{number}-of-00002.safetensors": None for number in (1, 2)}
+    assert weights({"config.json": CONFIG, **shards}) == sorted(shards)
     assert weights({"params.json": {"dim": 8}, "consolidated.safetensors": None}) == ["consolidated.safetensors"]
 
 
@@ -236,6 +238,28 @@ ROUTER = {
 }
 
 
+@pytest.mark.parametrize("path", ["2_Dense/", "./2_Dense", "./2_Dense/"])
+def test_the_path_of_a_module_is_read_as_a_folder(path: str) -> None:
+    modules = [module(".", "Transformer"), module(path, "Dense")]
+    repo = {"modules.json": modules, "config.json": CONFIG, WEIGHTS: None, "2_Dense/model.safetensors": None}
+    assert weights(repo) == ["2_Dense/model.safetensors", WEIGHTS]
+
+
+@pytest.mark.parametrize("kind", ["Router", "Asym"])
+def test_a_router_may_be_described_by_its_config(kind: str) -> None:
+    types = {"query_0_Dense": "sentence_transformers.models.Dense"}
+    repo = {
+        "modules.json": [module("", "Transformer"), module("1_Router", kind)],
+        "config.json": CONFIG,
+        WEIGHTS: None,
+        "1_Router/config.json": {"types": types},
+    }
+    with pytest.raises(NoWeights, match=r"folder 1_Router/query_0_Dense of org/name, which 1_Router/config\.json"):
+        select(repo)
+    deep = "1_Router/query_0_Dense/model.safetensors"
+    assert weights({**repo, deep: None}) == [deep, WEIGHTS]
+
+
 def test_every_module_of_a_sentence_transformer_has_its_weights() -> None:
     assert weights({**SENTENCE, WEIGHTS: None, "2_Dense/model.safetensors": None}) == [
         "2_Dense/model.safetensors",
@@ -291,6 +315,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model-00001-of-00001.fp16.safetensors": None,
     },
     "another variant": {"model.bf16.safetensors": None},
+    "a variant with a dash": {"model.ema-pruned.safetensors": None},
+    "shards by an index of older diffusers": {
+        "model.safetensors.fp16.index.json": index("model-00001-of-00001.fp16.safetensors"),
+        "model-00001-of-00001.fp16.safetensors": None,
+    },
 }
 
 
@@ -403,6 +432,20 @@ NO_MODEL: dict[str, tuple[dict[str, Any], type[ModelStoreError], str]] = {
         {"model-Q4_K_M.gguf": None, "model-Q8_0.gguf": None, "config.json": CONFIG},
         NoWeights,
         r"has GGUF only \(model-Q4_K_M.gguf, model-Q8_0.gguf\)",
+    ),
+    "GGUF in folders": ({"Q4_K_M/m-00001-of-00002.gguf": None, "config.json": CONFIG}, NoWeights, "has GGUF only"),
+    "ONNX in a folder": ({"onnx/model.onnx": None, "config.json": CONFIG}, NoWeights, "only as onnx/model.onnx"),
+    "a single file beside a config": (
+        {"flux1-dev.safetensors": None, "config.json": {}},
+        NoWeights,
+        r"by names that its loader does not take for the model's \(flux1-dev.safetensors\)",
+    ),
+    "two foreign files": ({"a.safetensors": None, "b.safetensors": None, "config.json": CONFIG}, NoWeights, "by names"),
+    "one shard of two": ({"model-00001-of-00002.safetensors": None, "config.json": CONFIG}, NoWeights, "all shards"),
+    "a pickled shard without its index": (
+        {"pytorch_model-00001-of-00002.bin": None, "config.json": CONFIG},
+        PickleRefused,
+        "does not open by these names",
     ),
     "a single file": ({"flux1-dev.safetensors": None}, NoWeights, r"is a Diffusers single file, .*flux1-dev"),
     "ONNX": ({"model.onnx": None, "config.json": CONFIG}, NoWeights, r"only as model.onnx"),

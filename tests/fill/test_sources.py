@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import save_file
 
 from modelstore.errors import (
     DigestMismatch,
@@ -91,6 +93,40 @@ def test_a_damaged_hf_cache_is_named_and_the_hub_is_used(
     assert verify_snapshot(snapshot).ok
     assert "org/name" in caplog.text or "models--org--name" in caplog.text
     assert "huggingface-cache" in caplog.text or "HF cache" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "modules.json", "2_Dense/config.json"])
+def test_an_hf_cache_of_a_program_that_needed_less_is_passed_over(
+    hub: Hub, store: ModelStore, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    repo = write_repo(hub.folder / "org" / "name")
+    save_file(random_tensors(1), repo / "2.safetensors")
+    (repo / "2_Dense").mkdir()
+    (repo / "2.safetensors").rename(repo / "2_Dense" / "model.safetensors")
+    (repo / "2_Dense" / "config.json").write_text("{}")
+    kinds = {"": "Transformer", "2_Dense": "Dense"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (repo / "modules.json").write_text(json.dumps(modules))
+    cache = hf_cache(store.settings.root, hub, "org/name")
+    next((cache / "models--org--name" / "snapshots").glob(f"*/{name}")).unlink()
+    snapshot = store.ensure("org/name")
+    assert snapshot.manifest.source.kind == "hub"
+    assert {
+        "tokenizer.json",
+        "modules.json",
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+    } <= snapshot.manifest.paths
+    assert f"lacks {name}" in caplog.text
+
+
+def test_a_loop_of_links_in_an_hf_cache_is_passed_over(hub: Hub, store: ModelStore) -> None:
+    write_repo(hub.folder / "org" / "name")
+    cache = hf_cache(store.settings.root, hub, "org/name")
+    link = next((cache / "models--org--name" / "snapshots").glob("*/config.json"))
+    link.unlink()
+    link.symlink_to(link)
+    assert store.ensure("org/name").manifest.source.kind == "hub"
 
 
 def test_a_damaged_hf_cache_is_never_published(hub: Hub, store: ModelStore, make_store: MakeStore) -> None:

@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modelstore.errors import WeightOverflow
+from modelstore.errors import HubUnavailable, WeightOverflow
 from modelstore.fill.storage_policy import storage_policy
 from modelstore.store import ModelStore
 from modelstore.volume.header import TensorInfo
 from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.verify import verify_snapshot
+from tests.conftest import MakeStore
 from tests.support.checkpoints import write_repo
 from tests.support.hub import Hub
 
@@ -124,6 +125,26 @@ def test_shards_that_were_converted_before_another_ones_header_are_fetched_again
     assert hub.served.bytes["model-00002-of-00003.safetensors"] > snapshot.weights[1].size_bytes
 
 
+def test_a_fill_that_goes_on_knows_the_headers_of_the_shards_before(hub: Hub, make_store: MakeStore) -> None:
+    tensors = weights() | UNSTATED["FP8 weights"]
+    store = make_store(sleep=lambda _seconds: None)
+    missing = "model-00003-of-00003.safetensors"
+    hub.faults.status[missing] = [(404, {})] * 1000
+    with pytest.raises(HubUnavailable):
+        seeded(hub, store, tensors, shards=3)
+    hub.faults.status.clear()
+    snapshot = store.ensure("org/name")
+    assert snapshot.status == "resumed"
+    assert_unchanged(snapshot, tensors, hub.folder / "org" / "name")
+
+
+@pytest.mark.parametrize("name", ["layers.3.W_q", "layers.3.weight_scale_inv", "layers.3.Qidxs"])
+def test_one_file_is_known_by_its_names_too(hub: Hub, store: ModelStore, name: str) -> None:
+    packed = torch.ones(8, 8, dtype=torch.int64) if name.endswith("Qidxs") else torch.rand(8, 8)
+    tensors = weights() | {name: packed}
+    assert_unchanged(seeded(hub, store, tensors, shards=1), tensors, hub.folder / "org" / "name")
+
+
 @pytest.mark.parametrize(
     "tensor",
     [
@@ -155,6 +176,8 @@ MASKS = {
     "gpt_neox": "gpt_neox.layers.0.attention.masked_bias",
     "codegen": "transformer.h.0.attn.causal_mask",
     "gpt2": "transformer.h.0.attn.masked_bias",
+    "llama": "model.layers.0.self_attn.statistic",
+    "bert": "embeddings.position_embeddings_scale",
 }
 
 
@@ -169,9 +192,17 @@ def test_a_constant_mask_that_no_class_loads_does_not_refuse_a_model(
     stored = load_file(snapshot.path / "model.safetensors")
     assert stored["transformer.wte.weight"].dtype == torch.float16
     assert torch.equal(stored[name], tensors[name])
+    assert verify_snapshot(snapshot).ok
 
 
-@pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.h.0.attn.c_attn.bias", "huge"])
+def test_the_index_counts_tensors_that_no_class_loads_as_they_are_stored(hub: Hub, store: ModelStore) -> None:
+    tensors = weights() | {"layers.3.masked_bias": torch.full((100,), -1e9)}
+    snapshot = seeded(hub, store, tensors, shards=3, config={"model_type": "llama"})
+    index = json.loads((snapshot.path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 6 * 64 * 2 + 400
+
+
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.h.0.attn.c_attn.bias"])
 def test_a_weight_that_overflows_still_refuses_it(hub: Hub, store: ModelStore, name: str) -> None:
     with pytest.raises(WeightOverflow, match=name):
         seeded(hub, store, {name: torch.full((4,), 1e6)}, shards=1, config={"model_type": "gpt2"})

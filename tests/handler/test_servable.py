@@ -100,15 +100,15 @@ KINDS: dict[str, tuple[Callable[[Path], None], bool, int, str]] = {
         encoder,
         True,
         8,
-        "org/name is an encoder or another model without a language head (BertModel) and generates no text: name a "
-        "language model",
+        "org/name is an encoder, or another model that continues no text (BertModel), and generates none: name a language "
+        "model",
     ),
     "a base model": (
         base_model,
         True,
         8,
-        "org/name is an encoder or another model without a language head (LlamaModel) and generates no text: name a "
-        "language model",
+        "org/name is an encoder, or another model that continues no text (LlamaModel), and generates none: name a language "
+        "model",
     ),
     "an embedding model": (
         embedding,
@@ -205,7 +205,34 @@ def test_a_model_that_may_generate_text_passes(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["glm99", "llama5", "Llama"])
 def test_an_unknown_type_is_named(name: str) -> None:
     with pytest.raises(NotServable, match=f"model type '{name}' is unknown"):
-        check_loadable({"model_type": name}, (), "org/name")
+        check_loadable({"model_type": name}, {"config.json"}, "org/name")
+    with pytest.raises(NotServable, match=f"model type '{name}' is unknown"):
+        check_loadable({"model_type": "llava", "text_config": {"model_type": name}}, {"config.json"}, "org/name")
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "match"),
+    [
+        ({"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}, {"config.json"}, "no text"),
+        ({"model_type": "blip", "architectures": ["BlipForConditionalGeneration"]}, {"config.json"}, "no text"),
+        (
+            {"model_type": "vision-encoder-decoder", "architectures": ["VisionEncoderDecoderModel"]},
+            {"config.json"},
+            "no text",
+        ),
+        ({"model_type": "musicgen", "architectures": ["MusicgenForConditionalGeneration"]}, {"config.json"}, "no text"),
+        ({"model_type": "vit"}, {"config.json"}, "of type vit"),
+        ({"_class_name": "AutoencoderKL"}, {"config.json"}, "is a AutoencoderKL, a part of a Diffusers pipeline"),
+        ({}, {"model_index.json"}, "is a pipeline of Diffusers"),
+        ({}, {"config.json"}, "names no model_type"),
+        ({"model_type": None}, {"config.json"}, "names no model_type"),
+        ({"model_type": ["llama"]}, {"config.json"}, "names no model_type"),
+        ({}, {"model.safetensors"}, "has no config.json"),
+    ],
+)
+def test_what_continues_no_text_is_told_by_its_config(config: dict[str, Any], files: set[str], match: str) -> None:
+    with pytest.raises(NotServable, match=match):
+        check_generates_text(config, files, "org/name")
 
 
 def test_a_pickle_is_never_answered_with_the_step_that_was_just_taken(hub: Hub, cli: Cli) -> None:

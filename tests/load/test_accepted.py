@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from modelstore.errors import BadConfig, BadSafetensors, CodeRefused, IntegrityError, ModelStoreError, NotServable
 from modelstore.load.model import load_model
 from modelstore.store import ModelStore
+from tests.conftest import MakeStore
 from tests.support.models import SMALL, assert_equal
 
 LLAMA = {**SMALL, "num_key_value_heads": 2}
@@ -137,6 +138,33 @@ def test_code_of_a_type_that_transformers_lacks_is_refused(
         store.ensure(f"file://{tmp_path}/model")
 
 
+def test_a_name_of_the_repos_own_class_leads_to_the_auto_class_that_it_is_given_for(
+    store: ModelStore, tmp_path: Path
+) -> None:
+    with_code(tmp_path / "model", KNOWN["llama"])
+    edit(
+        tmp_path / "model", architectures=["ZForCausalLM"], auto_map={"AutoModelForCausalLM": "modeling_z.ZForCausalLM"}
+    )
+    assert type(stored(store, tmp_path / "model")) is tf.LlamaForCausalLM
+
+
+def test_code_of_a_tokenizer_is_stored_and_flagged_with_permission(make_store: MakeStore, tmp_path: Path) -> None:
+    with_code(tmp_path / "model", KNOWN["llama"])
+    snapshot = make_store(trust_remote_code=True).ensure(f"file://{tmp_path}/model")
+    assert snapshot.manifest.remote_code
+    assert "tokenization_own.py" in snapshot.manifest.paths
+
+
+def test_a_model_that_was_stored_without_its_code_says_so(
+    store: ModelStore, make_store: MakeStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_code(tmp_path / "model", KNOWN["llama"])
+    assert type(stored(store, tmp_path / "model", trust_remote_code=True)) is tf.LlamaForCausalLM
+    assert "is stored without its code: the class of transformers is used" in caplog.text
+    make_store(trust_remote_code=True).ensure(f"file://{tmp_path}/model", refresh=True)
+    assert "was stored without its code: to have it, run `modelstore rm local/model@" in caplog.text
+
+
 # A config that does not name its class
 
 NAMED: dict[str, Any] = {"missing": ..., "null": None, "empty": [], "misspelt": ["LlamaForCasualLM"], "text": "Llama"}
@@ -236,7 +264,7 @@ def bad_config(folder: Path, kind: str) -> None:
     ("kind", "error", "match"),
     [
         ("an unknown type", NotServable, f"model type 'glm99' is unknown to transformers {tf.__version__}: upgrade"),
-        ("no type", BadConfig, "cannot read the config of"),
+        ("no type", NotServable, "its config.json names no model_type"),
         ("a value that does not fit", BadConfig, "cannot read the config of"),
         ("sizes of another model", IntegrityError, "cannot be made a LlamaForCausalLM"),
         ("no config", NotServable, "has no config.json"),
