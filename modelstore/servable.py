@@ -67,8 +67,9 @@ def check_generates_text(config: Mapping[str, Any], files: Collection[str], labe
     named = config.get("architectures")
     names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     known = {name: answer for name in names if (answer := generates(name)) is not None}
-    if not names and not type_generates(config["model_type"]):
-        known = {f"of type {config['model_type']}": False}
+    model_type = config.get("model_type")
+    if not names and isinstance(model_type, str) and not type_generates(model_type):
+        known = {f"of type {model_type}": False}
     if known and not any(known.values()):
         raise NotServable(
             f"{label} is an encoder, or another model that continues no text ({next(iter(known))}), and generates "

@@ -2,8 +2,7 @@
 
 Converted: F32, F16 and BF16 tensors. Not converted: integers, booleans, 8-bit floats and F64; everything of a quantized
 checkpoint, however it says that it is one; everything of a type that this version does not know well enough; weights
-that transformers keeps in float32; and tensors
-that overflow and that no class loads, such as the masks of old checkpoints.
+that transformers keeps in float32; and tensors that overflow and that no class loads, such as masks of old checkpoints.
 """
 
 from __future__ import annotations

@@ -196,6 +196,7 @@ def test_the_page_shows_these_lines() -> None:
         {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
         {"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]},
         {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": {"AutoModel": "m.Own"}},
+        {"auto_map": {"AutoModel": "m.Own"}},
     ],
 )
 def test_a_model_that_may_generate_text_passes(config: dict[str, Any]) -> None:
