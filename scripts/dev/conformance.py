@@ -34,7 +34,7 @@ sys.path[:0] = [str(HERE), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from tiny_models import MOST_PARAMETERS, class_named, loadable_classes, tiny_configs  # noqa: E402
+from tiny_models import MOST_PARAMETERS, class_named, loadable_classes, tiny_configs, with_another_rope  # noqa: E402
 from transformers import PreTrainedConfig, PreTrainedModel  # noqa: E402
 
 from modelstore import ModelStore, load_model  # noqa: E402
@@ -69,6 +69,7 @@ def try_class(name: str) -> Outcome:
     try:
         cls = class_named(name)
         configs = list(tiny_configs(cls))
+        configs += filter(None, [with_another_rope(cls, configs[0])])
     except Exception as error:
         return outcome("unbuildable", _line(error))
     for config in configs:

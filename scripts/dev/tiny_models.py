@@ -12,6 +12,7 @@ import importlib
 import itertools
 import math
 import re
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,18 @@ _DEMANDED: dict[str, dict[str, Any]] = {  # by classes that their own default co
     "BeitForSemanticSegmentation": {"out_indices": [1, 2, 3, 4]},
     "T5GemmaEncoderModel": {"is_encoder_decoder": False},
 }
+_ROPES: tuple[dict[str, Any], ...] = (
+    {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+)
 _POSITIONS = ("rotary", "relative", "relative_key", "relative_key_query", "rope", "sinusoidal")
 
 _LAYERS = re.compile(r"(layers?|depths?|blocks?|num_stages|n_layer|num_hidden_groups)$")
@@ -87,6 +100,24 @@ def tiny_configs(cls: type[PreTrainedModel]) -> Iterator[PreTrainedConfig]:
             other = _changed(config, {name: kind})
             if kind != getattr(config, name) and fits(cls, other):
                 yield other
+
+
+def with_another_rope(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """The configuration with rotary embeddings of another kind, one of four by the name of the class; None if it has
+    none, or cannot be built with them."""
+    kind = _ROPES[zlib.crc32(cls.__name__.encode()) % len(_ROPES)]
+    other, changed = copy.deepcopy(config), False
+    for part in _parts(other):
+        rope = vars(part).get("rope_parameters")
+        if not isinstance(rope, dict):
+            continue
+        if rope.get("rope_type") == "default":
+            _set(part, "rope_parameters", {**rope, **kind})
+            changed = True
+        elif isinstance(rope.get("full_attention"), dict):  # one for each type of layer
+            _set(part, "rope_parameters", {**rope, "full_attention": {**rope["full_attention"], **kind}})
+            changed = True
+    return other if changed and fits(cls, other) else None
 
 
 def fits(cls: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
