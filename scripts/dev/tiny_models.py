@@ -51,6 +51,7 @@ _MOST_OF_A_COUNT = (
     (re.compile(r"^(num|n)_(.*_)?experts$|num_queries"), 8),
 )
 _HEADS = re.compile(r"(^|_)heads?$|(^|_)n_heads?(_|$)|num_(attention|key_value|q|kv)_heads|attention_heads$")
+_DENSE = re.compile(r"dense_(layers|replace)$|moe_layer_start")
 _NO_COUNT_OF_HEADS = re.compile(r"dim|d_head|kv|key_value")
 _WIDTH = re.compile(
     r"(^|_)(size|dim|dims|width|channels?|d_model|d_ff|inner|rank|embd|features)$|^d_|hidden|width|_dim_"
@@ -288,6 +289,8 @@ def _shrunk(config: PreTrainedConfig, factor: str, *, counts: bool) -> PreTraine
             for name, value in list(vars(part).items()):
                 if isinstance(value, list | tuple) and len(value) > count and ("layer" in name or "types" in name):
                     _set(part, name, _some_of_each(list(value), count))
+                if type(value) is int and value >= count and _DENSE.search(name):
+                    _set(part, name, count - 1)  # the layers before the first one with experts
         vocab, pad = vars(part).get("vocab_size"), vars(part).get("pad_token_id")
         if isinstance(vocab, int) and isinstance(pad, int) and pad >= vocab:
             _set(part, "pad_token_id", 1)
