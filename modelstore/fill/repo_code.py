@@ -20,11 +20,14 @@ def code_of(paths: Iterable[str], read: Callable[[str], bytes], repo: Collection
     counts, too, if transformers has the model's type: its own are used without it, and may not fit.
     """
     configs = sorted(path for path in paths if path.endswith(".json"))
+    model_types = {
+        folder_of(path): parse_object(read(path), path).get("model_type")
+        for path in configs
+        if PurePosixPath(path).name == "config.json"
+    }
     for path in configs:
-        config = join(folder_of(path), "config.json")
-        model_type = parse_object(read(config), config).get("model_type") if config in configs else None
-        if allowed and path != config:
-            model_type = None
+        folder = folder_of(path)
+        model_type = None if allowed and path != join(folder, "config.json") else model_types.get(folder)
         if phrase := code_in(path, read(path), repo, model_type=model_type):
             return phrase
     return ""

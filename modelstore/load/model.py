@@ -71,8 +71,7 @@ def load_model(
     timeline = timeline or Timeline()
     if all("/" in file.path for file in snapshot.weights):
         raise NoWeights(f"{snapshot.key} is a pipeline, and no single model: load it by its path, or with load_tensors")
-    has_code = snapshot.manifest.remote_code or any(path.endswith(".py") for path in snapshot.manifest.paths)
-    trusted = has_code and trust_remote_code
+    trusted = snapshot.has_code and trust_remote_code
     if trust_remote_code and snapshot.lacks_code:
         logger.warning("%s is stored without its code: the class of transformers is used", snapshot.key)
     check_code(snapshot, trusted=trusted)

@@ -86,9 +86,14 @@ class Snapshot:
         return config if isinstance(config, dict) else {}
 
     @property
+    def has_code(self) -> bool:
+        """Whether the snapshot was stored with Python files of the repo, or names code of it that was allowed."""
+        return self.manifest.remote_code or any(path.endswith(".py") for path in self.manifest.paths)
+
+    @property
     def lacks_code(self) -> bool:
         """Whether its config names code of the repo, and the snapshot was stored without it."""
-        return bool(self.config().get("auto_map")) and not any(path.endswith(".py") for path in self.manifest.paths)
+        return not self.has_code and bool(self.config().get("auto_map"))
 
     @property
     def weights_bytes(self) -> int:
