@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from handler.engines import ENGINES, engine_for
 from handler.privileges import become_owner_of
+from handler.redaction import VolumePaths
+from handler.start_failure import tell_waiting_jobs
 from modelstore.environment import forget_hub_tokens
 from modelstore.errors import ModelStoreError, NotFound
 from modelstore.logs import LINE_CHARACTERS, log_to_stderr, take_library_logs
@@ -53,8 +55,21 @@ def main() -> int:
 
 
 def start() -> Callable[[], None]:
-    """Load the engine, log the timeline, keep it on the volume; returns the function that serves jobs."""
-    settings = Settings.from_env()
+    """Load the engine, log the timeline, keep it on the volume; returns the function that serves jobs. A start that
+    fails tells the waiting jobs why."""
+    paths: VolumePaths | None = None
+    try:
+        settings = Settings.from_env()
+        paths = VolumePaths(settings.root)
+        return _started(settings)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        tell_waiting_jobs(f"{type(error).__name__}: {error}", paths)
+        raise
+
+
+def _started(settings: Settings) -> Callable[[], None]:
     forget_hub_tokens()
     become_owner_of(settings.root)
     timeline = Timeline(worker=settings.worker_id, model=str(settings.model), dtype=settings.dtype)

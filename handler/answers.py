@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from handler.errors import JobError
 from handler.jobs import TextRequest
 
 P = TypeVar("P", contravariant=True)
@@ -33,14 +34,36 @@ class Responder(Protocol[P]):
     def last_chunks(self) -> list[Any]:
         """The end of a stream."""
 
+    def failed_chunks(self, error: JobError) -> list[Any]:
+        """The end of a stream that fails midway."""
+
     def output(self) -> Any:
         """The output of a finished job that is not streamed."""
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token as a text, with its natural log probability, None if nothing is before it; `top`: the most likely
+    tokens at its place, each with its own."""
+
+    token: str
+    logprob: float | None
+    top: tuple[tuple[str, float], ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """It in the form of a conversation's `logprobs` on OpenAI's routes."""
+        top = [_logprob_as_json(token, logprob) for token, logprob in self.top]
+        return _logprob_as_json(self.token, self.logprob) | {"top_logprobs": top}
+
+
+def _logprob_as_json(token: str, logprob: float | None) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+
+@dataclass(frozen=True, slots=True)
 class TextDelta:
     """Some more text of prompt number `index`, made of so many tokens by `model`; the last one says why it ended, and
-    how many tokens the prompt had."""
+    how many tokens the prompt had. `logprobs`: of these tokens, if they were asked for."""
 
     index: int
     text: str
@@ -48,6 +71,7 @@ class TextDelta:
     finish_reason: str | None = None
     prompt_tokens: int = 0
     model: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class TextAnswer:
@@ -60,6 +84,7 @@ class TextAnswer:
         self.texts = ["" for _prompt in request.prompts]
         self.tokens = [0 for _prompt in request.prompts]
         self.reasons = ["" for _prompt in request.prompts]
+        self.logprobs: list[list[TokenLogprob]] = [[] for _prompt in request.prompts]
         self.prompt_tokens = 0
 
     def add(self, piece: TextDelta) -> None:
@@ -69,6 +94,7 @@ class TextAnswer:
         self.texts[piece.index] += piece.text
         self.tokens[piece.index] += piece.tokens
         self.reasons[piece.index] = piece.finish_reason or ""
+        self.logprobs[piece.index] += piece.logprobs
 
     def chunks(self, piece: TextDelta) -> list[Any]:
         """Take the next piece; returns its chunks of a stream."""
@@ -77,10 +103,11 @@ class TextAnswer:
             return []
         index = {"index": piece.index} if self._request.listed else {}
         chunks: list[Any] = []
-        if piece.text:
-            chunks.append({"token": piece.text, "finished": False} | index)
+        if piece.text or piece.logprobs:
+            told = {"logprobs": [each.as_json() for each in piece.logprobs]} if self._tells_logprobs else {}
+            chunks.append({"token": piece.text, "finished": False} | index | told)
         if piece.finish_reason:
-            chunks.append({"token": "", "finished": True} | index | self._output(*self._of(piece.index)))
+            chunks.append({"token": "", "finished": True} | index | self._output(piece.index))
         return chunks
 
     def merge(self, chunks: list[Any]) -> list[Any]:
@@ -89,7 +116,7 @@ class TextAnswer:
         for chunk in chunks:
             last = merged[-1] if merged else None
             if last and not last["finished"] and not chunk["finished"] and last.get("index") == chunk.get("index"):
-                merged[-1] = last | {"token": last["token"] + chunk["token"]}
+                merged[-1] = last | {name: last[name] + chunk[name] for name in ("token", "logprobs") if name in chunk}
             else:
                 merged.append(chunk)
         return merged
@@ -102,20 +129,29 @@ class TextAnswer:
         """Nothing: the last chunk of each prompt says that it is finished."""
         return []
 
+    def failed_chunks(self, error: JobError) -> list[Any]:
+        """One chunk with the error."""
+        return [{"token": "", "finished": True} | error.payload()]
+
     def output(self) -> dict[str, Any]:
         """The output of a finished job."""
-        if self._request.listed:
-            return self._output(self.texts, self.tokens, self.reasons)
-        return self._output(*self._of(0))
+        return self._output(None if self._request.listed else 0)
 
-    def _of(self, index: int) -> tuple[str, int, str]:
-        return self.texts[index], self.tokens[index], self.reasons[index]
+    @property
+    def _tells_logprobs(self) -> bool:
+        return self._request.sampling.logprobs is not None
 
-    def _output(self, text: object, tokens: object, reason: object) -> dict[str, Any]:
+    def _output(self, index: int | None) -> dict[str, Any]:
+        """The output of one prompt, or of all of them."""
+        logprobs = [[each.as_json() for each in tokens] for tokens in self.logprobs] if self._tells_logprobs else []
+        of_each: dict[str, list[Any]] = {
+            "generated_text": self.texts,
+            "tokens_generated": self.tokens,
+            "finish_reason": self.reasons,
+            **({"logprobs": logprobs} if self._tells_logprobs else {}),
+        }
         return {
-            "generated_text": text,
-            "tokens_generated": tokens,
-            "finish_reason": reason,
+            **{name: list(values) if index is None else values[index] for name, values in of_each.items()},
             "model": self.model,
             "parameters": self._request.sampling.parameters,
         }

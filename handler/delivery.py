@@ -1,19 +1,30 @@
-"""The delivery of one answer to RunPod: chunks of a stream as they come, progress now and then, and the output."""
+"""The delivery of one answer to RunPod: chunks of a stream as they come, progress now and then, and the output.
+
+RunPod takes no result beyond a size (20 MB are reported): the SDK would log that, and the job would end without an
+output and without an error. So the size is looked at here, and such a job gets an error that its sender can read.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from handler.answers import Responder
+from handler.errors import Code, JobError
+from modelstore.units import size
+
+logger = logging.getLogger(__name__)
 
 P = TypeVar("P")
 Job = Mapping[str, Any]
 
 PROGRESS_EVERY_S = 5.0
+_FAIL_S = 10.0  # for the last chunks of a stream that fails
 
 
 class JobChannel:
@@ -51,35 +62,82 @@ class RunPodChannel(JobChannel):
         await send_result(self._opened(), {"status": "IN_PROGRESS", "output": dict(progress)}, job)
 
 
-async def deliver(job: Job, pieces: AsyncIterator[P], responder: Responder[P], channel: JobChannel) -> Any:
-    """Take all pieces, and send the chunks that the responder makes of each; chunks that come while others are sent go
-    out together. A job that is not streamed gets its progress now and then. Returns the job's output."""
-    sent: list[Any] = []
-    waiting: list[Any] = []
-    sending: asyncio.Task[None] | None = None
-    last_progress_at = time.monotonic()
-    try:
+class Delivery:
+    """One job's answer on its way. Call `close` at the end."""
+
+    def __init__(self, job: Job, channel: JobChannel, *, most_bytes: int) -> None:
+        """`most_bytes`: the largest chunk, and the largest output, that RunPod takes."""
+        self._job = job
+        self._channel = channel
+        self._most_bytes = most_bytes
+        self._responder: Responder[Any] | None = None
+        self._sent: list[Any] = []
+        self._waiting: list[Any] = []
+        self._sending: asyncio.Task[None] | None = None
+
+    async def run(self, pieces: AsyncIterator[P], responder: Responder[P]) -> Any:
+        """Take all pieces, and send the chunks that the responder makes of each; chunks that come while others are sent
+        go out together. A job that is not streamed gets its progress now and then. Returns the job's output. Raises
+        JobError if a chunk is too large."""
+        self._responder = responder
+        last_progress_at = time.monotonic()
         async with aclosing(pieces) as source:  # type: ignore[type-var]
             async for piece in source:
-                waiting += responder.chunks(piece)
-                if waiting and (sending is None or sending.done()):
-                    chunks, waiting = responder.merge(waiting), []
-                    sent += chunks
-                    sending = asyncio.create_task(channel.stream(job, chunks))
-                elif not sent and not waiting and time.monotonic() - last_progress_at >= PROGRESS_EVERY_S:
+                self._waiting += responder.chunks(piece)
+                if self._waiting and (self._sending is None or self._sending.done()):
+                    if self._sending is not None:
+                        self._sending.result()
+                    self._sending = asyncio.create_task(self._send_waiting(responder))
+                elif not self._sent and not self._waiting and time.monotonic() - last_progress_at >= PROGRESS_EVERY_S:
                     last_progress_at = time.monotonic()
                     if (progress := responder.progress()) is not None:
-                        await channel.progress(job, progress)
-        if sending is not None:
-            await sending
+                        await self._channel.progress(self._job, progress)
+        if self._sending is not None:
+            await self._sending
         if not responder.streams:
             return responder.output()
-        last = [responder.merge(waiting)] if waiting else []
-        for chunks in (*last, responder.last_chunks()):
-            if chunks:
-                await channel.stream(job, chunks)
-                sent += chunks
-    finally:
-        if sending is not None:
-            sending.cancel()
-    return sent
+        await self._send_waiting(responder)
+        self._waiting = responder.last_chunks()
+        await self._send_waiting(responder)
+        return self._sent
+
+    async def fail(self, error: JobError) -> None:
+        """End a stream of which chunks were sent: the error is its last one. The job itself fails besides."""
+        responder = self._responder
+        if responder is None or not responder.streams or not (self._sent or self._waiting):
+            return
+        try:
+            async with asyncio.timeout(_FAIL_S):
+                if self._sending is not None and not self._sending.done():
+                    await asyncio.wait({self._sending})
+                with suppress(JobError):  # of a chunk that is too large, as the error says
+                    await self._send_waiting(responder)
+                self._waiting = responder.failed_chunks(error)
+                await self._send_waiting(responder)
+        except TimeoutError:
+            logger.warning("job %s: RunPod took no end of its stream", self._job.get("id"))
+
+    def close(self) -> None:
+        """Nothing more is sent."""
+        if self._sending is not None:
+            self._sending.cancel()
+
+    async def _send_waiting(self, responder: Responder[Any]) -> None:
+        if not self._waiting:
+            return
+        chunks, self._waiting = responder.merge(self._waiting), []
+        for chunk in chunks:
+            check_size(chunk, self._most_bytes)
+        self._sent += chunks
+        await self._channel.stream(self._job, chunks)
+
+
+def check_size(value: Any, most_bytes: int) -> None:
+    """Raise JobError if RunPod would not take `value`, an output or a chunk of a stream."""
+    count = len(json.dumps(value, ensure_ascii=False).encode())
+    if count > most_bytes:
+        raise JobError(
+            Code.RESULT_TOO_LARGE,
+            f"the result has {size(count)}, and RunPod takes {size(most_bytes)}: ask for less, for images as JPEG "
+            "or WEBP, or for a bucket's addresses instead (BUCKET_ENDPOINT_URL); MODELSTORE_MAX_RESULT is the limit",
+        )

@@ -19,6 +19,7 @@ class Code(StrEnum):
     """Why a job failed; the `code` of an error."""
 
     INVALID_INPUT = "INVALID_INPUT"
+    RESULT_TOO_LARGE = "RESULT_TOO_LARGE"
     OOM = "OOM"
     TIMEOUT = "TIMEOUT"
     MODEL_NOT_ALLOWED = "MODEL_NOT_ALLOWED"
@@ -34,8 +35,8 @@ class JobError(Exception):
         self.code = code
 
     def payload(self) -> dict[str, str]:
-        """The handler's return value; the SDK sends `error` as the job's error, and makes an empty one vanish."""
-        return {"error": str(self) or self.code.value, "code": self.code.value}
+        """The handler's return value. The SDK sends `error` as the job's error, and `code` as its output."""
+        return {"error": f"{self.code}: {self}" if str(self) else self.code.value, "code": self.code.value}
 
 
 class TemplateError(ValueError):
@@ -51,9 +52,11 @@ def invalid(message: str) -> JobError:
     return JobError(Code.INVALID_INPUT, message)
 
 
-def not_served(asked: str, model: str) -> JobError:
-    """The error for a job that names another model than the one that is served."""
-    return JobError(Code.MODEL_NOT_ALLOWED, f"this worker serves {model}, not {shown(asked)}")
+def not_served(asked: str, *models: str) -> JobError:
+    """The error for a job that names another model than those that are served."""
+    return JobError(
+        Code.MODEL_NOT_ALLOWED, f"this worker serves {', '.join(dict.fromkeys(models))}, not {shown(asked)}"
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

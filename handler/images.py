@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from handler.errors import invalid
-from handler.jobs import MAX_SEED, Limits, flag, integer, named_model, number
+from handler.errors import JobError, invalid
+from handler.jobs import Limits, named_model
+from handler.sampling import MAX_SEED
+from handler.values import flag, integer, number
 
 MAX_GUIDANCE = 50.0
 _MULTIPLE = 8
@@ -93,6 +95,10 @@ class ImageAnswer:
     def last_chunks(self) -> list[Any]:
         """Nothing: the chunk with the pictures says that it is finished."""
         return []
+
+    def failed_chunks(self, error: JobError) -> list[Any]:
+        """One chunk with the error."""
+        return [{"finished": True} | error.payload()]
 
     def output(self) -> dict[str, Any]:
         """The output of a finished job."""

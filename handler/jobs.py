@@ -1,36 +1,39 @@
 """Text jobs as RunPod hands them over: their requests and their answers. Pure functions, no torch, no network.
 
-    in      {"prompt": str | "prompts": [str] | "messages": [{"role", "content"}], "max_tokens": 100,
-             "temperature": 0.7, "top_p": 0.9, "top_k", "repetition_penalty", "seed", "stop": str | [str],
-             "stream": false, "model": "org/name"}
+    in      {"prompt": str | [int] | "prompts": [str | [int]] | "messages": [{"role", "content"}], "max_tokens": 100,
+             "temperature": 0.7, "top_p": 0.9, "stream": false, "model": "org/name"}, and the fields of `fields.py`
     out     {"generated_text": str, "tokens_generated": int, "finish_reason": "stop" | "length", "model": str,
-             "parameters": {…}}; for `prompts` the first three are lists, in their order
-    stream  {"token": str, "finished": false} as it comes, for `prompts` with "index"; then for each prompt its
-            output, with "token": "" and "finished": true
+             "parameters": {…}}; for `prompts` and `n` the first three are lists, in their order
+    stream  {"token": str, "finished": false} as it comes, for lists with "index"; then for each prompt its output,
+            with "token": "" and "finished": true
     or      {"error": str, "code": Code}
 
-`temperature: 0` means greedy. A field that is not listed is ignored, as RunPod's own workers do.
+With `logprobs` an output and each chunk has "logprobs": a list of {"token", "logprob", "bytes", "top_logprobs"}.
+worker-vllm's input is understood too: `sampling_params` is an object of the same fields, `max_new_tokens` another name
+of `max_tokens`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from handler.errors import invalid, shown
+from handler.fields import FIELDS, check_fields, check_server_fields
+from handler.prompts import (
+    Prompt,
+    check_no_template_options,
+    parse_messages,
+    parse_prompts,
+    parse_template_options,
+    unparsed_messages,
+)
+from handler.sampling import Sampling, parse_sampling
+from handler.values import flag, integer
 from modelstore.settings import Settings
 
-MIN_TEMPERATURE = 0.01
-MAX_TEMPERATURE = 2.0
-MAX_TOP_K = 1_000_000
-MIN_REPETITION_PENALTY = 0.1
-MAX_REPETITION_PENALTY = 10.0
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 200
-MAX_SEED = 2**63 - 1
-MAX_MESSAGES = 4096
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # a lone surrogate, as a text cut by UTF-16 units ends with
 _BESIDE_THE_PROMPT = 1 << 16  # characters of a request's names, numbers and short texts
 
@@ -60,41 +63,14 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is chosen, and when to end. None means the model's own default."""
-
-    max_tokens: int = 100
-    temperature: float = 0.7
-    top_p: float = 0.9
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """The parameters as an answer repeats them: those of the job, and the usual defaults."""
-        fields = {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p}
-        optional = {"top_k": self.top_k, "repetition_penalty": self.repetition_penalty, "seed": self.seed}
-        fields |= {name: value for name, value in optional.items() if value is not None}
-        return fields | ({"stop": list(self.stop)} if self.stop else {})
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """The text to continue, or a conversation for the chat template."""
-
-    text: str | None = None
-    messages: tuple[Mapping[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class TextRequest:
     """One job for a text engine.
 
     `model`: the one that it names. `listed`: its prompts came as a list, and so do its answers. `fit`: max_tokens was
     not named, and is shortened to the room that the model's context leaves. `choices`: so many prompts in a row are the
-    same, and get random numbers of their own.
+    same, and get random numbers of their own. `echo`: the texts begin with their prompts. `add_special_tokens`: whether
+    the tokenizer adds its own to a prompt; None if that is the tokenizer's or the template's to say. `passed`: the
+    fields for a server that reads them itself, as they came.
     """
 
     prompts: tuple[Prompt, ...]
@@ -104,6 +80,9 @@ class TextRequest:
     listed: bool = False
     fit: bool = False
     choices: int = 1
+    echo: bool = False
+    add_special_tokens: bool | None = None
+    passed: Mapping[str, Any] = field(default_factory=dict)
 
 
 def input_of(job: Mapping[str, Any], limits: Limits) -> Mapping[str, Any]:
@@ -144,152 +123,105 @@ def named_model(data: Mapping[str, Any]) -> str | None:
     return name
 
 
-def parse_text(data: Mapping[str, Any], limits: Limits) -> TextRequest:
-    """A text job's request, checked. Raises JobError whose text names the field, the limit and the value."""
+@dataclass(frozen=True, slots=True)
+class ServerFields:
+    """The names of a server's own fields, by the route of its schema."""
+
+    server: str
+    names: Mapping[str, frozenset[str]]
+
+    def check(self, data: Mapping[str, Any], route: str, *, native: bool = False) -> None:
+        """Raise JobError for a field of a request to `route` that the server does not know; a `native` one has fields
+        that the worker reads."""
+        known = self.names.get(route)
+        if known is not None:
+            check_server_fields(data, known, self.server, native=native)
+
+
+def parse_text(data: Mapping[str, Any], limits: Limits, server: ServerFields | None = None) -> TextRequest:
+    """A native text job's request, checked. `server`: the fields of the server that continues it, if one does. Raises
+    JobError whose text names the field, the limit and the value."""
+    data = _with_sampling_params(data)
+    if server is None:
+        check_fields(data, "native")
+    else:
+        server.check(data, "completions" if data.get("messages") is None else "chat/completions", native=True)
+    return parse_completion(data, limits, keep=server is not None)
+
+
+def parse_completion(
+    data: Mapping[str, Any],
+    limits: Limits,
+    *,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    tokens: int | None = None,
+    keep: bool = False,
+) -> TextRequest:
+    """The request of a text job on any route, whose fields are known to be served there. `temperature`, `top_p` and
+    `tokens` are the route's defaults; `keep`: the request keeps its fields for a server. Raises JobError."""
     sources = [name for name in ("prompt", "prompts", "messages") if data.get(name) is not None]
     if len(sources) != 1:
         raise invalid("exactly one of prompt, prompts and messages must be given")
-    if sources == ["prompts"]:
-        prompts = _prompts(data["prompts"], limits)
-    elif sources == ["prompt"]:
-        prompts = (Prompt(_text(data["prompt"], "prompt", limits)),)
+    source = sources[0]
+    prompts: tuple[Prompt, ...]
+    if source == "messages" and keep:
+        prompts, listed = (Prompt(messages=unparsed_messages(data["messages"], limits.prompt_characters)),), False
+    elif source == "messages":
+        messages = parse_messages(data["messages"], limits.prompt_characters)
+        prompts, listed = (Prompt(messages=messages, template=parse_template_options(data)),), False
     else:
-        prompts = (Prompt(messages=parse_messages(data["messages"], limits)),)
+        check_no_template_options(data)
+        prompts, listed = parse_prompts(
+            data[source], source, characters=limits.prompt_characters, at_most=limits.prompts
+        )
+    choices = integer(data, "n", 1, at_least=1, at_most=limits.prompts)
+    if len(prompts) * choices > limits.prompts:
+        raise invalid(f"n times the prompts must be at most {limits.prompts}, not {len(prompts) * choices}")
+    longest = next((data[name] for name in _LENGTHS if data.get(name) is not None), None)
+    echo = flag(data, "echo")
+    sampling = parse_sampling(
+        {**data, "max_tokens": longest},
+        limits.max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        tokens=tokens,
+        at_least=0 if echo and source != "messages" else 1,
+    )
+    adds = None if data.get("add_special_tokens") is None else flag(data, "add_special_tokens")
     return TextRequest(
-        prompts,
-        parse_sampling(data, limits),
+        tuple(prompt for prompt in prompts for _choice in range(choices)),
+        sampling,
         model=named_model(data),
         stream=flag(data, "stream"),
-        listed=sources == ["prompts"],
-        fit=data.get("max_tokens") is None,
+        listed=listed or choices > 1,
+        fit=longest is None,
+        choices=choices,
+        echo=echo,
+        add_special_tokens=adds,
+        passed={name: value for name, value in data.items() if _is_passed(name, value)} if keep else {},
     )
 
 
-def parse_sampling(
-    data: Mapping[str, Any], limits: Limits, *, temperature: float = 0.7, top_p: float = 0.9
-) -> Sampling:
-    """The fields that say how to choose tokens; `temperature` and `top_p` are defaults. Raises JobError."""
-    top_k = repetition_penalty = seed = None
-    if data.get("top_k") is not None:
-        top_k = integer(data, "top_k", 0, at_least=0, at_most=MAX_TOP_K)
-    if data.get("repetition_penalty") is not None:
-        repetition_penalty = number(
-            data, "repetition_penalty", 1.0, at_least=MIN_REPETITION_PENALTY, at_most=MAX_REPETITION_PENALTY
-        )
-    if data.get("seed") is not None:
-        seed = integer(data, "seed", 0, at_least=0, at_most=MAX_SEED)
-    return Sampling(
-        max_tokens=integer(data, "max_tokens", min(100, limits.max_tokens), at_least=1, at_most=limits.max_tokens),
-        temperature=_temperature(data, temperature),
-        top_p=number(data, "top_p", top_p, above=0.0, at_most=1.0),
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=_stop(data.get("stop")),
-    )
+_LENGTHS = ("max_tokens", "max_completion_tokens", "max_new_tokens")
+# A request is sent to a server prompt by prompt, with these in a form of ours.
+_SENT_OTHERWISE = frozenset((*_LENGTHS, "prompt", "prompts", "messages", "n", "stream", "stream_options", "model"))
 
 
-def parse_messages(value: object, limits: Limits) -> tuple[Mapping[str, str], ...]:
-    """A conversation; contents may be OpenAI's lists of text parts. Raises JobError."""
-    if not isinstance(value, list) or not value:
-        raise invalid(f"messages must be a list with at least one message, not {shown(value)}")
-    check_message_count(value)
-    messages = []
-    for index, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise invalid(f"messages[{index}] must be an object, not {shown(message)}")
-        content = _joined_parts(message.get("content"), index)
-        for name, text in (("role", message.get("role")), ("content", content)):
-            if not isinstance(text, str) or not text:
-                raise invalid(f"messages[{index}].{name} must be a string that is not empty")
-        messages.append({"role": message["role"], "content": content})
-    if (size := sum(len(text) for message in messages for text in message.values())) > limits.prompt_characters:
-        raise invalid(f"messages must have at most {limits.prompt_characters} characters together, not {size}")
-    return tuple(messages)
+def _is_passed(name: str, value: object) -> bool:
+    """Whether a server gets this field as it came."""
+    known = FIELDS.get(name)
+    return value is not None and name not in _SENT_OTHERWISE and not (known is not None and known.text == "harmless")
 
 
-def check_message_count(messages: list[Any]) -> None:
-    """Raise JobError if a conversation has more messages than a template is given."""
-    if len(messages) > MAX_MESSAGES:
-        raise invalid(f"messages must be at most {MAX_MESSAGES} messages, not {len(messages)}")
-
-
-def _joined_parts(content: object, index: int) -> Any:
-    if not isinstance(content, list):
-        return content
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise invalid(f"messages[{index}].content may hold parts of type text alone, not {shown(part)}")
-    return "".join(part["text"] for part in content)
-
-
-def _prompts(value: object, limits: Limits) -> tuple[Prompt, ...]:
-    if not isinstance(value, list) or not 1 <= len(value) <= limits.prompts:
-        shown_value = f"{len(value)}" if isinstance(value, list) else shown(value)
-        raise invalid(f"prompts must be a list of 1 to {limits.prompts} strings, not {shown_value}")
-    return tuple(Prompt(_text(text, f"prompts[{index}]", limits)) for index, text in enumerate(value))
-
-
-def _text(value: object, name: str, limits: Limits) -> str:
-    if not isinstance(value, str):
-        raise invalid(f"{name} must be a string, not {shown(value)}")
-    if not value:
-        raise invalid(f"{name} must not be empty")
-    if len(value) > limits.prompt_characters:
-        raise invalid(f"{name} must have at most {limits.prompt_characters} characters, not {len(value)}")
-    return value
-
-
-def _stop(value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else [] if value is None else value
-    usable = isinstance(stops, list) and len(stops) <= MAX_STOPS
-    if not usable or any(not isinstance(s, str) or not 1 <= len(s) <= MAX_STOP_CHARACTERS for s in stops):
-        raise invalid(
-            f"stop must be a string or at most {MAX_STOPS} of them, each of 1 to {MAX_STOP_CHARACTERS} characters, "
-            f"not {shown(value)}"
-        )
-    return tuple(stops)
-
-
-def _temperature(data: Mapping[str, Any], default: float) -> float:
-    """0 for greedy, else large enough that dividing by it stays finite: on a GPU it would not be an exception."""
-    value = number(data, "temperature", default, at_least=0.0, at_most=MAX_TEMPERATURE)
-    if 0 < value < MIN_TEMPERATURE:
-        raise invalid(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE:g}, not {value:g}")
-    return value
-
-
-def flag(data: Mapping[str, Any], name: str) -> bool:
-    """A switch that is off by default. Raises JobError."""
-    value = False if data.get(name) is None else data[name]
-    if not isinstance(value, bool):
-        raise invalid(f"{name} must be true or false, not {shown(value)}")
-    return value
-
-
-def integer(data: Mapping[str, Any], name: str, default: int, *, at_least: int, at_most: int) -> int:
-    """A whole number within limits. Raises JobError."""
-    value = default if data.get(name) is None else data[name]
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or not at_least <= value <= at_most:
-        raise invalid(f"{name} must be an integer between {at_least} and {at_most}, not {shown(value)}")
-    return value
-
-
-def number(
-    data: Mapping[str, Any],
-    name: str,
-    default: float,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float,
-) -> float:
-    """A number within limits. Raises JobError."""
-    value = default if data.get(name) is None else data[name]
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and value <= at_most
-    if not usable or (at_least is not None and value < at_least) or (above is not None and value <= above):
-        low = f"at least {at_least:g}" if at_least is not None else f"above {above:g}"
-        raise invalid(f"{name} must be a number {low} and at most {at_most:g}, not {shown(value)}")
-    return float(value)
+def _with_sampling_params(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A job's fields, with those of worker-vllm's `sampling_params` beside them. Raises JobError if both have one."""
+    params = data.get("sampling_params")
+    if params is None:
+        return data
+    if not isinstance(params, dict):
+        raise invalid(f"sampling_params must be an object, not {shown(params)}")
+    for name in params:
+        if data.get(name) is not None:
+            raise invalid(f"{name} is in sampling_params and beside them: leave one of the two out")
+    return {name: value for name, value in data.items() if name != "sampling_params"} | params

@@ -8,25 +8,21 @@ rather than ignored.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
-from handler.answers import TextAnswer, TextDelta
+from handler.answers import TextAnswer, TextDelta, TokenLogprob
 from handler.errors import Code, JobError, invalid, shown
-from handler.jobs import (
-    Limits,
-    Prompt,
-    TextRequest,
-    check_message_count,
-    flag,
-    integer,
-    named_model,
-    parse_messages,
-    parse_sampling,
-    parse_text,
-)
+from handler.fields import check_fields, unknown_field
+from handler.jobs import Limits, TextRequest, parse_completion
+from handler.prompts import check_message_count
+from handler.values import flag, integer
 
-Route = Literal["chat/completions", "completions", "models"]
+CompletionRoute = Literal["chat/completions", "completions"]
+Route = CompletionRoute | Literal["models"]
+
+_COMPLETION_TOKENS = 16  # OpenAI's default
 
 # The routes that a server with OpenAI's routes is asked for. Not its administration: vLLM loads adapters by a path or a
 # repo's name on such a route.
@@ -40,21 +36,36 @@ _PASSED_ON = frozenset(
 
 DONE = "data: [DONE]\n\n"
 
-# The values of these fields that have no effect; any other is refused.
-_WITHOUT_EFFECT: Mapping[str, tuple[object, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "echo": (False,),
-    "suffix": ("",),
-    "best_of": (1,),
-    "tools": ([],),
-    "functions": ([],),
-    "response_format": ({"type": "text"},),
+# The HTTP status, the type and the code of an error on OpenAI's routes
+_ERRORS: Mapping[Code, tuple[int, str, str]] = {
+    Code.INVALID_INPUT: (400, "invalid_request_error", Code.INVALID_INPUT),
+    Code.MODEL_NOT_ALLOWED: (404, "invalid_request_error", "model_not_found"),
+    Code.RESULT_TOO_LARGE: (413, "invalid_request_error", Code.RESULT_TOO_LARGE),
+    Code.MODEL_UNAVAILABLE: (503, "server_error", Code.MODEL_UNAVAILABLE),
+    Code.OOM: (503, "server_error", Code.OOM),
+    Code.TIMEOUT: (504, "server_error", Code.TIMEOUT),
+    Code.INTERNAL_ERROR: (500, "server_error", Code.INTERNAL_ERROR),
 }
-_TYPES = {Code.INVALID_INPUT: "invalid_request_error", Code.MODEL_NOT_ALLOWED: "invalid_request_error"}
+
+
+def is_request(data: Mapping[str, Any]) -> bool:
+    """Whether a job's input is a request in OpenAI's form."""
+    return any(data.get(name) is not None for name in ("openai_route", "openai_input", "route"))
+
+
+def route_and_body(data: Mapping[str, Any]) -> tuple[object, object]:
+    """The route and the body of such an input, unchecked. Without a route it is a conversation, as worker-vllm has it.
+    Raises JobError for a field beside them."""
+    by_route = data.get("openai_route") is None and data.get("openai_input") is None
+    names = ("route", "body", "method") if by_route else ("openai_route", "openai_input")
+    for name, value in data.items():
+        if name not in names and value is not None:
+            raise unknown_field(name, names)
+    method, body = data.get("method"), data.get(names[1])
+    if method is not None and method not in (("GET",) if not body else ("POST",)):
+        raise invalid(f"method must be POST with a body, and GET without one, not {shown(method)}")
+    route = data.get(names[0])
+    return ("/v1/chat/completions" if route is None else route), body
 
 
 def parse_route(route: object) -> Route:
@@ -78,7 +89,7 @@ def parse_request(route: object, body: object, limits: Limits) -> tuple[str, Map
         return f"/{path}", None
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         if body.get(name) is not None:
-            integer(body, name, 1, at_least=1, at_most=limits.max_tokens)
+            integer(body, name, 1, at_least=0, at_most=limits.max_tokens)
     choices = integer(body, "n", 1, at_least=1, at_most=limits.prompts)
     prompts = body["prompt"] if isinstance(body.get("prompt"), list) else [body.get("prompt")]
     if isinstance(prompts[0] if prompts else None, str | list) and len(prompts) * choices > limits.prompts:
@@ -98,34 +109,27 @@ def checked_body(body: object) -> Mapping[str, Any]:
     return body
 
 
-def parse_body(route: Route, body: Mapping[str, Any], limits: Limits) -> TextRequest:
+def parse_body(route: CompletionRoute, body: Mapping[str, Any], limits: Limits) -> TextRequest:
     """The request of a completion; `n` choices are as many prompts. Raises JobError."""
-    for name, harmless in _WITHOUT_EFFECT.items():
-        if body.get(name) is not None and body[name] not in harmless:
-            raise invalid(f"{name} is not served: leave it out")
-    choices = integer(body, "n", 1, at_least=1, at_most=limits.prompts)
-    longest = body.get("max_completion_tokens") if body.get("max_tokens") is None else body["max_tokens"]
-    default = 16 if route == "completions" else limits.max_tokens
-    fields = {**body, "max_tokens": min(default, limits.max_tokens) if longest is None else longest}
-    sampling = parse_sampling(fields, limits, temperature=1.0, top_p=1.0)
-    if route == "chat/completions":
-        prompts: tuple[Prompt, ...] = (Prompt(messages=parse_messages(body.get("messages"), limits)),)
-    else:
-        value = body.get("prompt")
-        name = "prompts" if isinstance(value, list) else "prompt"
-        prompts = parse_text({name: value}, limits).prompts
-    if len(prompts) * choices > limits.prompts:
-        raise invalid(f"n times the prompts must be at most {limits.prompts}, not {len(prompts) * choices}")
-    each = tuple(prompt for prompt in prompts for _choice in range(choices))
-    return TextRequest(
-        each,
-        sampling,
-        model=named_model(body),
-        stream=flag(body, "stream"),
-        listed=True,
-        fit=longest is None,
-        choices=choices,
-    )
+    check_fields(body, route)
+    _check_stream_options(body.get("stream_options"))
+    source = "messages" if route == "chat/completions" else "prompt"
+    if body.get(source) is None:
+        raise invalid(f"{source} must be given")
+    tokens = limits.max_tokens if route == "chat/completions" else _COMPLETION_TOKENS
+    request = parse_completion(body, limits, temperature=1.0, top_p=1.0, tokens=tokens)
+    return replace(request, listed=True)
+
+
+def _check_stream_options(options: object) -> None:
+    if options is None:
+        return
+    if not isinstance(options, dict):
+        raise invalid(f"stream_options must be an object, not {shown(options)}")
+    flag(options, "include_usage")
+    for name, value in options.items():
+        if name not in ("include_usage", "include_obfuscation") and value not in (None, False):
+            raise invalid(f"stream_options.{name} is not served by the text engine; ENGINE=vllm serves it")
 
 
 def _wants_usage(body: Mapping[str, Any]) -> bool:
@@ -147,6 +151,7 @@ class OpenAIAnswer:
         self._request = request
         self._collected = TextAnswer(request)
         self._begun: set[int] = set()
+        self._characters = [0 for _prompt in request.prompts]
         kind = "chat.completion" if self._chat else "text_completion"
         self._id = {"id": f"{'chatcmpl' if self._chat else 'cmpl'}-{job_id}", "created": created}
         self._object = kind
@@ -157,12 +162,13 @@ class OpenAIAnswer:
         if not self.streams:
             return []
         choices: list[dict[str, Any]] = []
+        logprobs = self._logprobs(piece.index, piece.logprobs)
         if self._chat and piece.index not in self._begun:
             self._begun.add(piece.index)
             choices.append(self._choice(piece.index, {"delta": {"role": "assistant", "content": ""}}, None))
-        if piece.text:
+        if piece.text or piece.logprobs:
             part: dict[str, Any] = {"delta": {"content": piece.text}} if self._chat else {"text": piece.text}
-            choices.append(self._choice(piece.index, part, None))
+            choices.append(self._choice(piece.index, part, None, logprobs))
         if piece.finish_reason:
             part = {"delta": {}} if self._chat else {"text": ""}
             choices.append(self._choice(piece.index, part, piece.finish_reason))
@@ -181,16 +187,39 @@ class OpenAIAnswer:
         counts = [self._event({"choices": [], "usage": self._usage()})] if self._usage_wanted else []
         return [*counts, DONE]
 
+    def failed_chunks(self, error: JobError) -> list[Any]:
+        """An event with the error, at which a client raises, and the end."""
+        return error_events(error)
+
     def output(self) -> dict[str, Any]:
         """The whole answer of a request that is not streamed."""
         collected, choices = self._collected, []
         for index, (text, reason) in enumerate(zip(collected.texts, collected.reasons, strict=True)):
             part: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-            choices.append(self._choice(index, part, reason))
+            choices.append(self._choice(index, part, reason, self._logprobs(index, collected.logprobs[index])))
         return self._head() | {"object": self._object, "choices": choices, "usage": self._usage()}
 
-    def _choice(self, index: int, part: Mapping[str, Any], reason: str | None) -> dict[str, Any]:
-        return {"index": index, **part, "logprobs": None, "finish_reason": reason}
+    def _choice(
+        self, index: int, part: Mapping[str, Any], reason: str | None, logprobs: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return {"index": index, **part, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        """The log probabilities of tokens that follow those of this choice so far; None if they were not asked for."""
+        if self._request.sampling.logprobs is None:
+            return None
+        if self._chat:
+            return {"content": [token.as_json() for token in tokens]}
+        offsets = []
+        for token in tokens:
+            offsets.append(self._characters[index])
+            self._characters[index] += len(token.token)
+        return {
+            "tokens": [token.token for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [None if token.logprob is None else _top(token) for token in tokens],
+            "text_offset": offsets,
+        }
 
     def _event(self, content: Mapping[str, Any]) -> str:
         kind = "chat.completion.chunk" if self._chat else self._object
@@ -231,6 +260,10 @@ class PassedAnswer:
         """Nothing: the server sends the end, too."""
         return []
 
+    def failed_chunks(self, error: JobError) -> list[Any]:
+        """An event with the error, at which a client raises, and the end."""
+        return error_events(error)
+
     def output(self) -> dict[str, Any]:
         """The whole answer."""
         return self._output
@@ -242,7 +275,23 @@ def models(names: list[str], *, created: int) -> dict[str, Any]:
     return {"object": "list", "data": listed}
 
 
-def failed(error: JobError) -> dict[str, Any]:
-    """An error in OpenAI's form."""
-    kind = _TYPES.get(error.code, "server_error")
-    return {"error": {"message": str(error), "type": kind, "code": error.code.value}}
+def _top(token: TokenLogprob) -> dict[str, float | None]:
+    """The alternatives to a token, and itself."""
+    return {token.token: token.logprob, **dict(token.top)}
+
+
+def failed(error: JobError) -> dict[str, str]:
+    """The handler's return value for an error. RunPod takes a text alone as a job's error: this one is OpenAI's error
+    object as JSON, with the HTTP status that it has there."""
+    status, _kind, _code = _ERRORS[error.code]
+    return {"error": json.dumps(_error_object(error) | {"status": status}), "code": error.code.value}
+
+
+def error_events(error: JobError) -> list[str]:
+    """The end of a stream that fails midway."""
+    return [f"data: {json.dumps({'error': _error_object(error)})}\n\n", DONE]
+
+
+def _error_object(error: JobError) -> dict[str, Any]:
+    _status, kind, code = _ERRORS[error.code]
+    return {"message": str(error) or error.code.value, "type": kind, "param": None, "code": str(code)}

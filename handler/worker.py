@@ -2,6 +2,7 @@
 
     {"input": {"prompt" | "prompts" | "messages": …}}               a text, see jobs.py; or a picture, see images.py
     {"input": {"openai_route": "/v1/…", "openai_input": {…}}}       a request in OpenAI's form, see openai_routes.py
+    {"input": {"route": "/v1/…", "body": {…}}}                      the same, as worker-vllm takes it
     {"input": {"op": "status"}}                                     the engine, counts of jobs, the start
 
 The handler is a coroutine and no generator, though it streams: the SDK turns a generator's typed error into a bare
@@ -14,25 +15,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
-from collections.abc import AsyncIterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from handler import openai_routes
 from handler.alias_follower import AliasFollower
-from handler.answers import Responder, TextAnswer
-from handler.delivery import Job, JobChannel, RunPodChannel, deliver
+from handler.answers import TextAnswer
+from handler.delivery import Delivery, Job, JobChannel, RunPodChannel, check_size
 from handler.engines import Engine
 from handler.errors import Code, JobError, invalid, is_out_of_memory, shown
 from handler.images import ImageAnswer, parse_image
-from handler.jobs import Limits, input_of, parse_text
+from handler.jobs import Limits, TextRequest, input_of, parse_text
+from handler.redaction import VolumePaths
 from handler.termination import Termination
 from modelstore.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-P = TypeVar("P")
 
 
 class Worker:
@@ -50,8 +50,7 @@ class Worker:
         self._engine = engine
         self._settings = settings
         self._limits = Limits.of(settings)
-        folders = sorted({str(settings.root), str(settings.root.parent)} - {"/"}, key=len, reverse=True)
-        self._volume = re.compile(rf"(?:file://)?(?:{'|'.join(map(re.escape, folders))})(?:/[^\s'\":,;()]*)?")
+        self._paths = VolumePaths(settings.root)
         self._channel = channel or JobChannel()
         self._timeline = timeline
         self._replace_because = ""
@@ -70,8 +69,7 @@ class Worker:
             self._counts["running"] -= 1
             self._counts[how] += 1
         if error is not None:
-            error = JobError(error.code, self._without_paths(str(error)))
-            output = openai_routes.failed(error) if _is_openai(job) else dict[str, Any](error.payload())
+            output = error_output(error, job)
         if self.retiring and self.is_idle:
             self.config["refresh_worker"] = True  # the SDK says so with this job's result, and ends
         return output
@@ -99,14 +97,18 @@ class Worker:
     async def _answered(self, job: Job) -> tuple[Any, JobError | None]:
         limit_s = self._settings.max_job_s or None
         clock = asyncio.timeout(limit_s)
+        delivery = Delivery(job, self._channel, most_bytes=self._settings.max_result_bytes)
         try:
             async with clock:
-                return await self._answer(job), None
+                output = await self._answer(job, delivery)
+                check_size(output, self._settings.max_result_bytes)
+                return output, None
         except JobError as error:
             logger.info("job %s: %s: %s", job.get("id"), error.code, error)
-            return None, error
+            failed = error
         except BaseException as error:  # a library's panic or a SystemExit too: each job gets an answer
             if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
+                delivery.close()
                 raise
             if clock.expired():
                 text = f"the job took longer than {limit_s:g} s: ask for fewer tokens, or raise MODELSTORE_MAX_JOB_S"
@@ -114,43 +116,53 @@ class Worker:
             else:
                 failed = _job_error(error)
             logger.exception("job %s: %s", job.get("id"), failed.code)
-            return None, failed
+        failed = JobError(failed.code, self._paths.hidden_in(str(failed)))
+        try:
+            await delivery.fail(failed)
+        finally:
+            delivery.close()
+        return None, failed
 
-    async def _answer(self, job: Job) -> Any:
+    async def _answer(self, job: Job, delivery: Delivery) -> Any:
         data = input_of(job, self._limits)
         if data.get("op") is not None:
             if data["op"] != "status":
                 raise JobError(Code.INVALID_INPUT, f"op must be status, not {shown(data['op'])}")
             return self.status()
-        if _is_openai(job):
-            return await self._answer_openai(job, data)
+        if openai_routes.is_request(data):
+            return await self._answer_openai(job, data, delivery)
         if self._engine.kind == "image":
             image = parse_image(data, self._limits)
-            return await self._deliver(job, self._engine.draw(image), ImageAnswer(image))
-        request = parse_text(data, self._limits)
-        return await self._deliver(job, self._engine.generate(request), TextAnswer(request))
+            return await delivery.run(self._engine.draw(image), ImageAnswer(image))
+        fields = await self._engine.fields() if self._engine.kind == "openai" else None
+        request = self._with_own_name(parse_text(data, self._limits, fields))
+        return await delivery.run(self._engine.generate(request), TextAnswer(request))
 
-    async def _answer_openai(self, job: Job, data: Mapping[str, Any]) -> Any:
+    async def _answer_openai(self, job: Job, data: Mapping[str, Any], delivery: Delivery) -> Any:
+        requested, content = openai_routes.route_and_body(data)
         if self._engine.kind == "openai":
-            path, passed = openai_routes.parse_request(data["openai_route"], data.get("openai_input"), self._limits)
-            return await self._deliver(job, self._engine.openai(path, passed), openai_routes.PassedAnswer())
-        route, created = openai_routes.parse_route(data["openai_route"]), int(time.time())
+            path, passed = openai_routes.parse_request(requested, content, self._limits)
+            (await self._engine.fields()).check(passed or {}, path.removeprefix("/v1/"))
+            return await delivery.run(self._engine.openai(path, passed), openai_routes.PassedAnswer())
+        route, created = openai_routes.parse_route(requested), int(time.time())
         if route == "models":
             return openai_routes.models(self._models(), created=created)
         if self._engine.kind == "image":
             raise invalid(f"this worker draws with {self._engine.model}: send a prompt alone")
-        body = openai_routes.checked_body(data.get("openai_input"))
-        request = openai_routes.parse_body(route, body, self._limits)
+        body = openai_routes.checked_body(content)
+        request = self._with_own_name(openai_routes.parse_body(route, body, self._limits))
         answer = openai_routes.OpenAIAnswer(route, request, body, job_id=str(job.get("id")), created=created)
-        return await self._deliver(job, self._engine.generate(request), answer)
+        return await delivery.run(self._engine.generate(request), answer)
 
-    async def _deliver(self, job: Job, pieces: AsyncIterator[P], responder: Responder[P]) -> Any:
-        return await deliver(job, pieces, responder, self._channel)
+    def _with_own_name(self, request: TextRequest) -> TextRequest:
+        """The request, for the worker's own model if it calls that by one of its further names."""
+        return replace(request, model=None) if request.model in self._settings.served_names else request
 
     def _models(self) -> list[str]:
-        """The names that a job may give: the worker's own model, and those that it may load beside it."""
+        """The names that a job may give: the worker's own model, its further names, and those that it may load beside
+        it."""
         allowed = [str(reference) for reference in self._settings.allowed_models]
-        return list(dict.fromkeys((self._engine.model, *allowed)))
+        return list(dict.fromkeys((self._engine.model, *self._settings.served_names, *allowed)))
 
     def status(self) -> dict[str, Any]:
         """The answer to a {"op": "status"} job."""
@@ -159,25 +171,15 @@ class Worker:
             "worker": self._settings.worker_id,
             "uptime_s": round(time.monotonic() - self._began, 1),
             "jobs": dict(self._counts),
-            "timeline": self._told(self._timeline),
+            "timeline": self._paths.hidden_in(self._timeline),
         }
 
-    def _told(self, value: Any) -> Any:
-        """A record as a job's author gets to see it."""
-        if isinstance(value, dict):
-            return {name: self._told(each) for name, each in value.items()}
-        if isinstance(value, list):
-            return [self._told(each) for each in value]
-        return self._without_paths(value) if isinstance(value, str) else value
 
-    def _without_paths(self, text: str) -> str:
-        """A text for a job's author, without paths of the volume, whose layout is none of their business."""
-        return self._volume.sub("<volume>", text)
-
-
-def _is_openai(job: Job) -> bool:
+def error_output(error: JobError, job: Job) -> dict[str, Any]:
+    """The handler's return value for a job that fails, in the form of its request."""
     data = job.get("input")
-    return isinstance(data, dict) and data.get("openai_route") is not None
+    is_openai = isinstance(data, dict) and openai_routes.is_request(data)
+    return dict[str, Any](openai_routes.failed(error) if is_openai else error.payload())
 
 
 def _is_being_cancelled() -> bool:

@@ -56,6 +56,8 @@ class Settings:
     max_steps: int = 150
     max_pixels: int = 2048 * 2048
     max_images: int = 4
+    max_result_bytes: int = 20_000_000
+    served_names: tuple[str, ...] = ()
     engine: EngineName | None = None
     vllm_python: Path | None = None
     vllm_args: tuple[str, ...] = ()
@@ -177,6 +179,13 @@ def _words(variable: str, text: str) -> tuple[str, ...]:
         raise InvalidSetting(f"{variable} cannot be split into words ({error}): close its quotes") from error
 
 
+def _names(variable: str, text: str) -> tuple[str, ...]:
+    names = tuple(filter(None, map(str.strip, text.split(","))))
+    if not names or any(len(name) > 200 or not name.isprintable() for name in names):
+        raise InvalidSetting(f"{variable} must be names of at most 200 characters: write them like gpt-4,chat")
+    return names
+
+
 def _switch(variable: str, text: str) -> bool:
     word = text.strip().lower()
     if word in ("0", "false", "no", "off"):
@@ -292,6 +301,13 @@ FIELDS = (
         "`1`: store and run a repo's own code, if `MODEL_ID` or `MODELSTORE_ALLOWED_MODELS` names its commit in full",
     ),
     Field(
+        "SERVED_MODEL_NAME",
+        "served_names",
+        _names,
+        "comma-separated further names of the worker's own model in jobs (or `OPENAI_SERVED_MODEL_NAME_OVERRIDE`)",
+        other_names=("OPENAI_SERVED_MODEL_NAME_OVERRIDE",),
+    ),
+    Field(
         "MODELSTORE_KEEP_PREVIOUS",
         "keep_previous",
         _switch,
@@ -327,6 +343,13 @@ FIELDS = (
     Field("MODELSTORE_MAX_STEPS", "max_steps", _count, "the most steps of an image job"),
     Field("MODELSTORE_MAX_PIXELS", "max_pixels", _count, "the most pixels of an image"),
     Field("MODELSTORE_MAX_IMAGES", "max_images", _count, "the most images in one job"),
+    Field(
+        "MODELSTORE_MAX_RESULT",
+        "max_result_bytes",
+        parse_size,
+        "the largest result, or chunk of a stream, that RunPod takes; a larger one is an error",
+        "20MB",
+    ),
     Field("MODELSTORE_MAX_JOB_S", "max_job_s", _seconds(0), "seconds after which a job ends with an error; `0`: never"),
     Field(
         HUB_TOKENS[0],

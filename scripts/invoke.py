@@ -69,8 +69,7 @@ class Endpoint:
         if job["status"] not in FINAL:
             return self.wait(job["id"])
         if job["status"] != "COMPLETED":
-            code = (job.get("output") or {}).get("code", job["status"])
-            raise RuntimeError(f"{code}: {job.get('error') or 'the job was not finished'}")
+            raise RuntimeError(job.get("error") or f"{job['status']}: the job was not finished")
         return job.get("output")
 
     def _get(self, path: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 from handler.answers import TextDelta
 from handler.images import ImageRequest, Images, Step
-from handler.jobs import TextRequest
+from handler.jobs import ServerFields, TextRequest
 from modelstore.servable import CheckConfig, check_generates_text, check_nothing
 from modelstore.settings import EngineName
 from modelstore.timeline import Timeline
@@ -71,6 +71,9 @@ class OpenAIEngine(_GeneratesText, Protocol):
     """Continues texts, and serves OpenAI's routes by itself."""
 
     kind: Literal["openai"]
+
+    async def fields(self) -> ServerFields:
+        """The fields that it takes on each route."""
 
     def openai(self, route: str, body: Mapping[str, Any] | None) -> AsyncIterator[str | dict[str, Any]]:
         """The events of a stream as they come, each as it goes over the wire, or else the one answer.

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -23,8 +23,8 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     PreTrainedModel,
-    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -32,14 +32,18 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from handler.answers import TokenLogprob
 from handler.engines.detokenizer import Detokenizer
 from handler.engines.generation_defaults import GenerationDefaults, generation_defaults
+from handler.engines.token_processors import processors_of
 from handler.errors import Code, JobError, is_gpu_lost, is_out_of_memory
-from handler.jobs import Sampling
+from handler.sampling import Sampling
 
 JOIN_EVERY = 16  # tokens; joining sooner would pay the pass over the tokens so far too often
 _SAY_EVERY = 32
 _STUCK_S = 120.0  # for a step of the model after all its rows have ended
+_SCORED_AT_ONCE = 256  # tokens of a prompt: more would need much memory beside a large vocabulary
+_IMPOSSIBLE = -9999.0
 _DEFAULT_TOP_K = 50  # transformers' own, if neither the job nor the model names one
 
 logger = logging.getLogger(__name__)
@@ -48,8 +52,8 @@ logger = logging.getLogger(__name__)
 class Receiver(Protocol):
     """Gets the generated text of a row; called from the batcher's thread, and must not raise."""
 
-    def piece(self, text: str, tokens: int, finish_reason: str | None) -> None:
-        """More text, how many tokens it stands for, and why it ended."""
+    def piece(self, text: str, tokens: int, finish_reason: str | None, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+        """More text, how many tokens it stands for, why it ended, and the tokens' log probabilities if wanted."""
 
     def failed(self, error: BaseException) -> None:
         """There will be no more."""
@@ -66,18 +70,28 @@ class ActiveSequence:
         receiver: Receiver,
         *,
         every_token: bool,
+        ends: frozenset[int] = frozenset(),
+        beginning: str | None = None,
+        text_of: Callable[[int], str] = str,
     ) -> None:
-        """Without `every_token` the receiver gets a piece now and then, for its progress alone."""
+        """Without `every_token` the receiver gets a piece now and then, for its progress alone. `ends`: tokens that end
+        the text besides the model's own. `beginning`: the prompt as the text repeats it; None if it does not.
+        `text_of`: a single token's text, for log probabilities."""
         self.tokens = list(prompt)
+        self.prompt_tokens = len(self.tokens)
         self.sampling = sampling
         self.left = sampling.max_tokens
+        self.scores_prompt = beginning is not None and sampling.logprobs is not None
         self.ended_at: float | None = None
         self.alone = False
         self._detokenizer = detokenizer
         self._receiver = receiver
         self._every_token = every_token
-        self._text = ""
+        self._own_ends = ends
+        self._text_of = text_of
+        self._text = beginning or ""
         self._unsaid = 0
+        self._logprobs: list[TokenLogprob] = []
         self._generator: torch.Generator | None = None
 
     @property
@@ -95,19 +109,34 @@ class ActiveSequence:
                 self._generator.manual_seed(self.sampling.seed)
         return self._generator
 
+    def ends(self, of_model: frozenset[int]) -> frozenset[int]:
+        """The tokens that end the row; `of_model`: the model's own."""
+        return self._own_ends if self.sampling.ignore_eos else self._own_ends | of_model
+
+    def tell(self, token: int, logprob: float | None, top: Iterable[tuple[int, float]]) -> None:
+        """Note a token's log probability, and the alternatives."""
+        named = tuple((self._text_of(other), value) for other, value in top)
+        self._logprobs.append(TokenLogprob(self._text_of(token), logprob, named))
+
     def push(self, token: int, ends: frozenset[int]) -> None:
         """Take one more token."""
         self.tokens.append(token)
         self.left -= 1
         self._unsaid += 1
-        if token not in ends:
-            self._text += self._detokenizer.push(token)
+        if token not in ends or not (self.sampling.skip_special_tokens or token in self._own_ends):
+            self._text += self._detokenizer.push(token)  # the model's own end is a special token like others
         if token in ends or self._detokenizer.stopped:
-            self._end("stop")
+            self.end("stop")
         elif not self.left:
-            self._end("length")
+            self.end("length")
         elif self._unsaid >= _SAY_EVERY or (self._every_token and self._text):
             self._say(None)
+
+    def end(self, reason: str) -> None:
+        """Nothing more is generated: hand out the rest of the text."""
+        self._text += self._detokenizer.finish()
+        self.ended_at = time.monotonic()
+        self._say(reason)
 
     def cancel(self) -> None:
         """The rest is not needed any more."""
@@ -119,26 +148,26 @@ class ActiveSequence:
             self.ended_at = time.monotonic()
             self._receiver.failed(error)
 
-    def _end(self, reason: str) -> None:
-        self._text += self._detokenizer.finish()
-        self.ended_at = time.monotonic()
-        self._say(reason)
-
     def _say(self, reason: str | None) -> None:
-        text, tokens = self._text, self._unsaid
-        self._text, self._unsaid = "", 0
-        self._receiver.piece(text, tokens, reason)
+        text, tokens, logprobs = self._text, self._unsaid, tuple(self._logprobs)
+        self._text, self._unsaid, self._logprobs = "", 0, []
+        self._receiver.piece(text, tokens, reason, logprobs)
 
 
 class Batcher:
     """Generates for all rows that were submitted, `limit` at once. Call `close` at the end."""
 
-    def __init__(self, model: PreTrainedModel, *, limit: int, pad_token_id: int | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, limit: int, pad_token_id: int | None, tokenizer_end: int | None = None
+    ) -> None:
+        """`limit`: the rows of one batch. `tokenizer_end`: the tokenizer's end token."""
         self._model = model
         self._most = self._room = limit
         vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 1 << 60
         own_defaults = model.generation_config
-        self._defaults = generation_defaults(own_defaults, vocabulary=vocabulary, pad_token_id=pad_token_id)
+        self._defaults = generation_defaults(
+            own_defaults, vocabulary=vocabulary, pad_token_id=pad_token_id, tokenizer_end=tokenizer_end
+        )
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._context = context if isinstance(context, int) and context > 0 else 1 << 60
         self._waiting: deque[ActiveSequence] = deque()
@@ -227,6 +256,14 @@ class Batcher:
 
     def _generate(self, rows: list[ActiveSequence]) -> None:
         """Generate until all have ended, or a request joins."""
+        for row in rows:
+            if row.scores_prompt:
+                self._score_prompt(row)
+            if not row.left:
+                row.end("length")
+        rows = [row for row in rows if not row.ended]
+        if not rows:
+            return
         width = max(len(row.tokens) for row in rows)
         tokens = torch.full((len(rows), width), self._defaults.config.pad_token_id)
         mask = torch.zeros_like(tokens)
@@ -236,15 +273,26 @@ class Batcher:
         config = copy.copy(self._defaults.config)
         config.max_new_tokens = max(row.left for row in rows)
         device = self._model.device
-        ends = self._defaults.ends
+        ends = [row.ends(self._defaults.ends) for row in rows]
         with torch.inference_mode(), _generation_config(self._model, self._defaults.config):
             self._model.generate(
                 tokens.to(device),
                 attention_mask=mask.to(device),
                 generation_config=config,
-                logits_processor=LogitsProcessorList([_TokenSampler(rows, self._defaults)]),
+                logits_processor=LogitsProcessorList([_TokenSampler(rows, ends, self._defaults)]),
                 stopping_criteria=StoppingCriteriaList([_StopTracker(rows, ends, self._wanted, self._context)]),
             )
+
+    def _score_prompt(self, row: ActiveSequence) -> None:
+        """Note the log probabilities of a prompt's tokens, by one pass over them."""
+        tokens = torch.tensor([row.tokens], device=self._model.device)
+        with torch.inference_mode():
+            logits = self._model(tokens).logits[0]
+            row.tell(row.tokens[0], None, ())
+            for begin in range(0, len(row.tokens) - 1, _SCORED_AT_ONCE):
+                following = row.tokens[begin + 1 : begin + 1 + _SCORED_AT_ONCE]
+                _tell(row, following, logits[begin : begin + len(following)])
+        row.scores_prompt = False
 
     def _after_failure(self, rows: list[ActiveSequence], error: BaseException) -> None:
         if is_gpu_lost(error):
@@ -270,30 +318,40 @@ class Batcher:
 class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
     """Chooses each row's token in its own way: all others become impossible, so that a greedy `generate` takes it."""
 
-    def __init__(self, rows: list[ActiveSequence], defaults: GenerationDefaults) -> None:
+    def __init__(
+        self, rows: list[ActiveSequence], ends: Sequence[frozenset[int]], defaults: GenerationDefaults
+    ) -> None:
+        """`ends`: the tokens that end each row."""
         self._rows = rows
-        self._alike: dict[tuple[float, int, float], list[int]] = {}
-        self._penalties: dict[int, RepetitionPenaltyLogitsProcessor] = {}
+        self._alike: dict[tuple[float, int, float, float], list[int]] = {}
+        self._processors: dict[int, LogitsProcessorList] = {}
+        self._ends = ends
+        self._penalty = defaults.repetition_penalty
+        self._told = [number for number, row in enumerate(rows) if row.sampling.logprobs is not None]
         for number, row in enumerate(rows):
             sampling = row.sampling
-            penalty = sampling.repetition_penalty or defaults.repetition_penalty
-            if penalty != 1.0:
-                self._penalties[number] = RepetitionPenaltyLogitsProcessor(penalty)
             if sampling.temperature:
                 top_k_or_none = defaults.top_k if sampling.top_k is None else sampling.top_k
                 top_k = _DEFAULT_TOP_K if top_k_or_none is None else top_k_or_none
-                self._alike.setdefault((sampling.temperature, top_k, sampling.top_p), []).append(number)
+                alike = (sampling.temperature, top_k, sampling.top_p, sampling.min_p)
+                self._alike.setdefault(alike, []).append(number)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        for number, penalty in self._penalties.items():
-            so_far = torch.tensor([self._rows[number].tokens], device=scores.device)
-            scores[number : number + 1] = penalty(so_far, scores[number : number + 1])
-        for (temperature, top_k, top_p), numbers in self._alike.items():
+        raw = scores[self._told].clone() if self._told else None
+        if not self._processors:
+            self._processors = self._made(scores.device)
+        for number, processors in self._processors.items():
+            if processors:
+                so_far = torch.tensor([self._rows[number].tokens], device=scores.device)
+                scores[number : number + 1] = processors(so_far, scores[number : number + 1])
+        for (temperature, top_k, top_p, min_p), numbers in self._alike.items():
             some = TemperatureLogitsWarper(temperature)(input_ids, scores[numbers].float())
             if top_k:
                 some = TopKLogitsWarper(min(top_k, some.shape[-1]))(input_ids, some)
             if top_p < 1.0:
                 some = TopPLogitsWarper(top_p)(input_ids, some)
+            if min_p:
+                some = MinPLogitsWarper(min_p)(input_ids, some)
             odds = some.softmax(-1)
             if not torch.isfinite(odds).all():  # on a GPU multinomial would take the whole process with it
                 raise JobError(Code.INTERNAL_ERROR, "the model's output is not a number: its weights overflow here")
@@ -301,7 +359,38 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
                 chosen = torch.multinomial(odds[place], 1, generator=self._rows[number].generator(odds.device))
                 scores[number] = float("-inf")
                 scores[number, chosen] = 0.0
+        if raw is not None:
+            for place, number in enumerate(self._told):
+                if not self._rows[number].ended:
+                    _tell(self._rows[number], [int(scores[number].argmax())], raw[place : place + 1])
         return scores
+
+    def _made(self, device: torch.device) -> dict[int, LogitsProcessorList]:
+        """The processors of each row."""
+        return {
+            number: processors_of(
+                row.sampling,
+                prompt_tokens=row.prompt_tokens,
+                ends=self._ends[number],
+                repetition_penalty=self._penalty,
+                device=device,
+            )
+            for number, row in enumerate(self._rows)
+        }
+
+
+def _tell(row: ActiveSequence, tokens: Sequence[int], logits: torch.Tensor) -> None:
+    """Note the log probabilities of tokens; `logits`: as the model gave them, shape (tokens, vocabulary)."""
+    odds = logits.float().log_softmax(-1)
+    chosen = odds.gather(1, torch.tensor(tokens, device=odds.device)[:, None])[:, 0].tolist()
+    values, ids = (each.tolist() for each in odds.topk(min(row.sampling.logprobs or 0, odds.shape[-1])))
+    for token, logprob, top_ids, top_values in zip(tokens, chosen, ids, values, strict=True):
+        row.tell(token, _finite(logprob), zip(top_ids, map(_finite, top_values), strict=True))
+
+
+def _finite(logprob: float) -> float:
+    """A log probability that JSON can hold: vLLM's number for an impossible token."""
+    return max(logprob, _IMPOSSIBLE)
 
 
 class _StopTracker(StoppingCriteria):  # type: ignore[misc]
@@ -309,8 +398,9 @@ class _StopTracker(StoppingCriteria):  # type: ignore[misc]
     the end of the model's context."""
 
     def __init__(
-        self, rows: list[ActiveSequence], ends: frozenset[int], is_wanted: Callable[[], bool], context: int
+        self, rows: list[ActiveSequence], ends: Sequence[frozenset[int]], is_wanted: Callable[[], bool], context: int
     ) -> None:
+        """`ends`: the tokens that end each row; `context`: the most tokens that the model takes."""
         self._rows = rows
         self._lengths = [len(row.tokens) for row in rows]
         self._context = context
@@ -320,9 +410,9 @@ class _StopTracker(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         self._steps += 1
-        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+        for row, ends, token in zip(self._rows, self._ends, input_ids[:, -1].tolist(), strict=True):
             if not row.ended:
-                row.push(token, self._ends)
+                row.push(token, ends)
         ended = [row.ended for row in self._rows]
         beyond = any(
             row.ended and length + self._steps >= self._context

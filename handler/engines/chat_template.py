@@ -6,8 +6,10 @@ interpreter's lock, nor from filling the memory. The process here can be killed:
 `nobody`'s instead of root's, has no network if the kernel gives it a namespace, may neither open sockets nor start
 programs, and has a limit of memory, and an alarm that ends it after `LIMIT_S`.
 
-    in      {"template": str, "messages": [{…}], "variables": {…}}    one line each
+    in      {"template": str, "messages": [{…}], "variables": {…}, "options": {…}}    one line each
     out     {"text": str} or {"error": str}
+
+`options` are arguments of transformers' `render_jinja_template`, such as `add_generation_prompt` and `tools`.
 
 The engine uses `Renderer`. The process imports transformers without torch: 60 MB and 0.7 s.
 """
@@ -36,6 +38,7 @@ _MEMORY_BYTES = 2 << 30
 # Modules that templates use, and that Python or transformers would import only at their first use
 _WARM_UP = "{{ strftime_now('%d %b %Y') }}{{ [1] | tojson }}{% for _ in [1] %}{% break %}{% endfor %}"
 _MAX_ERROR_CHARACTERS = 500
+_OPENING: Mapping[str, Any] = {"add_generation_prompt": True}
 _ESCAPED = 12  # characters of JSON for one beyond Unicode's first plane
 
 
@@ -51,12 +54,19 @@ class Renderer:
         with self._lock:
             self._running()
 
-    def render(self, template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
-        """The text that the template makes of a conversation, with the opening of the assistant's answer.
+    def render(
+        self,
+        template: str,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        options: Mapping[str, Any] = _OPENING,
+    ) -> str:
+        """The text that the template makes of a conversation; by default with the opening of the assistant's answer.
 
         Raises TemplateError, and TemplateTimeout after `LIMIT_S`.
         """
-        request = json.dumps({"template": template, "messages": messages, "variables": variables}, default=str)
+        parts = {"template": template, "messages": messages, "variables": variables, "options": options}
+        request = json.dumps(parts, default=str)
         with self._lock:
             process = self._running()
             assert process.stdin is not None
@@ -142,7 +152,7 @@ def main(parent: str) -> int:
             (text,), _indices = render_jinja_template(
                 conversations=[request["messages"]],
                 chat_template=request["template"],
-                add_generation_prompt=True,
+                **request["options"],
                 **request["variables"],
             )
             answer = {"text": text} if len(text) <= _most_characters(line) else {"error": "it makes too long a text"}

@@ -3,6 +3,7 @@
 The output of `push`, together with `finish`, equals the decoding of all tokens at once. That takes some care:
 
 - a token gives the text that it adds to its neighbours before it, because a word's space depends on them;
+- so does the first one, which follows the prompt: some decoders strip the space at the beginning of a text;
 - a token that is left out (a special token, an id without a token) is never a neighbour;
 - a character may take several tokens, of which the first decode to U+FFFD;
 - tokens for single bytes are decoded as one run: one wrong byte makes all of the run U+FFFD, so it waits for its end.
@@ -11,9 +12,11 @@ The output of `push`, together with `finish`, equals the decoding of all tokens 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from itertools import filterfalse
 
 _INCOMPLETE = "\ufffd"  # the decoding of the first bytes of a character; however many they are, it is one
 _CHARACTER_TOKENS = 4  # a character of UTF-8 has at most four bytes, and a token at least one
+_PROMPT_TOKENS = 8  # that the first token is decoded with
 _WINDOW_TOKENS = 16  # decoded again for each token; a longer window is cut
 _RUN_TOKENS = 64  # of single bytes; a stop string in a longer run is found at its end
 
@@ -30,16 +33,27 @@ class Detokenizer:
         at_the_end: bool = False,
         skipped: Container[int] = (),
         single_bytes: Container[int] = (),
+        prompt: Sequence[int] = (),
+        goes_on: Callable[[int], bool] = lambda _first: True,
+        stops_after: int = 0,
     ) -> None:
         """`at_the_end`: nothing is handed out before the end, which spares decoding every token twice. `skipped`: ids
-        that `decode` leaves out. `single_bytes`: tokens that `decode` takes for bytes, a run of them at a time."""
+        that `decode` leaves out. `single_bytes`: tokens that `decode` takes for bytes, a run of them at a time.
+        `prompt`: the tokens that the first one follows, if it `goes_on` with their text. `stops_after`: so many tokens
+        come before a stop string counts."""
         self._decode = decode
-        self._stops = [stop for stop in stops if stop]
-        self._at_the_end = at_the_end and not self._stops
+        self._later_stops = [stop for stop in stops if stop]
+        self._stops = [] if stops_after else self._later_stops
+        self._stops_after = stops_after
+        self._at_the_end = at_the_end and not self._later_stops
         self._skipped = skipped
         self._single_bytes = single_bytes
-        self._tokens: list[int] = []  # the window that is decoded for each token; all tokens if `at_the_end`
-        self._context = 0  # so many of them have given their text
+        # The window that is decoded for each token; all tokens if `at_the_end`
+        self._tokens = list(filterfalse(skipped.__contains__, prompt[-_PROMPT_TOKENS:]))
+        if self._tokens and decode(self._tokens).endswith(_INCOMPLETE):
+            self._tokens.clear()  # what comes changes the text of what is there
+        self._context = len(self._tokens)  # so many of them have given their text
+        self._goes_on: Callable[[int], bool] | None = goes_on
         self._sent = 0  # so many characters of the text of the others were handed out
         self._longest = _WINDOW_TOKENS
         self._pending = ""
@@ -47,8 +61,17 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """The text that one more token makes certain."""
+        if self._stops_after:
+            self._stops_after -= 1
+        elif self._stops is not self._later_stops:
+            self._stops = self._later_stops
         if self.stopped or token in self._skipped:
             return ""
+        if self._goes_on is not None:
+            is_run = token in self._single_bytes and self._tokens[-1:] and self._tokens[-1] in self._single_bytes
+            if is_run or not self._goes_on(token):
+                self._move_window(self._context, self._context, sent=0)
+            self._goes_on = None
         self._tokens.append(token)
         if self._at_the_end:
             return ""

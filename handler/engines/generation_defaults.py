@@ -16,15 +16,15 @@ from typing import Any
 from transformers import GenerationConfig
 
 from handler.errors import shown
-from handler.jobs import MAX_REPETITION_PENALTY, MAX_TOP_K, MIN_REPETITION_PENALTY
+from handler.sampling import MAX_REPETITION_PENALTY, MAX_TOP_K, MIN_REPETITION_PENALTY
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """`config`: for `generate`, greedy and neutral but for the values that shape a model's output. `ends`: the tokens
-    that end a text."""
+    """`config`: for `generate`, greedy and neutral but for the values that shape a model's output, and without an end.
+    `ends`: the tokens that end a text."""
 
     config: GenerationConfig
     ends: frozenset[int]
@@ -33,9 +33,10 @@ class GenerationDefaults:
 
 
 def generation_defaults(
-    config_values: GenerationConfig, *, vocabulary: int, pad_token_id: int | None
+    config_values: GenerationConfig, *, vocabulary: int, pad_token_id: int | None, tokenizer_end: int | None = None
 ) -> GenerationDefaults:
-    """The defaults that a model's own config leads to; `vocabulary` is the number of its tokens."""
+    """The defaults that a model's own config leads to; `vocabulary` is the number of its tokens. `tokenizer_end`: the
+    end token of its tokenizer, which a fine-tune may name there alone."""
 
     def is_id(value: Any) -> bool:
         return type(value) is int and 0 <= value < vocabulary
@@ -84,7 +85,11 @@ def generation_defaults(
         elif value != _HARMLESS.get(name):
             logger.warning("generation_config.json: %s=%s is ignored: it is not served", name, shown(value))
     top_k, penalty = values.pop("top_k", None), values.pop("repetition_penalty", 1.0)
-    ends = values.get("eos_token_id", ())
+    # The batcher ends each row itself: a job may ask for a text beyond the end.
+    named_ends = values.pop("eos_token_id", ())
+    ends = {named_ends} if isinstance(named_ends, int) else set(named_ends)
+    if is_id(tokenizer_end):
+        ends.add(tokenizer_end)
     config = GenerationConfig(
         **values,
         # Neutral values, and not None: `generate` fills None from its own defaults.
@@ -98,7 +103,7 @@ def generation_defaults(
         typical_p=1.0,
         pad_token_id=pad_token_id or 0,
     )
-    return GenerationDefaults(config, frozenset([ends] if isinstance(ends, int) else ends), top_k, float(penalty))
+    return GenerationDefaults(config, frozenset(ends), top_k, float(penalty))
 
 
 _LISTS_OF_IDS = ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -13,7 +13,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from handler.engines.chat_template import Renderer
 from handler.engines.detokenizer import Detokenizer
 from handler.errors import Code, JobError, TemplateTimeout, invalid
-from handler.jobs import Prompt, Sampling, TextRequest
+from handler.jobs import TextRequest
+from handler.prompts import Prompt
+from handler.sampling import Sampling
 from modelstore.errors import NotServable
 from modelstore.load.model import load_model
 from modelstore.load.torch_device import needs_several_gpus
@@ -103,44 +105,155 @@ class TokenKinds:
         ids = self.tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
         return frozenset(number for number in ids if number is not None) - {self.tokenizer.unk_token_id}
 
+    @cached_property
+    def special_by_text(self) -> Mapping[str, int]:
+        """The special tokens by their text."""
+        return dict(zip(self.tokenizer.convert_ids_to_tokens(sorted(self.special)), sorted(self.special), strict=True))
+
     def __contains__(self, token: object) -> bool:
         """Whether `decode` leaves this id out: a special token, or one that has no token."""
-        return token in self.special or self.tokenizer.convert_ids_to_tokens(token) is None
+        return token in self.special or not self._has_token(token)
 
-    def detokenizer(self, stops: Sequence[str], *, stream: bool) -> Detokenizer:
-        """The detokenizer for this tokenizer's tokens, up to the first of `stops`; as they come if it is a `stream`.
+    def text_of(self, token: int) -> str:
+        """The text of one token, as it stands behind another; a special token's too."""
+        decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
+        before: str = decode([*self._anchor])
+        text: str = decode([*self._anchor, token])
+        return text[len(before) :] if text.startswith(before) else decode([token])
 
-        Without the clean-up of spaces that some configs ask for: it changes text that was handed out already.
+    def detokenizer(
+        self, sampling: Sampling, prompt: Sequence[int], *, is_new_message: bool, stream: bool
+    ) -> Detokenizer:
+        """The detokenizer for the tokens that follow a prompt, up to the first of the stop strings; as they come if it
+        is a `stream`.
+
+        A text goes on where its prompt ended. `is_new_message`: it is a message of its own, before which no word is
+        joined to the template's by a space; a space that the first token has itself stays. Without the clean-up of
+        spaces that some configs ask for: it changes text that was handed out already.
         """
-        decode = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Detokenizer(decode, stops, at_the_end=not stream, skipped=self, single_bytes=self.single_bytes)
+        decode = partial(
+            self.tokenizer.decode,
+            skip_special_tokens=sampling.skip_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
+        return Detokenizer(
+            decode,
+            sampling.stop,
+            at_the_end=not stream,
+            skipped=self if sampling.skip_special_tokens else _WithoutToken(self),
+            single_bytes=self.single_bytes,
+            prompt=prompt if self._has_decoder else (),
+            goes_on=self._begins_with_space if is_new_message else lambda _first: True,
+            stops_after=sampling.min_tokens,
+        )
+
+    @cached_property
+    def _has_decoder(self) -> bool:
+        """Whether it says how tokens become a text; else they are listed with spaces between them, which none wrote."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        return backend is None or backend.decoder is not None
+
+    def _begins_with_space(self, token: int) -> bool:
+        """Whether a token begins with a space of its own, as sentencepiece writes it."""
+        return str(self.tokenizer.convert_ids_to_tokens(token)).startswith("\u2581")
+
+    def _has_token(self, token: object) -> bool:
+        return self.tokenizer.convert_ids_to_tokens(token) is not None
+
+    @cached_property
+    def _anchor(self) -> tuple[int, ...]:
+        """A token of a letter, whose text does not change with what follows."""
+        tokens: list[int] = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        return tuple(tokens[-1:])
 
 
-def encode(prompt: Prompt, loaded: Loaded, renderer: Renderer) -> list[int]:
+class _WithoutToken:
+    """The ids that a tokenizer has no token for."""
+
+    def __init__(self, kinds: TokenKinds) -> None:
+        self._kinds = kinds
+
+    def __contains__(self, token: object) -> bool:
+        return not self._kinds._has_token(token)
+
+
+def encode(prompt: Prompt, loaded: Loaded, renderer: Renderer, add_special_tokens: bool | None = None) -> list[int]:
+    """A prompt's tokens. `add_special_tokens`: whether the tokenizer adds its own; by default it does so to a text, and
+    a conversation's template has them. Raises JobError."""
+    if prompt.tokens:
+        size = vocabulary_size(loaded)
+        if max(prompt.tokens) >= size:
+            raise invalid(f"prompt holds the token id {max(prompt.tokens)}: {loaded.key.repo_id} has {size} tokens")
+        return list(prompt.tokens)
     if prompt.text is not None:
-        tokens: list[int] = loaded.tokenizer(prompt.text)["input_ids"]
+        tokens: list[int] = loaded.tokenizer(prompt.text, add_special_tokens=add_special_tokens is not False)[
+            "input_ids"
+        ]
         return tokens
     if not loaded.tokenizer.chat_template:
         raise invalid(f"{loaded.key.repo_id} has no chat template: send prompt instead of messages")
-    return _encode_messages([dict(message) for message in prompt.messages], loaded, renderer)
+    return _encode_messages(prompt, loaded, renderer, add_special_tokens=add_special_tokens is True)
 
 
-def _encode_messages(messages: list[dict[str, Any]], loaded: Loaded, renderer: Renderer) -> list[int]:
+def _encode_messages(prompt: Prompt, loaded: Loaded, renderer: Renderer, *, add_special_tokens: bool) -> list[int]:
     """A conversation's tokens, as `apply_chat_template` gives them; the template is rendered in a process that can be
     killed."""
-    tokenizer = loaded.tokenizer
+    tokenizer, template = loaded.tokenizer, prompt.template
+    messages = [dict(message) for message in prompt.messages]
+    options: dict[str, Any] = {
+        "add_generation_prompt": template.add_generation_prompt,
+        "continue_final_message": template.continue_final_message,
+    }
+    options |= {"tools": [dict(tool) for tool in template.tools]} if template.tools else {}
+    options |= {"documents": [dict(document) for document in template.documents]} if template.documents else {}
     made: dict[str, list[int]]
     try:
         if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
-            made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            made = tokenizer.apply_chat_template(messages, return_dict=True, **options, **template.variables)
         else:
-            text = renderer.render(tokenizer.get_chat_template(), messages, tokenizer.special_tokens_map)
-            made = tokenizer(text, add_special_tokens=False)
+            source = tokenizer.get_chat_template(tools=options.get("tools"))
+            _check_used(source, options, loaded)
+            variables = {**tokenizer.special_tokens_map, **template.variables}
+            text = renderer.render(source, messages, variables, options)
+            made = tokenizer(text, add_special_tokens=add_special_tokens)
     except TemplateTimeout as error:
         raise JobError(Code.TIMEOUT, f"the chat template of {loaded.key.repo_id} was ended: {error}") from error
+    except JobError:
+        raise
     except Exception as error:  # tokenizers with a way of their own raise errors of any class
         raise invalid(f"messages do not fit the chat template of {loaded.key.repo_id}: {error}") from error
     return made["input_ids"]
+
+
+def _check_used(template: str, options: Mapping[str, Any], loaded: Loaded) -> None:
+    """Raise JobError for tools or documents that a template does not take."""
+    for name in ("tools", "documents"):
+        if name in options and name not in template:
+            raise invalid(f"{name} are not in the chat template of {loaded.key.repo_id}: leave them out")
+
+
+def vocabulary_size(loaded: Loaded) -> int:
+    """The number of tokens that the model knows."""
+    size = getattr(loaded.model.config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) and size > 0 else len(loaded.tokenizer)
+
+
+def check_token_ids(sampling: Sampling, loaded: Loaded) -> None:
+    """Raise JobError if a request names tokens that the model does not have."""
+    size = vocabulary_size(loaded)
+    for name, ids in (
+        ("logit_bias", [token for token, _bias in sampling.logit_bias]),
+        ("stop_token_ids", sampling.stop_token_ids),
+    ):
+        if ids and max(ids) >= size:
+            raise invalid(f"{name} names the token id {max(ids)}: {loaded.key.repo_id} has {size} tokens")
+
+
+def ends_of(sampling: Sampling, loaded: Loaded) -> frozenset[int]:
+    """The tokens that end a text at the request's wish: its ids, and stop strings that are one special token each,
+    which no text shows."""
+    special = loaded.kinds.special_by_text
+    return frozenset((*sampling.stop_token_ids, *(special[stop] for stop in sampling.stop if stop in special)))
 
 
 def fitted(prompt_tokens: int, request: TextRequest, loaded: Loaded) -> Sampling:
@@ -151,7 +264,8 @@ def fitted(prompt_tokens: int, request: TextRequest, loaded: Loaded) -> Sampling
     if context is None or prompt_tokens + sampling.max_tokens <= context:
         return sampling
     if request.fit and prompt_tokens < context:
-        return replace(sampling, max_tokens=context - prompt_tokens)
+        room = context - prompt_tokens
+        return replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
     asked = "" if request.fit else f" and max_tokens {sampling.max_tokens}"
     raise invalid(
         f"the prompt's {prompt_tokens} tokens{asked} exceed the context of {context} tokens of {loaded.key.repo_id}"

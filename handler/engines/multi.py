@@ -20,9 +20,9 @@ from handler.engines import TextEngine
 from handler.engines.batcher import free_memory
 from handler.engines.chat_template import Renderer
 from handler.engines.text import TextEngine as TransformersEngine
-from handler.errors import Code, JobError, invalid, not_served
+from handler.errors import Code, JobError, not_served
 from handler.jobs import TextRequest
-from modelstore.errors import DoesNotFit, ModelStoreError, Refused
+from modelstore.errors import DoesNotFit, ModelStoreError
 from modelstore.reference import parse_reference
 from modelstore.servable import check_generates_text
 from modelstore.settings import Settings
@@ -156,19 +156,18 @@ class MultiModelEngine:
         revision of that repo, which answers to the bare name."""
         try:
             reference = parse_reference(name)
-        except ModelStoreError as error:
-            raise invalid(str(error)) from error
+        except ModelStoreError as error:  # as `gpt-4` is none of the forms that a model has here
+            raise self._not_served(name) from error
         own = self._settings.model
         is_other_revision = own is not None and own.name == reference.name and own.revision != reference.revision
         return f"{reference.name}@{reference.revision}" if is_other_revision and "@" in name else str(reference)
 
     def _check_allowed(self, name: str) -> None:
-        if not self._settings.allowed_models:
-            raise not_served(name, self.model)
-        try:
-            self._settings.check_allowed(parse_reference(name))
-        except Refused as error:
-            raise JobError(Code.MODEL_NOT_ALLOWED, str(error)) from error
+        if not self._settings.allowed_models or parse_reference(name) not in self._settings.allowed_models:
+            raise self._not_served(name)
+
+    def _not_served(self, name: str) -> JobError:
+        return not_served(name, self.model, *map(str, self._settings.allowed_models))
 
     def _all(self) -> list[_Resident]:
         return [self._own, *self._others.values()]

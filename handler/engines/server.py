@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -25,12 +26,15 @@ from typing import Any
 import aiohttp
 
 from handler.errors import Code, JobError
+from handler.jobs import ServerFields
 from modelstore.environment import server_environment
 from modelstore.errors import ServerFailed
 from modelstore.load.reader import Reading
 from modelstore.logs import LINE_CHARACTERS
 from modelstore.units import one_line
 from modelstore.volume.snapshots import Snapshot
+
+logger = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 0.05
 _END_S = 20.0
@@ -52,6 +56,7 @@ class Server:
         self._name = name
         self._hint = hint
         self._end_reason = ""
+        self._fields: ServerFields | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="modelstore-server-")
         self.socket = str(Path(self._folder.name) / "socket")
         self._last_lines: collections.deque[str] = collections.deque(maxlen=200)
@@ -149,6 +154,19 @@ class Server:
                         await asyncio.sleep(_LOOK_AGAIN_S)
             raise JobError(Code.INTERNAL_ERROR, self.ended or f"{self._name} broke off: {error}") from error
 
+    async def fields(self) -> ServerFields:
+        """The fields that its own schema has for each route; none if it shows no schema. Raises JobError."""
+        if self._fields is None:
+            try:
+                async with self.request("GET", "/openapi.json", None) as response:
+                    self._fields = ServerFields(self._name, _fields_of(await response.json()))
+            except JobError as error:
+                if self.ended:
+                    raise
+                logger.warning("%s shows no schema, so it checks the fields of a request itself: %s", self._name, error)
+                self._fields = ServerFields(self._name, {})
+        return self._fields
+
     async def answer(self, route: str, body: Mapping[str, Any] | None) -> AsyncIterator[str | dict[str, Any]]:
         """One of OpenAI's routes: the events of a stream as they come, or the one object. Raises JobError."""
         async with self.request("GET" if body is None else "POST", route, body) as response:
@@ -215,6 +233,27 @@ class MemoryBackedSnapshot:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
             link.symlink_to(target(file.path))
+
+
+def _fields_of(schema: Mapping[str, Any]) -> dict[str, frozenset[str]]:
+    """The names of the fields of each route with a body, such as `completions`, in an OpenAPI schema."""
+    fields: dict[str, frozenset[str]] = {}
+    for path, methods in schema.get("paths", {}).items():
+        content = methods.get("post", {}).get("requestBody", {}).get("content", {})
+        names = _properties(content.get("application/json", {}).get("schema", {}), schema)
+        if names:
+            fields[path.removeprefix("/v1/").strip("/")] = frozenset(names)
+    return fields
+
+
+def _properties(part: Mapping[str, Any], schema: Mapping[str, Any]) -> set[str]:
+    """The names of an object's properties, also if it is one of several, or stands elsewhere in the schema."""
+    if "$ref" in part:
+        part = schema["components"]["schemas"][part["$ref"].rpartition("/")[2]]
+    names = set(part.get("properties", {}))
+    for each in (*part.get("anyOf", ()), *part.get("oneOf", ()), *part.get("allOf", ())):
+        names |= _properties(each, schema)
+    return names
 
 
 def error_message(answer: Mapping[str, Any]) -> str:

@@ -14,13 +14,15 @@ from typing import Any, Literal
 
 import torch
 
-from handler.answers import TextDelta
+from handler.answers import TextDelta, TokenLogprob
 from handler.engines.batcher import ActiveSequence, Batcher, free_memory
 from handler.engines.chat_template import Renderer
-from handler.engines.loaded import Loaded, encode, fitted, pad_token_id
+from handler.engines.loaded import Loaded, check_token_ids, encode, ends_of, fitted, pad_token_id
 from handler.engines.offload import Offload
-from handler.errors import Code, JobError, not_served
+from handler.errors import Code, JobError, invalid, not_served
 from handler.jobs import TextRequest
+from handler.prompts import Prompt
+from handler.sampling import Sampling
 from modelstore.errors import IntegrityError, Refused
 from modelstore.load.torch_device import check_room
 from modelstore.reference import parse_reference
@@ -170,7 +172,12 @@ class TextEngine:
         free_memory()
 
     def _batcher_for(self, loaded: Loaded) -> Batcher:
-        return Batcher(loaded.model, limit=self._settings.max_concurrency, pad_token_id=pad_token_id(loaded))
+        return Batcher(
+            loaded.model,
+            limit=self._settings.max_concurrency,
+            pad_token_id=pad_token_id(loaded),
+            tokenizer_end=loaded.tokenizer.eos_token_id,
+        )
 
     def _begin_answer(self) -> bool:
         """Count an answer as begun; False while models change places."""
@@ -273,20 +280,49 @@ class _Receiver:
     index: int
     pieces: _Pieces
 
-    def piece(self, text: str, tokens: int, finish_reason: str | None) -> None:
-        self.pieces.put(TextDelta(self.index, text, tokens, finish_reason))
+    def piece(self, text: str, tokens: int, finish_reason: str | None, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+        self.pieces.put(TextDelta(self.index, text, tokens, finish_reason, logprobs=logprobs))
 
     def failed(self, error: BaseException) -> None:
         self.pieces.put(error)
 
 
 def _rows(request: TextRequest, loaded: Loaded, pieces: _Pieces, renderer: Renderer) -> list[ActiveSequence]:
-    rows = []
+    rows: list[ActiveSequence] = []
+    if request.echo and request.sampling.logprobs is not None and loaded.model.config.is_encoder_decoder:
+        raise invalid(f"echo with logprobs is not served: {loaded.key.repo_id} continues no prompt, it answers it")
+    check_token_ids(request.sampling, loaded)
+    ends = ends_of(request.sampling, loaded)
+    tokens: list[int] = []
     for index, prompt in enumerate(request.prompts):
-        tokens = encode(prompt, loaded, renderer)
+        choice = index % request.choices
+        if not choice:  # the others are the same prompt
+            tokens = encode(prompt, loaded, renderer, request.add_special_tokens)
         sampling = fitted(len(tokens), request, loaded)
         if sampling.seed is not None:
-            sampling = replace(sampling, seed=sampling.seed + index % request.choices)
-        detokenizer = loaded.kinds.detokenizer(sampling.stop, stream=request.stream)
-        rows.append(ActiveSequence(tokens, sampling, detokenizer, _Receiver(index, pieces), every_token=request.stream))
+            sampling = replace(sampling, seed=sampling.seed + choice)
+        rows.append(
+            ActiveSequence(
+                tokens,
+                sampling,
+                loaded.kinds.detokenizer(sampling, tokens, is_new_message=prompt.begins_message, stream=request.stream),
+                _Receiver(index, pieces),
+                every_token=request.stream,
+                ends=ends,
+                beginning=_beginning(prompt, sampling, loaded) if request.echo else None,
+                text_of=loaded.kinds.text_of,
+            )
+        )
     return rows
+
+
+def _beginning(prompt: Prompt, sampling: Sampling, loaded: Loaded) -> str:
+    """The prompt as an answer repeats it."""
+    if not prompt.tokens:
+        return prompt.beginning
+    decoded: str = loaded.tokenizer.decode(
+        list(prompt.tokens),
+        skip_special_tokens=sampling.skip_special_tokens,
+        clean_up_tokenization_spaces=False,
+    )
+    return decoded

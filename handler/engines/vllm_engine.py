@@ -19,10 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from handler.answers import TextDelta
+from handler.answers import TextDelta, TokenLogprob
 from handler.engines.server import MemoryBackedSnapshot, Server, error_message
 from handler.errors import Code, JobError, invalid, not_served
-from handler.jobs import Prompt, TextRequest
+from handler.jobs import ServerFields, TextRequest
+from handler.prompts import Prompt
 from modelstore.dtypes import DTYPES
 from modelstore.errors import IntegrityError, NotFound, Refused
 from modelstore.settings import Settings
@@ -32,6 +33,16 @@ from modelstore.volume.snapshots import Catalog, Snapshot, check_code
 from modelstore.warmstart import PendingStart
 
 logger = logging.getLogger(__name__)
+
+
+# What a conversation's tokens depend on besides its messages
+_OF_TOKENIZE = (
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template_kwargs",
+    "tools",
+    "add_special_tokens",
+)
 
 
 class VllmEngine:
@@ -54,7 +65,7 @@ class VllmEngine:
         folder = MemoryBackedSnapshot(snapshot, reading)
         timeline.add(reading.as_span(timeline))
         engine = cls(server, folder, pending)
-        names = dict.fromkeys((snapshot.key.repo_id, str(pending.settings.model)))
+        names = dict.fromkeys((snapshot.key.repo_id, str(pending.settings.model), *pending.settings.served_names))
         dtype = DTYPES[snapshot.key.dtype].torch_name or "auto"
         check_code(snapshot, trusted=pending.trusted)
         arguments = [str(folder.path), "--served-model-name", *names, "--dtype", dtype]
@@ -140,14 +151,18 @@ class VllmEngine:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def fields(self) -> ServerFields:
+        """See OpenAIEngine."""
+        return await self._server.fields()
+
     def openai(self, route: str, body: Mapping[str, Any] | None) -> AsyncIterator[str | dict[str, Any]]:
         """See OpenAIEngine."""
         return self._server.answer(route, body)
 
     async def _continued(self, index: int, prompt: Prompt, request: TextRequest) -> AsyncIterator[TextDelta]:
         """The pieces of one prompt."""
-        body_fields = await self._fitted(prompt, request)
-        route = "completions" if prompt.text is not None else "chat/completions"
+        body_fields = await self._fitted(index, prompt, request)
+        route = "chat/completions" if prompt.messages else "completions"
         counted = {"include_usage": True, "continuous_usage_stats": True}
         tokens_so_far = 0
         async with self._server.request(
@@ -160,26 +175,59 @@ class VllmEngine:
                 if "error" in event:
                     raise JobError(Code.INTERNAL_ERROR, error_message(event))
                 for choice in event["choices"]:
-                    text = choice["text"] if prompt.text is not None else choice["delta"].get("content")
+                    text = choice["delta"].get("content") if prompt.messages else choice["text"]
                     reason, usage = choice.get("finish_reason"), event["usage"]
-                    if text or reason:
+                    logprobs = _logprobs(choice.get("logprobs"))
+                    if text or reason or logprobs:
                         new, tokens_so_far = usage["completion_tokens"] - tokens_so_far, usage["completion_tokens"]
                         prompt_tokens = usage["prompt_tokens"] if reason else 0
-                        yield TextDelta(index, text or "", new, reason, prompt_tokens, self.model)
+                        yield TextDelta(index, text or "", new, reason, prompt_tokens, self.model, logprobs)
 
-    async def _fitted(self, prompt: Prompt, request: TextRequest) -> dict[str, Any]:
+    async def _fitted(self, index: int, prompt: Prompt, request: TextRequest) -> dict[str, Any]:
         """The body of a prompt's request; if the job names no max_tokens, with the room that the context leaves."""
         sampling = request.sampling
-        source = {"prompt": prompt.text} if prompt.text is not None else {"messages": list(prompt.messages)}
-        body = {"model": self.model, **source, **sampling.parameters}
+        if prompt.messages:
+            source: dict[str, Any] = {"messages": list(prompt.messages)}
+        else:
+            source = {"prompt": list(prompt.tokens) if prompt.tokens else prompt.text}
+        body = {"model": self.model, **source, **sampling.parameters, **request.passed}
+        if sampling.seed is not None:
+            body["seed"] = sampling.seed + index % request.choices
+        if not prompt.messages and sampling.logprobs is not None:
+            body["logprobs"] = sampling.logprobs
+        if prompt.messages and sampling.logprobs is not None:
+            body |= {"logprobs": True, "top_logprobs": sampling.logprobs}
         if not request.fit:
             return body
-        async with self._server.request("POST", "/tokenize", {"model": self.model, **source}) as response:
+        options = {name: value for name, value in request.passed.items() if name in _OF_TOKENIZE and prompt.messages}
+        counted = {"prompt": "a"} if prompt.tokens else source | options
+        async with self._server.request("POST", "/tokenize", {"model": self.model, **counted}) as response:
             count = await response.json()
+        count |= {"count": len(prompt.tokens)} if prompt.tokens else {}
         room = count["max_model_len"] - count["count"]
         if room < 1:
             raise invalid(f"the prompt's {count['count']} tokens leave no room in {count['max_model_len']} tokens")
         return body | {"max_tokens": min(sampling.max_tokens, room)}
+
+
+def _logprobs(told: Mapping[str, Any] | None) -> tuple[TokenLogprob, ...]:
+    """The log probabilities of an event's choice, in either form of OpenAI's routes."""
+    if not told:
+        return ()
+    if "content" in told:
+        return tuple(
+            TokenLogprob(
+                each["token"],
+                each["logprob"],
+                tuple((other["token"], other["logprob"]) for other in each["top_logprobs"]),
+            )
+            for each in told["content"] or ()
+        )
+    alternatives = told.get("top_logprobs") or [None for _token in told["tokens"]]
+    return tuple(
+        TokenLogprob(token, logprob, tuple((top or {}).items()))
+        for token, logprob, top in zip(told["tokens"], told["token_logprobs"], alternatives, strict=True)
+    )
 
 
 class Loader:

@@ -6,16 +6,17 @@ import copy
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
 
+from handler.answers import TokenLogprob
 from handler.engines.batcher import JOIN_EVERY, ActiveSequence, Batcher
 from handler.engines.detokenizer import Detokenizer
-from handler.jobs import Sampling
+from handler.sampling import Sampling
 
 VOCABULARY = 200
 END = 199
@@ -31,10 +32,12 @@ class Receiver:
     reason: str | None = None
     error: BaseException | None = None
     pieces: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
 
-    def piece(self, text: str, tokens: int, finish_reason: str | None) -> None:
+    def piece(self, text: str, tokens: int, finish_reason: str | None, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
         self.text += text
+        self.logprobs += logprobs
         self.tokens += tokens
         self.pieces += 1
         if finish_reason:
@@ -523,3 +526,91 @@ def test_of_a_list_of_ids_those_apply_that_the_model_has(
     batcher.close()
     assert batcher._defaults.ends == {END}
     assert "only ids that the model has apply" in caplog.text
+
+
+def texts(batcher: Batcher, sampling: Sampling, prompt: list[int] = PROMPTS[0], **more: Any) -> Receiver:
+    """What one row gets, beside others of another kind."""
+    receiver = Receiver()
+    mine = ActiveSequence(prompt, sampling, Detokenizer(decode), receiver, every_token=True, **more)
+    other, other_got = row(PROMPTS[1])
+    batcher.submit([other, mine])
+    wait(receiver, other_got)
+    assert receiver.error is None
+    return receiver
+
+
+def test_a_bias_makes_a_token_certain_or_impossible(model: tf.PreTrainedModel, batcher: Batcher) -> None:
+    plain = texts(batcher, GREEDY).text
+    first = int(plain.split(".")[0])
+    assert texts(batcher, replace(GREEDY, logit_bias=((77, 100.0),))).text == "77." * 12
+    assert f"{first}." not in texts(batcher, replace(GREEDY, logit_bias=((first, -100.0),))).text
+    own = model.generate(
+        torch.tensor([PROMPTS[0]]), max_new_tokens=12, do_sample=False, pad_token_id=0, sequence_bias=[[[77], 3.5]]
+    )
+    tokens = [token for token in own[0][len(PROMPTS[0]) :].tolist() if token != END]
+    assert texts(batcher, replace(GREEDY, logit_bias=((77, 3.5),))).text == decode(tokens), "as transformers has it"
+
+
+def test_penalties_count_what_was_generated(model: tf.PreTrainedModel, batcher: Batcher) -> None:
+    """Against the definition of OpenAI's documentation, step by step."""
+    for presence, frequency in ((1.5, 0.0), (0.0, 2.0), (-2.0, -2.0), (0.7, 0.3)):
+        expected: list[int] = []
+        for _step in range(12):
+            logits = model(torch.tensor([[*PROMPTS[0], *expected]])).logits[0, -1].detach().clone()
+            for token in set(expected):
+                logits[token] -= presence + frequency * expected.count(token)
+            expected.append(int(logits.argmax()))
+            if expected[-1] == END:
+                break
+        sampling = replace(GREEDY, presence_penalty=presence, frequency_penalty=frequency)
+        assert texts(batcher, sampling).text == decode([token for token in expected if token != END])
+
+
+def test_min_p_leaves_the_likely_tokens_alone(batcher: Batcher) -> None:
+    wild = Sampling(max_tokens=12, temperature=2.0, top_p=1.0, top_k=0, seed=3)
+    greedy = texts(batcher, replace(GREEDY, ignore_eos=True)).text
+    assert texts(batcher, replace(wild, ignore_eos=True)).text != greedy
+    assert texts(batcher, replace(wild, min_p=1.0, ignore_eos=True)).text == greedy
+
+
+def test_end_tokens_are_the_models_the_tokenizers_and_the_jobs(model: tf.PreTrainedModel) -> None:
+    certain = ((77, 50.0), (END, 100.0))
+    for tokenizer_end, sampling, more, text in (
+        (None, replace(GREEDY, logit_bias=certain), {}, ""),
+        (None, replace(GREEDY, logit_bias=certain, skip_special_tokens=False), {}, f"{END}."),
+        (None, replace(GREEDY, logit_bias=certain, ignore_eos=True), {}, f"{END}." * 12),
+        (None, replace(GREEDY, logit_bias=certain, min_tokens=3), {}, "77." * 3),
+        (77, replace(GREEDY, logit_bias=((77, 100.0),)), {}, ""),
+        (None, replace(GREEDY, logit_bias=((77, 100.0),)), {"ends": frozenset({77})}, ""),
+        (None, replace(GREEDY, logit_bias=((77, 100.0),), ignore_eos=True), {"ends": frozenset({77})}, ""),
+        (None, replace(GREEDY, logit_bias=((77, 100.0),), skip_special_tokens=False), {"ends": frozenset({77})}, ""),
+    ):
+        batcher = Batcher(model, limit=8, pad_token_id=None, tokenizer_end=tokenizer_end)
+        got = texts(batcher, sampling, **more)
+        batcher.close()
+        assert (got.text, got.reason) == (text, "length" if sampling.ignore_eos and not more else "stop")
+
+
+def test_log_probabilities_are_the_models_own(model: tf.PreTrainedModel, batcher: Batcher) -> None:
+    """Those of the prompt too, and also if a penalty or a bias chooses other tokens."""
+    for sampling in (GREEDY, replace(GREEDY, temperature=1.0, seed=5), replace(GREEDY, logit_bias=((77, 100.0),))):
+        prompt = PROMPTS[2]
+        got = texts(batcher, replace(sampling, logprobs=2, ignore_eos=True), prompt, beginning="P")
+        assert got.text.startswith("P")
+        tokens = [int(each.token) for each in got.logprobs]
+        assert tokens[: len(prompt)] == prompt
+        assert len(tokens) == len(prompt) + 12
+        odds = model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+        assert got.logprobs[0].logprob is None
+        for place, each in enumerate(got.logprobs[1:]):
+            assert each.logprob == pytest.approx(odds[place, int(each.token)].item(), abs=1e-3)
+            best = odds[place].topk(2)
+            assert [int(token) for token, _ in each.top] == best.indices.tolist()
+            assert [value for _, value in each.top] == pytest.approx(best.values.tolist(), abs=1e-3)
+    assert not texts(batcher, GREEDY).logprobs
+    assert all(each.top == () for each in texts(batcher, replace(GREEDY, logprobs=0)).logprobs)
+
+
+def test_a_prompt_is_scored_without_a_token_generated(batcher: Batcher) -> None:
+    got = texts(batcher, replace(GREEDY, max_tokens=0, logprobs=1), PROMPTS[2], beginning="P")
+    assert (got.text, got.tokens, got.reason, len(got.logprobs)) == ("P", 0, "length", len(PROMPTS[2]))

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from handler.engines.detokenizer import Detokenizer
 from handler.engines.loaded import TokenKinds
+from handler.sampling import Sampling
 
 
 def decode(tokens: Sequence[int]) -> str:
@@ -111,7 +112,22 @@ TOKENIZERS = {each.__name__: each() for each in (byte_level, sentencepiece, word
 
 
 def streamed(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: Sequence[str] = ()) -> str:
-    detokenizer = TokenKinds(tokenizer).detokenizer(stops, stream=True)
+    return pushed(detokenizer_of(tokenizer, stop=tuple(stops)), tokens)
+
+
+def detokenizer_of(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int] = (),
+    *,
+    is_new_message: bool = False,
+    stream: bool = True,
+    **sampling: Any,
+) -> Detokenizer:
+    kinds = TokenKinds(tokenizer)
+    return kinds.detokenizer(Sampling(**sampling), prompt, is_new_message=is_new_message, stream=stream)
+
+
+def pushed(detokenizer: Detokenizer, tokens: Sequence[int]) -> str:
     return "".join([*map(detokenizer.push, tokens), detokenizer.finish()])
 
 
@@ -126,8 +142,7 @@ def test_a_stream_equals_the_decoding_of_all_tokens_at_once(name: str, data: Any
     tokens = data.draw(st.lists(ids, max_size=60) | runs)
     whole = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert streamed(tokenizer, tokens) == whole
-    at_the_end = TokenKinds(tokenizer).detokenizer((), stream=False)
-    assert "".join([*map(at_the_end.push, tokens), at_the_end.finish()]) == whole
+    assert pushed(detokenizer_of(tokenizer, stream=False), tokens) == whole
     stops = data.draw(st.lists(st.sampled_from([" ", "he", "e ", "\n", "lo wo", "the world"]), min_size=1, max_size=2))
     before = streamed(tokenizer, tokens, stops)
     assert whole.startswith(before) or not before
@@ -151,3 +166,52 @@ def test_no_token_that_repeats_makes_decoding_slow(name: str) -> None:
         text = streamed(tokenizer, [token] * 8000)
         assert time.monotonic() - began < 1.5, token
         assert text == tokenizer.decode([token] * 8000, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(data=st.data())
+def test_a_text_goes_on_where_its_prompt_ended(name: str, stream: bool, data: Any) -> None:
+    """Prompt and answer together are what transformers makes of all tokens, at whatever token the prompt ends."""
+    tokenizer = TOKENIZERS[name]
+    texts = st.sampled_from(["the world, hello", "  he lo", "a   the\n    world", "caf\u00e9 \u20ac the world"])
+    tokens = tokenizer(data.draw(texts), add_special_tokens=False)["input_ids"]
+    place = data.draw(st.integers(0, len(tokens)))
+    before = tokenizer.decode(tokens[:place], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if "\ufffd" in before[-4:] or {*tokens[place - 1 : place + 1]} <= TokenKinds(tokenizer).single_bytes:
+        return  # the prompt ends within a character, or in a run of single bytes
+    whole = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    answer = pushed(detokenizer_of(tokenizer, tokens[:place], stream=stream), tokens[place:])
+    assert before + answer == whole
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_keeps_a_space_of_its_own_and_gets_none_from_the_template(stream: bool) -> None:
+    joined = TOKENIZERS["word_pieces"]
+    hello, world = joined.convert_tokens_to_ids(["hello", "world"])
+    for is_new_message, text in ((True, "world world"), (False, " world world")):
+        detokenizer = detokenizer_of(joined, [hello], is_new_message=is_new_message, stream=stream)
+        assert pushed(detokenizer, [world, world]) == text
+    pieces = TOKENIZERS["sentencepiece"]
+    the, space, world = pieces.convert_tokens_to_ids(["\u2581the", "\u2581", "\u2581world"])
+    for is_new_message in (True, False):
+        detokenizer = detokenizer_of(pieces, [the], is_new_message=is_new_message, stream=stream)
+        assert pushed(detokenizer, [space, space, world]) == "   world", "an indentation of three, and not of two"
+
+
+def test_special_tokens_stay_if_they_are_asked_for() -> None:
+    tokenizer = TOKENIZERS["sentencepiece"]
+    the, world, end = tokenizer.convert_tokens_to_ids(["\u2581the", "\u2581world", "</s>"])
+    tokens = [the, end, world]
+    for skip in (True, False):
+        whole = tokenizer.decode(tokens, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        assert pushed(detokenizer_of(tokenizer, skip_special_tokens=skip), tokens) == whole
+        assert ("</s>" in whole) != skip
+
+
+def test_a_stop_string_counts_after_the_fewest_tokens() -> None:
+    detokenizer = Detokenizer(words, ["w2"], stops_after=3)
+    assert pushed(detokenizer, [1, 2, 3]) == "w1 w2 w3"
+    detokenizer = Detokenizer(words, ["w2"], stops_after=2)
+    assert pushed(detokenizer, [1, 2, 3, 2, 4]) == "w1 w2 w3 "
+    assert detokenizer.stopped

@@ -150,14 +150,11 @@ def test_a_job_that_is_cancelled_while_its_model_is_loaded_does_not_keep_it(
     assert made.names == list(NAMES)
 
 
-@pytest.mark.parametrize(
-    ("name", "code"),
-    [("org/unlisted", Code.MODEL_NOT_ALLOWED), ("what is this", Code.INVALID_INPUT), ("../x", Code.INVALID_INPUT)],
-)
-def test_models_that_may_not_be_asked_for(engine: MultiModelEngine, name: str, code: Code) -> None:
-    with pytest.raises(JobError) as caught:
+@pytest.mark.parametrize("name", ["org/unlisted", "gpt-4", "what is this", "../x"])
+def test_models_that_may_not_be_asked_for(engine: MultiModelEngine, name: str) -> None:
+    with pytest.raises(JobError, match="this worker serves org/name, org/other, org/third, not") as caught:
         asyncio.run(answered(engine, name))
-    assert caught.value.code is code
+    assert caught.value.code is Code.MODEL_NOT_ALLOWED
 
 
 def test_more_jobs_than_threads_wait_for_models_without_holding_up_the_others(
@@ -306,7 +303,7 @@ def test_the_bare_name_is_the_own_revision_and_main_is_another(
     engine = MultiModelEngine(made(pinned), pinned, made)
     assert asyncio.run(answered(engine, "org/name"))["model"] == "org/name"
     assert asyncio.run(answered(engine, f"org/name@{commit}"))["model"] == "org/name"
-    with pytest.raises(JobError, match="MODELSTORE_ALLOWED_MODELS"):
+    with pytest.raises(JobError, match="this worker serves"):
         asyncio.run(answered(engine, "org/name@main"))
     engine.close()
 

@@ -9,19 +9,22 @@ from typing import Any
 
 import pytest
 
-from handler.answers import TextDelta
-from handler.errors import JobError
-from handler.jobs import Limits, Prompt, TextRequest
+from handler.answers import TextDelta, TokenLogprob
+from handler.errors import Code, JobError
+from handler.jobs import Limits, TextRequest
 from handler.openai_routes import (
     OpenAIAnswer,
     Route,
     checked_body,
     failed,
+    is_request,
     models,
     parse_body,
     parse_request,
     parse_route,
+    route_and_body,
 )
+from handler.prompts import Prompt
 from modelstore.settings import Settings
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -71,10 +74,13 @@ def test_choices_are_as_many_prompts() -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"tools": [{"type": "function"}]}, "tools is not served"),
-        ({"logprobs": True}, "logprobs"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tool_choice": "required"}, "tool_choice needs tools"),
+        ({"logprobs": 2, "top_logprobs": 2}, "logprobs must be true beside top_logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not served by the text engine; ENGINE=vllm"),
+        ({"functions": [{}]}, "functions is not served by the text engine: OpenAI replaced it with tools"),
+        ({"whatever": 1}, "whatever is not served"),
+        ({"prompt": "a"}, "prompt is not served"),
+        ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
         ({"n": 0}, "n must be an integer between 1 and 4"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"messages": []}, "messages"),
@@ -87,7 +93,11 @@ def test_a_field_that_would_change_the_answer_is_refused_and_not_ignored(more: d
 
 
 def test_fields_without_effect_may_be_there() -> None:
-    more = {"frequency_penalty": 0, "tools": [], "logprobs": False, "response_format": {"type": "text"}, "user": "me"}
+    more = {
+        "frequency_penalty": 0, "tools": [], "logprobs": False, "response_format": {"type": "text"}, "user": "me",
+        "metadata": {"a": "b"}, "store": True, "parallel_tool_calls": True, "length_penalty": 1,
+        "stream_options": {"include_obfuscation": True}, "whatever": None,
+    }  # fmt: skip
     assert parse_body("chat/completions", CHAT | more, LIMITS) == parse_body("chat/completions", CHAT, LIMITS)
 
 
@@ -138,8 +148,81 @@ def test_models_and_errors() -> None:
     }
     with pytest.raises(JobError) as caught:
         parse_body("completions", {}, LIMITS)
-    error = failed(caught.value)["error"]
-    assert (error["type"], error["code"]) == ("invalid_request_error", "INVALID_INPUT")
+    said = failed(caught.value)
+    assert said["code"] == "INVALID_INPUT"
+    error = json.loads(said["error"])
+    assert (error["type"], error["code"], error["status"]) == ("invalid_request_error", "INVALID_INPUT", 400)
+
+
+@pytest.mark.parametrize("code", Code)
+def test_every_code_has_a_status(code: Code) -> None:
+    error = json.loads(failed(JobError(code, "x"))["error"])
+    assert 400 <= error["status"] < 600
+    assert error["message"] == "x"
+
+
+def test_log_probabilities_have_openais_two_forms() -> None:
+    tokens = (TokenLogprob("a", None), TokenLogprob(" b", -0.5, ((" c", -0.1),)))
+    body = {"prompt": "a", "echo": True, "logprobs": 1}
+    whole = answer("completions", parse_body("completions", body, LIMITS), body)
+    whole.chunks(TextDelta(0, "a b", 1, "stop", 1, "org/name", tokens))
+    assert whole.output()["choices"][0]["logprobs"] == {
+        "tokens": ["a", " b"],
+        "token_logprobs": [None, -0.5],
+        "top_logprobs": [None, {" b": -0.5, " c": -0.1}],
+        "text_offset": [0, 1],
+    }
+    asked = CHAT | {"logprobs": True, "top_logprobs": 1, "stream": True}
+    stream = answer("chat/completions", parse_body("chat/completions", asked, LIMITS), asked)
+    events = stream.chunks(TextDelta(0, " b", 1, "stop", 1, "org/name", tokens[1:]))
+    told = [json.loads(event[6:])["choices"][0]["logprobs"] for event in events]
+    assert [one for one in told if one] == [
+        {
+            "content": [
+                {
+                    "token": " b", "logprob": -0.5, "bytes": [32, 98],
+                    "top_logprobs": [{"token": " c", "logprob": -0.1, "bytes": [32, 99]}],
+                }
+            ]
+        }
+    ]  # fmt: skip
+
+
+def test_a_stream_that_fails_ends_with_an_error_and_the_end() -> None:
+    body = CHAT | {"stream": True}
+    stream = answer("chat/completions", parse_body("chat/completions", body, LIMITS), body)
+    error, end = stream.failed_chunks(JobError(Code.TIMEOUT, "late"))
+    assert json.loads(error[6:])["error"]["message"] == "late"
+    assert end == "data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "route", "body"),
+    [
+        ({"openai_route": "/v1/models"}, "/v1/models", None),
+        ({"openai_route": "/v1/completions", "openai_input": CHAT}, "/v1/completions", CHAT),
+        ({"openai_input": CHAT}, "/v1/chat/completions", CHAT),
+        ({"route": "/v1/completions", "body": CHAT, "method": "POST"}, "/v1/completions", CHAT),
+        ({"route": "/v1/models", "method": "GET"}, "/v1/models", None),
+    ],
+)
+def test_a_request_comes_as_runpod_or_as_worker_vllm_writes_it(
+    data: dict[str, Any], route: str, body: dict[str, Any] | None
+) -> None:
+    assert is_request(data)
+    assert route_and_body(data) == (route, body)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"openai_route": "/v1/models", "prompt": "a"}, "prompt is not served"),
+        ({"route": "/v1/models", "method": "DELETE"}, "method must be"),
+    ],
+)
+def test_a_field_beside_a_request_is_refused(data: dict[str, Any], words: str) -> None:
+    with pytest.raises(JobError, match=words):
+        route_and_body(data)
 
 
 @pytest.mark.parametrize("route", ["/v1/completions", "v1/responses/", "/v1/models?x=1"])

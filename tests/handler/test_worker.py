@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -139,21 +140,25 @@ def test_the_real_out_of_memory_error_of_torch_is_known() -> None:
 
 
 def test_any_other_failure_is_one_line_with_a_code() -> None:
-    assert answer(Engine(error=ValueError("boom"))) == {"error": "ValueError: boom", "code": "INTERNAL_ERROR"}
+    assert answer(Engine(error=ValueError("boom"))) == {
+        "error": "INTERNAL_ERROR: ValueError: boom",
+        "code": "INTERNAL_ERROR",
+    }
 
 
 def test_a_stream_that_fails_has_its_code_and_sent_chunks_stay() -> None:
     told = RecordedChannel()
     engine = Engine(TextDelta(0, "hi", 1), error=JobError(Code.OOM, "too much"))
     assert answer(engine, {"id": "1", "input": {"prompt": "hi", "stream": True}}, told) == {
-        "error": "too much",
+        "error": "OOM: too much",
         "code": "OOM",
     }
+    assert [chunk.get("error") for chunk in told.chunks] == [None, "OOM: too much"], "the stream ends with it"
 
 
 def test_an_error_for_the_sender_goes_through_as_it_is() -> None:
     output = answer(Engine(error=JobError(Code.INVALID_INPUT, "too long")))
-    assert output == {"error": "too long", "code": "INVALID_INPUT"}
+    assert output == {"error": "INVALID_INPUT: too long", "code": "INVALID_INPUT"}
 
 
 def test_a_worker_whose_gpu_is_lost_is_replaced_when_its_last_job_is_answered() -> None:
@@ -184,7 +189,9 @@ def test_a_worker_that_is_to_be_replaced_says_so_with_its_next_answer() -> None:
     assert one.config["refresh_worker"] is True
 
 
-@pytest.mark.parametrize("job", [{}, {"id": 3}, {"input": 7}, {"input": {"prompt": ["x"]}}, {"input": {"op": "dance"}}])
+@pytest.mark.parametrize(
+    "job", [{}, {"id": 3}, {"input": 7}, {"input": {"prompt": [["x"]]}}, {"input": {"op": "dance"}}]
+)
 def test_nonsense_gets_an_error_and_no_exception(job: dict[str, Any]) -> None:
     assert answer(Engine(), job)["code"] == "INVALID_INPUT"
 
@@ -226,17 +233,58 @@ def test_an_openai_stream_is_server_sent_events() -> None:
 
 
 @pytest.mark.parametrize(
-    ("job", "code"),
+    ("job", "status", "code"),
     [
-        (openai_job("/v1/embeddings"), "INVALID_INPUT"),
-        (openai_job("/v1/completions"), "INVALID_INPUT"),
-        (openai_job("/v1/completions", prompt="x", model="org/other"), "MODEL_NOT_ALLOWED"),
+        (openai_job("/v1/embeddings"), 400, "INVALID_INPUT"),
+        (openai_job("/v1/completions"), 400, "INVALID_INPUT"),
+        (openai_job("/v1/completions", prompt="x", model="gpt-4"), 404, "model_not_found"),
+        (
+            openai_job("/v1/chat/completions", messages=[{"role": "user", "content": ""}], model="org/other"),
+            404,
+            "model_not_found",
+        ),
     ],
 )
-def test_an_openai_error_has_openais_form(job: dict[str, Any], code: str) -> None:
-    error = answer(Engine(), job)["error"]
+def test_an_openai_error_has_openais_form_as_a_text(job: dict[str, Any], status: int, code: str) -> None:
+    error = json.loads(answer(Engine(), job)["error"])
     assert error["type"] == "invalid_request_error"
-    assert error["code"] == code
+    assert (error["status"], error["code"]) == (status, code)
+    assert "org/name" in error["message"] or status == 400, "it names what is served"
+
+
+def test_the_own_model_may_have_further_names() -> None:
+    for name in ("gpt-4", "chat"):
+        job = openai_job("/v1/completions", prompt="x", model=name)
+        assert answer(Engine(), job, served_names=("gpt-4", "chat"))["choices"][0]["text"] == "hi there"
+        assert answer(Engine(), {"id": "1", "input": {"prompt": "x", "model": name}}, served_names=("gpt-4", "chat"))[
+            "model"
+        ]
+    listed = answer(Engine(), openai_job("/v1/models"), served_names=("gpt-4",))["data"]
+    assert [each["id"] for each in listed] == ["org/name", "gpt-4"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "make", [lambda **body: {"id": "1", "input": body}, lambda **body: openai_job("/v1/completions", **body)]
+)
+def test_a_result_that_runpod_does_not_take_is_an_error(make: Any, stream: bool) -> None:
+    told = RecordedChannel()
+    engine = Engine(TextDelta(0, "a", 1), TextDelta(0, "x" * 2000, 1), TextDelta(0, "", 1, "stop"), takes_s=0.01)
+    output = answer(engine, make(prompt="x", stream=stream), told, max_result_bytes=1500)
+    assert output["code"] == "RESULT_TOO_LARGE"
+    assert "MODELSTORE_MAX_RESULT" in output["error"]
+    assert all(len(json.dumps(chunk)) < 1500 for chunk in told.chunks)
+    if stream:
+        assert "RESULT_TOO_LARGE" in json.dumps(told.chunks), "the stream ends with it"
+
+
+def test_a_stream_of_openais_that_fails_ends_with_an_error_event() -> None:
+    told = RecordedChannel()
+    output = answer(Engine(takes_s=0.2), openai_job("/v1/completions", prompt="x", stream=True), told, max_job_s=0.3)
+    assert output["code"] == "TIMEOUT"
+    events = "".join(told.chunks).split("\n\n")
+    assert json.loads(events[-3][6:])["error"]["code"] == "TIMEOUT"
+    assert events[-2:] == ["data: [DONE]", ""]
 
 
 class PanicException(BaseException):
@@ -251,8 +299,8 @@ class PanicException(BaseException):
 )
 def test_a_job_is_answered_for_every_error_inside_it(error: BaseException, job: Mapping[str, Any]) -> None:
     output = answer(Engine(error=error), job)
-    code = output["error"]["code"] if "openai_route" in job["input"] else output["code"]
-    assert code == "INTERNAL_ERROR"
+    assert output["code"] == "INTERNAL_ERROR"
+    assert isinstance(output["error"], str), "RunPod takes no object as a job's error"
 
 
 def test_a_job_that_is_cancelled_from_outside_is_not_answered() -> None:
@@ -291,9 +339,8 @@ def test_limits_count_all_that_a_request_carries(data: dict[str, Any]) -> None:
     began = time.monotonic()
     output = answer(engine, {"id": "1", "input": data})
     assert time.monotonic() - began < 2
-    error = output["error"]["message"] if isinstance(output["error"], dict) else output["error"]
-    assert "at most" in error
-    assert len(error) < 300
+    assert "at most" in output["error"]
+    assert len(output["error"]) < 400
     assert engine.left == [], "the engine never saw it"
 
 
@@ -329,6 +376,5 @@ def test_no_answer_shows_the_path_of_the_volume() -> None:
 )
 def test_half_a_character_is_the_senders_fault(data: dict[str, Any]) -> None:
     output = answer(Engine(), {"id": "1", "input": data})
-    error = output["error"]
-    assert "INVALID_INPUT" in (output.get("code", ""), error["code"] if isinstance(error, dict) else "")
-    assert "half a character" in str(error)
+    assert output["code"] == "INVALID_INPUT"
+    assert "half a character" in output["error"]

@@ -28,6 +28,7 @@ ENDPOINT = "endpoint-1"
 KEY = "rpa_key"
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 _POLL_S = 0.5
+_RELAY_S = 0.05  # from a worker's chunk to the client of OpenAI's routes
 
 
 @dataclass
@@ -276,6 +277,8 @@ class _Handler(BaseHTTPRequestHandler):
                 runpod.pings[rest[0]] = time.monotonic()
                 return self._answer(200, {})
             if action == "job-done":
+                if not isinstance(body.get("error"), str | None):  # runpod-python, issue 299
+                    return self._answer(400, {"error": "cannot unmarshal object into field error of type string"})
                 runpod.done(rest[0], rest[1], body)
                 return self._answer(200, {})
             if action == "job-stream":
@@ -329,22 +332,32 @@ class _Handler(BaseHTTPRequestHandler):
         job = runpod.submit(f"{uuid.uuid4()}-e1", job_input)
         if not (body or {}).get("stream"):
             runpod.wait(lambda: job.status in FINAL)
-            return self._answer(400 if job.error else 200, {"error": job.error} if job.error else job.output)
+            return self._openai_error(job.error) if job.error else self._answer(200, job.output)
         runpod.wait(lambda: job.stream or job.status in FINAL)
         if job.error:
-            return self._answer(400, {"error": job.error})
+            return self._openai_error(job.error)
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         while job.streamed < len(job.stream) or job.status not in FINAL:
             runpod.wait(lambda: len(job.stream) > job.streamed or job.status in FINAL, _POLL_S)
-            while job.streamed < len(job.stream):
+            arrived = len(job.stream)
+            time.sleep(_RELAY_S)
+            while job.streamed < arrived:
                 data = job.stream[job.streamed].encode()
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
                 job.streamed += 1
         self.wfile.write(b"0\r\n\r\n")
         return None
+
+    def _openai_error(self, text: str) -> None:
+        """A job's error as an HTTP status and OpenAI's error object, which the worker sends as a text."""
+        try:
+            error = json.loads(text)
+        except ValueError:
+            error = {"message": text}
+        return self._answer(error.pop("status", 500), {"error": error})
 
     def _answer(self, status: int, body: Any = None) -> None:
         data = b"" if body is None else json.dumps(body).encode()

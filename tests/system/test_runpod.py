@@ -3,6 +3,7 @@ stand-in of RunPod between them."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -133,16 +134,39 @@ def test_the_openai_client_completes_and_lists_models(client: Any) -> None:
 
 
 def test_the_openai_client_gets_errors_as_its_own(client: Any) -> None:
-    from openai import BadRequestError
+    import openai
 
-    for stream in (False, True):
-        with pytest.raises(BadRequestError, match="tools is not served"):
-            client.chat.completions.create(
-                model="org/name",
-                messages=[{"role": "user", "content": "hello"}],
-                tools=[{"type": "function", "function": {"name": "f"}}],
-                stream=stream,
-            )
+    ask = {"model": "org/name", "messages": [{"role": "user", "content": "hello"}]}
+    for more, kind, words in (
+        ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format is not served"),
+        ({"max_tokens": 10**6}, openai.BadRequestError, "max_tokens must be"),
+        ({"extra_body": {"whatever": 1}}, openai.BadRequestError, "whatever is not served"),
+        ({"model": "gpt-4"}, openai.NotFoundError, "this worker serves org/name, not 'gpt-4'"),
+    ):
+        for stream in (False, True):
+            with pytest.raises(kind, match=words) as caught:
+                client.chat.completions.create(**(ask | more), stream=stream)
+            code = "model_not_found" if kind is openai.NotFoundError else "INVALID_INPUT"
+            assert (caught.value.code, caught.value.type) == (code, "invalid_request_error")
+
+
+def test_a_start_that_fails_tells_the_waiting_jobs_once(store_env: dict[str, str], tmp_path: Path) -> None:
+    with RunPod().running() as runpod:
+        native = runpod.submit("native", {"prompt": "hi"})
+        other = runpod.submit("openai", {"openai_route": "/v1/completions", "openai_input": {"prompt": "hi"}})
+        env = os.environ | store_env | runpod.env | {"MODEL_ID": "org/missing"}
+        command = [sys.executable, "-m", "handler"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 3
+        assert done.stderr.splitlines()[-1].startswith("start failed: RepoNotFound")
+        assert (native.status, native.output) == ("FAILED", {"code": "MODEL_UNAVAILABLE"})
+        assert "the worker's start failed: RepoNotFound: " in native.error
+        assert json.loads(other.error)["status"] == 503
+        assert len(native.answers) == len(other.answers) == 1
+        bad = subprocess.run(
+            command, env=env | {"MODELSTORE_LEASE_S": "x"}, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert bad.returncode == 2, "without a waiting job it ends at once"
 
 
 def test_a_hundred_jobs_at_once_are_all_answered(endpoint: Any) -> None:

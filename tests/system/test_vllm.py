@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import BadRequestError, NotFoundError
 
 from tests.support.runpod_api import FINAL, RunPod
 from tests.support.workers import serving
@@ -20,6 +21,7 @@ from tests.support.workers import serving
 HERE = Path(__file__).parent.parent.parent
 PYTHON = Path(HERE / ".venv-vllm" / "bin" / "python")
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+NAME = "local/SmolLM2-135M-Instruct"
 GREEDY = {"temperature": 0, "max_tokens": 20}
 
 needs_vllm = pytest.mark.skipif(not PYTHON.exists(), reason="needs vLLM: bash -c '. scripts/vllm_environment.sh'")
@@ -162,16 +164,37 @@ def test_the_openai_client_speaks_with_vllm_itself(client: Any) -> None:
 
 @needs_vllm
 def test_the_openai_client_gets_vllms_errors_and_our_limits(client: Any) -> None:
-    from openai import BadRequestError
-
     for more, words in (({"max_tokens": 9999}, "max_tokens"), ({"temperature": -1}, "temperature"), ({"n": 99}, "n ")):
         for stream in (False, True):
             with pytest.raises(BadRequestError, match=words):
                 client.chat.completions.create(
                     model="local/SmolLM2-135M-Instruct", messages=QUESTION, stream=stream, **more
                 )
-    with pytest.raises(BadRequestError, match="does not exist"):
+    with pytest.raises(NotFoundError, match="does not exist"):
         client.chat.completions.create(model="org/other", messages=QUESTION)
+
+
+@needs_vllm
+def test_a_field_reaches_vllm_or_is_refused_by_its_name(endpoint: Any, runpod: RunPod, client: Any) -> None:
+    choice = {"structured_outputs": {"choice": ["blue", "green"]}}
+    assert endpoint.run_sync({"messages": QUESTION} | GREEDY | choice, timeout=60)["generated_text"] in ("blue", "green")
+    params = GREEDY | {"max_tokens": 3, "n": 2, "logprobs": 1, "bad_words": [" Paris"]}
+    output = endpoint.run_sync({"prompt": "The capital of France is", "sampling_params": params}, timeout=60)
+    assert len(output["generated_text"]) == 2
+    assert "Paris" not in output["generated_text"][0]
+    assert [len(logprobs) for logprobs in output["logprobs"]] == [3, 3]
+    tokens = endpoint.run_sync({"prompt": [504, 3575, 282, 4649, 314]} | GREEDY, timeout=60)
+    assert tokens["generated_text"].startswith(" Paris")
+    for fields, words in (
+        ({"guided_json": {}}, "vLLM takes structured_outputs instead"),
+        ({"max_token": 3}, "max_token is not served; the nearest field that is: max_tokens"),
+    ):
+        job = endpoint.run({"input": {"messages": QUESTION} | fields})
+        job.output(timeout=60)
+        assert words in runpod.jobs[job.job_id].error
+        with pytest.raises(BadRequestError, match=words):
+            client.chat.completions.create(model=NAME, messages=QUESTION, extra_body=fields)
+    client.chat.completions.create(model=NAME, messages=QUESTION, max_tokens=2, user="me", store=False)
 
 
 @needs_vllm

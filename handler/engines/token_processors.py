@@ -1,0 +1,61 @@
+"""The processors of logits that one row of a batch has of its own, in vLLM's order: transformers' own, and the two
+penalties that it does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
+
+from handler.sampling import Sampling
+
+
+def processors_of(
+    sampling: Sampling,
+    *,
+    prompt_tokens: int,
+    ends: Collection[int],
+    repetition_penalty: float,
+    device: torch.device,
+) -> LogitsProcessorList:
+    """The processors of a row, each called with its own tokens, shape (1, n), and its logits, shape (1, vocabulary).
+
+    `ends`: the tokens that end its text. `repetition_penalty`: the model's own, if the job names none.
+    """
+    processors = LogitsProcessorList()
+    if sampling.min_tokens and ends:
+        processors.append(
+            MinNewTokensLengthLogitsProcessor(prompt_tokens, sampling.min_tokens, sorted(ends), device=device)
+        )
+    if sampling.logit_bias:
+        processors.append(SequenceBiasLogitsProcessor([[[token], bias] for token, bias in sampling.logit_bias]))
+    penalty = sampling.repetition_penalty or repetition_penalty
+    if penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        processors.append(
+            OccurrencePenaltyLogitsProcessor(prompt_tokens, sampling.presence_penalty, sampling.frequency_penalty)
+        )
+    return processors
+
+
+class OccurrencePenaltyLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
+    """Makes tokens that were generated already less likely: `presence` once, `frequency` for each time, as OpenAI
+    defines them. The prompt does not count."""
+
+    def __init__(self, prompt_tokens: int, presence: float, frequency: float) -> None:
+        self._prompt_tokens = prompt_tokens
+        self._presence = presence
+        self._frequency = frequency
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        generated = input_ids[:, self._prompt_tokens :]
+        counts = torch.zeros_like(scores).scatter_add_(1, generated, torch.ones_like(generated, dtype=scores.dtype))
+        return scores - self._frequency * counts - self._presence * (counts > 0)
