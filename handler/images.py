@@ -1,31 +1,68 @@
 """Image jobs: their requests and their answers. Pure functions, no torch, no network.
 
-in      {"prompt": str, "negative_prompt": "", "num_inference_steps": 30, "guidance_scale": 7.5, "width", "height",
-         "num_images": 1, "seed", "stream": false, "model": "org/name"}
-out     {"image_base64": str, "images": [str], "seed": int, "model": str, "parameters": {…}}; PNG in base64,
-         `image_base64` the first of them
-stream  {"progress": 0 to 1, "step": int, "finished": false} for each step, then the output with "finished": true
-or      {"error": str, "code": Code}
+    in      {"prompt": str, "negative_prompt": "", "num_inference_steps": 30, "guidance_scale": 7.5, "width", "height",
+             "num_images": 1, "seed", "image_format": "png" | "jpeg" | "webp", "stream": false, "model": "org/name"},
+             and what else the pipeline's `__call__` takes: "strength", "true_cfg_scale", …, and pictures in base64
+    out     {"image_base64": str, "images": [{"seed": int}, {"seed": int, "image_base64": str}, …], "seed": int,
+             "image_format": str, "model": str, "parameters": {…}}: a picture is there once, the first one outside the
+             list. With a bucket there is "image_url" instead of "image_base64".
+    stream  {"progress": 0 to 1, "step": int, "finished": false} for each step, then the output with "finished": true
+    or      {"error": str, "code": Code}
+
+An output also has "nsfw_content_detected": [bool] if the pipeline has a safety checker, and "truncated": [{"field",
+"tokenizer", "tokens", "read"}] if a text encoder read less than the whole prompt.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
-from handler.errors import JobError, invalid
+from handler.errors import JobError, invalid, shown
+from handler.fields import unknown_field
 from handler.jobs import Limits, named_model
 from handler.sampling import MAX_SEED
 from handler.values import flag, integer, number
 
+ImageFormat = Literal["png", "jpeg", "webp"]
+
 MAX_GUIDANCE = 50.0
+MAX_NUMBER = 1_000_000
 _MULTIPLE = 8
+_STEPS = 30
+_COUNTS = ("num_images", "num_images_per_prompt")
+_OF_THE_WORKER = ("seed", "image_format", "stream", "model", *_COUNTS)
+# Arguments of pipelines that are tensors, functions or the worker's own
+_NOT_SENT = re.compile(
+    r"generator|latents|.*_embeds(_.*)?|.*_mask_embeds|prompt_attention_mask|.*_attention_mask|callback.*|output_type"
+    r"|return_dict|.*_kwargs|num_(images|videos|waveforms)_per_prompt"
+)
+_PICTURE_COUNTS = ("batch_size", "decode_chunk_size", "class_labels")  # that say how many pictures are made at once
+_PICTURES = re.compile(r"(.*_)?(image|mask|images|mask_image)")
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineCall:
+    """The call of a pipeline: its class, and what its `__call__` takes, each with its default."""
+
+    name: str
+    defaults: Mapping[str, Any]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of a job that it serves."""
+        return (*(name for name in self.defaults if not _NOT_SENT.fullmatch(name)), *_OF_THE_WORKER)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """One job for an image engine; `width`, `height` (pixels) and `guidance_scale` are the pipeline's own if None."""
+    """One job for an image engine; `width`, `height` (pixels) and `guidance_scale` are the pipeline's own if None.
+
+    `others`: further arguments of the pipeline; `pictures`: those that are pictures, in base64. `most_pixels`: of one
+    of these.
+    """
 
     prompt: str
     negative_prompt: str
@@ -37,13 +74,17 @@ class ImageRequest:
     seed: int | None
     stream: bool = False
     model: str | None = None
+    image_format: ImageFormat = "png"
+    others: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    most_pixels: int = 0
 
     @property
     def parameters(self) -> dict[str, Any]:
         """The parameters as an answer repeats them."""
         fields = {"num_inference_steps": self.steps, "num_images": self.count}
         optional = {"guidance_scale": self.guidance_scale, "width": self.width, "height": self.height}
-        return fields | {name: value for name, value in optional.items() if value is not None}
+        return fields | {name: value for name, value in optional.items() if value is not None} | dict(self.others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +95,48 @@ class Step:
     steps: int
 
     def as_json(self) -> dict[str, Any]:
-        return {"progress": round(self.step / self.steps, 4), "step": self.step, "finished": False}
+        return {"progress": round(min(1.0, self.step / self.steps), 4), "step": self.step, "finished": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """A text encoder read so many `tokens` of a prompt less than it has."""
+
+    field: str
+    tokenizer: str
+    tokens: int
+    read: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {"field": self.field, "tokenizer": self.tokenizer, "tokens": self.tokens, "read": self.read}
 
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """The pictures, as PNG in base64, the seed that they were made with, and by which model."""
+    """The pictures in base64, the seed of the first one, and the model. Each has a seed one higher than the one before,
+    but for the frames of a video. `urls`: their addresses, if they lie in a bucket."""
 
     images: tuple[str, ...]
     seed: int
     model: str
+    image_format: ImageFormat = "png"
+    nsfw: tuple[bool, ...] = ()
+    truncated: tuple[Truncation, ...] = ()
+    are_frames: bool = False
+    urls: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """The part of an output that tells the pictures."""
+        name, pictures = ("image_url", self.urls) if self.urls else ("image_base64", self.images)
+        each = [{"seed": self.seed + (0 if self.are_frames else place)} for place in range(len(pictures))]
+        listed = [
+            entry | ({name: picture} if place else {})
+            for place, (entry, picture) in enumerate(zip(each, pictures, strict=True))
+        ]
+        told = {name: pictures[0], "images": listed, "seed": self.seed, "image_format": self.image_format}
+        told |= {"nsfw_content_detected": list(self.nsfw)} if self.nsfw else {}
+        told |= {"truncated": [cut.as_json() for cut in self.truncated]} if self.truncated else {}
+        return told | {"model": self.model}
 
 
 class ImageAnswer:
@@ -103,43 +176,131 @@ class ImageAnswer:
     def output(self) -> dict[str, Any]:
         """The output of a finished job."""
         assert self._images is not None
-        return {
-            "image_base64": self._images.images[0],
-            "images": list(self._images.images),
-            "seed": self._images.seed,
-            "model": self._images.model,
-            "parameters": self._request.parameters,
-        }
+        return self._images.as_json() | {"parameters": self._request.parameters}
 
 
-def parse_image(data: Mapping[str, Any], limits: Limits) -> ImageRequest:
-    """An image job's request, checked. Raises JobError whose text names the field, the limit and the value."""
-    texts = {}
-    for name in ("prompt", "negative_prompt"):
-        value = "" if data.get(name) is None else data[name]
-        if not isinstance(value, str) or (name == "prompt" and not value):
-            raise invalid(f"{name} must be a string{' that is not empty' if name == 'prompt' else ''}")
-        if len(value) > limits.prompt_characters:
-            raise invalid(f"{name} must have at most {limits.prompt_characters} characters, not {len(value)}")
-        texts[name] = value
-    width, height = (_side(data, name, limits) for name in ("width", "height"))
+def parse_image(data: Mapping[str, Any], limits: Limits, call: PipelineCall) -> ImageRequest:
+    """An image job's request, checked. `call`: the pipeline's, which decides on the fields. Raises JobError whose text
+    names the field, the limit and the value."""
+    given = {name: value for name, value in data.items() if value is not None}
+    for name in given:
+        if name not in call.fields:
+            raise _not_taken(name, call)
+    texts = {name: _text(given, name, limits) for name in ("prompt", "negative_prompt")}
+    if "prompt" in call.defaults and not texts["prompt"]:
+        raise invalid(f"prompt must be a string that is not empty, not {shown(given.get('prompt'))}")
+    width, height = (_side(given, name, limits) for name in ("width", "height"))
     if width and height and width * height > limits.pixels:
         raise invalid(f"width times height must be at most {limits.pixels}, not {width * height}")
-    guidance = data.get("guidance_scale")
+    guidance = None
+    if "guidance_scale" in given:
+        guidance = number(given, "guidance_scale", 7.5, at_least=0.0, at_most=MAX_GUIDANCE)
+    own_steps = call.defaults.get("num_inference_steps")
+    steps = min(_STEPS, own_steps if isinstance(own_steps, int) and own_steps > 0 else _STEPS, limits.steps)
+    others = {name: value for name, value in given.items() if name not in _NAMED and name not in _OF_THE_WORKER}
+    pictures = {
+        name: _picture_texts(name, value, limits) for name, value in others.items() if _PICTURES.fullmatch(name)
+    }
+    checked = {name: _argument(name, value, call, limits) for name, value in others.items() if name not in pictures}
     return ImageRequest(
         prompt=texts["prompt"],
         negative_prompt=texts["negative_prompt"],
-        steps=integer(data, "num_inference_steps", min(30, limits.steps), at_least=1, at_most=limits.steps),
-        guidance_scale=None
-        if guidance is None
-        else number(data, "guidance_scale", 7.5, at_least=0.0, at_most=MAX_GUIDANCE),
+        steps=integer(given, "num_inference_steps", steps, at_least=1, at_most=limits.steps),
+        guidance_scale=guidance,
         width=width,
         height=height,
-        count=integer(data, "num_images", 1, at_least=1, at_most=limits.images),
-        seed=None if data.get("seed") is None else integer(data, "seed", 0, at_least=0, at_most=MAX_SEED),
-        stream=flag(data, "stream"),
-        model=named_model(data),
+        count=_count(given, call, limits),
+        seed=None if "seed" not in given else integer(given, "seed", 0, at_least=0, at_most=MAX_SEED),
+        stream=flag(given, "stream"),
+        model=named_model(given),
+        image_format=_format(given),
+        others=checked,
+        pictures=pictures,
+        most_pixels=limits.pixels,
     )
+
+
+_NAMED = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "width", "height")
+
+
+def _not_taken(name: str, call: PipelineCall) -> JobError:
+    if name in call.defaults:
+        return invalid(f"{name} is not a job's to set: the worker sets it itself, or it is a tensor")
+    error = unknown_field(name, call.fields)
+    return invalid(f"{error}; {call.name} takes {', '.join(call.fields)}")
+
+
+def _text(data: Mapping[str, Any], name: str, limits: Limits) -> str:
+    value = data.get(name, "")
+    if not isinstance(value, str):
+        raise invalid(f"{name} must be a string, not {shown(value)}")
+    if len(value) > limits.prompt_characters:
+        raise invalid(f"{name} must have at most {limits.prompt_characters} characters, not {len(value)}")
+    return value
+
+
+def _picture_texts(name: str, value: Any, limits: Limits) -> str | tuple[str, ...]:
+    """A picture of a job, or several of them, in base64, which the engine decodes."""
+    if isinstance(value, list) and 1 <= len(value) <= limits.images and all(isinstance(each, str) for each in value):
+        return tuple(value)
+    if not isinstance(value, str):
+        raise invalid(f"{name} must be a picture in base64, or at most {limits.images} of them, not {shown(value)}")
+    return value
+
+
+def _argument(name: str, value: Any, call: PipelineCall, limits: Limits) -> Any:
+    """A further argument of a pipeline: a switch, a number, a text, or a list of them."""
+    default = call.defaults[name]
+    each = value if isinstance(value, list) else [value]
+    if len(each) > limits.steps:
+        raise invalid(f"{name} must have at most {limits.steps} entries, not {len(each)}")
+    for item in each:
+        if isinstance(item, str):
+            _text({name: item}, name, limits)
+        elif not isinstance(item, bool | int | float):
+            raise invalid(f"{name} must be a number, a text, a switch or a list of them, not {shown(value)}")
+        elif not abs(item) <= MAX_NUMBER:
+            raise invalid(f"{name} must be a number of at most {MAX_NUMBER}, not {shown(value)}")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise invalid(f"{name} must be true or false, not {shown(value)}")
+    if (
+        isinstance(default, int | float)
+        and not isinstance(default, bool)
+        and not (is_number or isinstance(value, list))
+    ):
+        raise invalid(f"{name} must be a number, not {shown(value)}")
+    if name == "num_frames":
+        integer({name: value}, name, 1, at_least=1, at_most=limits.frames)
+    if name in _PICTURE_COUNTS:
+        count = (
+            len(value) if isinstance(value, list) else integer({name: value}, name, 1, at_least=0, at_most=MAX_NUMBER)
+        )
+        most = MAX_NUMBER if name == "class_labels" and not isinstance(value, list) else limits.images
+        if count > most:
+            raise invalid(f"{name} must ask for at most {most} pictures, not {count}")
+    return value
+
+
+def _count(data: Mapping[str, Any], call: PipelineCall, limits: Limits) -> int:
+    """How many pictures are asked for."""
+    if all(name in data for name in _COUNTS):
+        raise invalid("num_images and num_images_per_prompt are the same: leave one of them out")
+    name = next((each for each in _COUNTS if each in data), "num_images")
+    count = integer(data, name, 1, at_least=1, at_most=limits.images)
+    if count > 1 and "num_images_per_prompt" not in call.defaults:
+        raise invalid(f"{name} must be 1: {call.name} makes one at a time")
+    return count
+
+
+def _format(data: Mapping[str, Any]) -> ImageFormat:
+    value = data.get("image_format", "png")
+    name = value.lower() if isinstance(value, str) else value
+    name = "jpeg" if name == "jpg" else name
+    for known in get_args(ImageFormat):
+        if name == known:
+            return known  # type: ignore[no-any-return]
+    raise invalid(f"image_format must be png, jpeg or webp, not {shown(value)}")
 
 
 def _side(data: Mapping[str, Any], name: str, limits: Limits) -> int | None:

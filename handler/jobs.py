@@ -49,6 +49,11 @@ class Limits:
     pixels: int
     images: int
 
+    @property
+    def frames(self) -> int:
+        """The most frames of a video: it is as many pictures."""
+        return 16 * self.images
+
     @classmethod
     def of(cls, settings: Settings) -> Limits:
         """The limits that the operator has set."""

@@ -18,21 +18,24 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from handler import openai_routes
 from handler.alias_follower import AliasFollower
 from handler.answers import TextAnswer
+from handler.bucket import with_addresses
 from handler.delivery import Delivery, Job, JobChannel, RunPodChannel, check_size
 from handler.engines import Engine
 from handler.errors import Code, JobError, invalid, is_out_of_memory, shown
-from handler.images import ImageAnswer, parse_image
+from handler.images import ImageAnswer, ImageRequest, parse_image
 from handler.jobs import Limits, TextRequest, input_of, parse_text
 from handler.redaction import VolumePaths
 from handler.termination import Termination
 from modelstore.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+R = TypeVar("R", TextRequest, ImageRequest)
 
 
 class Worker:
@@ -132,8 +135,11 @@ class Worker:
         if openai_routes.is_request(data):
             return await self._answer_openai(job, data, delivery)
         if self._engine.kind == "image":
-            image = parse_image(data, self._limits)
-            return await delivery.run(self._engine.draw(image), ImageAnswer(image))
+            image = self._with_own_name(parse_image(data, self._limits, self._engine.call))
+            pieces = self._engine.draw(image)
+            if self._settings.bucket_endpoint is not None:
+                pieces = with_addresses(pieces, str(job.get("id")))
+            return await delivery.run(pieces, ImageAnswer(image))
         fields = await self._engine.fields() if self._engine.kind == "openai" else None
         request = self._with_own_name(parse_text(data, self._limits, fields))
         return await delivery.run(self._engine.generate(request), TextAnswer(request))
@@ -154,7 +160,7 @@ class Worker:
         answer = openai_routes.OpenAIAnswer(route, request, body, job_id=str(job.get("id")), created=created)
         return await delivery.run(self._engine.generate(request), answer)
 
-    def _with_own_name(self, request: TextRequest) -> TextRequest:
+    def _with_own_name(self, request: R) -> R:
         """The request, for the worker's own model if it calls that by one of its further names."""
         return replace(request, model=None) if request.model in self._settings.served_names else request
 

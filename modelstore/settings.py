@@ -57,6 +57,7 @@ class Settings:
     max_pixels: int = 2048 * 2048
     max_images: int = 4
     max_result_bytes: int = 20_000_000
+    bucket_endpoint: str | None = None
     served_names: tuple[str, ...] = ()
     engine: EngineName | None = None
     vllm_python: Path | None = None
@@ -349,6 +350,13 @@ FIELDS = (
         parse_size,
         "the largest result, or chunk of a stream, that RunPod takes; a larger one is an error",
         "20MB",
+    ),
+    Field(
+        "BUCKET_ENDPOINT_URL",
+        "bucket_endpoint",
+        _endpoint,
+        "RunPod's own: an S3 bucket that pictures are uploaded to, with `BUCKET_ACCESS_KEY_ID` and "
+        "`BUCKET_SECRET_ACCESS_KEY`; jobs get addresses",
     ),
     Field("MODELSTORE_MAX_JOB_S", "max_job_s", _seconds(0), "seconds after which a job ends with an error; `0`: never"),
     Field(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from handler.answers import TextDelta
-from handler.images import ImageRequest, Images, Step
+from handler.images import ImageRequest, Images, PipelineCall, Step
 from handler.jobs import ServerFields, TextRequest
 from modelstore.servable import CheckConfig, check_generates_text, check_nothing
 from modelstore.settings import EngineName
@@ -86,6 +86,10 @@ class ImageEngine(BaseEngine, Protocol):
     """Draws pictures."""
 
     kind: Literal["image"]
+
+    @property
+    def call(self) -> PipelineCall:
+        """What it takes."""
 
     def draw(self, request: ImageRequest) -> AsyncIterator[Step | Images]:
         """The steps as they are done, and the pictures. A caller that stops the iteration ends the drawing.

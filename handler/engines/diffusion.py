@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import inspect
 import io
 import json
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import import_module
@@ -18,10 +19,13 @@ from typing import Any, Literal
 import accelerate
 import diffusers
 import torch
+import transformers
+from PIL.Image import DecompressionBombError, Image
+from PIL.Image import open as open_picture
 
 from handler.engines.batcher import free_memory
-from handler.errors import is_gpu_lost, not_served
-from handler.images import ImageRequest, Images, Step
+from handler.errors import invalid, is_gpu_lost, not_served
+from handler.images import ImageFormat, ImageRequest, Images, PipelineCall, Step, Truncation
 from modelstore.errors import BadSafetensors, NoWeights, Refused
 from modelstore.load.model import bounded_build, build_part
 from modelstore.load.tensors import load_tensors
@@ -33,6 +37,7 @@ from modelstore.volume.snapshots import Catalog, Snapshot
 from modelstore.warmstart import PendingStart
 
 _LIBRARIES = ("diffusers", "transformers")
+_QUALITY = 95  # of JPEG and WEBP, of 100
 _STUCK_S = 120.0  # for a step of the pipeline that goes on though its picture is not needed any more
 
 
@@ -46,6 +51,7 @@ class DiffusionEngine:
         self._snapshot = pending.snapshot
         self._settings = pending.settings
         self._in_use = pending.in_use
+        self.call = PipelineCall(type(pipeline).__name__, arguments_of(type(pipeline)))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draw")
         self._lost_gpu = ""
         self._left: dict[asyncio.Future[Images], float] = {}  # drawings without a waiting job, and since when
@@ -94,7 +100,8 @@ class DiffusionEngine:
         def step(pipeline: Any, number: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             if not is_wanted.is_set():
                 pipeline._interrupt = True
-            loop.call_soon_threadsafe(steps.put_nowait, Step(number + 1, request.steps))
+            count = getattr(pipeline, "num_timesteps", None) or request.steps
+            loop.call_soon_threadsafe(steps.put_nowait, Step(number + 1, count))
             return values
 
         def ended(drawing: asyncio.Future[Images]) -> None:
@@ -118,29 +125,58 @@ class DiffusionEngine:
         if not is_wanted.is_set():  # cancelled while it waited for its turn
             raise Refused("the job of this picture has ended")
         seed = secrets.randbits(32) if request.seed is None else request.seed
-        device = self._pipeline._execution_device
-        options: dict[str, Any] = {"width": request.width, "height": request.height}
-        options |= {"guidance_scale": request.guidance_scale}
-        if request.negative_prompt:
-            options["negative_prompt"] = request.negative_prompt
+        arguments = self._arguments(request, seed) | {"callback_on_step_end": step}
         try:
             with torch.inference_mode():
-                made = self._pipeline(
-                    prompt=request.prompt,
-                    num_inference_steps=request.steps,
-                    num_images_per_prompt=request.count,
-                    # One generator an image: picture n of a seed is the same, however many are asked for.
-                    generator=[torch.Generator(device).manual_seed((seed + n) % 2**63) for n in range(request.count)],
-                    callback_on_step_end=step,
-                    **{name: value for name, value in options.items() if value is not None},
-                )
+                made = self._pipeline(**{name: each for name, each in arguments.items() if name in self.call.defaults})
         except Exception as error:
             if is_gpu_lost(error):
                 self._lost_gpu = f"the GPU does not answer any more ({str(error)[:200]})"
             error.with_traceback(None)
             free_memory()
+            if type(error) in (ValueError, TypeError):  # as a pipeline checks what it is called with
+                raise invalid(f"{self.call.name} does not take this job: {error}") from error
             raise
-        return Images(tuple(_png(image) for image in made.images), seed, self.model)
+        pictures, are_frames = self._pictures(made)
+        return Images(
+            tuple(encoded(picture, request.image_format) for picture in pictures),
+            seed,
+            self.model,
+            image_format=request.image_format,
+            nsfw=tuple(map(bool, getattr(made, "nsfw_content_detected", None) or ())),
+            truncated=tuple(truncations(self._pipeline, request, self.call)),
+            are_frames=are_frames,
+        )
+
+    def _arguments(self, request: ImageRequest, seed: int) -> dict[str, Any]:
+        """What the pipeline is called with, as far as it takes it."""
+        # One generator an image: picture n of a seed is the same, however many are asked for.
+        device = self._pipeline._execution_device
+        generators = [torch.Generator(device).manual_seed((seed + n) % 2**63) for n in range(request.count)]
+        chosen = {
+            "negative_prompt": request.negative_prompt or None,
+            "guidance_scale": request.guidance_scale,
+            "width": request.width,
+            "height": request.height,
+        }
+        return {
+            "prompt": request.prompt,
+            "num_inference_steps": request.steps,
+            "num_images_per_prompt": request.count,
+            "generator": generators if request.count > 1 else generators[0],
+            "output_type": "pil",
+            **{name: value for name, value in chosen.items() if value is not None},
+            **request.others,
+            **{name: decoded(texts, name, request.most_pixels) for name, texts in request.pictures.items()},
+        }
+
+    def _pictures(self, made: Any) -> tuple[list[Any], bool]:
+        """The pictures of a pipeline's output, and whether they are the frames of a video. Raises JobError."""
+        frames = getattr(made, "frames", None)
+        pictures = getattr(made, "images", None) if frames is None else frames[0]
+        if not isinstance(pictures, list) or not pictures or not all(isinstance(each, Image) for each in pictures):
+            raise invalid(f"{self.call.name} makes no pictures: this worker serves pipelines of pictures and videos")
+        return pictures, frames is not None
 
     def swap(self, reference: str) -> Timeline:
         """See Engine."""
@@ -192,14 +228,14 @@ def _part(
     library, class_name = value
     if library is None or class_name is None:
         return None
-    cls = getattr(import_module(library), class_name, None) if library in _LIBRARIES else None
+    cls = class_of(library, class_name)
     if cls is None:
         raise NoWeights(f"{snapshot.key}: {name} is a {class_name} of {library}, which is not served")
     prefix, folder = f"{name}/", snapshot.path / name
     own_module = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     if not own_module:  # schedulers, tokenizers, feature extractors
         return cls.from_pretrained(folder)
-    if library == "transformers":
+    if issubclass(cls, transformers.PreTrainedModel):
         config = cls.config_class.from_pretrained(folder)
         return build_part(cls, config, snapshot, own_module, device)
     with bounded_build(snapshot, len(own_module)), accelerate.init_empty_weights():
@@ -216,9 +252,65 @@ def _part(
     return model.eval()
 
 
-def _png(image: Any) -> str:
+def class_of(library: str, class_name: str) -> Any:
+    """The class of a pipeline's part: of diffusers, of transformers, or of a pipeline of diffusers that has parts of
+    its own, such as `stable_diffusion`; None if it is neither."""
+    if library in _LIBRARIES:
+        return getattr(import_module(library), class_name, None)
+    return getattr(getattr(diffusers.pipelines, library, None), class_name, None)
+
+
+def arguments_of(pipeline_class: Any) -> dict[str, Any]:
+    """The arguments of a pipeline's call, each with its default, None if it has none."""
+    parameters = list(inspect.signature(pipeline_class.__call__).parameters.values())[1:]
+    named = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    return {each.name: None if each.default is each.empty else each.default for each in named}
+
+
+def truncations(pipeline: Any, request: ImageRequest, call: PipelineCall) -> Iterator[Truncation]:
+    """The prompts of which a text encoder reads less than they have."""
+    for suffix in ("", "_2", "_3"):
+        tokenizer = getattr(pipeline, f"tokenizer{suffix}", None)
+        if tokenizer is None:
+            continue
+        own_limit = request.others.get("max_sequence_length", call.defaults.get("max_sequence_length"))
+        longest = own_limit if own_limit and "CLIP" not in type(tokenizer).__name__ else tokenizer.model_max_length
+        for field in ("prompt", "negative_prompt"):
+            own = request.others.get(f"{field}{suffix}")
+            name, text = (
+                (f"{field}{suffix}", own) if suffix and isinstance(own, str) else (field, getattr(request, field))
+            )
+            tokens = len(tokenizer(text, truncation=False, verbose=False)["input_ids"]) if text else 0
+            if tokens > longest:
+                yield Truncation(name, f"tokenizer{suffix}", tokens, longest)
+
+
+def decoded(texts: str | tuple[str, ...], name: str, most_pixels: int) -> Image | list[Image]:
+    """A job's picture, or several, in base64, also as `data:` addresses. Raises JobError."""
+    if isinstance(texts, tuple):
+        return [_decoded(text, name, most_pixels) for text in texts]
+    return _decoded(texts, name, most_pixels)
+
+
+def _decoded(text: str, name: str, most_pixels: int) -> Image:
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        picture = open_picture(io.BytesIO(base64.b64decode(text, validate=True)))
+        if picture.width * picture.height > most_pixels:
+            raise invalid(f"{name} must have at most {most_pixels} pixels, not {picture.width * picture.height}")
+        return picture.convert("L" if "mask" in name else "RGB")
+    except (ValueError, OSError, SyntaxError, DecompressionBombError) as error:
+        raise invalid(f"{name} must be a picture in base64, such as PNG or JPEG: {error}") from error
+
+
+def encoded(picture: Image, image_format: ImageFormat) -> str:
+    """A picture in base64."""
     data = io.BytesIO()
-    image.save(data, format="PNG")
+    has_alpha = picture.mode in ("RGBA", "LA", "P")
+    (picture.convert("RGB") if image_format == "jpeg" and has_alpha else picture).save(
+        data, format=image_format.upper(), **({} if image_format == "png" else {"quality": _QUALITY})
+    )
     return base64.b64encode(data.getvalue()).decode()
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from handler.errors import JobError
-from handler.images import Images, Step, parse_image
+from handler.images import Images, PipelineCall, Step, parse_image
 from handler.jobs import Limits
 from handler.worker import Worker
 from modelstore import ModelStore, load_tensors
@@ -34,7 +34,13 @@ from tests.support.workers import RecordedChannel
 
 diffusers = pytest.importorskip("diffusers")
 
+from handler.engines.diffusion import arguments_of  # noqa: E402 (needs diffusers)
+
+LIMITS = Limits.of(Settings(root=Path("/")))
 JOB = {"prompt": "a b", "num_inference_steps": 3, "seed": 7, "guidance_scale": 5.0, "width": 32, "height": 32}
+
+
+STABLE_DIFFUSION = PipelineCall("StableDiffusionPipeline", arguments_of(diffusers.StableDiffusionPipeline))
 
 
 def write_pipeline(folder: Path) -> Any:
@@ -92,7 +98,7 @@ def engine(settings: Settings) -> Iterator[Any]:
 
 def drawn(engine: Any, **more: Any) -> tuple[list[Step], Images]:
     async def run() -> list[Step | Images]:
-        return [one async for one in engine.draw(parse_image(JOB | more, Limits.of(Settings(root=Path("/")))))]
+        return [one async for one in engine.draw(parse_image(JOB | more, LIMITS, engine.call))]
 
     *steps, images = asyncio.run(run())
     assert isinstance(images, Images)
@@ -172,14 +178,14 @@ def test_a_job_is_answered_streamed_and_refused(engine: Any, settings: Settings)
     worker = Worker(engine, settings, channel=told)
     assert engine.kind == "image"
     output = asyncio.run(worker.handle({"id": "1", "input": JOB}))
-    assert output["image_base64"] == output["images"][0]
+    assert output["images"] == [{"seed": 7}], "the picture is there once"
     assert output["seed"] == 7
     assert output["model"] == "org/name"
     streamed = asyncio.run(worker.handle({"id": "2", "input": JOB | {"stream": True}}))
     assert streamed == told.chunks
     assert [chunk["step"] for chunk in streamed[:-1]] == [1, 2, 3]
     assert streamed[-1]["finished"]
-    assert streamed[-1]["images"] == output["images"]
+    assert streamed[-1]["image_base64"] == output["image_base64"]
     for bad in (JOB | {"width": 33}, JOB | {"model": "org/other"}, {"openai_route": "/v1/completions"}):
         assert "error" in asyncio.run(worker.handle({"id": "3", "input": bad}))
 
@@ -259,7 +265,7 @@ def test_parts_that_are_not_served_or_not_whole_are_errors(settings: Settings, s
 )
 def test_bad_input_names_the_field_and_the_limit(data: dict[str, Any], words: str) -> None:
     with pytest.raises(JobError, match=words):
-        parse_image(data, Limits.of(Settings(root=Path("/"))))
+        parse_image(data, LIMITS, STABLE_DIFFUSION)
 
 
 def test_modules_that_a_class_keeps_in_fp32_are_bit_for_bit(hub: Hub, store: ModelStore) -> None:

@@ -16,7 +16,7 @@ from handler.engines.multi import MultiModelEngine
 from handler.engines.text import TextEngine
 from handler.errors import Code
 from handler.fields import FIELDS
-from handler.images import ImageRequest, Images, Step
+from handler.images import ImageRequest, Images, PipelineCall, Step
 from handler.worker import Worker
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
@@ -99,6 +99,9 @@ class Draws(Engine):
     """An image engine that makes one picture."""
 
     kind = "image"
+    call = PipelineCall(
+        "Pipeline", dict.fromkeys(("prompt", "negative_prompt", "num_inference_steps", "width", "image"))
+    )
 
     async def draw(self, request: ImageRequest) -> AsyncIterator[Step | Images]:
         yield Step(1, 1)

@@ -177,7 +177,10 @@ def test_the_openai_client_gets_vllms_errors_and_our_limits(client: Any) -> None
 @needs_vllm
 def test_a_field_reaches_vllm_or_is_refused_by_its_name(endpoint: Any, runpod: RunPod, client: Any) -> None:
     choice = {"structured_outputs": {"choice": ["blue", "green"]}}
-    assert endpoint.run_sync({"messages": QUESTION} | GREEDY | choice, timeout=60)["generated_text"] in ("blue", "green")
+    assert endpoint.run_sync({"messages": QUESTION} | GREEDY | choice, timeout=60)["generated_text"] in (
+        "blue",
+        "green",
+    )
     params = GREEDY | {"max_tokens": 3, "n": 2, "logprobs": 1, "bad_words": [" Paris"]}
     output = endpoint.run_sync({"prompt": "The capital of France is", "sampling_params": params}, timeout=60)
     assert len(output["generated_text"]) == 2

@@ -1,0 +1,247 @@
+"""Each pipeline of diffusers is served as its own signature has it, and draws what diffusers draws."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("diffusers")
+
+import diffusers
+
+from handler.engines.diffusion import DiffusionEngine, class_of
+from handler.worker import Worker
+from modelstore import ModelStore
+from modelstore.reference import parse_reference
+from modelstore.warmstart import begin
+from tests.support.hub import Hub
+from tests.support.pipelines import PIPELINES, write
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of a scheduler of diffusers
+
+SIZE = {"width": 32, "height": 32}
+GREY = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3))
+# What a job sends to each, and what diffusers is called with
+JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sd_with_checker": (SIZE, SIZE),
+    "sd_image_to_image": ({"image": "GREY", "strength": 0.8}, {"image": GREY, "strength": 0.8}),
+    "sd_inpaint": (
+        {"image": "GREY", "mask_image": "GREY"} | SIZE,
+        {"image": GREY, "mask_image": GREY.convert("L")} | SIZE,
+    ),
+    "latent_consistency": (SIZE, SIZE),
+    "sdxl": (SIZE | {"prompt_2": "c d", "guidance_rescale": 0.5}, SIZE | {"prompt_2": "c d", "guidance_rescale": 0.5}),
+    "sd3": (SIZE | {"max_sequence_length": 20}, SIZE | {"max_sequence_length": 20}),
+    "flux": (
+        {"width": 16, "height": 16, "true_cfg_scale": 2.0, "negative_prompt": "z"},
+        {"width": 16, "height": 16, "true_cfg_scale": 2.0, "negative_prompt": "z"},
+    ),
+    "pixart": (SIZE | {"use_resolution_binning": False}, SIZE | {"use_resolution_binning": False}),
+    "wan": (
+        {"width": 16, "height": 16, "num_frames": 5},
+        {"width": 16, "height": 16, "num_frames": 5, "output_type": "pil"},
+    ),
+    "unconditional": ({}, {}),
+}
+Make = Callable[[str], tuple[Worker, DiffusionEngine, Any]]
+
+
+def base64_of(picture: Image.Image) -> str:
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def pictures_of(output: dict[str, Any]) -> list[Image.Image]:
+    texts = [output["image_base64"], *(each["image_base64"] for each in output["images"][1:])]
+    return [Image.open(io.BytesIO(base64.b64decode(text))) for text in texts]
+
+
+@pytest.fixture
+def serving(hub: Hub, store: ModelStore) -> Iterator[Make]:
+    engines: list[DiffusionEngine] = []
+
+    def make(name: str) -> tuple[Worker, DiffusionEngine, Any]:
+        folder = hub.folder / "org" / "name"
+        write(name, folder)
+        settings = replace(store.settings, model=parse_reference("org/name"), dtype="float32")
+        engine = begin(settings).load(DiffusionEngine.load)
+        engines.append(engine)
+        theirs = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+        return Worker(engine, settings), engine, theirs
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def answer(worker: Worker, **data: Any) -> dict[str, Any]:
+    data = {name: base64_of(GREY) if value == "GREY" else value for name, value in data.items()}
+    output: dict[str, Any] = asyncio.run(worker.handle({"id": "1", "input": data}))
+    return output
+
+
+def test_every_pipeline_has_a_job() -> None:
+    assert JOBS.keys() == PIPELINES.keys()
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_it_draws_what_diffusers_draws(serving: Make, name: str) -> None:
+    worker, engine, theirs = serving(name)
+    job, arguments = JOBS[name]
+    common: dict[str, Any] = {"num_inference_steps": 2}
+    if "prompt" in engine.call.defaults:
+        common["prompt"] = "a b"
+    output = answer(worker, **common, **job, seed=7)
+    assert "error" not in output, output
+    made = theirs(**common, **arguments, generator=torch.Generator().manual_seed(7))
+    expected = made.frames[0] if name == "wan" else made.images
+    ours = pictures_of(output)
+    assert len(ours) == len(expected) == (5 if name == "wan" else 1)
+    for mine, their in zip(ours, expected, strict=True):
+        assert mine.tobytes() == their.tobytes()
+    if name == "sd_with_checker":
+        assert made.nsfw_content_detected == [True]
+        assert output["nsfw_content_detected"] == [True]
+        assert not any(ours[0].tobytes()), "it is black, and says so"
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_what_it_does_not_take_is_refused_by_its_name(serving: Make, name: str) -> None:
+    worker, engine, _theirs = serving(name)
+    fields = {
+        "scheduler": "K_EULER", "refiner_inference_steps": 5, "strength": 0.3, "image": base64_of(GREY),
+        "mask_image": base64_of(GREY), "image_url": "http://127.0.0.1:9/x.png", "prompt": "a", "width": 32,
+        "true_cfg_scale": 2.0, "num_frames": 5, "latents": [1.0], "callback_on_step_end": 7, "generator": 7,
+        "cross_attention_kwargs": {"scale": 1}, "prompt_embeds": [1.0], "output_type": "latent", "steps": 7,
+    }  # fmt: skip
+    good = {"prompt": "a"} if "prompt" in engine.call.defaults else {}
+    for field, value in fields.items():
+        if field in engine.call.fields:
+            continue
+        output = answer(worker, **(good | {field: value}))
+        assert output["code"] == "INVALID_INPUT"
+        assert field in output["error"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"strength": "x"}, "strength must be a number"),
+        ({"strength": 1e9}, "strength must be a number of at most"),
+        ({"strength": 7.0}, "StableDiffusionImg2ImgPipeline does not take this job"),
+        ({"image": "x"}, "image must be a picture in base64"),
+        ({"image": base64.b64encode(b"no picture").decode()}, "image must be a picture"),
+        ({"image": 7}, "image must be a picture"),
+        ({"num_images": 2, "num_images_per_prompt": 2}, "are the same"),
+        ({"num_images_per_prompt": 99}, "num_images_per_prompt must be"),
+        ({"image_format": "tiff"}, "image_format must be png, jpeg or webp"),
+        ({"clip_skip": {"a": 1}}, "clip_skip must be a number, a text"),
+    ],
+)
+def test_a_bad_value_names_its_field(serving: Make, more: dict[str, Any], words: str) -> None:
+    worker, _engine, _theirs = serving("sd_image_to_image")
+    output = answer(worker, **({"prompt": "a", "image": base64_of(GREY), "num_inference_steps": 2} | more))
+    assert words in output["error"]
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [
+        ("stable_diffusion", "StableDiffusionSafetyChecker"),
+        ("deepfloyd_if", "IFSafetyChecker"),
+        ("deepfloyd_if", "IFWatermarker"),
+        ("kolors", "ChatGLMModel"),
+        ("kolors", "ChatGLMTokenizer"),
+        ("latent_diffusion", "LDMBertModel"),
+        ("transformers", "CLIPTextModel"),
+        ("diffusers", "AutoencoderKL"),
+    ],
+)
+def test_parts_are_classes_as_diffusers_finds_them(library: str, name: str) -> None:
+    assert class_of(library, name).__name__ == name
+
+
+@pytest.mark.parametrize(("library", "name"), [("os", "system"), ("pipeline_utils", "X"), ("stable_diffusion", "X")])
+def test_no_other_class_is_a_part(library: str, name: str) -> None:
+    assert class_of(library, name) is None
+
+
+def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(serving: Make) -> None:
+    worker, engine, _theirs = serving("sd_image_to_image")
+    small = Worker(engine, replace(worker._settings, max_pixels=1000))
+    assert "must have at most 1000 pixels, not 1024" in answer(small, prompt="a", image=base64_of(GREY))["error"]
+
+
+@pytest.mark.parametrize(("image_format", "magic"), [("png", b"\x89PNG"), ("jpg", b"\xff\xd8"), ("WEBP", b"RIFF")])
+def test_a_picture_has_the_format_that_is_asked_for(serving: Make, image_format: str, magic: bytes) -> None:
+    worker, _engine, _theirs = serving("latent_consistency")
+    output = answer(worker, prompt="a", num_inference_steps=1, image_format=image_format, num_images=2, **SIZE)
+    assert base64.b64decode(output["image_base64"]).startswith(magic)
+    assert base64.b64decode(output["images"][1]["image_base64"]).startswith(magic)
+    assert "image_base64" not in output["images"][0], "each picture is there once"
+    assert output["images"][1]["seed"] == output["images"][0]["seed"] + 1 == output["seed"] + 1
+
+
+def test_a_prompt_that_an_encoder_cuts_is_flagged(serving: Make) -> None:
+    worker, _engine, _theirs = serving("sd3")
+    long = " ".join("abcdefghij" * 3)
+    job = {"num_inference_steps": 1, "max_sequence_length": 20} | SIZE
+    assert answer(worker, prompt=long, **job)["truncated"] == [
+        {"field": "prompt", "tokenizer": "tokenizer", "tokens": 32, "read": 16},
+        {"field": "prompt", "tokenizer": "tokenizer_2", "tokens": 32, "read": 16},
+        {"field": "prompt", "tokenizer": "tokenizer_3", "tokens": 31, "read": 20},
+    ]
+    assert "truncated" not in answer(worker, prompt="a b", **job)
+
+
+def test_the_pipelines_own_steps_are_the_default_if_they_are_few(serving: Make) -> None:
+    worker, _engine, _theirs = serving("latent_consistency")
+    assert answer(worker, prompt="a", **SIZE)["parameters"]["num_inference_steps"] == 4
+
+
+def test_pictures_go_into_a_bucket_if_there_is_one(serving: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    import urllib.request
+
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        address = "http://{}:{}".format(*server.get_host_and_port())
+        for variable, value in (
+            ("BUCKET_ENDPOINT_URL", address), ("BUCKET_ACCESS_KEY_ID", "id"), ("BUCKET_SECRET_ACCESS_KEY", "secret"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+        ):  # fmt: skip
+            monkeypatch.setenv(variable, value)
+        import time
+
+        import boto3
+
+        client = boto3.client("s3", endpoint_url=address, aws_access_key_id="id", aws_secret_access_key="secret")
+        client.create_bucket(Bucket=time.strftime("%m-%y"))
+        worker, engine, _theirs = serving("latent_consistency")
+        job = {"prompt": "a", "num_inference_steps": 1, "num_images": 2, "seed": 3} | SIZE
+        plain = answer(worker, **job)
+        uploading = Worker(engine, replace(worker._settings, bucket_endpoint=address))
+        output = answer(uploading, **job)
+        assert "image_base64" not in str(output)
+        assert [each["seed"] for each in output["images"]] == [3, 4]
+        for url, text in (
+            (output["image_url"], plain["image_base64"]),
+            (output["images"][1]["image_url"], plain["images"][1]["image_base64"]),
+        ):
+            assert urllib.request.urlopen(url, timeout=10).read() == base64.b64decode(text)
+        monkeypatch.delenv("BUCKET_ACCESS_KEY_ID")
+        assert "BUCKET_ACCESS_KEY_ID" in answer(uploading, **job)["error"]
+    finally:
+        server.stop()
