@@ -118,7 +118,7 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
         return weights
 
     def check_config(config: Mapping[str, Any], files: Collection[str], label: str) -> None:
-        ENGINES[settings.engine or engine_for(files)].check_config(config, files, label)
+        ENGINES[settings.engine or engine_for(config, files)].check_config(config, files, label)
 
     name = settings.engine
     target = ENGINES[name].target if name else "device"
@@ -130,8 +130,8 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
             settings, timeline=timeline, target=target, while_filling=while_filling, check_config=check_config
         )
         try:
-            reason = "as set by ENGINE" if name else "by the files of the snapshot"
-            name = name or engine_for(pending.snapshot.manifest.paths)
+            reason = "as set by ENGINE" if name else "by the model"
+            name = name or engine_for(pending.snapshot.config(), pending.snapshot.manifest.paths)
             logger.info("the engine is %s: %s", name, reason)
             loader = loader or import_engine(name).Loader(settings)
             return loader.load(pending, import_sdk)

@@ -6,7 +6,7 @@ Each kind of job has a responder of its own: `TextAnswer` here, `ImageAnswer` in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -39,6 +39,53 @@ class Responder(Protocol[P]):
 
     def output(self) -> Any:
         """The output of a finished job that is not streamed."""
+
+
+Answer = tuple[AsyncIterator[Any], Responder[Any]]
+"""The pieces of an answer as an engine makes them, and what puts them in its sender's form."""
+
+
+class WholeAnswer:
+    """An output that comes as one piece: a Responder."""
+
+    streams = False
+
+    def __init__(self) -> None:
+        self._output: Any = None
+
+    def chunks(self, piece: Any) -> list[Any]:
+        """Take the output."""
+        self._output = piece
+        return []
+
+    def merge(self, chunks: list[Any]) -> list[Any]:
+        """Nothing is streamed."""
+        return chunks
+
+    def progress(self) -> Mapping[str, Any] | None:
+        """None: the output is next."""
+        return None
+
+    def last_chunks(self) -> list[Any]:
+        """Nothing is streamed."""
+        return []
+
+    def failed_chunks(self, error: JobError) -> list[Any]:
+        """Nothing is streamed."""
+        return []
+
+    def output(self) -> Any:
+        """The output."""
+        return self._output
+
+
+def whole(output: Any) -> Answer:
+    """The answer of an output that is there already."""
+
+    async def pieces() -> AsyncIterator[Any]:
+        yield output
+
+    return pieces(), WholeAnswer()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ of `max_tokens`.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +66,23 @@ class Limits:
             settings.max_pixels,
             settings.max_images,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class JobContext:
+    """What an engine is told of a job besides its input. `own_names`: further names of the worker's own model;
+    `models`: all names that a job may give."""
+
+    id: str
+    limits: Limits
+    own_names: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def model_of(self, data: Mapping[str, Any]) -> str | None:
+        """The model that a job asks for; None for the worker's own. Raises JobError."""
+        name = named_model(data)
+        return None if name in self.own_names else name
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from handler.answers import TextAnswer, TextDelta, TokenLogprob
 from handler.errors import Code, JobError, invalid, shown
@@ -20,7 +20,8 @@ from handler.prompts import check_message_count
 from handler.values import flag, integer
 
 CompletionRoute = Literal["chat/completions", "completions"]
-Route = CompletionRoute | Literal["models"]
+TextRoute = CompletionRoute | Literal["models"]
+R = TypeVar("R", bound=str)
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
 
@@ -33,6 +34,8 @@ _PASSED_ON = frozenset(
         *("rerank", "audio/transcriptions", "audio/translations"),
     )
 )
+
+TEXT_ROUTES: tuple[TextRoute, ...] = ("chat/completions", "completions", "models")
 
 DONE = "data: [DONE]\n\n"
 
@@ -68,12 +71,14 @@ def route_and_body(data: Mapping[str, Any]) -> tuple[object, object]:
     return ("/v1/chat/completions" if route is None else route), body
 
 
-def parse_route(route: object) -> Route:
-    """The route that is asked for. Raises JobError for one that is not served."""
-    for name in ("chat/completions", "completions", "models"):
-        if isinstance(route, str) and route.split("?")[0].strip("/") == f"v1/{name}":
+def parse_route(route: object, served: Sequence[R]) -> R:
+    """The route that is asked for, among those that are `served`. Raises JobError."""
+    path = route.split("?")[0].strip("/") if isinstance(route, str) else ""
+    for name in served:
+        if path == f"v1/{name}":
             return name
-    raise invalid(f"openai_route must be /v1/chat/completions, /v1/completions or /v1/models, not {shown(route)}")
+    listed = ", ".join(f"/v1/{name}" for name in served)
+    raise invalid(f"openai_route must be one of {listed} here, not {shown(route)}")
 
 
 def parse_request(route: object, body: object, limits: Limits) -> tuple[str, Mapping[str, Any] | None]:
@@ -142,7 +147,7 @@ class OpenAIAnswer:
     """Puts the pieces of one request in OpenAI's form: a Responder."""
 
     def __init__(
-        self, route: Route, request: TextRequest, body: Mapping[str, Any], *, job_id: str, created: int
+        self, route: CompletionRoute, request: TextRequest, body: Mapping[str, Any], *, job_id: str, created: int
     ) -> None:
         """`body`: the request as it came; `created`: seconds since 1970."""
         self.streams = request.stream
@@ -269,7 +274,7 @@ class PassedAnswer:
         return self._output
 
 
-def models(names: list[str], *, created: int) -> dict[str, Any]:
+def models(names: Sequence[str], *, created: int) -> dict[str, Any]:
     """The answer to /v1/models."""
     listed = [{"id": name, "object": "model", "created": created, "owned_by": "modelstore"} for name in names]
     return {"object": "list", "data": listed}

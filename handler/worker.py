@@ -1,6 +1,7 @@
 """The RunPod loop: one loaded engine, the handler that the SDK calls, and the answer to each error.
 
     {"input": {"prompt" | "prompts" | "messages": …}}               a text, see jobs.py; or a picture, see images.py
+    {"input": {"texts": […]}}                                       vectors, see embeddings.py
     {"input": {"openai_route": "/v1/…", "openai_input": {…}}}       a request in OpenAI's form, see openai_routes.py
     {"input": {"route": "/v1/…", "body": {…}}}                      the same, as worker-vllm takes it
     {"input": {"op": "status"}}                                     the engine, counts of jobs, the start
@@ -17,25 +18,19 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from handler import openai_routes
 from handler.alias_follower import AliasFollower
-from handler.answers import TextAnswer
-from handler.bucket import with_addresses
 from handler.delivery import Delivery, Job, JobChannel, RunPodChannel, check_size
 from handler.engines import Engine
-from handler.errors import Code, JobError, invalid, is_out_of_memory, shown
-from handler.images import ImageAnswer, ImageRequest, parse_image
-from handler.jobs import Limits, TextRequest, input_of, parse_text
+from handler.errors import Code, JobError, is_out_of_memory, shown
+from handler.jobs import JobContext, Limits, input_of
 from handler.redaction import VolumePaths
 from handler.termination import Termination
 from modelstore.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-R = TypeVar("R", TextRequest, ImageRequest)
 
 
 class Worker:
@@ -89,8 +84,7 @@ class Worker:
 
     def concurrency(self, _current: int) -> int:
         """How many jobs to take at once. While this changes, the SDK takes none before it is free."""
-        limit = 1 if self._engine.kind == "image" else self._settings.max_concurrency
-        return 1 if self.retiring else limit
+        return 1 if self.retiring else min(self._settings.max_concurrency, self._engine.jobs_at_once)
 
     def replace(self, reason: str) -> None:
         """Have RunPod replace this worker once its running jobs are answered; with the next job, if it runs none."""
@@ -132,43 +126,11 @@ class Worker:
             if data["op"] != "status":
                 raise JobError(Code.INVALID_INPUT, f"op must be status, not {shown(data['op'])}")
             return self.status()
-        if openai_routes.is_request(data):
-            return await self._answer_openai(job, data, delivery)
-        if self._engine.kind == "image":
-            image = self._with_own_name(parse_image(data, self._limits, self._engine.call))
-            pieces = self._engine.draw(image)
-            if self._settings.bucket_endpoint is not None:
-                pieces = with_addresses(pieces, str(job.get("id")))
-            return await delivery.run(pieces, ImageAnswer(image))
-        fields = await self._engine.fields() if self._engine.kind == "openai" else None
-        request = self._with_own_name(parse_text(data, self._limits, fields))
-        return await delivery.run(self._engine.generate(request), TextAnswer(request))
-
-    async def _answer_openai(self, job: Job, data: Mapping[str, Any], delivery: Delivery) -> Any:
-        requested, content = openai_routes.route_and_body(data)
-        if self._engine.kind == "openai":
-            path, passed = openai_routes.parse_request(requested, content, self._limits)
-            (await self._engine.fields()).check(passed or {}, path.removeprefix("/v1/"))
-            return await delivery.run(self._engine.openai(path, passed), openai_routes.PassedAnswer())
-        route, created = openai_routes.parse_route(requested), int(time.time())
-        if route == "models":
-            return openai_routes.models(self._models(), created=created)
-        if self._engine.kind == "image":
-            raise invalid(f"this worker draws with {self._engine.model}: send a prompt alone")
-        body = openai_routes.checked_body(content)
-        request = self._with_own_name(openai_routes.parse_body(route, body, self._limits))
-        answer = openai_routes.OpenAIAnswer(route, request, body, job_id=str(job.get("id")), created=created)
-        return await delivery.run(self._engine.generate(request), answer)
-
-    def _with_own_name(self, request: R) -> R:
-        """The request, for the worker's own model if it calls that by one of its further names."""
-        return replace(request, model=None) if request.model in self._settings.served_names else request
-
-    def _models(self) -> list[str]:
-        """The names that a job may give: the worker's own model, its further names, and those that it may load beside
-        it."""
-        allowed = [str(reference) for reference in self._settings.allowed_models]
-        return list(dict.fromkeys((self._engine.model, *self._settings.served_names, *allowed)))
+        allowed = map(str, self._settings.allowed_models)
+        names = (self._engine.model, *self._settings.served_names, *allowed)
+        context = JobContext(str(job.get("id")), self._limits, self._settings.served_names, tuple(dict.fromkeys(names)))
+        pieces, responder = await self._engine.answer(data, context)
+        return await delivery.run(pieces, responder)
 
     def status(self) -> dict[str, Any]:
         """The answer to a {"op": "status"} job."""

@@ -60,8 +60,8 @@ def check_generates_text(config: Mapping[str, Any], files: Collection[str], labe
     """Raise NotServable if the model generates no text."""
     if _MODULES_INDEX in files:
         raise NotServable(
-            f"{label} is an embedding model and generates no text: name a language model, or load the folder that "
-            "`modelstore path` prints with sentence-transformers"
+            f"{label} is an embedding model and generates no text: name a language model, or serve it with "
+            "ENGINE=embedding"
         )
     check_loadable(config, files, label)
     named = config.get("architectures")
@@ -75,6 +75,32 @@ def check_generates_text(config: Mapping[str, Any], files: Collection[str], labe
             f"{label} is an encoder, or another model that continues no text ({next(iter(known))}), and generates "
             "none: name a language model"
         )
+
+
+def is_encoder(config: Mapping[str, Any], files: Collection[str]) -> bool:
+    """Whether the model makes vectors of texts, or orders them: a sentence-transformers repo, or a model of a family
+    that fills in masked words, or that classifies, with a tokenizer."""
+    if _PIPELINE_INDEX in files or _MODULES_INDEX in files:
+        return _MODULES_INDEX in files
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    if generates(name) is not False or not any(file in files for file in _TOKENIZERS):
+        return False
+    family = name.removesuffix("Model")
+    return name.endswith(_ENCODER_CLASSES) or (family != name and generates(f"{family}ForMaskedLM") is not None)
+
+
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "sentencepiece.bpe.model", "spiece.model", "spm.model")
+_ENCODER_CLASSES = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification")
+
+
+def check_encodes(config: Mapping[str, Any], files: Collection[str], label: str) -> None:
+    """Raise NotServable if the model is no encoder of texts."""
+    if _MODULES_INDEX in files:
+        return
+    check_loadable(config, files, label)
+    if not is_encoder(config, files):
+        raise NotServable(f"{label} is no encoder of texts: name an embedding model or a reranker")
 
 
 def _version() -> str:

@@ -23,7 +23,7 @@ from modelstore.errors import InvalidReference, InvalidSetting, Refused
 from modelstore.mount import default_root, read_mounts
 from modelstore.reference import DEFAULT_REVISION, Reference, parse_reference, pins
 
-EngineName = Literal["text", "diffusion", "vllm"]
+EngineName = Literal["text", "diffusion", "embedding", "vllm"]
 
 HUB = "https://huggingface.co"
 
@@ -318,7 +318,7 @@ FIELDS = (
         "ENGINE",
         "engine",
         _engine,
-        "the engine: `text`, `diffusion` or `vllm`; without it one of the first two, by the snapshot's files",
+        "the engine: `text`, `diffusion`, `embedding` or `vllm`; without it one of the first three, by the model",
     ),
     Field(
         "MODELSTORE_VLLM_PYTHON",

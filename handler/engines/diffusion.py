@@ -10,11 +10,12 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
 import accelerate
 import diffusers
@@ -23,9 +24,22 @@ import transformers
 from PIL.Image import DecompressionBombError, Image
 from PIL.Image import open as open_picture
 
+from handler import openai_routes
+from handler.answers import Answer
+from handler.bucket import with_addresses
 from handler.engines.batcher import free_memory
 from handler.errors import invalid, is_gpu_lost, not_served
-from handler.images import ImageFormat, ImageRequest, Images, PipelineCall, Step, Truncation
+from handler.images import (
+    ImageAnswer,
+    ImageFormat,
+    ImageRequest,
+    Images,
+    PipelineCall,
+    Step,
+    Truncation,
+    parse_image,
+)
+from handler.jobs import JobContext
 from modelstore.errors import BadSafetensors, NoWeights, Refused
 from modelstore.load.model import bounded_build, build_part
 from modelstore.load.tensors import load_tensors
@@ -44,7 +58,7 @@ _STUCK_S = 120.0  # for a step of the pipeline that goes on though its picture i
 class DiffusionEngine:
     """Draws with one pipeline, one request at a time: a picture has the whole GPU."""
 
-    kind: Literal["image"] = "image"
+    jobs_at_once = 1
 
     def __init__(self, pipeline: Any, pending: PendingStart) -> None:
         self._pipeline = pipeline
@@ -84,14 +98,23 @@ class DiffusionEngine:
         late_s = 0.0 if since is None else time.monotonic() - since
         return self._lost_gpu or (f"a drawing has not ended for {late_s:.0f} s" if late_s > _STUCK_S else "")
 
-    def serves(self, name: str) -> bool:
+    async def answer(self, data: Mapping[str, Any], job: JobContext) -> Answer:
         """See Engine."""
-        return name in (self.model, str(self._settings.model))
+        if openai_routes.is_request(data):
+            raise invalid(f"this worker draws with {self.model}: send a prompt alone")
+        request = parse_image(data, job.limits, self.call)
+        pieces = self.draw(replace(request, model=job.model_of(data)))
+        if self._settings.bucket_endpoint is not None:
+            pieces = with_addresses(pieces, job.id)
+        return pieces, ImageAnswer(request)
 
     async def draw(self, request: ImageRequest) -> AsyncIterator[Step | Images]:
-        """See ImageEngine."""
-        if request.model is not None and not self.serves(request.model):
-            raise not_served(request.model, self.model)
+        """The steps as they are done, and the pictures. A caller that stops the iteration ends the drawing.
+
+        Raises JobError for errors that the sender can mend. Requests may overlap.
+        """
+        if request.model not in (None, self.model, str(self._settings.model)):
+            raise not_served(str(request.model), self.model)
         loop = asyncio.get_running_loop()
         steps: asyncio.Queue[Step | None] = asyncio.Queue()
         is_wanted = threading.Event()

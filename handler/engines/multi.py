@@ -8,20 +8,21 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-from handler.answers import TextDelta
-from handler.engines import TextEngine
+from handler.answers import Answer, TextDelta
+from handler.engines import MANY
 from handler.engines.batcher import free_memory
 from handler.engines.chat_template import Renderer
-from handler.engines.text import TextEngine as TransformersEngine
+from handler.engines.text import TextEngine
 from handler.errors import Code, JobError, not_served
-from handler.jobs import TextRequest
+from handler.jobs import JobContext, TextRequest
+from handler.text_jobs import text_answer
 from modelstore.errors import DoesNotFit, ModelStoreError
 from modelstore.reference import parse_reference
 from modelstore.servable import check_generates_text
@@ -44,7 +45,7 @@ class _Resident:
 class MultiModelEngine:
     """An engine of engines. The first is the worker's own, which answers the jobs that name no model."""
 
-    kind: Literal["text"] = "text"
+    jobs_at_once = MANY
 
     def __init__(self, first: TextEngine, settings: Settings, load: Callable[[Settings], TextEngine]) -> None:
         """`load` makes the engine of a model; raises DoesNotFit if the memory has no room for it."""
@@ -80,7 +81,7 @@ class MultiModelEngine:
         return self._own.engine.swap(reference)
 
     def serves(self, name: str) -> bool:
-        """See Engine."""
+        """See TextEngine."""
         return any(resident.engine.serves(name) for resident in self._all())
 
     def close(self) -> None:
@@ -89,8 +90,13 @@ class MultiModelEngine:
         for resident in self._all():
             resident.engine.close()
 
+    async def answer(self, data: Mapping[str, Any], job: JobContext) -> Answer:
+        """See Engine."""
+        return text_answer(self.generate, data, job)
+
     async def generate(self, request: TextRequest) -> AsyncIterator[TextDelta]:
-        """See Engine. A job may name other models than the worker's own if MODELSTORE_ALLOWED_MODELS lists them."""
+        """The pieces of all the request's prompts, as they come. A job may name other models than the worker's own if
+        MODELSTORE_ALLOWED_MODELS lists them."""
         if request.model is not None:
             request = replace(request, model=self._normal(request.model))
         while True:
@@ -223,7 +229,7 @@ class Loader:
 
     def load(self, pending: PendingStart, import_sdk: Callable[[], None]) -> MultiModelEngine:
         """See `handler.engines.Loader`."""
-        load = partial(TransformersEngine.load, while_reading=import_sdk, renderer=self._renderer)
+        load = partial(TextEngine.load, while_reading=import_sdk, renderer=self._renderer)
         engine = pending.load(load)
         self._renderer.start()
         return MultiModelEngine(engine, pending.settings, self._load_another)
@@ -232,11 +238,11 @@ class Loader:
         """See `handler.engines.Loader`."""
         self._renderer.close()
 
-    def _load_another(self, settings: Settings) -> TransformersEngine:
+    def _load_another(self, settings: Settings) -> TextEngine:
         free_memory()  # memory that torch keeps for itself would count as taken
         pending = begin(settings, timeline=Timeline(), check_config=check_generates_text)
         try:
-            return pending.load(partial(TransformersEngine.load, renderer=self._renderer))
+            return pending.load(partial(TextEngine.load, renderer=self._renderer))
         except BaseException:
             pending.in_use.end()
             raise

@@ -6,23 +6,25 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from handler.answers import TextDelta, TokenLogprob
+from handler.answers import Answer, TextDelta, TokenLogprob
+from handler.engines import MANY
 from handler.engines.batcher import ActiveSequence, Batcher, free_memory
 from handler.engines.chat_template import Renderer
 from handler.engines.loaded import Loaded, check_token_ids, encode, ends_of, fitted, pad_token_id
 from handler.engines.offload import Offload
 from handler.errors import Code, JobError, invalid, not_served
-from handler.jobs import TextRequest
+from handler.jobs import JobContext, TextRequest
 from handler.prompts import Prompt
 from handler.sampling import Sampling
+from handler.text_jobs import text_answer
 from modelstore.errors import IntegrityError, Refused
 from modelstore.load.torch_device import check_room
 from modelstore.reference import parse_reference
@@ -42,7 +44,7 @@ _ENCODE_S = 60.0  # for one job's prompts: a million characters take a slow toke
 class TextEngine:
     """Answers with one loaded model, many requests at once; the model can be exchanged for another meanwhile."""
 
-    kind: Literal["text"] = "text"
+    jobs_at_once = MANY
 
     def __init__(self, loaded: Loaded, settings: Settings, renderer: Renderer | None = None) -> None:
         """`renderer`: of chat templates, one that others use too; by default the engine has its own."""
@@ -73,7 +75,7 @@ class TextEngine:
         return self._loaded.key.repo_id
 
     def serves(self, name: str) -> bool:
-        """See Engine."""
+        """Whether a job may call the model so without loading another."""
         return name in (self.model, self._asked_for)
 
     @property
@@ -104,8 +106,15 @@ class TextEngine:
             "memory": memory,
         }
 
+    async def answer(self, data: Mapping[str, Any], job: JobContext) -> Answer:
+        """See Engine."""
+        return text_answer(self.generate, data, job)
+
     async def generate(self, request: TextRequest) -> AsyncIterator[TextDelta]:
-        """See Engine. Greedy if the temperature is 0."""
+        """The pieces of all the request's prompts, as they come. A caller that stops the iteration ends the generation.
+
+        Raises JobError for errors that the sender can mend. Requests may overlap.
+        """
         while not self._begin_answer():
             await asyncio.sleep(_LOOK_AGAIN_S)
         rows: list[ActiveSequence] = []

@@ -14,15 +14,18 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from handler.answers import TextDelta, TokenLogprob
+from handler import openai_routes
+from handler.answers import Answer, TextAnswer, TextDelta, TokenLogprob
+from handler.engines import MANY
 from handler.engines.server import MemoryBackedSnapshot, Server, error_message
 from handler.errors import Code, JobError, invalid, not_served
-from handler.jobs import ServerFields, TextRequest
+from handler.jobs import JobContext, TextRequest, parse_text
 from handler.prompts import Prompt
 from modelstore.dtypes import DTYPES
 from modelstore.errors import IntegrityError, NotFound, Refused
@@ -48,7 +51,7 @@ _OF_TOKENIZE = (
 class VllmEngine:
     """Answers by a vLLM server; texts, and OpenAI's routes."""
 
-    kind: Literal["openai"] = "openai"
+    jobs_at_once = MANY
 
     def __init__(self, server: Server, folder: MemoryBackedSnapshot, pending: PendingStart) -> None:
         self._server = server
@@ -88,7 +91,7 @@ class VllmEngine:
         return self._snapshot.key.repo_id
 
     def serves(self, name: str) -> bool:
-        """See Engine."""
+        """Whether a job may call the model so."""
         return name in (self.model, str(self._settings.model))
 
     @property
@@ -117,8 +120,18 @@ class VllmEngine:
         self._folder.close()
         self._in_use.end()
 
+    async def answer(self, data: Mapping[str, Any], job: JobContext) -> Answer:
+        """See Engine. OpenAI's routes are vLLM's own, and so are most fields of a native job."""
+        fields = await self._server.fields()
+        if openai_routes.is_request(data):
+            path, body = openai_routes.parse_request(*openai_routes.route_and_body(data), job.limits)
+            fields.check(body or {}, path.removeprefix("/v1/"))
+            return self._server.answer(path, body), openai_routes.PassedAnswer()
+        request = parse_text(data, job.limits, fields)
+        return self.generate(replace(request, model=job.model_of(data))), TextAnswer(request)
+
     async def generate(self, request: TextRequest) -> AsyncIterator[TextDelta]:
-        """See Engine."""
+        """The pieces of all the request's prompts, as they come."""
         if request.model is not None and not self.serves(request.model):
             raise not_served(request.model, self.model)
         pieces: asyncio.Queue[TextDelta | BaseException] = asyncio.Queue()
@@ -150,14 +163,6 @@ class VllmEngine:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def fields(self) -> ServerFields:
-        """See OpenAIEngine."""
-        return await self._server.fields()
-
-    def openai(self, route: str, body: Mapping[str, Any] | None) -> AsyncIterator[str | dict[str, Any]]:
-        """See OpenAIEngine."""
-        return self._server.answer(route, body)
 
     async def _continued(self, index: int, prompt: Prompt, request: TextRequest) -> AsyncIterator[TextDelta]:
         """The pieces of one prompt."""

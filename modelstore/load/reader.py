@@ -350,21 +350,26 @@ def _memory_length(size_bytes: int) -> int:
 
 
 def start_reading(
-    snapshot: Snapshot, *, verify: bool = True, beside: bool = False, ring_bytes: int = 0, weights: bool = True
+    snapshot: Snapshot,
+    *,
+    verify: bool = True,
+    beside: bool = False,
+    ring_bytes: int = 0,
+    weights: bool = True,
+    files: Sequence[FileRecord] = (),
 ) -> Reading:
     """Start to read a snapshot into host memory: the small files, so that they are verified too, then the weights.
 
-    `weights`: whether to read those. The other arguments are those of `Reading`. Raises NoWeights, and SnapshotNotFound
-    if it was evicted meanwhile.
+    `weights`: whether to read those. `files`: read these alone instead. The other arguments are those of `Reading`.
+    Raises NoWeights, and SnapshotNotFound if it was evicted meanwhile.
     """
     if not snapshot.weights:
         raise NoWeights(f"{snapshot.key} has no weights: remove it and seed the model again")
     small = [file for file in snapshot.manifest.files if not file.path.endswith(".safetensors")]
     reading = Reading(verify=verify, beside=beside, ring_bytes=ring_bytes)
     try:
-        reading.add(
-            snapshot.path, (*small, *(snapshot.weights if weights else ())), block_bytes=snapshot.manifest.block_bytes
-        )
+        wanted = files or (*small, *(snapshot.weights if weights else ()))
+        reading.add(snapshot.path, wanted, block_bytes=snapshot.manifest.block_bytes)
     except BaseException:
         reading.close()
         raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from modelstore.load.reader import LoadedBlock, Reading, start_reading
 from modelstore.load.torch_device import CudaDevices, HostDevice, address_of, check_fits, ring_bytes_for, usable_device
 from modelstore.timeline import Span, Timeline
 from modelstore.volume.header import Header, TensorInfo
+from modelstore.volume.manifest import FileRecord
 from modelstore.volume.snapshots import Snapshot
 
 Place = Callable[[str], torch.device]
@@ -61,23 +62,25 @@ def load_tensors(
     reading: Reading | None = None,
     weights: Weights | None = None,
     timeline: Timeline | None = None,
+    files: Sequence[FileRecord] = (),
 ) -> dict[str, torch.Tensor]:
     """The snapshot's tensors by their names in the checkpoint, in the storage dtype; those of a pipeline's parts after
     the name of their folder, as in "unet/conv_in.weight".
 
     `device` is CUDA if there is one by default; on the CPU the tensors share the memory that was read into.
     `reading`: a read of this snapshot that is in flight already; `weights`: those that `place_early` has begun with it.
+    `files`: the tensors of these alone, as of modules in folders beside a model at the top.
     Raises DigestMismatch if bytes are not those published, DoesNotFit if the GPU has no room.
     """
     target = usable_device(device)
     if reading is None:
         check_fits(snapshot, [target])
-        reading = start_reading(snapshot, ring_bytes=ring_bytes_for(target))
+        reading = start_reading(snapshot, ring_bytes=ring_bytes_for(target), files=files)
     timeline = timeline or Timeline()
     try:
         if weights is None:
             weights = Weights(reading, {"": target})
-            weights.complete(snapshot)
+            weights.complete(snapshot, files)
             weights.start(timeline)
         else:
             weights.complete(snapshot)
@@ -133,10 +136,10 @@ class Weights:
         self.stand_ins: dict[str, torch.Tensor] = {}
         self.has_stand_ins = True
 
-    def complete(self, snapshot: Snapshot) -> None:
-        """Prepare the rest of a snapshot, all of whose files were added to the reading. Raises BadSafetensors and
-        DigestMismatch as `Reading.header` does."""
-        for file in snapshot.weights:
+    def complete(self, snapshot: Snapshot, files: Sequence[FileRecord] = ()) -> None:
+        """Prepare the rest of a snapshot's weights, or of these files, all of which were added to the reading. Raises
+        BadSafetensors and DigestMismatch as `Reading.header` does."""
+        for file in files or snapshot.weights:
             self._prepare(file.path)
 
     def start(self, timeline: Timeline) -> None:

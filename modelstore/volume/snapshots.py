@@ -75,12 +75,18 @@ class Snapshot:
         files = tuple(f for f in self.manifest.files if f.path.endswith(".safetensors"))
         return tuple(f for f in files if "/" not in f.path) or files
 
-    def config(self) -> dict[str, Any]:
-        """The `config.json` at the top; empty if there is none, or if it is no JSON object."""
-        if "config.json" not in self.manifest.paths:
+    @property
+    def weights_beside(self) -> tuple[FileRecord, ...]:
+        """The weights in folders beside those at the top, as of the modules of a sentence-transformer."""
+        known = {file.path for file in self.weights}
+        return tuple(f for f in self.manifest.files if f.path.endswith(".safetensors") and f.path not in known)
+
+    def config(self, name: str = "config.json") -> dict[str, Any]:
+        """A config at the top; empty if there is none, or if it is no JSON object."""
+        if name not in self.manifest.paths:
             return {}
         try:
-            config = json.loads(durable.read_file(self.path / "config.json", durable.MANIFEST_BYTES))
+            config = json.loads(durable.read_file(self.path / name, durable.MANIFEST_BYTES))
         except (ValueError, RecursionError):
             return {}
         return config if isinstance(config, dict) else {}

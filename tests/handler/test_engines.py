@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -34,13 +34,28 @@ def test_the_extra_of_each_engine_is_one_of_the_distribution() -> None:
     assert {entry.extra for entry in ENGINES.values()} <= extras.keys()
 
 
+BERT = {"model_type": "bert", "architectures": ["BertModel"]}
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+FILES = ["config.json", "model.safetensors", "tokenizer.json"]
+
+
 @pytest.mark.parametrize(
-    ("names", "expected"),
+    ("config", "files", "expected"),
     [
-        (["config.json", "model.safetensors"], "text"),
-        (["model_index.json", "unet/config.json"], "diffusion"),
-        (["unet/model_index.json", "config.json"], "text"),
+        (LLAMA, FILES, "text"),
+        ({}, ["model_index.json", "unet/config.json"], "diffusion"),
+        (LLAMA, ["unet/model_index.json", "config.json"], "text"),
+        (BERT, FILES, "embedding"),
+        (BERT, FILES[:2], "text"),
+        (BERT | {"architectures": ["XLMRobertaForSequenceClassification"]}, FILES, "embedding"),
+        (LLAMA | {"architectures": ["LlamaModel"]}, FILES, "text"),
+        (LLAMA | {"architectures": ["LlamaModel"]}, [*FILES, "modules.json"], "embedding"),
+        ({"model_type": "vit", "architectures": ["ViTModel"]}, FILES, "text"),
+        ({"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}, FILES, "text"),
+        ({"architectures": None}, FILES, "text"),
+        ({"architectures": [7]}, FILES, "text"),
+        ({}, [], "text"),
     ],
 )
-def test_the_engine_is_chosen_by_the_files_of_the_snapshot(names: list[str], expected: str) -> None:
-    assert engine_for(names) == expected
+def test_the_engine_is_chosen_by_the_model(config: dict[str, Any], files: list[str], expected: str) -> None:
+    assert engine_for(config, files) == expected

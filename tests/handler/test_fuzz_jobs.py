@@ -12,11 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from handler.answers import Answer
 from handler.engines.multi import MultiModelEngine
 from handler.engines.text import TextEngine
 from handler.errors import Code
 from handler.fields import FIELDS
-from handler.images import ImageRequest, Images, PipelineCall, Step
+from handler.images import ImageAnswer, ImageRequest, Images, PipelineCall, Step, parse_image
+from handler.jobs import JobContext
 from handler.worker import Worker
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
@@ -98,10 +100,13 @@ QUIET = settings(max_examples=200, deadline=None, suppress_health_check=list(Hea
 class Draws(Engine):
     """An image engine that makes one picture."""
 
-    kind = "image"
     call = PipelineCall(
         "Pipeline", dict.fromkeys(("prompt", "negative_prompt", "num_inference_steps", "width", "image"))
     )
+
+    async def answer(self, data: Any, job: JobContext) -> Answer:
+        request = parse_image(data, job.limits, self.call)
+        return self.draw(request), ImageAnswer(request)
 
     async def draw(self, request: ImageRequest) -> AsyncIterator[Step | Images]:
         yield Step(1, 1)

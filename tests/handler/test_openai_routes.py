@@ -13,8 +13,9 @@ from handler.answers import TextDelta, TokenLogprob
 from handler.errors import Code, JobError
 from handler.jobs import Limits, TextRequest
 from handler.openai_routes import (
+    TEXT_ROUTES,
+    CompletionRoute,
     OpenAIAnswer,
-    Route,
     checked_body,
     failed,
     is_request,
@@ -31,19 +32,19 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 LIMITS = Limits.of(Settings(root=Path("/"), max_prompts=4))
 
 
-def answer(route: Route, request: TextRequest, body: Mapping[str, Any] | None = None) -> OpenAIAnswer:
+def answer(route: CompletionRoute, request: TextRequest, body: Mapping[str, Any] | None = None) -> OpenAIAnswer:
     return OpenAIAnswer(route, request, body or {}, job_id="7", created=1)
 
 
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "v1/chat/completions/", "/v1/chat/completions?x=1"])
 def test_a_route_may_be_written_in_several_ways(route: str) -> None:
-    assert parse_route(route) == "chat/completions"
+    assert parse_route(route, TEXT_ROUTES) == "chat/completions"
 
 
 @pytest.mark.parametrize("route", ["/v1/embeddings", "", None, 7, "/chat/completions"])
 def test_a_route_that_is_not_served_is_an_error(route: object) -> None:
     with pytest.raises(JobError, match="openai_route must be"):
-        parse_route(route)
+        parse_route(route, TEXT_ROUTES)
 
 
 def test_defaults_are_openais() -> None:

@@ -232,8 +232,8 @@ def test_pictures_go_into_a_bucket_if_there_is_one(serving: Make, monkeypatch: p
         worker, engine, _theirs = serving("latent_consistency")
         job = {"prompt": "a", "num_inference_steps": 1, "num_images": 2, "seed": 3} | SIZE
         plain = answer(worker, **job)
-        uploading = Worker(engine, replace(worker._settings, bucket_endpoint=address))
-        output = answer(uploading, **job)
+        engine._settings = replace(engine._settings, bucket_endpoint=address)
+        output = answer(worker, **job)
         assert "image_base64" not in str(output)
         assert [each["seed"] for each in output["images"]] == [3, 4]
         for url, text in (
@@ -242,6 +242,6 @@ def test_pictures_go_into_a_bucket_if_there_is_one(serving: Make, monkeypatch: p
         ):
             assert urllib.request.urlopen(url, timeout=10).read() == base64.b64decode(text)
         monkeypatch.delenv("BUCKET_ACCESS_KEY_ID")
-        assert "BUCKET_ACCESS_KEY_ID" in answer(uploading, **job)["error"]
+        assert "BUCKET_ACCESS_KEY_ID" in answer(worker, **job)["error"]
     finally:
         server.stop()

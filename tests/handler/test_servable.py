@@ -114,8 +114,7 @@ KINDS: dict[str, tuple[Callable[[Path], None], bool, int, str]] = {
         embedding,
         True,
         8,
-        "org/name is an embedding model and generates no text: name a language model, or load the folder that "
-        "`modelstore path` prints with sentence-transformers",
+        "org/name is an embedding model and generates no text: name a language model, or serve it with ENGINE=embedding",
     ),
 }
 
@@ -127,7 +126,7 @@ def weights_served(hub: Hub) -> int:
 def run_worker(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "handler", "--test_input", JOB],
-        env=os.environ | env | {"MODEL_ID": "org/name"},
+        env=os.environ | env | {"MODEL_ID": "org/name", "ENGINE": "text"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from handler.answers import TextDelta
+from handler.answers import Answer, TextDelta
 from handler.delivery import JobChannel
 from handler.errors import not_served
-from handler.jobs import TextRequest
+from handler.jobs import JobContext, TextRequest
+from handler.text_jobs import text_answer
 from modelstore.timeline import Timeline
 
 
@@ -59,7 +60,7 @@ def serving(env: dict[str, str], *arguments: str) -> Iterator[subprocess.Popen[s
 class Engine:
     """Answers with these pieces, or raises what it was given."""
 
-    kind = "text"
+    jobs_at_once = 1 << 30
     model = "org/name"
 
     def __init__(self, *pieces: TextDelta, error: BaseException | None = None, takes_s: float = 0.0) -> None:
@@ -68,6 +69,9 @@ class Engine:
         self.takes_s = takes_s
         self.broken = ""
         self.left: list[str] = []
+
+    async def answer(self, data: Mapping[str, Any], job: JobContext) -> Answer:
+        return text_answer(self.generate, data, job)
 
     async def generate(self, request: TextRequest) -> AsyncIterator[TextDelta]:
         left = "early"
