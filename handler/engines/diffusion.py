@@ -114,7 +114,7 @@ class DiffusionEngine:
         Raises JobError for errors that the sender can mend. Requests may overlap.
         """
         if request.model not in (None, self.model, str(self._settings.model)):
-            raise not_served(str(request.model), self.model)
+            raise not_served(str(request.model), self.model, *self._settings.served_names)
         loop = asyncio.get_running_loop()
         steps: asyncio.Queue[Step | None] = asyncio.Queue()
         is_wanted = threading.Event()

@@ -91,7 +91,7 @@ class EmbeddingEngine:
         if request is None:
             return whole(models(job.models, created=job.created))
         if request.model not in (None, self.model, str(self._settings.model)):
-            raise not_served(str(request.model), self.model)
+            raise not_served(str(request.model), self.model, *self._settings.served_names)
         if isinstance(request, RerankRequest) != isinstance(self._encoder, CrossEncoder):
             kind = "orders documents: send a query and documents"
             if isinstance(request, RerankRequest):

@@ -173,7 +173,8 @@ class MultiModelEngine:
             raise self._not_served(name)
 
     def _not_served(self, name: str) -> JobError:
-        return not_served(name, self.model, *map(str, self._settings.allowed_models))
+        settings = self._settings
+        return not_served(name, self.model, *settings.served_names, *map(str, settings.allowed_models))
 
     def _all(self) -> list[_Resident]:
         return [self._own, *self._others.values()]

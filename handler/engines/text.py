@@ -121,7 +121,7 @@ class TextEngine:
         try:
             loaded, batcher = self._loaded, self._batcher
             if request.model is not None and not self.serves(request.model):
-                raise not_served(request.model, self.model)
+                raise not_served(request.model, self.model, *self._settings.served_names)
             pieces = _Pieces(asyncio.get_running_loop())
             try:
                 encode = partial(_rows, request, loaded, pieces, self._renderer)

@@ -133,7 +133,7 @@ class VllmEngine:
     async def generate(self, request: TextRequest) -> AsyncIterator[TextDelta]:
         """The pieces of all the request's prompts, as they come."""
         if request.model is not None and not self.serves(request.model):
-            raise not_served(request.model, self.model)
+            raise not_served(request.model, self.model, *self._settings.served_names)
         pieces: asyncio.Queue[TextDelta | BaseException] = asyncio.Queue()
 
         async def run(index: int, prompt: Prompt) -> None:
