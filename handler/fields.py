@@ -26,14 +26,15 @@ _ALL: tuple[Route, ...] = ("native", "chat/completions", "completions")
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One field. `text`: the text engine's treatment. `note`: its meaning, or what to send instead. `neutral`: values
-    that ask for nothing, accepted though the field is refused. `by_worker`: the worker itself reads it, also before a
-    server with OpenAI's routes. `replaced`: vLLM does not serve it any more either."""
+    """One field. `text`: the text engine's treatment. `note`: its meaning. `neutral`: values that ask for nothing,
+    accepted though the field is refused. `instead`: what to do without it. `by_worker`: the worker itself reads it,
+    also before a server with OpenAI's routes. `replaced`: vLLM does not serve it, or not any more."""
 
     routes: tuple[Route, ...]
     text: Treatment
     note: str
     neutral: tuple[object, ...] = ()
+    instead: str = ""
     by_worker: bool = False
     replaced: bool = False
 
@@ -46,8 +47,10 @@ def _harmless(routes: tuple[Route, ...], note: str) -> Field:
     return Field(routes, "harmless", note)
 
 
-def _refused(routes: tuple[Route, ...], note: str, *neutral: object, replaced: bool = False) -> Field:
-    return Field(routes, "refused", note, neutral, replaced=replaced)
+def _refused(
+    routes: tuple[Route, ...], note: str, *neutral: object, instead: str = "", replaced: bool = False
+) -> Field:
+    return Field(routes, "refused", note, neutral, instead, replaced=replaced)
 
 
 FIELDS: Mapping[str, Field] = {
@@ -66,13 +69,15 @@ FIELDS: Mapping[str, Field] = {
     "tool_choice": _served(_CHAT, "`auto` and `none`; another choice is refused"),
     "documents": _served(_CHAT, "given to the template"),
     "add_special_tokens": _served(_ALL, "`false`: the tokenizer adds none to the prompt"),
-    "chat_template": _refused(_CHAT, "the model's own template is used; chat_template_kwargs sets its variables"),
-    "truncate_prompt_tokens": _refused(_ALL, ""),
-    "truncation_side": _refused(_ALL, "", "left", "right"),
-    "prompt_embeds": _refused(("completions",), ""),
-    "media_io_kwargs": _refused(_CHAT, "", {}),
-    "mm_processor_kwargs": _refused(_CHAT, "", {}),
-    "suffix": _refused(_TEXT, "", ""),
+    "chat_template": _refused(
+        _CHAT, "a template of the sender's", instead="the model's own is used; chat_template_kwargs sets its variables"
+    ),
+    "truncate_prompt_tokens": _refused(_ALL, "cuts the prompt"),
+    "truncation_side": _refused(_ALL, "where the prompt is cut", "left", "right"),
+    "prompt_embeds": _refused(("completions",), "a prompt as vectors"),
+    "media_io_kwargs": _refused(_CHAT, "of pictures and sounds in a prompt", {}),
+    "mm_processor_kwargs": _refused(_CHAT, "of pictures and sounds in a prompt", {}),
+    "suffix": _refused(_TEXT, "the text after a gap that is filled", ""),
     # How the next token is chosen
     "temperature": _served(_ALL, "0 to 2; 0 is greedy"),
     "top_p": _served(_ALL, "above 0, at most 1"),
@@ -83,23 +88,37 @@ FIELDS: Mapping[str, Field] = {
     "frequency_penalty": _served(_ALL, "-2 to 2"),
     "logit_bias": _served(_ALL, "token ids, each with -100 to 100"),
     "seed": _served(_ALL, "the same answer again, in any batch"),
-    "allowed_token_ids": _refused(_ALL, "", []),
-    "bad_words": _refused(_ALL, "", []),
-    "response_format": _refused(_ALL, "", {"type": "text"}),
-    "structured_outputs": _refused(_ALL, ""),
-    "guided_json": _refused(_ALL, "vLLM takes structured_outputs instead", replaced=True),
-    "guided_regex": _refused(_ALL, "vLLM takes structured_outputs instead", replaced=True),
-    "guided_choice": _refused(_ALL, "vLLM takes structured_outputs instead", replaced=True),
-    "guided_grammar": _refused(_ALL, "vLLM takes structured_outputs instead", replaced=True),
-    "guided_decoding_backend": _refused(_ALL, "vLLM takes structured_outputs instead", replaced=True),
-    "guided_whitespace_pattern": _refused(_ALL, "vLLM takes structured_outputs instead", replaced=True),
-    "structural_tag": _refused(_ALL, "vLLM takes structured_outputs instead", replaced=True),
-    "use_beam_search": _refused(_ALL, "", False),
-    "length_penalty": _refused(_ALL, "", 1.0),
-    "early_stopping": _refused(_ALL, "it says something of beams alone", False, replaced=True),
-    "thinking_token_budget": _refused(_ALL, ""),
-    "watermarking": _refused(_ALL, "", False),
-    "vllm_xargs": _refused(_ALL, "", {}),
+    "allowed_token_ids": _refused(_ALL, "no other tokens", []),
+    "bad_words": _refused(_ALL, "words that never come", []),
+    "response_format": _refused(_ALL, "JSON, also by a schema", {"type": "text"}),
+    "structured_outputs": _refused(_ALL, "an answer by a grammar"),
+    "guided_json": _refused(
+        _ALL, "an answer by a grammar", instead="vLLM takes structured_outputs instead", replaced=True
+    ),
+    "guided_regex": _refused(
+        _ALL, "an answer by a grammar", instead="vLLM takes structured_outputs instead", replaced=True
+    ),
+    "guided_choice": _refused(
+        _ALL, "an answer by a grammar", instead="vLLM takes structured_outputs instead", replaced=True
+    ),
+    "guided_grammar": _refused(
+        _ALL, "an answer by a grammar", instead="vLLM takes structured_outputs instead", replaced=True
+    ),
+    "guided_decoding_backend": _refused(
+        _ALL, "an answer by a grammar", instead="vLLM takes structured_outputs instead", replaced=True
+    ),
+    "guided_whitespace_pattern": _refused(
+        _ALL, "an answer by a grammar", instead="vLLM takes structured_outputs instead", replaced=True
+    ),
+    "structural_tag": _refused(
+        _ALL, "an answer by a grammar", instead="vLLM takes structured_outputs instead", replaced=True
+    ),
+    "use_beam_search": _refused(_ALL, "a search with beams", False),
+    "length_penalty": _refused(_ALL, "of beams", 1.0),
+    "early_stopping": _refused(_ALL, "of beams", False, replaced=True),
+    "thinking_token_budget": _refused(_ALL, "the most tokens of reasoning"),
+    "watermarking": _refused(_ALL, "marks the text as generated", False),
+    "vllm_xargs": _refused(_ALL, "for extensions of vLLM", {}),
     # When the text ends
     "max_tokens": _served(_ALL, "at most `MODELSTORE_MAX_TOKENS`"),
     "max_completion_tokens": _served(_OPENAI, "the same, if max_tokens is not there"),
@@ -108,8 +127,8 @@ FIELDS: Mapping[str, Field] = {
     "stop": _served(_ALL, "up to 16 strings, also special tokens; left out of the text"),
     "stop_token_ids": _served(_ALL, "up to 128 ids; left out of the text"),
     "ignore_eos": _served(_ALL, "`true`: the model's end tokens do not end the text"),
-    "include_stop_str_in_output": _refused(_ALL, "", False),
-    "repetition_detection": _refused(_ALL, ""),
+    "include_stop_str_in_output": _refused(_ALL, "keeps the stop string", False),
+    "repetition_detection": _refused(_ALL, "ends a text that repeats itself"),
     # What the answer holds
     "stream": _served(_ALL, "`true`: chunks as they come", by_worker=True),
     "stream_options": _served(_OPENAI, "`include_usage`"),
@@ -118,25 +137,27 @@ FIELDS: Mapping[str, Field] = {
     "logprobs": _served(_ALL, "of each token: 0 to 20 alternatives, or `true` for a conversation"),
     "top_logprobs": _served(_CHAT, "0 to 20 alternatives"),
     "skip_special_tokens": _served(_ALL, "`false`: special tokens stay in the text"),
-    "spaces_between_special_tokens": _refused(_ALL, "", True),
-    "best_of": _refused(_TEXT, "", 1, replaced=True),
-    "prompt_logprobs": _refused(_ALL, "echo with logprobs gives those of the prompt"),
-    "logprob_token_ids": _refused(_ALL, "", []),
-    "return_tokens_as_token_ids": _refused(_ALL, "", False),
-    "return_token_ids": _refused(_ALL, "", False),
-    "return_token_offsets": _refused(_ALL, "", False),
-    "return_prompt_text": _refused(_CHAT, "", False),
-    "include_reasoning": _refused(_CHAT, "reasoning stays in the text", True),
-    "detokenize": _refused(_NATIVE, "", True, replaced=True),
+    "spaces_between_special_tokens": _refused(_ALL, "how special tokens are written", True),
+    "best_of": _refused(_TEXT, "the best of several answers", 1, replaced=True),
+    "prompt_logprobs": _refused(_ALL, "log probabilities of the prompt", instead="echo with logprobs gives them"),
+    "logprob_token_ids": _refused(_ALL, "log probabilities of certain tokens", []),
+    "return_tokens_as_token_ids": _refused(_ALL, "ids in the place of texts in `logprobs`", False),
+    "return_token_ids": _refused(_ALL, "the tokens besides the text", False),
+    "return_token_offsets": _refused(_ALL, "of vLLM's rendering routes", False),
+    "return_prompt_text": _refused(_CHAT, "the rendered prompt", False),
+    "include_reasoning": _refused(_CHAT, "whether reasoning is told apart", True, instead="it stays in the text"),
+    "detokenize": _refused(_NATIVE, "no text at all", True, replaced=True),
     # Of OpenAI's own service
-    "parallel_tool_calls": _refused(_CHAT, "", True),
-    "functions": _refused(_CHAT, "OpenAI replaced it with tools", [], replaced=True),
-    "function_call": _refused(_CHAT, "OpenAI replaced it with tool_choice", "none", replaced=True),
-    "modalities": _refused(_CHAT, "this worker answers with text", ["text"], replaced=True),
-    "audio": _refused(_CHAT, "this worker answers with text", replaced=True),
-    "verbosity": _refused(_CHAT, "ask for short or long answers in a message", "medium", replaced=True),
-    "web_search_options": _refused(_CHAT, "this worker searches nothing", replaced=True),
-    "moderation": _refused(_CHAT, "this worker moderates nothing", replaced=True),
+    "parallel_tool_calls": _refused(_CHAT, "how many tools are called at once", True),
+    "functions": _refused(_CHAT, "OpenAI's earlier tools", [], instead="send tools", replaced=True),
+    "function_call": _refused(
+        _CHAT, "OpenAI's earlier choice of a tool", "none", instead="send tool_choice", replaced=True
+    ),
+    "modalities": _refused(_CHAT, "text or sound", ["text"], instead="this worker answers with text", replaced=True),
+    "audio": _refused(_CHAT, "a voice", instead="this worker answers with text", replaced=True),
+    "verbosity": _refused(_CHAT, "short or long answers", "medium", instead="ask for them in a message", replaced=True),
+    "web_search_options": _refused(_CHAT, "a search on the web", instead="this worker searches nothing", replaced=True),
+    "moderation": _refused(_CHAT, "a judgement of the text", instead="this worker moderates nothing", replaced=True),
     "user": _harmless(_ALL, "names the sender"),
     "metadata": _harmless(_ALL, "of OpenAI's dashboard"),
     "store": _harmless(_ALL, "nothing is stored"),
@@ -147,21 +168,23 @@ FIELDS: Mapping[str, Field] = {
     "prompt_cache_retention": _harmless(_ALL, "a hint for speed"),
     "prompt_cache_options": _harmless(_ALL, "a hint for speed"),
     # Of vLLM's and worker-vllm's machinery
-    "priority": _refused(_ALL, "jobs are answered as they come", 0),
+    "priority": _refused(_ALL, "the order of jobs", 0, instead="they are answered as they come"),
     "request_id": _harmless(_ALL, "the answer's id is the job's"),
     "session_id": _harmless(_ALL, "a hint for speed"),
     "cache_salt": _harmless(_ALL, "no request shares another one's cache"),
     "stream_interval": _harmless(_ALL, "chunks go out as fast as RunPod takes them"),
-    "mm_payload": _refused(_OPENAI, "", "tensors"),
-    "return_mm_kwargs": _refused(_OPENAI, ""),
-    "routed_experts_prompt_start": _refused(_OPENAI, "", 0),
-    "kv_transfer_params": _refused(_ALL, ""),
-    "ec_transfer_params": _refused(_ALL, ""),
+    "mm_payload": _refused(_OPENAI, "of vLLM's rendering routes", "tensors"),
+    "return_mm_kwargs": _refused(_OPENAI, "of vLLM's rendering routes"),
+    "routed_experts_prompt_start": _refused(_OPENAI, "of the routing of experts", 0),
+    "kv_transfer_params": _refused(_ALL, "of prefill on another host"),
+    "ec_transfer_params": _refused(_ALL, "of encoders on another host"),
     "max_batch_size": _harmless(_NATIVE, "chunks go out as fast as RunPod takes them"),
     "min_batch_size": _harmless(_NATIVE, "chunks go out as fast as RunPod takes them"),
     "batch_size_growth_factor": _harmless(_NATIVE, "chunks go out as fast as RunPod takes them"),
-    "apply_chat_template": _refused(_NATIVE, "send messages instead", False, replaced=True),
-    "use_openai_format": _refused(_NATIVE, "use OpenAI's routes", False, replaced=True),
+    "apply_chat_template": _refused(_NATIVE, "a prompt as a message", False, instead="send messages", replaced=True),
+    "use_openai_format": _refused(
+        _NATIVE, "an answer in OpenAI's form", False, instead="use OpenAI's routes", replaced=True
+    ),
 }
 
 TEMPLATE_FIELDS = (
@@ -181,7 +204,7 @@ def check_fields(data: Mapping[str, Any], route: Route) -> None:
             raise unknown_field(name, [each for each, other in FIELDS.items() if route in other.routes])
         if field.text != "refused" or any(_is_same(value, neutral) for neutral in field.neutral):
             continue
-        reason = f": {field.note}" if field.note else ""
+        reason = f": {field.instead}" if field.instead else ""
         hint = "" if field.replaced else "; ENGINE=vllm serves it"
         raise invalid(f"{name} is not served by the text engine{hint}{reason}")
 
@@ -195,8 +218,8 @@ def check_server_fields(data: Mapping[str, Any], known: Collection[str], server:
             continue
         if field is not None and (field.text == "harmless" or (native and field.by_worker)):
             continue
-        if field is not None and field.note and field.text == "refused":
-            raise invalid(f"{name} is not served by this {server}: {field.note}")
+        if field is not None and field.instead:
+            raise invalid(f"{name} is not served by this {server}: {field.instead}")
         raise unknown_field(name, known)
 
 

@@ -324,7 +324,7 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
         """`ends`: the tokens that end each row."""
         self._rows = rows
         self._alike: dict[tuple[float, int, float, float], list[int]] = {}
-        self._processors: dict[int, LogitsProcessorList] = {}
+        self._processors: dict[int, list[LogitsProcessor]] = {}
         self._ends = ends
         self._penalty = defaults.repetition_penalty
         self._told = [number for number, row in enumerate(rows) if row.sampling.logprobs is not None]
@@ -343,7 +343,8 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
         for number, processors in self._processors.items():
             if processors:
                 so_far = torch.tensor([self._rows[number].tokens], device=scores.device)
-                scores[number : number + 1] = processors(so_far, scores[number : number + 1])
+                for processor in processors:
+                    scores[number : number + 1] = processor(so_far, scores[number : number + 1])
         for (temperature, top_k, top_p, min_p), numbers in self._alike.items():
             some = TemperatureLogitsWarper(temperature)(input_ids, scores[numbers].float())
             if top_k:
@@ -365,7 +366,7 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
                     _tell(self._rows[number], [int(scores[number].argmax())], raw[place : place + 1])
         return scores
 
-    def _made(self, device: torch.device) -> dict[int, LogitsProcessorList]:
+    def _made(self, device: torch.device) -> dict[int, list[LogitsProcessor]]:
         """The processors of each row."""
         return {
             number: processors_of(

@@ -8,7 +8,6 @@ from collections.abc import Collection
 import torch
 from transformers import (
     LogitsProcessor,
-    LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
@@ -24,12 +23,13 @@ def processors_of(
     ends: Collection[int],
     repetition_penalty: float,
     device: torch.device,
-) -> LogitsProcessorList:
-    """The processors of a row, each called with its own tokens, shape (1, n), and its logits, shape (1, vocabulary).
+) -> list[LogitsProcessor]:
+    """The processors of a row, each to be called with its own tokens, shape (1, n), and its logits, shape
+    (1, vocabulary).
 
     `ends`: the tokens that end its text. `repetition_penalty`: the model's own, if the job names none.
     """
-    processors = LogitsProcessorList()
+    processors: list[LogitsProcessor] = []
     if sampling.min_tokens and ends:
         processors.append(
             MinNewTokensLengthLogitsProcessor(prompt_tokens, sampling.min_tokens, sorted(ends), device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 from openai import BadRequestError, NotFoundError
 
+from handler.fields import FIELDS
+from scripts.dev.field_table import in_vllm
 from tests.support.runpod_api import FINAL, RunPod
 from tests.support.workers import serving
 
@@ -198,6 +201,26 @@ def test_a_field_reaches_vllm_or_is_refused_by_its_name(endpoint: Any, runpod: R
         with pytest.raises(BadRequestError, match=words):
             client.chat.completions.create(model=NAME, messages=QUESTION, extra_body=fields)
     client.chat.completions.create(model=NAME, messages=QUESTION, max_tokens=2, user="me", store=False)
+
+
+@needs_vllm
+def test_the_table_of_fields_is_that_of_vllm(volume: dict[str, str]) -> None:
+    """Each field of its schema is in the table on its route, and each that the table passes on is in its schema."""
+    code = (
+        "import json; from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest as C; "
+        "from vllm.entrypoints.openai.completion.protocol import CompletionRequest as T; "
+        "print('FIELDS', json.dumps([sorted(C.model_fields), sorted(T.model_fields)]))"
+    )
+    done = subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("FIELDS "))
+    chat, text = json.loads(line.removeprefix("FIELDS "))
+    for route, names in (("chat/completions", chat), ("completions", text)):
+        on_route = {name for name, field in FIELDS.items() if route in field.routes}
+        assert set(names) - on_route == set(), "decide on them in handler/fields.py"
+    passed_on = {
+        name for name, field in FIELDS.items() if in_vllm(field) == "passed on" and field.routes != ("native",)
+    }
+    assert passed_on - {*chat, *text} == set()
 
 
 @needs_vllm
