@@ -3,6 +3,7 @@
 #
 #   docker build --platform linux/amd64 -t you/modelstore-worker .
 #   docker build --platform linux/amd64 --build-arg EXTRA=worker,diffusion -t you/modelstore-diffusion .
+#   docker build --platform linux/amd64 --build-arg EXTRA=worker,embedding -t you/modelstore-embedding .
 #   docker build --platform linux/amd64 --build-arg EXTRA=vllm --build-arg BASE_IMAGE=vllm/vllm-openai:v0.32.0 \
 #       --build-arg VLLM_PYTHON=/usr/bin/python3 -t you/modelstore-vllm .
 #
@@ -10,7 +11,8 @@
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS build
-# What to serve with: worker (text), worker,diffusion, or vllm, whose base image has vLLM in an environment of its own
+# What to serve with: worker (text), worker,diffusion, worker,embedding, or vllm, whose base image has vLLM in an
+# environment of its own
 ARG EXTRA=worker
 # An index, a folder of wheels and a certificate for pip; without them its own defaults
 ARG PIP_INDEX_URL
