@@ -151,8 +151,8 @@ class TextAnswer:
         index = {"index": piece.index} if self._request.listed else {}
         chunks: list[Any] = []
         if piece.text or piece.logprobs:
-            told = {"logprobs": [each.as_json() for each in piece.logprobs]} if self._tells_logprobs else {}
-            chunks.append({"token": piece.text, "finished": False} | index | told)
+            entry = {"logprobs": [each.as_json() for each in piece.logprobs]} if self._tells_logprobs else {}
+            chunks.append({"token": piece.text, "finished": False} | index | entry)
         if piece.finish_reason:
             chunks.append({"token": "", "finished": True} | index | self._output(piece.index))
         return chunks

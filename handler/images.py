@@ -133,10 +133,10 @@ class Images:
             entry | ({name: picture} if place else {})
             for place, (entry, picture) in enumerate(zip(each, pictures, strict=True))
         ]
-        told = {name: pictures[0], "images": listed, "seed": self.seed, "image_format": self.image_format}
-        told |= {"nsfw_content_detected": list(self.nsfw)} if self.nsfw else {}
-        told |= {"truncated": [cut.as_json() for cut in self.truncated]} if self.truncated else {}
-        return told | {"model": self.model}
+        output = {name: pictures[0], "images": listed, "seed": self.seed, "image_format": self.image_format}
+        output |= {"nsfw_content_detected": list(self.nsfw)} if self.nsfw else {}
+        output |= {"truncated": [cut.as_json() for cut in self.truncated]} if self.truncated else {}
+        return output | {"model": self.model}
 
 
 class ImageAnswer:
@@ -182,22 +182,22 @@ class ImageAnswer:
 def parse_image(data: Mapping[str, Any], limits: Limits, call: PipelineCall) -> ImageRequest:
     """An image job's request, checked. `call`: the pipeline's, which decides on the fields. Raises JobError whose text
     names the field, the limit and the value."""
-    given = {name: value for name, value in data.items() if value is not None}
-    for name in given:
+    fields = {name: value for name, value in data.items() if value is not None}
+    for name in fields:
         if name not in call.fields:
             raise _not_taken(name, call)
-    texts = {name: _text(given, name, limits) for name in ("prompt", "negative_prompt")}
+    texts = {name: _text(fields, name, limits) for name in ("prompt", "negative_prompt")}
     if "prompt" in call.defaults and not texts["prompt"]:
-        raise invalid(f"prompt must be a string that is not empty, not {shown(given.get('prompt'))}")
-    width, height = (_side(given, name, limits) for name in ("width", "height"))
+        raise invalid(f"prompt must be a string that is not empty, not {shown(fields.get('prompt'))}")
+    width, height = (_side(fields, name, limits) for name in ("width", "height"))
     if width and height and width * height > limits.pixels:
         raise invalid(f"width times height must be at most {limits.pixels}, not {width * height}")
     guidance = None
-    if "guidance_scale" in given:
-        guidance = number(given, "guidance_scale", 7.5, at_least=0.0, at_most=MAX_GUIDANCE)
+    if "guidance_scale" in fields:
+        guidance = number(fields, "guidance_scale", 7.5, at_least=0.0, at_most=MAX_GUIDANCE)
     own_steps = call.defaults.get("num_inference_steps")
     steps = min(_STEPS, own_steps if isinstance(own_steps, int) and own_steps > 0 else _STEPS, limits.steps)
-    others = {name: value for name, value in given.items() if name not in _NAMED and name not in _OF_THE_WORKER}
+    others = {name: value for name, value in fields.items() if name not in _NAMED and name not in _OF_THE_WORKER}
     pictures = {
         name: _picture_texts(name, value, limits) for name, value in others.items() if _PICTURES.fullmatch(name)
     }
@@ -205,15 +205,15 @@ def parse_image(data: Mapping[str, Any], limits: Limits, call: PipelineCall) -> 
     return ImageRequest(
         prompt=texts["prompt"],
         negative_prompt=texts["negative_prompt"],
-        steps=integer(given, "num_inference_steps", steps, at_least=1, at_most=limits.steps),
+        steps=integer(fields, "num_inference_steps", steps, at_least=1, at_most=limits.steps),
         guidance_scale=guidance,
         width=width,
         height=height,
-        count=_count(given, call, limits),
-        seed=None if "seed" not in given else integer(given, "seed", 0, at_least=0, at_most=MAX_SEED),
-        stream=flag(given, "stream"),
-        model=named_model(given),
-        image_format=_format(given),
+        count=_count(fields, call, limits),
+        seed=None if "seed" not in fields else integer(fields, "seed", 0, at_least=0, at_most=MAX_SEED),
+        stream=flag(fields, "stream"),
+        model=named_model(fields),
+        image_format=_format(fields),
         others=checked,
         pictures=pictures,
         most_pixels=limits.pixels,
@@ -276,9 +276,9 @@ def _argument(name: str, value: Any, call: PipelineCall, limits: Limits) -> Any:
         count = (
             len(value) if isinstance(value, list) else integer({name: value}, name, 1, at_least=0, at_most=MAX_NUMBER)
         )
-        most = MAX_NUMBER if name == "class_labels" and not isinstance(value, list) else limits.images
-        if count > most:
-            raise invalid(f"{name} must ask for at most {most} pictures, not {count}")
+        limit = MAX_NUMBER if name == "class_labels" and not isinstance(value, list) else limits.images
+        if count > limit:
+            raise invalid(f"{name} must ask for at most {limit} pictures, not {count}")
     return value
 
 

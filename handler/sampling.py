@@ -144,12 +144,12 @@ def _logit_bias(value: object) -> tuple[tuple[int, float], ...]:
 def _logprobs(data: Mapping[str, Any]) -> int | None:
     """The number of alternatives: `logprobs` itself, as for a completion, or `top_logprobs` if that is true, as in a
     conversation."""
-    asked, top = data.get("logprobs"), data.get("top_logprobs")
+    value, top = data.get("logprobs"), data.get("top_logprobs")
     alternatives = integer(data, "top_logprobs", 0, at_least=0, at_most=MAX_LOGPROBS)
-    if isinstance(asked, bool) or asked is None:
-        if alternatives and not asked:
+    if isinstance(value, bool) or value is None:
+        if alternatives and not value:
             raise invalid("top_logprobs needs logprobs: true beside it")
-        return alternatives if asked else None
+        return alternatives if value else None
     if top is not None:
         raise invalid("logprobs must be true beside top_logprobs, or a number without it")
     return integer(data, "logprobs", 0, at_least=0, at_most=MAX_LOGPROBS)

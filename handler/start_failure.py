@@ -28,11 +28,11 @@ def tell_waiting_jobs(reason: str, paths: VolumePaths | None) -> None:
     text = f"the worker's start failed: {reason}"
     error = JobError(Code.MODEL_UNAVAILABLE, text if paths is None else paths.hidden_in(text))
     try:
-        told = asyncio.run(_tell(error))
+        count = asyncio.run(_tell(error))
     except Exception as failure:  # the reason of the start is what counts
         logger.warning("no waiting job was told of it: %s: %s", type(failure).__name__, failure)
         return
-    logger.info("%d waiting jobs were told the reason", told)
+    logger.info("%d waiting jobs were told the reason", count)
 
 
 async def _tell(error: JobError) -> int:

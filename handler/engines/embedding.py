@@ -223,8 +223,8 @@ def _weights_from(snapshot: Snapshot, tensors: dict[str, torch.Tensor], device: 
 
     def of_folder(folder: str) -> dict[str, torch.Tensor]:
         prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        return own if prefix else {name: tensor for name, tensor in own.items() if "/" not in name}
+        tensors_of = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        return tensors_of if prefix else {name: tensor for name, tensor in tensors_of.items() if "/" not in name}
 
     def from_pretrained(cls: Any, source: Any, *arguments: Any, **keywords: Any) -> Any:
         if source is None:  # of our own
@@ -234,10 +234,10 @@ def _weights_from(snapshot: Snapshot, tensors: dict[str, torch.Tensor], device: 
     def load_torch_weights(
         _cls: Any, /, model_name_or_path: str, subfolder: str = "", model: Any = None, **_: Any
     ) -> Any:
-        own = of_folder(subfolder)
+        weights = of_folder(subfolder)
         if model is None:
-            return own
-        model.load_state_dict(own)
+            return weights
+        model.load_state_dict(weights)
         return model
 
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)

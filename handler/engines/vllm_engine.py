@@ -215,23 +215,23 @@ class VllmEngine:
         return body | {"max_tokens": min(sampling.max_tokens, room)}
 
 
-def _logprobs(told: Mapping[str, Any] | None) -> tuple[TokenLogprob, ...]:
+def _logprobs(logprobs: Mapping[str, Any] | None) -> tuple[TokenLogprob, ...]:
     """The log probabilities of an event's choice, in either form of OpenAI's routes."""
-    if not told:
+    if not logprobs:
         return ()
-    if "content" in told:
+    if "content" in logprobs:
         return tuple(
             TokenLogprob(
                 each["token"],
                 each["logprob"],
                 tuple((other["token"], other["logprob"]) for other in each["top_logprobs"]),
             )
-            for each in told["content"] or ()
+            for each in logprobs["content"] or ()
         )
-    alternatives = told.get("top_logprobs") or [None for _token in told["tokens"]]
+    alternatives = logprobs.get("top_logprobs") or [None for _token in logprobs["tokens"]]
     return tuple(
         TokenLogprob(token, logprob, tuple((top or {}).items()))
-        for token, logprob, top in zip(told["tokens"], told["token_logprobs"], alternatives, strict=True)
+        for token, logprob, top in zip(logprobs["tokens"], logprobs["token_logprobs"], alternatives, strict=True)
     )
 
 
