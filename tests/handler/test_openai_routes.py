@@ -78,7 +78,7 @@ def test_choices_are_as_many_prompts() -> None:
         ({"tool_choice": "required"}, "tool_choice needs tools"),
         ({"logprobs": 2, "top_logprobs": 2}, "logprobs must be true beside top_logprobs"),
         ({"response_format": {"type": "json_object"}}, "response_format is not served by the text engine; ENGINE=vllm"),
-        ({"functions": [{}]}, "functions is not served by the text engine: OpenAI replaced it with tools"),
+        ({"functions": [{}]}, "functions is not served by the text engine: send tools"),
         ({"whatever": 1}, "whatever is not served"),
         ({"prompt": "a"}, "prompt is not served"),
         ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
