@@ -12,6 +12,7 @@ import openai
 import pytest
 import transformers as tf
 
+from tests.handler.test_embedding import plain
 from tests.support.hub import running_hub
 from tests.support.models import write_model
 from tests.support.runpod_api import ENDPOINT, KEY, RunPod
@@ -196,3 +197,29 @@ def test_litellm(base: str, client: openai.OpenAI) -> None:
         litellm.completion(**(ask | {"model": "openai/x"}))
     with pytest.raises(litellm.BadRequestError, match="whatever is not served"):
         litellm.completion(**ask, extra_body={"whatever": 1})
+
+
+def test_embeddings_of_an_encoder_that_is_named_as_the_model(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("encoder")
+    plain(folder / "model")
+    texts = ["hello world", "paris"]
+    env = {"MODEL_ID": f"file://{folder / 'model'}", "MODEL_DTYPE": "float32", "HF_HOME": str(folder)}
+    with RunPod().running() as runpod, serving(env | runpod.env | {"MODELSTORE_ROOT": str(folder / "volume/store")}):
+        base = f"{runpod.url}/{ENDPOINT}/openai/v1"
+        with openai.OpenAI(base_url=base, api_key=KEY, max_retries=0) as client:
+            name = client.models.list().data[0].id
+            made = client.embeddings.create(model=name, input=texts)
+            vectors = [each.embedding for each in made.data]
+            assert made.usage.total_tokens > 0
+            with pytest.raises(openai.NotFoundError, match="this worker serves"):
+                client.embeddings.create(model="text-embedding-3-small", input="x")
+            with pytest.raises(openai.BadRequestError, match="/v1/embeddings"):
+                client.chat.completions.create(model=name, messages=HELLO)  # type: ignore[arg-type]
+        langchain = pytest.importorskip("langchain_openai")
+        embeddings = langchain.OpenAIEmbeddings(
+            model=name, base_url=base, api_key=KEY, check_embedding_ctx_length=False, max_retries=0
+        )
+        assert embeddings.embed_documents(texts) == vectors
+        litellm = pytest.importorskip("litellm")
+        other = litellm.embedding(model=f"openai/{name}", input=texts, api_base=base, api_key=KEY)
+        assert [each["embedding"] for each in other.data] == [pytest.approx(vector, abs=1e-6) for vector in vectors]
