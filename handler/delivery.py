@@ -78,7 +78,7 @@ class Delivery:
     async def run(self, pieces: AsyncIterator[P], responder: Responder[P]) -> Any:
         """Take all pieces, and send the chunks that the responder makes of each; chunks that come while others are sent
         go out together. A job that is not streamed gets its progress now and then. Returns the job's output. Raises
-        JobError if a chunk is too large."""
+        JobError if a chunk is too large, or the output, which of a stream is all of its chunks."""
         self._responder = responder
         last_progress_at = time.monotonic()
         async with aclosing(pieces) as source:  # type: ignore[type-var]
@@ -95,9 +95,13 @@ class Delivery:
         if self._sending is not None:
             await self._sending
         if not responder.streams:
-            return responder.output()
+            output = responder.output()
+            check_size(output, self._most_bytes)
+            return output
         await self._send_waiting(responder)
-        self._waiting = responder.last_chunks()
+        last = responder.last_chunks()
+        check_size([*self._sent, *last], self._most_bytes)  # before the end is sent: a stream ends once
+        self._waiting = last
         await self._send_waiting(responder)
         return self._sent
 
@@ -138,6 +142,6 @@ def check_size(value: Any, most_bytes: int) -> None:
     if count > most_bytes:
         raise JobError(
             Code.RESULT_TOO_LARGE,
-            f"the result has {size(count)}, and RunPod takes {size(most_bytes)}: ask for less, for images as JPEG "
-            "or WEBP, or for a bucket's addresses instead (BUCKET_ENDPOINT_URL); MODELSTORE_MAX_RESULT is the limit",
+            f"the result has {size(count)}, and RunPod takes {size(most_bytes)} (MODELSTORE_MAX_RESULT): ask for less; "
+            "images are smaller as JPEG or WEBP, or as addresses in a bucket (BUCKET_ENDPOINT_URL)",
         )

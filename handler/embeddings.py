@@ -71,6 +71,7 @@ def parse_encoder_job(data: Mapping[str, Any], job: JobContext) -> EncoderReques
     requested, content = openai_routes.route_and_body(data)
     route = openai_routes.parse_route(requested, ROUTES)
     if route == "models":
+        openai_routes.check_no_body(content)
         return None
     body = openai_routes.checked_body(content)
     return _rerank(body, job, "openai") if route == "rerank" else _embed(body, job, "openai")

@@ -70,7 +70,9 @@ FIELDS: Mapping[str, Field] = {
     "documents": _served(_CHAT, "given to the template"),
     "add_special_tokens": _served(_ALL, "`false`: the tokenizer adds none to the prompt"),
     "chat_template": _refused(
-        _CHAT, "a template of the sender's", instead="the model's own is used; chat_template_kwargs sets its variables"
+        _CHAT,
+        "a template of the sender's",
+        instead="the model's own template is used; chat_template_kwargs sets its variables",
     ),
     "truncate_prompt_tokens": _refused(_ALL, "cuts the prompt"),
     "truncation_side": _refused(_ALL, "where the prompt is cut", "left", "right"),
@@ -79,15 +81,15 @@ FIELDS: Mapping[str, Field] = {
     "mm_processor_kwargs": _refused(_CHAT, "of pictures and sounds in a prompt", {}),
     "suffix": _refused(_TEXT, "the text after a gap that is filled", ""),
     # How the next token is chosen
-    "temperature": _served(_ALL, "0 to 2; 0 is greedy"),
-    "top_p": _served(_ALL, "above 0, at most 1"),
-    "top_k": _served(_ALL, "0 and -1: all tokens"),
+    "temperature": _served(_ALL, "0 to 2; 0 is greedy; the model's own by default, 0.7 on the native route"),
+    "top_p": _served(_ALL, "above 0, at most 1; the model's own by default, 0.9 on the native route"),
+    "top_k": _served(_ALL, "0 and -1: all tokens; the model's own by default, else all, and 50 on the native route"),
     "min_p": _served(_ALL, "0 to 1, relative to the most likely token"),
     "repetition_penalty": _served(_ALL, "0.1 to 10; counts the prompt too"),
     "presence_penalty": _served(_ALL, "-2 to 2"),
     "frequency_penalty": _served(_ALL, "-2 to 2"),
     "logit_bias": _served(_ALL, "token ids, each with -100 to 100"),
-    "seed": _served(_ALL, "the same answer again, in any batch"),
+    "seed": _served(_ALL, "the same answer again, in any batch but for the rounding of 16 bits; -1: none"),
     "allowed_token_ids": _refused(_ALL, "no other tokens", []),
     "bad_words": _refused(_ALL, "words that never come", []),
     "response_format": _refused(_ALL, "JSON, also by a schema", {"type": "text"}),
@@ -120,7 +122,7 @@ FIELDS: Mapping[str, Field] = {
     "watermarking": _refused(_ALL, "marks the text as generated", False),
     "vllm_xargs": _refused(_ALL, "for extensions of vLLM", {}),
     # When the text ends
-    "max_tokens": _served(_ALL, "at most `MODELSTORE_MAX_TOKENS`"),
+    "max_tokens": _served(_ALL, "at most `MODELSTORE_MAX_TOKENS`, 2048 unless that is set"),
     "max_completion_tokens": _served(_OPENAI, "the same, if max_tokens is not there"),
     "max_new_tokens": _served(_NATIVE, "the same, if max_tokens is not there", by_worker=True),
     "min_tokens": _served(_ALL, "before them no end token and no stop string counts"),
@@ -136,26 +138,32 @@ FIELDS: Mapping[str, Field] = {
     "echo": _served(_ALL, "`true`: the prompt, or the message that is continued, before the text"),
     "logprobs": _served(_ALL, "of each token: 0 to 20 alternatives, or `true` for a conversation"),
     "top_logprobs": _served(_CHAT, "0 to 20 alternatives"),
-    "skip_special_tokens": _served(_ALL, "`false`: special tokens stay in the text"),
+    "skip_special_tokens": _served(_ALL, "`false`: special tokens stay in the text, also the one that ends it"),
     "spaces_between_special_tokens": _refused(_ALL, "how special tokens are written", True),
-    "best_of": _refused(_TEXT, "the best of several answers", 1, replaced=True),
-    "prompt_logprobs": _refused(_ALL, "log probabilities of the prompt", instead="echo with logprobs gives them"),
+    "best_of": _refused(_ALL, "the best of several answers", 1, replaced=True),
+    "prompt_logprobs": _refused(
+        _ALL, "log probabilities of the prompt", instead="echo with logprobs gives those of a prompt"
+    ),
     "logprob_token_ids": _refused(_ALL, "log probabilities of certain tokens", []),
     "return_tokens_as_token_ids": _refused(_ALL, "ids in the place of texts in `logprobs`", False),
     "return_token_ids": _refused(_ALL, "the tokens besides the text", False),
     "return_token_offsets": _refused(_ALL, "of vLLM's rendering routes", False),
     "return_prompt_text": _refused(_CHAT, "the rendered prompt", False),
-    "include_reasoning": _refused(_CHAT, "whether reasoning is told apart", True, instead="it stays in the text"),
+    "include_reasoning": _refused(
+        _CHAT, "whether reasoning is told apart", True, instead="reasoning stays in the text"
+    ),
     "detokenize": _refused(_NATIVE, "no text at all", True, replaced=True),
     # Of OpenAI's own service
-    "parallel_tool_calls": _refused(_CHAT, "how many tools are called at once", True),
+    "parallel_tool_calls": _harmless(_CHAT, "how many tools are called at once; nothing is parsed here"),
     "functions": _refused(_CHAT, "OpenAI's earlier tools", [], instead="send tools", replaced=True),
     "function_call": _refused(
         _CHAT, "OpenAI's earlier choice of a tool", "none", instead="send tool_choice", replaced=True
     ),
     "modalities": _refused(_CHAT, "text or sound", ["text"], instead="this worker answers with text", replaced=True),
     "audio": _refused(_CHAT, "a voice", instead="this worker answers with text", replaced=True),
-    "verbosity": _refused(_CHAT, "short or long answers", "medium", instead="ask for them in a message", replaced=True),
+    "verbosity": _refused(
+        _CHAT, "short or long answers", "medium", instead="ask for a short or a long answer in a message", replaced=True
+    ),
     "web_search_options": _refused(_CHAT, "a search on the web", instead="this worker searches nothing", replaced=True),
     "moderation": _refused(_CHAT, "a judgement of the text", instead="this worker moderates nothing", replaced=True),
     "user": _harmless(_ALL, "names the sender"),
@@ -168,7 +176,7 @@ FIELDS: Mapping[str, Field] = {
     "prompt_cache_retention": _harmless(_ALL, "a hint for speed"),
     "prompt_cache_options": _harmless(_ALL, "a hint for speed"),
     # Of vLLM's and worker-vllm's machinery
-    "priority": _refused(_ALL, "the order of jobs", 0, instead="they are answered as they come"),
+    "priority": _refused(_ALL, "the order of jobs", 0, instead="jobs are answered as they come"),
     "request_id": _harmless(_ALL, "the answer's id is the job's"),
     "session_id": _harmless(_ALL, "a hint for speed"),
     "cache_salt": _harmless(_ALL, "no request shares another one's cache"),
@@ -176,8 +184,8 @@ FIELDS: Mapping[str, Field] = {
     "mm_payload": _refused(_OPENAI, "of vLLM's rendering routes", "tensors"),
     "return_mm_kwargs": _refused(_OPENAI, "of vLLM's rendering routes"),
     "routed_experts_prompt_start": _refused(_OPENAI, "of the routing of experts", 0),
-    "kv_transfer_params": _refused(_ALL, "of prefill on another host"),
-    "ec_transfer_params": _refused(_ALL, "of encoders on another host"),
+    "kv_transfer_params": _refused(_ALL, "of prefill on another host", {}),
+    "ec_transfer_params": _refused(_ALL, "of encoders on another host", {}),
     "max_batch_size": _harmless(_NATIVE, "chunks go out as fast as RunPod takes them"),
     "min_batch_size": _harmless(_NATIVE, "chunks go out as fast as RunPod takes them"),
     "batch_size_growth_factor": _harmless(_NATIVE, "chunks go out as fast as RunPod takes them"),
@@ -200,13 +208,30 @@ def check_fields(data: Mapping[str, Any], route: Route) -> None:
         field = FIELDS.get(name)
         if value is None:
             continue
-        if field is None or route not in field.routes:
-            raise unknown_field(name, [each for each, other in FIELDS.items() if route in other.routes])
+        if field is None:
+            served = [each for each, other in FIELDS.items() if route in other.routes and other.text == "served"]
+            raise unknown_field(name, served)
+        if route not in field.routes:
+            instead = _ELSEWHERE.get(name, "leave it out")
+            raise invalid(f"{name} is not served on this route: {instead}")
         if field.text != "refused" or any(_is_same(value, neutral) for neutral in field.neutral):
             continue
-        reason = f": {field.instead}" if field.instead else ""
-        hint = "" if field.replaced else "; ENGINE=vllm serves it"
-        raise invalid(f"{name} is not served by the text engine{hint}{reason}")
+        if field.replaced:
+            raise invalid(f"{name} is not served by the text engine{f': {field.instead}' if field.instead else ''}")
+        here = f". Here, {field.instead}" if field.instead else ""
+        raise invalid(f"{name} is not served by the text engine; ENGINE=vllm serves it{here}")
+
+
+# What to send instead of a field of another route
+_ELSEWHERE = {
+    "prompt": "send messages, or use /v1/completions",
+    "prompts": "send messages, or a list as prompt to /v1/completions",
+    "messages": "send a prompt, or use /v1/chat/completions",
+    "max_completion_tokens": "send max_tokens",
+    "max_new_tokens": "send max_tokens",
+    "sampling_params": "send its fields by themselves",
+    "top_logprobs": "send the number as logprobs",
+}
 
 
 def check_server_fields(data: Mapping[str, Any], known: Collection[str], server: str, *, native: bool) -> None:
@@ -232,4 +257,6 @@ def unknown_field(name: str, names: Collection[str]) -> JobError:
 
 def _is_same(value: object, neutral: object) -> bool:
     """Whether they are equal, and true is not 1."""
+    if isinstance(value, dict):
+        value = {name: each for name, each in value.items() if each is not None}
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)

@@ -82,7 +82,7 @@ class JobContext:
     def model_of(self, data: Mapping[str, Any]) -> str | None:
         """The model that a job asks for; None for the worker's own. Raises JobError."""
         name = named_model(data)
-        return None if name in self.own_names else name
+        return None if name in ("", *self.own_names) else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,25 +164,22 @@ class ServerFields:
 def parse_text(data: Mapping[str, Any], limits: Limits, server: ServerFields | None = None) -> TextRequest:
     """A native text job's request, checked. `server`: the fields of the server that continues it, if one does. Raises
     JobError whose text names the field, the limit and the value."""
+    is_vllms = data.get("sampling_params") is not None
     data = _with_sampling_params(data)
     if server is None:
         check_fields(data, "native")
     else:
         server.check(data, "completions" if data.get("messages") is None else "chat/completions", native=True)
-    return parse_completion(data, limits, keep=server is not None)
+    return parse_completion(data, limits, usual=AS_IN_VLLM if is_vllms else Sampling(), keep=server is not None)
 
 
-def parse_completion(
-    data: Mapping[str, Any],
-    limits: Limits,
-    *,
-    temperature: float = 0.7,
-    top_p: float = 0.9,
-    tokens: int | None = None,
-    keep: bool = False,
-) -> TextRequest:
-    """The request of a text job on any route, whose fields are known to be served there. `temperature`, `top_p` and
-    `tokens` are the route's defaults; `keep`: the request keeps its fields for a server. Raises JobError."""
+AS_IN_VLLM = Sampling(temperature=None, top_p=None, top_k_without_one=0)
+"""The defaults of OpenAI's routes, and of worker-vllm's input: the model's own, else none."""
+
+
+def parse_completion(data: Mapping[str, Any], limits: Limits, *, usual: Sampling, keep: bool = False) -> TextRequest:
+    """The request of a text job on any route, whose fields are known to be served there. `usual`: the route's defaults;
+    `keep`: the request keeps its fields for a server. Raises JobError."""
     sources = [name for name in ("prompt", "prompts", "messages") if data.get(name) is not None]
     if len(sources) != 1:
         raise invalid("exactly one of prompt, prompts and messages must be given")
@@ -201,14 +198,12 @@ def parse_completion(
     choices = integer(data, "n", 1, at_least=1, at_most=limits.prompts)
     if len(prompts) * choices > limits.prompts:
         raise invalid(f"n times the prompts must be at most {limits.prompts}, not {len(prompts) * choices}")
-    longest = next((data[name] for name in _LENGTHS if data.get(name) is not None), None)
+    longest = _longest(data)
     echo = flag(data, "echo")
     sampling = parse_sampling(
         {**data, "max_tokens": longest},
         limits.max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        tokens=tokens,
+        usual=usual,
         at_least=0 if echo and source != "messages" else 1,
     )
     adds = None if data.get("add_special_tokens") is None else flag(data, "add_special_tokens")
@@ -224,6 +219,14 @@ def parse_completion(
         add_special_tokens=adds,
         passed={name: value for name, value in data.items() if _is_passed(name, value)} if keep else {},
     )
+
+
+def _longest(data: Mapping[str, Any]) -> Any:
+    """The number of tokens that is asked for, by whichever name; None if there is none. Raises JobError."""
+    lengths = {name: data[name] for name in _LENGTHS if data.get(name) is not None}
+    if any(value != next(iter(lengths.values())) for value in lengths.values()):
+        raise invalid(f"{' and '.join(lengths)} are the same: leave one of them out")
+    return next(iter(lengths.values()), None)
 
 
 _LENGTHS = ("max_tokens", "max_completion_tokens", "max_new_tokens")
@@ -244,6 +247,7 @@ def _with_sampling_params(data: Mapping[str, Any]) -> Mapping[str, Any]:
         return data
     if not isinstance(params, dict):
         raise invalid(f"sampling_params must be an object, not {shown(params)}")
+    params = {name: value for name, value in params.items() if value is not None}
     for name in params:
         if data.get(name) is not None:
             raise invalid(f"{name} is in sampling_params and beside them: leave one of the two out")

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from handler.answers import TextAnswer, TextDelta, TokenLogprob
 from handler.errors import Code, JobError, invalid, shown
 from handler.fields import check_fields, unknown_field
-from handler.jobs import Limits, TextRequest, parse_completion
+from handler.jobs import AS_IN_VLLM, Limits, TextRequest, parse_completion
 from handler.prompts import check_message_count
 from handler.values import flag, integer
 
@@ -107,6 +107,12 @@ def parse_request(route: object, body: object, limits: Limits) -> tuple[str, Map
     return f"/{path}", body
 
 
+def check_no_body(body: object) -> None:
+    """Raise JobError if a route that takes no fields has some."""
+    if body:
+        raise invalid(f"/v1/models takes no fields: leave openai_input out, and not {shown(body)} in it")
+
+
 def checked_body(body: object) -> Mapping[str, Any]:
     """`body`, which is an object. Raises JobError."""
     if not isinstance(body, dict):
@@ -121,9 +127,12 @@ def parse_body(route: CompletionRoute, body: Mapping[str, Any], limits: Limits) 
     source = "messages" if route == "chat/completions" else "prompt"
     if body.get(source) is None:
         raise invalid(f"{source} must be given")
+    if route == "chat/completions":
+        flag(body, "logprobs")
+    elif body.get("logprobs") is True:
+        raise invalid("logprobs must be a number on this route, not True")
     tokens = limits.max_tokens if route == "chat/completions" else _COMPLETION_TOKENS
-    request = parse_completion(body, limits, temperature=1.0, top_p=1.0, tokens=tokens)
-    return replace(request, listed=True)
+    return replace(parse_completion(body, limits, usual=replace(AS_IN_VLLM, max_tokens=tokens)), listed=True)
 
 
 def _check_stream_options(options: object) -> None:
@@ -281,8 +290,8 @@ def models(names: Sequence[str], *, created: int) -> dict[str, Any]:
 
 
 def _top(token: TokenLogprob) -> dict[str, float | None]:
-    """The alternatives to a token, and itself."""
-    return {token.token: token.logprob, **dict(token.top)}
+    """The alternatives to a token, and itself; of several with the same text the most likely one."""
+    return {**dict(reversed(token.top)), token.token: token.logprob}
 
 
 def failed(error: JobError) -> dict[str, str]:

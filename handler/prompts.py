@@ -142,8 +142,21 @@ def parse_template_options(data: Mapping[str, Any]) -> TemplateOptions:
 def check_no_template_options(data: Mapping[str, Any]) -> None:
     """Raise JobError if a request without a conversation says something of one."""
     for name in TEMPLATE_FIELDS:
-        if data.get(name) not in (None, False, [], {}):
+        value = data.get(name)
+        if value is not None and not any(value == plain and type(value) is type(plain) for plain in _PLAIN[name]):
             raise invalid(f"{name} says something of a conversation: send messages instead of a prompt")
+
+
+# The values that say nothing
+_PLAIN: Mapping[str, tuple[object, ...]] = {
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
+    "reasoning_effort": (),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "documents": ([],),
+}
 
 
 def _may_call(choice: object, tools: tuple[Mapping[str, Any], ...]) -> bool:
@@ -163,8 +176,8 @@ def _message(message: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
         raise invalid(f"{place}.role must be a string that is not empty, not {shown(role)}")
-    if content is None and (message.get("tool_calls") or message.get("function_call")):
-        content = ""
+    if content is None and (role == "assistant" or message.get("tool_calls")):
+        content = ""  # a call of a tool, or an answer without a text
     if isinstance(content, list):
         content = "\n".join(_part(part, f"{place}.content[{number}]") for number, part in enumerate(content))
     if not isinstance(content, str):

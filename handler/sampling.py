@@ -17,6 +17,7 @@ MAX_TEMPERATURE = 2.0
 MAX_TOP_K = 1_000_000
 MIN_REPETITION_PENALTY = 0.1
 MAX_REPETITION_PENALTY = 10.0
+TRANSFORMERS_TOP_K = 50  # the default of `generate`
 MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
 MAX_BIASES = 1024
@@ -32,15 +33,17 @@ _DEFAULT_TOKENS = 100
 class Sampling:
     """How the next token is chosen, and when to end. None means the model's own default.
 
-    `logit_bias`: pairs of a token's id and what is added to its logit. `logprobs`: the number of alternatives to each
-    token whose log probabilities the answer tells, and the token's own; None if it tells none.
+    `top_k_without_one`: the value if neither the job nor the model has one. `logit_bias`: pairs of a token's id and
+    what is added to its logit. `logprobs`: the number of alternatives to each token whose log probabilities the answer
+    tells, and the token's own; None if it tells none.
     """
 
     max_tokens: int = _DEFAULT_TOKENS
-    temperature: float = 0.7
-    top_p: float = 0.9
+    temperature: float | None = 0.7
+    top_p: float | None = 0.9
     top_k: int | None = None
-    min_p: float = 0.0
+    top_k_without_one: int = TRANSFORMERS_TOP_K
+    min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -56,7 +59,8 @@ class Sampling:
     @property
     def parameters(self) -> dict[str, Any]:
         """The parameters as an answer repeats them: those of the job, and the usual defaults."""
-        fields = {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p}
+        usual = {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p}
+        fields: dict[str, Any] = {name: value for name, value in usual.items() if value is not None}
         neutral = Sampling()
         optional = {
             name: getattr(self, name) for name in _REPEATED if getattr(self, name) not in (None, getattr(neutral, name))
@@ -77,33 +81,33 @@ def parse_sampling(
     data: Mapping[str, Any],
     max_tokens: int,
     *,
-    temperature: float = 0.7,
-    top_p: float = 0.9,
-    tokens: int | None = None,
+    usual: Sampling = Sampling(),
     at_least: int = 1,
 ) -> Sampling:
-    """The fields that say how to choose tokens. `max_tokens`: the most that may be asked for; `tokens`, `temperature`
-    and `top_p` are defaults. Raises JobError."""
-    repetition_penalty = seed = None
+    """The fields that say how to choose tokens. `max_tokens`: the most that may be asked for; `usual`: the values of
+    those that are not there. Raises JobError."""
+    repetition_penalty = seed = min_p = None
+    if data.get("min_p") is not None:
+        min_p = number(data, "min_p", 0.0, at_least=0.0, at_most=1.0)
     if data.get("repetition_penalty") is not None:
         repetition_penalty = number(
             data, "repetition_penalty", 1.0, at_least=MIN_REPETITION_PENALTY, at_most=MAX_REPETITION_PENALTY
         )
     if data.get("seed") is not None:
-        seed = integer(data, "seed", 0, at_least=0, at_most=MAX_SEED)
-    default = min(_DEFAULT_TOKENS if tokens is None else tokens, max_tokens)
-    longest = integer(data, "max_tokens", default, at_least=at_least, at_most=max_tokens)
+        seed = integer(data, "seed", 0, at_least=-MAX_SEED, at_most=MAX_SEED)
+    longest = integer(data, "max_tokens", min(usual.max_tokens, max_tokens), at_least=at_least, at_most=max_tokens)
     return Sampling(
         max_tokens=longest,
-        temperature=_temperature(data, temperature),
-        top_p=number(data, "top_p", top_p, above=0.0, at_most=1.0),
+        temperature=usual.temperature if data.get("temperature") is None else _temperature(data),
+        top_p=usual.top_p if data.get("top_p") is None else number(data, "top_p", 1.0, above=0.0, at_most=1.0),
         top_k=_top_k(data),
-        min_p=number(data, "min_p", 0.0, at_least=0.0, at_most=1.0),
+        top_k_without_one=usual.top_k_without_one,
+        min_p=min_p,
         repetition_penalty=repetition_penalty,
         presence_penalty=number(data, "presence_penalty", 0.0, at_least=-MAX_PENALTY, at_most=MAX_PENALTY),
         frequency_penalty=number(data, "frequency_penalty", 0.0, at_least=-MAX_PENALTY, at_most=MAX_PENALTY),
         logit_bias=_logit_bias(data.get("logit_bias")),
-        seed=seed,
+        seed=None if seed == -1 else seed,  # as vLLM has it
         stop=_stop(data.get("stop")),
         stop_token_ids=token_ids(data.get("stop_token_ids") or [], "stop_token_ids", at_most=MAX_STOP_TOKENS),
         min_tokens=integer(data, "min_tokens", 0, at_least=0, at_most=longest),
@@ -113,12 +117,11 @@ def parse_sampling(
     )
 
 
-def _temperature(data: Mapping[str, Any], default: float) -> float:
-    """0 for greedy, else large enough that dividing by it stays finite: on a GPU it would not be an exception."""
-    value = number(data, "temperature", default, at_least=0.0, at_most=MAX_TEMPERATURE)
-    if 0 < value < MIN_TEMPERATURE:
-        raise invalid(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE:g}, not {value:g}")
-    return value
+def _temperature(data: Mapping[str, Any]) -> float:
+    """0 for greedy, else large enough that dividing by it stays finite: on a GPU it would not be an exception. A lower
+    one is raised, as vLLM does."""
+    value = number(data, "temperature", 1.0, at_least=0.0, at_most=MAX_TEMPERATURE)
+    return max(value, MIN_TEMPERATURE) if value else 0.0
 
 
 def _top_k(data: Mapping[str, Any]) -> int | None:
@@ -136,7 +139,7 @@ def _logit_bias(value: object) -> tuple[tuple[int, float], ...]:
     for key, bias in biases.items():
         if not (key.isascii() and key.isdigit() and len(key) < 10):
             raise invalid(f"logit_bias must have token ids as its names, not {shown(key)}")
-        number({"bias": bias}, "bias", 0.0, at_least=-MAX_BIAS, at_most=MAX_BIAS)
+        number({"logit_bias": bias}, "logit_bias", 0.0, at_least=-MAX_BIAS, at_most=MAX_BIAS)
         pairs.append((int(key), float(bias or 0.0)))
     return tuple(pairs)
 

@@ -21,6 +21,7 @@ def text_answer(generate: Generate, data: Mapping[str, Any], job: JobContext) ->
     requested, content = openai_routes.route_and_body(data)
     route = openai_routes.parse_route(requested, openai_routes.TEXT_ROUTES)
     if route == "models":
+        openai_routes.check_no_body(content)
         return whole(openai_routes.models(job.models, created=job.created))
     body = openai_routes.checked_body(content)
     request = openai_routes.parse_body(route, body, job.limits)

@@ -52,7 +52,7 @@ def token_ids(value: object, name: str, *, at_most: int) -> tuple[int, ...]:
     """A list of token ids, of at most so many. Raises JobError."""
     usable = isinstance(value, list) and len(value) <= at_most
     if not usable or not all(type(token) is int and 0 <= token < 1 << 31 for token in value):  # type: ignore[attr-defined]
-        raise invalid(f"{name} must be a list of at most {at_most} token ids, not {shown(value)}")
+        raise invalid(f"{name} must be a list of at most {at_most} token ids, each 0 or more, not {shown(value)}")
     return tuple(value)  # type: ignore[arg-type]
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from handler import openai_routes
 from handler.alias_follower import AliasFollower
-from handler.delivery import Delivery, Job, JobChannel, RunPodChannel, check_size
+from handler.delivery import Delivery, Job, JobChannel, RunPodChannel
 from handler.engines import Engine
 from handler.errors import Code, JobError, is_out_of_memory, shown
 from handler.jobs import JobContext, Limits, input_of
@@ -97,9 +97,7 @@ class Worker:
         delivery = Delivery(job, self._channel, most_bytes=self._settings.max_result_bytes)
         try:
             async with clock:
-                output = await self._answer(job, delivery)
-                check_size(output, self._settings.max_result_bytes)
-                return output, None
+                return await self._answer(job, delivery), None
         except JobError as error:
             logger.info("job %s: %s: %s", job.get("id"), error.code, error)
             failed = error
@@ -125,6 +123,8 @@ class Worker:
         if data.get("op") is not None:
             if data["op"] != "status":
                 raise JobError(Code.INVALID_INPUT, f"op must be status, not {shown(data['op'])}")
+            if others := [name for name, value in data.items() if name != "op" and value is not None]:
+                raise JobError(Code.INVALID_INPUT, f"{others[0][:100]} is not served beside op: leave it out")
             return self.status()
         allowed = map(str, self._settings.allowed_models)
         names = (self._engine.model, *self._settings.served_names, *allowed)

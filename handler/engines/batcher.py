@@ -36,15 +36,17 @@ from handler.answers import TokenLogprob
 from handler.engines.detokenizer import Detokenizer
 from handler.engines.generation_defaults import GenerationDefaults, generation_defaults
 from handler.engines.token_processors import processors_of
-from handler.errors import Code, JobError, is_gpu_lost, is_out_of_memory
+from handler.errors import Code, JobError, invalid, is_gpu_lost, is_out_of_memory
 from handler.sampling import Sampling
 
 JOIN_EVERY = 16  # tokens; joining sooner would pay the pass over the tokens so far too often
 _SAY_EVERY = 32
 _STUCK_S = 120.0  # for a step of the model after all its rows have ended
 _SCORED_AT_ONCE = 256  # tokens of a prompt: more would need much memory beside a large vocabulary
+_INCOMPLETE = "\ufffd"  # the text of the first tokens of a character
+_CHARACTER_TOKENS = 4
 _IMPOSSIBLE = -9999.0
-_DEFAULT_TOP_K = 50  # transformers' own, if neither the job nor the model names one
+_NOT_A_NUMBER = "the model's output is not a number: its weights overflow here"
 
 logger = logging.getLogger(__name__)
 
@@ -71,17 +73,19 @@ class ActiveSequence:
         *,
         every_token: bool,
         ends: frozenset[int] = frozenset(),
-        beginning: str | None = None,
-        text_of: Callable[[int], str] = str,
+        beginning: str = "",
+        scores_prompt: bool = False,
+        text_of: Callable[[int, Sequence[int]], str] = lambda token, _before: str(token),
     ) -> None:
         """Without `every_token` the receiver gets a piece now and then, for its progress alone. `ends`: tokens that end
-        the text besides the model's own. `beginning`: the prompt as the text repeats it; None if it does not.
-        `text_of`: a single token's text, for log probabilities."""
+        the text besides the model's own. `beginning`: the prompt, if the text repeats it. `scores_prompt`: whether
+        the log probabilities of its tokens are told too.
+        `text_of`: a token's text behind the first tokens of a character, for log probabilities."""
         self.tokens = list(prompt)
         self.prompt_tokens = len(self.tokens)
         self.sampling = sampling
         self.left = sampling.max_tokens
-        self.scores_prompt = beginning is not None and sampling.logprobs is not None
+        self.scores_prompt = scores_prompt
         self.ended_at: float | None = None
         self.alone = False
         self._detokenizer = detokenizer
@@ -89,9 +93,10 @@ class ActiveSequence:
         self._every_token = every_token
         self._own_ends = ends
         self._text_of = text_of
-        self._text = beginning or ""
+        self._text = beginning
         self._unsaid = 0
         self._logprobs: list[TokenLogprob] = []
+        self._partial: list[int] = []  # the first tokens of a character
         self._generator: torch.Generator | None = None
 
     @property
@@ -115,8 +120,14 @@ class ActiveSequence:
 
     def tell(self, token: int, logprob: float | None, top: Iterable[tuple[int, float]]) -> None:
         """Note a token's log probability, and the alternatives."""
-        named = tuple((self._text_of(other), value) for other, value in top)
-        self._logprobs.append(TokenLogprob(self._text_of(token), logprob, named))
+        named = tuple((self._text_of(other, self._partial), value) for other, value in top)
+        text = self._text_of(token, self._partial)
+        self._partial.append(token)
+        if text.endswith(_INCOMPLETE) and len(self._partial) < _CHARACTER_TOKENS:
+            text = ""  # the last token of a character has all of its text
+        else:
+            self._partial.clear()
+        self._logprobs.append(TokenLogprob(text, logprob, named))
 
     def push(self, token: int, ends: frozenset[int]) -> None:
         """Take one more token."""
@@ -323,20 +334,20 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
     ) -> None:
         """`ends`: the tokens that end each row."""
         self._rows = rows
-        self._alike: dict[tuple[float, int, float, float], list[int]] = {}
+        self._alike: dict[tuple[float, float, int, float], list[int]] = {}
         self._processors: dict[int, list[LogitsProcessor]] = {}
         self._ends = ends
-        self._penalty = defaults.repetition_penalty
+        self._defaults = defaults
+        self._sampling = [defaults.completed(row.sampling) for row in rows]
         self._told = [number for number, row in enumerate(rows) if row.sampling.logprobs is not None]
-        for number, row in enumerate(rows):
-            sampling = row.sampling
+        for number, sampling in enumerate(self._sampling):
             if sampling.temperature:
-                top_k_or_none = defaults.top_k if sampling.top_k is None else sampling.top_k
-                top_k = _DEFAULT_TOP_K if top_k_or_none is None else top_k_or_none
-                alike = (sampling.temperature, top_k, sampling.top_p, sampling.min_p)
+                alike = (sampling.temperature, sampling.min_p or 0.0, sampling.top_k or 0, sampling.top_p or 1.0)
                 self._alike.setdefault(alike, []).append(number)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if torch.isnan(scores).any():  # else the choice, greedy or not, would be made of nothing
+            raise JobError(Code.INTERNAL_ERROR, _NOT_A_NUMBER)
         raw = scores[self._told].clone() if self._told else None
         if not self._processors:
             self._processors = self._made(scores.device)
@@ -345,17 +356,19 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
                 so_far = torch.tensor([self._rows[number].tokens], device=scores.device)
                 for processor in processors:
                     scores[number : number + 1] = processor(so_far, scores[number : number + 1])
-        for (temperature, top_k, top_p, min_p), numbers in self._alike.items():
+                if torch.isneginf(scores[number]).all():
+                    raise invalid("no token is left to choose: ask for fewer min_tokens or stop_token_ids")
+        for (temperature, min_p, top_k, top_p), numbers in self._alike.items():
             some = TemperatureLogitsWarper(temperature)(input_ids, scores[numbers].float())
+            if min_p:
+                some = MinPLogitsWarper(min_p)(input_ids, some)
             if top_k:
                 some = TopKLogitsWarper(min(top_k, some.shape[-1]))(input_ids, some)
             if top_p < 1.0:
                 some = TopPLogitsWarper(top_p)(input_ids, some)
-            if min_p:
-                some = MinPLogitsWarper(min_p)(input_ids, some)
             odds = some.softmax(-1)
             if not torch.isfinite(odds).all():  # on a GPU multinomial would take the whole process with it
-                raise JobError(Code.INTERNAL_ERROR, "the model's output is not a number: its weights overflow here")
+                raise JobError(Code.INTERNAL_ERROR, _NOT_A_NUMBER)
             for place, number in enumerate(numbers):
                 chosen = torch.multinomial(odds[place], 1, generator=self._rows[number].generator(odds.device))
                 scores[number] = float("-inf")
@@ -370,10 +383,10 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
         """The processors of each row."""
         return {
             number: processors_of(
-                row.sampling,
+                self._sampling[number],
                 prompt_tokens=row.prompt_tokens,
                 ends=self._ends[number],
-                repetition_penalty=self._penalty,
+                suppressed_first=self._defaults.suppressed_first,
                 device=device,
             )
             for number, row in enumerate(self._rows)

@@ -40,12 +40,12 @@ class Detokenizer:
         """`at_the_end`: nothing is handed out before the end, which spares decoding every token twice. `skipped`: ids
         that `decode` leaves out. `single_bytes`: tokens that `decode` takes for bytes, a run of them at a time.
         `prompt`: the tokens that the first one follows, if it `goes_on` with their text. `stops_after`: so many tokens
-        come before a stop string counts."""
+        come before a stop string can end the text."""
         self._decode = decode
-        self._later_stops = [stop for stop in stops if stop]
-        self._stops = [] if stops_after else self._later_stops
+        self._stops = [stop for stop in stops if stop]
         self._stops_after = stops_after
-        self._at_the_end = at_the_end and not self._later_stops
+        self._stops_count = not stops_after
+        self._at_the_end = at_the_end and not self._stops
         self._skipped = skipped
         self._single_bytes = single_bytes
         # The window that is decoded for each token; all tokens if `at_the_end`
@@ -61,10 +61,8 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """The text that one more token makes certain."""
-        if self._stops_after:
-            self._stops_after -= 1
-        elif self._stops is not self._later_stops:
-            self._stops = self._later_stops
+        self._stops_count = not self._stops_after
+        self._stops_after = max(0, self._stops_after - 1)
         if self.stopped or token in self._skipped:
             return ""
         if self._goes_on is not None:
@@ -138,6 +136,8 @@ class Detokenizer:
     def _before_stop(self, text: str) -> str | None:
         """The pending text and `text` up to the first stop string in them, and the end; None if there is none."""
         searched = self._pending + text
+        if not self._stops_count:
+            return None
         places = [place for stop in self._stops if (place := searched.find(stop)) >= 0]
         if not places:
             return None

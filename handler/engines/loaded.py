@@ -114,12 +114,13 @@ class TokenKinds:
         """Whether `decode` leaves this id out: a special token, or one that has no token."""
         return token in self.special or not self._has_token(token)
 
-    def text_of(self, token: int) -> str:
-        """The text of one token, as it stands behind another; a special token's too."""
+    def text_of(self, token: int, before: Sequence[int] = ()) -> str:
+        """The text of one token, as it stands in a text, together with the first tokens of its character, `before`; a
+        special token's too."""
         decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
-        before: str = decode([*self._anchor])
-        text: str = decode([*self._anchor, token])
-        return text[len(before) :] if text.startswith(before) else decode([token])
+        anchor: str = decode([*self._anchor])
+        text: str = decode([*self._anchor, *before, token])
+        return text[len(anchor) :] if text.startswith(anchor) else decode([*before, token])
 
     def detokenizer(
         self, sampling: Sampling, prompt: Sequence[int], *, is_new_message: bool, stream: bool
@@ -269,6 +270,8 @@ def fitted(prompt_tokens: int, request: TextRequest, loaded: Loaded) -> Sampling
     asked = "" if request.fit else f" and max_tokens {sampling.max_tokens}"
     raise invalid(
         f"the prompt's {prompt_tokens} tokens{asked} exceed the context of {context} tokens of {loaded.key.repo_id}"
+        if asked or prompt_tokens > context
+        else f"the prompt's {prompt_tokens} tokens leave no room for an answer in the context of {context} tokens"
     )
 
 

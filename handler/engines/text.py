@@ -318,7 +318,8 @@ def _rows(request: TextRequest, loaded: Loaded, pieces: _Pieces, renderer: Rende
                 _Receiver(index, pieces),
                 every_token=request.stream,
                 ends=ends,
-                beginning=_beginning(prompt, sampling, loaded) if request.echo else None,
+                beginning=_beginning(prompt, sampling, loaded) if request.echo else "",
+                scores_prompt=request.echo and sampling.logprobs is not None and not prompt.messages,
                 text_of=loaded.kinds.text_of,
             )
         )

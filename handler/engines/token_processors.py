@@ -3,7 +3,7 @@ penalties that it does not have."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from transformers import (
@@ -11,6 +11,7 @@ from transformers import (
     MinNewTokensLengthLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
 )
 
 from handler.sampling import Sampling
@@ -21,24 +22,25 @@ def processors_of(
     *,
     prompt_tokens: int,
     ends: Collection[int],
-    repetition_penalty: float,
+    suppressed_first: Sequence[int],
     device: torch.device,
 ) -> list[LogitsProcessor]:
     """The processors of a row, each to be called with its own tokens, shape (1, n), and its logits, shape
     (1, vocabulary).
 
-    `ends`: the tokens that end its text. `repetition_penalty`: the model's own, if the job names none.
+    `ends`: the tokens that end its text. `suppressed_first`: those that it does not begin with.
     """
     processors: list[LogitsProcessor] = []
+    if suppressed_first:
+        processors.append(SuppressTokensAtBeginLogitsProcessor(list(suppressed_first), prompt_tokens, device=device))
     if sampling.min_tokens and ends:
         processors.append(
             MinNewTokensLengthLogitsProcessor(prompt_tokens, sampling.min_tokens, sorted(ends), device=device)
         )
     if sampling.logit_bias:
         processors.append(SequenceBiasLogitsProcessor([[[token], bias] for token, bias in sampling.logit_bias]))
-    penalty = sampling.repetition_penalty or repetition_penalty
-    if penalty != 1.0:
-        processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+    if sampling.repetition_penalty not in (None, 1.0):
+        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if sampling.presence_penalty or sampling.frequency_penalty:
         processors.append(
             OccurrencePenaltyLogitsProcessor(prompt_tokens, sampling.presence_penalty, sampling.frequency_penalty)

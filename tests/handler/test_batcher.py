@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ import transformers as tf
 from handler.answers import TokenLogprob
 from handler.engines.batcher import JOIN_EVERY, ActiveSequence, Batcher
 from handler.engines.detokenizer import Detokenizer
+from handler.engines.generation_defaults import generation_defaults
+from handler.errors import Code, JobError
 from handler.sampling import Sampling
 
 VOCABULARY = 200
@@ -595,7 +597,8 @@ def test_log_probabilities_are_the_models_own(model: tf.PreTrainedModel, batcher
     """Those of the prompt too, and also if a penalty or a bias chooses other tokens."""
     for sampling in (GREEDY, replace(GREEDY, temperature=1.0, seed=5), replace(GREEDY, logit_bias=((77, 100.0),))):
         prompt = PROMPTS[2]
-        got = texts(batcher, replace(sampling, logprobs=2, ignore_eos=True), prompt, beginning="P")
+        sampling = replace(sampling, logprobs=2, ignore_eos=True)
+        got = texts(batcher, sampling, prompt, beginning="P", scores_prompt=True)
         assert got.text.startswith("P")
         tokens = [int(each.token) for each in got.logprobs]
         assert tokens[: len(prompt)] == prompt
@@ -612,5 +615,76 @@ def test_log_probabilities_are_the_models_own(model: tf.PreTrainedModel, batcher
 
 
 def test_a_prompt_is_scored_without_a_token_generated(batcher: Batcher) -> None:
-    got = texts(batcher, replace(GREEDY, max_tokens=0, logprobs=1), PROMPTS[2], beginning="P")
+    sampling = replace(GREEDY, max_tokens=0, logprobs=1)
+    got = texts(batcher, sampling, PROMPTS[2], beginning="P", scores_prompt=True)
     assert (got.text, got.tokens, got.reason, len(got.logprobs)) == ("P", 0, "length", len(PROMPTS[2]))
+
+
+def test_a_job_without_a_value_gets_the_models_own(model: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"temperature": 0.3, "top_p": 0.7, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2}
+    open_ = Sampling(temperature=None, top_p=None, top_k_without_one=0)
+    defaults = generation_defaults(tf.GenerationConfig(**own), vocabulary=VOCABULARY, pad_token_id=0)
+    completed = defaults.completed(open_)
+    assert {name: getattr(completed, name) for name in own} == own
+    named = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
+    assert defaults.completed(named) == named
+    none = generation_defaults(tf.GenerationConfig(), vocabulary=VOCABULARY, pad_token_id=0).completed(open_)
+    assert (none.temperature, none.top_p, none.top_k, none.min_p) == (1.0, 1.0, 0, 0.0)
+    assert generation_defaults(tf.GenerationConfig(), vocabulary=9, pad_token_id=0).completed(Sampling()).top_k == 50
+
+
+def test_tokens_that_no_text_begins_with_may_come_when_another_row_joins(model: tf.PreTrainedModel) -> None:
+    """`generate` starts anew for a row that joins: in the middle of a text nothing is suppressed."""
+    own = copy.deepcopy(model)
+    own.generation_config.begin_suppress_tokens = [77]
+    batcher = Batcher(own, limit=8, pad_token_id=None)
+    first, got = row(
+        PROMPTS[0], replace(GREEDY, max_tokens=60, ignore_eos=True, logit_bias=((77, 100.0),)), every_token=True
+    )
+    batcher.submit([first])
+    while not got.pieces:
+        pass
+    others = [row(prompt) for prompt in PROMPTS[1:]]
+    for other, _receiver in others:
+        batcher.submit([other])
+    wait(got, *(receiver for _, receiver in others))
+    batcher.close()
+    assert got.text.count("77.") == 59, "all but the first"
+
+
+def test_an_output_that_is_not_a_number_is_an_error_for_every_way_to_choose(model: tf.PreTrainedModel) -> None:
+    broken = copy.deepcopy(model)
+    broken.lm_head.weight.data.fill_(float("nan"))
+    batcher = Batcher(broken, limit=8, pad_token_id=None)
+    for sampling in (GREEDY, replace(GREEDY, temperature=1.0), replace(GREEDY, logprobs=1)):
+        one, got = row(PROMPTS[0], sampling)
+        batcher.submit([one])
+        wait(got)
+        assert "not a number" in str(got.error)
+    batcher.close()
+
+
+def test_a_request_that_leaves_no_token_is_the_senders_fault(batcher: Batcher) -> None:
+    sampling = replace(GREEDY, min_tokens=2)
+    receiver = Receiver()
+    ends = frozenset(range(VOCABULARY))
+    batcher.submit([ActiveSequence(PROMPTS[0], sampling, Detokenizer(decode), receiver, every_token=True, ends=ends)])
+    wait(receiver)
+    assert isinstance(receiver.error, JobError)
+    assert receiver.error.code is Code.INVALID_INPUT
+
+
+def test_the_log_probabilities_of_a_characters_tokens_join_to_the_text() -> None:
+    def text_of(token: int, before: Sequence[int]) -> str:
+        return bytes([*before, token]).decode(errors="replace")
+
+    receiver = Receiver()
+    one = ActiveSequence(
+        [1], replace(GREEDY, logprobs=1), Detokenizer(lambda tokens: bytes(tokens).decode(errors="replace")), receiver,
+        every_token=True, text_of=text_of,
+    )  # fmt: skip
+    for token in "a\u20ac\U0001f600b".encode():
+        one.tell(token, -1.0, [(0xE2, -2.0)])
+        one.push(token, frozenset())
+    one.end("stop")
+    assert "".join(each.token for each in receiver.logprobs) == receiver.text == "a\u20ac\U0001f600b"

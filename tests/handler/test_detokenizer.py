@@ -215,3 +215,12 @@ def test_a_stop_string_counts_after_the_fewest_tokens() -> None:
     detokenizer = Detokenizer(words, ["w2"], stops_after=2)
     assert pushed(detokenizer, [1, 2, 3, 2, 4]) == "w1 w2 w3 "
     assert detokenizer.stopped
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_stop_string_may_begin_within_the_fewest_tokens(stream: bool) -> None:
+    detokenizer = Detokenizer(words, ["w1 w2"], stops_after=1, at_the_end=not stream)
+    assert pushed(detokenizer, [1, 2, 3]) == ""
+    assert detokenizer.stopped
+    detokenizer = Detokenizer(words, ["w1 w2"], stops_after=2, at_the_end=not stream)
+    assert pushed(detokenizer, [1, 2, 3]) == "w1 w2 w3"

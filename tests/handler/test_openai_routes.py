@@ -49,7 +49,8 @@ def test_a_route_that_is_not_served_is_an_error(route: object) -> None:
 
 def test_defaults_are_openais() -> None:
     chat = parse_body("chat/completions", CHAT, LIMITS)
-    assert (chat.sampling.temperature, chat.sampling.top_p, chat.sampling.max_tokens) == (1.0, 1.0, 2048)
+    assert (chat.sampling.temperature, chat.sampling.top_p, chat.sampling.max_tokens) == (None, None, 2048)
+    assert chat.sampling.top_k_without_one == 0, "the model's own, else none"
     assert chat.fit, "as long as the context allows"
     text = parse_body("completions", {"prompt": "a"}, LIMITS)
     assert text.sampling.max_tokens == 16
@@ -76,7 +77,7 @@ def test_choices_are_as_many_prompts() -> None:
     ("more", "words"),
     [
         ({"tool_choice": "required"}, "tool_choice needs tools"),
-        ({"logprobs": 2, "top_logprobs": 2}, "logprobs must be true beside top_logprobs"),
+        ({"logprobs": 2}, "logprobs must be true or false"),
         ({"response_format": {"type": "json_object"}}, "response_format is not served by the text engine; ENGINE=vllm"),
         ({"functions": [{}]}, "functions is not served by the text engine: send tools"),
         ({"whatever": 1}, "whatever is not served"),
@@ -163,7 +164,7 @@ def test_every_code_has_a_status(code: Code) -> None:
 
 
 def test_log_probabilities_have_openais_two_forms() -> None:
-    tokens = (TokenLogprob("a", None), TokenLogprob(" b", -0.5, ((" c", -0.1),)))
+    tokens = (TokenLogprob("a", None), TokenLogprob(" b", -0.5, ((" c", -0.1), (" b", -2.0))))
     body = {"prompt": "a", "echo": True, "logprobs": 1}
     whole = answer("completions", parse_body("completions", body, LIMITS), body)
     whole.chunks(TextDelta(0, "a b", 1, "stop", 1, "org/name", tokens))
@@ -182,7 +183,10 @@ def test_log_probabilities_have_openais_two_forms() -> None:
             "content": [
                 {
                     "token": " b", "logprob": -0.5, "bytes": [32, 98],
-                    "top_logprobs": [{"token": " c", "logprob": -0.1, "bytes": [32, 99]}],
+                    "top_logprobs": [
+                        {"token": " c", "logprob": -0.1, "bytes": [32, 99]},
+                        {"token": " b", "logprob": -2.0, "bytes": [32, 98]},
+                    ],
                 }
             ]
         }

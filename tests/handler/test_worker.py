@@ -275,7 +275,28 @@ def test_a_result_that_runpod_does_not_take_is_an_error(make: Any, stream: bool)
     assert "MODELSTORE_MAX_RESULT" in output["error"]
     assert all(len(json.dumps(chunk)) < 1500 for chunk in told.chunks)
     if stream:
-        assert "RESULT_TOO_LARGE" in json.dumps(told.chunks), "the stream ends with it"
+        assert "RESULT_TOO_LARGE" in json.dumps(told.chunks[-2:]), "the stream ends with it"
+        assert json.dumps(told.chunks).count("[DONE]") <= 1
+
+
+@pytest.mark.parametrize(
+    "data", [{"op": "status", "prompt": "x"}, {"openai_route": "/v1/models", "openai_input": {"x": 1}}]
+)
+def test_a_request_without_fields_takes_none(data: dict[str, Any]) -> None:
+    assert answer(Engine(), {"id": "1", "input": data})["code"] == "INVALID_INPUT"
+
+
+def test_a_stream_whose_chunks_are_too_large_together_ends_once() -> None:
+    told = RecordedChannel()
+    pieces = [*(TextDelta(0, "x" * 200, 1) for _ in range(9)), TextDelta(0, "", 1, "stop")]
+    output = answer(
+        Engine(*pieces, takes_s=0.01),
+        openai_job("/v1/completions", prompt="x", stream=True),
+        told,
+        max_result_bytes=2500,
+    )
+    assert output["code"] == "RESULT_TOO_LARGE"
+    assert "".join(told.chunks).count("[DONE]") == 1
 
 
 def test_a_stream_of_openais_that_fails_ends_with_an_error_event() -> None:
