@@ -27,6 +27,7 @@ MAX_TEXTS = 2048
 MAX_DIMENSIONS = 1 << 16
 EncoderRoute = Literal["embeddings", "rerank", "models"]
 ROUTES: tuple[EncoderRoute, ...] = ("embeddings", "rerank", "models")
+_OTHER_PATHS = {"/v2/rerank": "/v1/rerank", "/rerank": "/v1/rerank"}  # Cohere's, and vLLM's shorter one
 
 _HARMLESS = ("user", "metadata")
 _EMBED = {
@@ -69,7 +70,8 @@ def parse_encoder_job(data: Mapping[str, Any], job: JobContext) -> EncoderReques
     if not openai_routes.is_request(data):
         return _rerank(data, job, "native") if "query" in data else _embed(data, job, "native")
     requested, content = openai_routes.route_and_body(data)
-    route = openai_routes.parse_route(requested, ROUTES)
+    path = requested.rstrip("/") if isinstance(requested, str) else requested
+    route = openai_routes.parse_route(_OTHER_PATHS.get(path, path) if isinstance(path, str) else path, ROUTES)
     if route == "models":
         openai_routes.check_no_body(content)
         return None
@@ -126,7 +128,7 @@ def _embed(data: Mapping[str, Any], job: JobContext, form: Literal["native", "op
         _texts(data.get(source), source, job),
         job.model_of(data),
         dimensions,
-        flag(data, "normalize"),
+        flag(data, "normalize", default=form == "openai" and dimensions is not None),  # as OpenAI does after a cut
         prompt_name,
         form,
         encoding == "base64",
@@ -140,7 +142,7 @@ def _rerank(data: Mapping[str, Any], job: JobContext, form: Literal["native", "o
     listed = (
         [each.get("text") if isinstance(each, dict) else each for each in value] if isinstance(value, list) else value
     )
-    documents = _texts(listed, "documents", job)
+    documents = _texts(listed, "documents", job, may_be_empty=True)
     return RerankRequest(
         query,
         documents,
@@ -157,14 +159,18 @@ def _check_names(data: Mapping[str, Any], names: Sequence[str]) -> None:
             raise unknown_field(name, names)
 
 
-def _texts(value: object, name: str, job: JobContext, *, single: bool = False) -> tuple[str, ...]:
+def _texts(
+    value: object, name: str, job: JobContext, *, single: bool = False, may_be_empty: bool = False
+) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not 1 <= len(texts) <= (1 if single else MAX_TEXTS):
         raise invalid(
             f"{name} must be a text{'' if single else f', or a list of 1 to {MAX_TEXTS} of them'}, not {shown(value)}"
         )
     for text in texts:
-        if not isinstance(text, str) or not text:
+        if isinstance(text, int | list):
+            raise invalid(f"{name} must hold texts, and no token ids (LangChain: check_embedding_ctx_length=False)")
+        if not isinstance(text, str) or not (text or may_be_empty):
             raise invalid(f"{name} must hold texts that are not empty, not {shown(text)}")
         if len(text) > job.limits.prompt_characters:
             raise invalid(f"{name} must have at most {job.limits.prompt_characters} characters each, not {len(text)}")

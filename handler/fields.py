@@ -248,9 +248,14 @@ def check_server_fields(data: Mapping[str, Any], known: Collection[str], server:
         raise unknown_field(name, known)
 
 
+_LISTED = 8  # so many names go into an error
+
+
 def unknown_field(name: str, names: Collection[str]) -> JobError:
     """The error for a field that is none; `names`: those that are."""
     close = difflib.get_close_matches(name[:100], names, 1)
+    if len(names) <= _LISTED:
+        return invalid(f"{name[:100]} is not served here; the fields that are: {', '.join(names)}")
     hint = f"the nearest field that is: {close[0]}" if close else "docs/client.md lists the fields that are"
     return invalid(f"{name[:100]} is not served; {hint}")
 

@@ -36,10 +36,11 @@ _COUNTS = ("num_images", "num_images_per_prompt")
 _OF_THE_WORKER = ("seed", "image_format", "stream", "model", *_COUNTS)
 # Arguments of pipelines that are tensors, functions or the worker's own
 _NOT_SENT = re.compile(
-    r"generator|latents|.*_embeds(_.*)?|.*_mask_embeds|prompt_attention_mask|.*_attention_mask|callback.*|output_type"
+    r"generator|latents|.*ip_adapter_image.*|.*_embeds(_.*)?|.*_mask_embeds|prompt_attention_mask|.*_attention_mask|callback.*|output_type"
     r"|return_dict|.*_kwargs|num_(images|videos|waveforms)_per_prompt"
 )
 _PICTURE_COUNTS = ("batch_size", "decode_chunk_size", "class_labels")  # that say how many pictures are made at once
+_PAIRS = ("_size", "_top_left")
 _PICTURES = re.compile(r"(.*_)?(image|mask|images|mask_image)")
 
 
@@ -225,7 +226,7 @@ _NAMED = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", 
 
 def _not_taken(name: str, call: PipelineCall) -> JobError:
     if name in call.defaults:
-        return invalid(f"{name} is not a job's to set: the worker sets it itself, or it is a tensor")
+        return invalid(f"{name} is not served: it is the worker's to set, a tensor, or an adapter's")
     error = unknown_field(name, call.fields)
     return invalid(f"{error}; {call.name} takes {', '.join(call.fields)}")
 
@@ -252,8 +253,8 @@ def _argument(name: str, value: Any, call: PipelineCall, limits: Limits) -> Any:
     """A further argument of a pipeline: a switch, a number, a text, or a list of them."""
     default = call.defaults[name]
     each = value if isinstance(value, list) else [value]
-    if len(each) > limits.steps:
-        raise invalid(f"{name} must have at most {limits.steps} entries, not {len(each)}")
+    if not 1 <= len(each) <= limits.steps:
+        raise invalid(f"{name} must have 1 to {limits.steps} entries, not {len(each)}")
     for item in each:
         if isinstance(item, str):
             _text({name: item}, name, limits)
@@ -272,6 +273,10 @@ def _argument(name: str, value: Any, call: PipelineCall, limits: Limits) -> Any:
         raise invalid(f"{name} must be a number, not {shown(value)}")
     if name == "num_frames":
         integer({name: value}, name, 1, at_least=1, at_most=limits.frames)
+    if name == "max_sequence_length":
+        integer({name: value}, name, 1, at_least=1, at_most=MAX_NUMBER)
+    if isinstance(value, list) and (isinstance(default, tuple) or name.endswith(_PAIRS)):
+        return tuple(value)  # JSON has none
     if name in _PICTURE_COUNTS:
         count = (
             len(value) if isinstance(value, list) else integer({name: value}, name, 1, at_least=0, at_most=MAX_NUMBER)

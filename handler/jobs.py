@@ -36,7 +36,6 @@ from handler.values import flag, integer
 from modelstore.settings import Settings
 
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # a lone surrogate, as a text cut by UTF-16 units ends with
-_BESIDE_THE_PROMPT = 1 << 16  # characters of a request's names, numbers and short texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +107,13 @@ class TextRequest:
     passed: Mapping[str, Any] = field(default_factory=dict)
 
 
-def input_of(job: Mapping[str, Any], limits: Limits) -> Mapping[str, Any]:
-    """A job's input object. Raises JobError if it is none, if all that it carries is longer than a prompt may be, or if
-    a text in it is no Unicode."""
+def input_of(job: Mapping[str, Any], most_characters: int) -> Mapping[str, Any]:
+    """A job's input object. Raises JobError if it is none, if all that it carries is longer than that, or if a text in
+    it is no Unicode."""
     data = job.get("input")
     if not isinstance(data, dict):
         raise invalid(f"input must be an object with a prompt or messages, not {shown(data)}")
-    _check_all(data, limits.prompt_characters + _BESIDE_THE_PROMPT)
+    _check_all(data, most_characters)
     return data
 
 

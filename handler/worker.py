@@ -119,7 +119,7 @@ class Worker:
         return None, failed
 
     async def _answer(self, job: Job, delivery: Delivery) -> Any:
-        data = input_of(job, self._limits)
+        data = input_of(job, self._limits.prompt_characters + self._engine.beside_the_prompt)
         if data.get("op") is not None:
             if data["op"] != "status":
                 raise JobError(Code.INVALID_INPUT, f"op must be status, not {shown(data['op'])}")

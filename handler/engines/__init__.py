@@ -35,6 +35,10 @@ class Engine(Protocol):
         """The most jobs that it takes beside each other."""
 
     @property
+    def beside_the_prompt(self) -> int:
+        """The most characters of a job's input beyond those of a prompt: its numbers, or its pictures and texts."""
+
+    @property
     def broken(self) -> str:
         """Why no job can be answered any more in this process; empty if all is well."""
 
@@ -61,6 +65,8 @@ class Engine(Protocol):
 
 
 MANY = 1 << 30  # jobs: as many as the settings allow
+NUMBERS = 1 << 16  # characters of a request's names, numbers and short texts
+LARGE = 1 << 25  # characters of pictures or of many texts: more than RunPod takes in one request
 
 
 class Loader(Protocol):

@@ -21,14 +21,17 @@ import accelerate
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.pipeline_loading_utils import _maybe_remap_transformers_class
 from PIL.Image import DecompressionBombError, Image
 from PIL.Image import open as open_picture
+from PIL.ImageOps import exif_transpose
 
 from handler import openai_routes
 from handler.answers import Answer
 from handler.bucket import with_addresses
+from handler.engines import LARGE
 from handler.engines.batcher import free_memory
-from handler.errors import invalid, is_gpu_lost, not_served
+from handler.errors import invalid, is_gpu_lost, is_out_of_memory, not_served
 from handler.images import (
     ImageAnswer,
     ImageFormat,
@@ -59,6 +62,7 @@ class DiffusionEngine:
     """Draws with one pipeline, one request at a time: a picture has the whole GPU."""
 
     jobs_at_once = 1
+    beside_the_prompt = LARGE
 
     def __init__(self, pipeline: Any, pending: PendingStart) -> None:
         self._pipeline = pipeline
@@ -157,8 +161,8 @@ class DiffusionEngine:
                 self._lost_gpu = f"the GPU does not answer any more ({str(error)[:200]})"
             error.with_traceback(None)
             free_memory()
-            if type(error) in (ValueError, TypeError):  # as a pipeline checks what it is called with
-                raise invalid(f"{self.call.name} does not take this job: {error}") from error
+            if self._is_of_the_job(error, request):
+                raise invalid(f"{self.call.name} does not take this job: {type(error).__name__}: {error}") from error
             raise
         pictures, are_frames = self._pictures(made)
         return Images(
@@ -170,6 +174,16 @@ class DiffusionEngine:
             truncated=tuple(truncations(self._pipeline, request, self.call)),
             are_frames=are_frames,
         )
+
+    @staticmethod
+    def _is_of_the_job(error: Exception, request: ImageRequest) -> bool:
+        """Whether a pipeline fails for what it was called with: it says so, or the job has arguments that few have."""
+        if is_gpu_lost(error) or is_out_of_memory(error):
+            return False
+        kinds: tuple[type[Exception], ...] = (ValueError, TypeError)
+        if request.others or request.pictures:
+            kinds += (ArithmeticError, AttributeError, LookupError, RuntimeError)
+        return isinstance(error, kinds) and not isinstance(error, NotImplementedError)
 
     def _arguments(self, request: ImageRequest, seed: int) -> dict[str, Any]:
         """What the pipeline is called with, as far as it takes it."""
@@ -234,13 +248,15 @@ def build_pipeline(snapshot: Snapshot, tensors: dict[str, torch.Tensor], device:
     are missing or left over.
     """
     index = json.loads(durable.read_file(snapshot.path / "model_index.json"))
-    if not hasattr(diffusers, str(index.get("_class_name"))):
+    pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
+    if pipeline_class is None:
         raise NoWeights(
             f"diffusers {diffusers.__version__} has no {index.get('_class_name')!r}: upgrade it, or use another model"
         )
     named = [(name, value) for name, value in index.items() if isinstance(value, list)]
     parts = {name: _part(snapshot, name, value, tensors, device) for name, value in named}
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(snapshot.path, local_files_only=True, **parts)
+    # By its own class: the general one would load a part that is optional there once more, by itself.
+    pipeline = pipeline_class.from_pretrained(snapshot.path, local_files_only=True, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -278,6 +294,8 @@ def _part(
 def class_of(library: str, class_name: str) -> Any:
     """The class of a pipeline's part: of diffusers, of transformers, or of a pipeline of diffusers that has parts of
     its own, such as `stable_diffusion`; None if it is neither."""
+    if library == "transformers":
+        class_name = _maybe_remap_transformers_class(class_name) or class_name
     if library in _LIBRARIES:
         return getattr(import_module(library), class_name, None)
     return getattr(getattr(diffusers.pipelines, library, None), class_name, None)
@@ -294,18 +312,18 @@ def truncations(pipeline: Any, request: ImageRequest, call: PipelineCall) -> Ite
     """The prompts of which a text encoder reads less than they have."""
     for suffix in ("", "_2", "_3"):
         tokenizer = getattr(pipeline, f"tokenizer{suffix}", None)
-        if tokenizer is None:
+        if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
             continue
         own_limit = request.others.get("max_sequence_length", call.defaults.get("max_sequence_length"))
-        longest = own_limit if own_limit and "CLIP" not in type(tokenizer).__name__ else tokenizer.model_max_length
+        is_clip = "CLIP" in type(tokenizer).__name__
+        longest = own_limit if isinstance(own_limit, int) and not is_clip else tokenizer.model_max_length
         for field in ("prompt", "negative_prompt"):
-            own = request.others.get(f"{field}{suffix}")
-            name, text = (
-                (f"{field}{suffix}", own) if suffix and isinstance(own, str) else (field, getattr(request, field))
-            )
-            tokens = len(tokenizer(text, truncation=False, verbose=False)["input_ids"]) if text else 0
-            if tokens > longest:
-                yield Truncation(name, f"tokenizer{suffix}", tokens, longest)
+            own = request.others.get(f"{field}{suffix}") if suffix else None
+            name = field if own is None else f"{field}{suffix}"
+            texts = own if isinstance(own, list) else [getattr(request, field) if own is None else own]
+            counts = [len(tokenizer(str(text), truncation=False, verbose=False)["input_ids"]) for text in texts if text]
+            if max(counts, default=0) > longest:
+                yield Truncation(name, f"tokenizer{suffix}", max(counts), longest)
 
 
 def decoded(texts: str | tuple[str, ...], name: str, most_pixels: int) -> Image | list[Image]:
@@ -316,13 +334,18 @@ def decoded(texts: str | tuple[str, ...], name: str, most_pixels: int) -> Image 
 
 
 def _decoded(text: str, name: str, most_pixels: int) -> Image:
-    if text.startswith("data:"):
+    if text[:5].lower() == "data:":
         text = text.partition(",")[2]
+    elif "://" in text[:20]:
+        raise invalid(f"{name} must be a picture in base64: this worker opens no addresses")
+    text = "".join(text.split()).rstrip("=")
     try:
-        picture = open_picture(io.BytesIO(base64.b64decode(text, validate=True)))
+        data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        picture = open_picture(io.BytesIO(data))
         if picture.width * picture.height > most_pixels:
             raise invalid(f"{name} must have at most {most_pixels} pixels, not {picture.width * picture.height}")
-        return picture.convert("L" if "mask" in name else "RGB")
+        upright: Image = exif_transpose(picture)  # as `load_image` of diffusers does
+        return upright.convert("L" if "mask" in name else "RGB")
     except (ValueError, OSError, SyntaxError, DecompressionBombError) as error:
         raise invalid(f"{name} must be a picture in base64, such as PNG or JPEG: {error}") from error
 

@@ -27,7 +27,7 @@ from handler.embeddings import (
     parse_encoder_job,
     rerank_output,
 )
-from handler.engines import MANY
+from handler.engines import LARGE, MANY
 from handler.engines.batcher import free_memory
 from handler.errors import invalid, is_gpu_lost, not_served
 from handler.jobs import JobContext
@@ -51,6 +51,7 @@ class EmbeddingEngine:
     """Answers with one encoder or cross-encoder, a job at a time; each job is a batch."""
 
     jobs_at_once = MANY
+    beside_the_prompt = LARGE
 
     def __init__(self, encoder: SentenceTransformer | CrossEncoder, pending: PendingStart) -> None:
         self._encoder = encoder
@@ -125,6 +126,8 @@ class EmbeddingEngine:
                 f"prompt_name must be one of the prompts of {self.model} ({names}), not {request.prompt_name}"
             )
         texts = list(request.texts)
+        prefix = encoder.prompts.get(request.prompt_name or encoder.default_prompt_name or "", "")
+        tokens, truncated = self._counted([(prefix + text,) for text in texts])
         vectors = encoder.encode(
             texts,
             prompt_name=request.prompt_name,
@@ -133,7 +136,6 @@ class EmbeddingEngine:
             normalize_embeddings=request.normalize,
             truncate_dim=request.dimensions,
         )
-        tokens, truncated = self._counted([(text,) for text in texts])
         made: list[list[float]] = vectors.float().cpu().tolist()
         return embeddings_output(request, made, tokens=tokens, truncated=truncated, model=self.model)
 
@@ -148,11 +150,15 @@ class EmbeddingEngine:
     def _counted(self, inputs: Sequence[tuple[str, ...]]) -> tuple[int, list[int]]:
         """The tokens that the model reads of all texts or pairs, and the places of those that it reads in part."""
         tokenizer, longest = self._encoder.tokenizer, self._encoder.max_seq_length or 1 << 60
-        if not hasattr(tokenizer, "all_special_ids"):  # a static embedding has a tokenizer of another kind
+        if hasattr(tokenizer, "tokenize") and not hasattr(tokenizer, "all_special_ids"):  # of word vectors
+            counts = [len(tokenizer.tokenize(text)) for (text,) in inputs]
+        elif not hasattr(tokenizer, "all_special_ids"):  # of a static embedding
             counts = [len(tokenizer.encode(text).ids) for (text,) in inputs]
         else:
             columns = [list(column) for column in zip(*inputs, strict=True)]
             counts = [len(ids) for ids in tokenizer(*columns, truncation=False, verbose=False)["input_ids"]]
+        if 0 in counts:
+            raise invalid(f"text number {counts.index(0)} has no tokens for {self.model}: leave it out")
         truncated = [place for place, count in enumerate(counts) if count > longest]
         return sum(min(count, longest) for count in counts), truncated
 

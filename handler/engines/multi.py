@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from handler.answers import Answer, TextDelta
-from handler.engines import MANY
+from handler.engines import MANY, NUMBERS
 from handler.engines.batcher import free_memory
 from handler.engines.chat_template import Renderer
 from handler.engines.text import TextEngine
@@ -46,6 +46,7 @@ class MultiModelEngine:
     """An engine of engines. The first is the worker's own, which answers the jobs that name no model."""
 
     jobs_at_once = MANY
+    beside_the_prompt = NUMBERS
 
     def __init__(self, first: TextEngine, settings: Settings, load: Callable[[Settings], TextEngine]) -> None:
         """`load` makes the engine of a model; raises DoesNotFit if the memory has no room for it."""

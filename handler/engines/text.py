@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from handler.answers import Answer, TextDelta, TokenLogprob
-from handler.engines import MANY
+from handler.engines import MANY, NUMBERS
 from handler.engines.batcher import ActiveSequence, Batcher, free_memory
 from handler.engines.chat_template import Renderer
 from handler.engines.loaded import Loaded, check_token_ids, encode, ends_of, fitted, pad_token_id
@@ -45,6 +45,7 @@ class TextEngine:
     """Answers with one loaded model, many requests at once; the model can be exchanged for another meanwhile."""
 
     jobs_at_once = MANY
+    beside_the_prompt = NUMBERS
 
     def __init__(self, loaded: Loaded, settings: Settings, renderer: Renderer | None = None) -> None:
         """`renderer`: of chat templates, one that others use too; by default the engine has its own."""

@@ -22,7 +22,7 @@ from typing import Any
 
 from handler import openai_routes
 from handler.answers import Answer, TextAnswer, TextDelta, TokenLogprob
-from handler.engines import MANY
+from handler.engines import LARGE, MANY
 from handler.engines.server import MemoryBackedSnapshot, Server, error_message
 from handler.errors import Code, JobError, invalid, not_served
 from handler.jobs import JobContext, TextRequest, parse_text
@@ -52,6 +52,7 @@ class VllmEngine:
     """Answers by a vLLM server; texts, and OpenAI's routes."""
 
     jobs_at_once = MANY
+    beside_the_prompt = LARGE  # a conversation may hold pictures
 
     def __init__(self, server: Server, folder: MemoryBackedSnapshot, pending: PendingStart) -> None:
         self._server = server

@@ -20,7 +20,10 @@ MODULES_INDEX = "modules.json"
 _ROUTER_INDEX = "router_config.json"
 _MOST_FOLDERS = 1000
 _WEIGHTLESS_CLASSES = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "ProcessorFast", "FeatureExtractor")
-_WEIGHTLESS_MODULES = frozenset({"Pooling", "Normalize", "Dropout", "BoW", "SpladePooling", "Router", "Asym"})
+_WEIGHTLESS_MODULES = frozenset({
+    "Asym", "BoW", "Dropout", "HierarchicalTokenPooling", "LambdaTokenPooling", "LogitScore", "MultiVectorMask",
+    "Normalize", "Pooling", "Router", "SpladePooling",
+})  # fmt: skip
 
 ReadFile = Callable[[SourceFile], bytes]
 

@@ -245,6 +245,26 @@ def test_the_path_of_a_module_is_read_as_a_folder(path: str) -> None:
     assert weights(repo) == ["2_Dense/model.safetensors", WEIGHTS]
 
 
+def test_modules_of_the_library_that_save_no_weights_need_none() -> None:
+    """Those of the installed version: a new one fails this test."""
+    import inspect
+    from importlib import import_module
+
+    from sentence_transformers.base.modules import InputModule, Module
+
+    from modelstore.fill.components import _WEIGHTLESS_MODULES
+
+    packages = ("base", "sentence_transformer", "sparse_encoder", "cross_encoder", "multi_vector_encoder")
+    listed = [vars(import_module(f"sentence_transformers.{each}.modules")).values() for each in packages]
+    classes = {each for names in listed for each in names if inspect.isclass(each) and issubclass(each, Module)}
+    words = ("weights", "save_pretrained", "safetensors")
+    light = {each.__name__ for each in classes if not any(word in inspect.getsource(each.save) for word in words)}
+    assert {name for name in light if not name.startswith("Base")} - {InputModule.__name__} <= _WEIGHTLESS_MODULES
+    modules = [module("", "Transformer"), module("1_LogitScore", "LogitScore")]
+    repo = {"modules.json": modules, "config.json": CONFIG, WEIGHTS: None, "1_LogitScore/config.json": {}}
+    assert weights(repo) == [WEIGHTS]
+
+
 @pytest.mark.parametrize("kind", ["Router", "Asym"])
 def test_a_router_may_be_described_by_its_config(kind: str) -> None:
     types = {"query_0_Dense": "sentence_transformers.models.Dense"}

@@ -132,6 +132,11 @@ def test_dimensions_prompts_and_long_texts(serving: Make, hub: Hub) -> None:
     assert short["embeddings"][0] == pytest.approx(expected.tolist(), abs=1e-6)
     asked = answer(worker, texts="paris", prompt_name="query")["embeddings"][0]
     assert asked == pytest.approx(theirs.encode("paris", prompt_name="query").tolist(), abs=1e-6)
+    body = answer(worker, "/v1/embeddings", input="hello world", dimensions=4)
+    vector = body["data"][0]["embedding"]
+    assert sum(each * each for each in vector) == pytest.approx(1.0, abs=1e-5), "as OpenAI has it after a cut"
+    prompted = answer(worker, texts="hello world paris the", prompt_name="query")
+    assert (prompted["tokens"], prompted["truncated"]) == (5, [0]), "its prompt counts"
     cut = answer(worker, texts=["hello", "what is the capital of paris hello world"])
     assert cut["truncated"] == [1]
     assert cut["tokens"] == 1 + 5
@@ -171,13 +176,19 @@ def test_a_classifier_is_no_reranker(serving: Make) -> None:
         ("", {"texts": []}, "texts must be a text, or a list of 1 to 2048 of them"),
         ("", {"texts": ["a", ""]}, "texts must hold texts that are not empty"),
         ("", {"texts": [7]}, "texts must hold texts"),
-        ("", {"prompt": "a"}, "prompt is not served; the nearest field that is: prompt_name"),
+        ("", {"prompt": "a"}, "prompt is not served here; the fields that are: texts, dimensions"),
         ("", {"texts": "a", "stream": True}, "stream is not served"),
         ("", {"texts": "a", "dimensions": 17}, "dimensions must be at most 16"),
         ("", {"texts": "a", "prompt_name": "x"}, "prompt_name must be one of the prompts of org/name (query"),
         ("", {"query": "a", "documents": ["b"]}, "org/name makes vectors: send texts"),
         ("/v1/rerank", {"query": "a", "documents": ["b"]}, "makes vectors"),
-        ("/v1/embeddings", {"input": [[1, 2]]}, "input must hold texts"),
+        ("/v1/embeddings", {"input": [[1, 2]]}, "no token ids (LangChain: check_embedding_ctx_length=False)"),
+        ("/v1/embeddings", {"input": ["a", " "]}, "text number 1 has no tokens for org/name"),
+        (
+            "/v2/rerank",
+            {"query": "a", "documents": ["b"], "rank_fields": ["x"]},
+            "the fields that are: query, documents",
+        ),
         ("/v1/embeddings", {"input": "a", "encoding_format": "x"}, "encoding_format must be"),
         ("/v1/embeddings", {"input": "a", "model": "gpt"}, "this worker serves org/name"),
         ("/v1/completions", {"prompt": "a"}, "/v1/embeddings, /v1/rerank, /v1/models"),

@@ -10,6 +10,7 @@ import pytest
 
 import handler.engines
 from handler.engines import ENGINES, engine_for
+from modelstore.errors import NotServable
 from modelstore.settings import EngineName
 
 FOLDER = Path(handler.engines.__file__).parent
@@ -48,6 +49,8 @@ FILES = ["config.json", "model.safetensors", "tokenizer.json"]
         (BERT, FILES, "embedding"),
         (BERT, FILES[:2], "text"),
         (BERT | {"architectures": ["XLMRobertaForSequenceClassification"]}, FILES, "embedding"),
+        (BERT | {"architectures": ["RobertaModel"]}, ["config.json", "vocab.json", "merges.txt"], "embedding"),
+        (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, FILES, "text"),
         (LLAMA | {"architectures": ["LlamaModel"]}, FILES, "text"),
         (LLAMA | {"architectures": ["LlamaModel"]}, [*FILES, "modules.json"], "embedding"),
         ({"model_type": "vit", "architectures": ["ViTModel"]}, FILES, "text"),
@@ -59,3 +62,18 @@ FILES = ["config.json", "model.safetensors", "tokenizer.json"]
 )
 def test_the_engine_is_chosen_by_the_model(config: dict[str, Any], files: list[str], expected: str) -> None:
     assert engine_for(config, files) == expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BERT,
+        LLAMA | {"architectures": ["LlamaModel"]},
+        {"model_type": "t5", "architectures": ["T5EncoderModel"]},
+        {"model_type": "new", "architectures": ["NewModel"], "auto_map": {"AutoModel": "m.NewModel"}},
+    ],
+)
+def test_an_engine_that_is_set_is_taken_at_its_word(config: dict[str, Any]) -> None:
+    ENGINES["embedding"].check_config(config, FILES, "org/name")
+    with pytest.raises(NotServable, match="is a pipeline of Diffusers"):
+        ENGINES["embedding"].check_config(config, [*FILES, "model_index.json"], "org/name")

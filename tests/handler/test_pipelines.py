@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ pytest.importorskip("diffusers")
 
 import diffusers
 
+from handler.engines import diffusion
 from handler.engines.diffusion import DiffusionEngine, class_of
 from handler.worker import Worker
 from modelstore import ModelStore
@@ -90,6 +93,31 @@ def answer(worker: Worker, **data: Any) -> dict[str, Any]:
     return output
 
 
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_part_is_made_of_the_stores_tensors_in_its_dtype(hub: Hub, store: ModelStore, name: str) -> None:
+    """Also one that the pipeline calls optional, as Wan its transformer."""
+    folder = hub.folder / "org" / "name"
+    write(name, folder)
+    settings = replace(store.settings, model=parse_reference("org/name"), dtype="float16")
+    with pytest.MonkeyPatch.context() as patch:
+        made: list[Any] = []
+        real = diffusion._part
+        patch.setattr(diffusion, "_part", lambda *arguments: made.append(real(*arguments)) or made[-1])
+        engine = begin(settings).load(DiffusionEngine.load)
+    theirs = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float16)
+    modules = {part: each for part, each in theirs.components.items() if isinstance(each, torch.nn.Module)}
+    assert modules
+    for part, their in modules.items():
+        ours = getattr(engine._pipeline, part)
+        assert any(ours is each for each in made), f"diffusers has loaded {part} by itself"
+        for (key, tensor), (their_key, their_tensor) in zip(
+            ours.state_dict().items(), their.state_dict().items(), strict=True
+        ):
+            assert (key, tensor.dtype) == (their_key, their_tensor.dtype)
+            assert torch.equal(tensor, their_tensor), (part, key)
+    engine.close()
+
+
 def test_every_pipeline_has_a_job() -> None:
     assert JOBS.keys() == PIPELINES.keys()
 
@@ -146,6 +174,10 @@ def test_what_it_does_not_take_is_refused_by_its_name(serving: Make, name: str) 
         ({"num_images_per_prompt": 99}, "num_images_per_prompt must be"),
         ({"image_format": "tiff"}, "image_format must be png, jpeg or webp"),
         ({"clip_skip": {"a": 1}}, "clip_skip must be a number, a text"),
+        ({"clip_skip": 99}, "StableDiffusionImg2ImgPipeline does not take this job"),
+        ({"strength": 0}, "StableDiffusionImg2ImgPipeline does not take this job"),
+        ({"sigmas": []}, "sigmas must have 1 to 150 entries, not 0"),
+        ({"ip_adapter_image": "x"}, "ip_adapter_image is not served"),
     ],
 )
 def test_a_bad_value_names_its_field(serving: Make, more: dict[str, Any], words: str) -> None:
@@ -174,6 +206,54 @@ def test_parts_are_classes_as_diffusers_finds_them(library: str, name: str) -> N
 @pytest.mark.parametrize(("library", "name"), [("os", "system"), ("pipeline_utils", "X"), ("stable_diffusion", "X")])
 def test_no_other_class_is_a_part(library: str, name: str) -> None:
     assert class_of(library, name) is None
+
+
+def test_pictures_come_as_people_send_them(serving: Make) -> None:
+    """Large, in lines, as an address of its own data, and turned as a telephone turns them."""
+    worker, _engine, _theirs = serving("sd_image_to_image")
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (640, 640, 3), np.uint8))
+    large = base64_of(noise)
+    assert len(large) > 1_200_000
+    job = {"prompt": "a", "num_inference_steps": 2, "strength": 0.5, "seed": 1}
+    assert "error" not in answer(worker, image=large, **job)
+    plain = answer(worker, image=base64_of(GREY), **job)["image_base64"]
+    lines = base64.encodebytes(base64.b64decode(base64_of(GREY))).decode()
+    for text in (lines, f"data:image/png;base64,\n{lines}", f"DATA:image/png;base64,{base64_of(GREY).rstrip('=')}"):
+        assert answer(worker, image=text, **job)["image_base64"] == plain
+    assert "opens no addresses" in answer(worker, image="https://example.com/a.png", **job)["error"]
+    data = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    GREY.resize((64, 32)).save(data, format="JPEG", exif=exif)
+    turned = answer(worker, image=base64.b64encode(data.getvalue()).decode(), **job)
+    assert pictures_of(turned)[0].size == (32, 64)
+
+
+def test_an_argument_that_is_a_pair_comes_as_a_list(serving: Make) -> None:
+    worker, _engine, theirs = serving("sdxl")
+    more = {"original_size": [64, 64], "crops_coords_top_left": [8, 0]}
+    output = answer(worker, prompt="a", num_inference_steps=2, seed=7, **SIZE, **more)
+    made = theirs(
+        prompt="a", num_inference_steps=2, original_size=(64, 64), crops_coords_top_left=(8, 0),
+        generator=torch.Generator().manual_seed(7), **SIZE,
+    )  # fmt: skip
+    assert pictures_of(output)[0].tobytes() == made.images[0].tobytes()
+    cut = answer(worker, prompt="a", prompt_2=[" ".join("abcdefghij" * 3)], num_inference_steps=1, **SIZE)
+    assert [(each["field"], each["tokenizer"]) for each in cut["truncated"]] == [("prompt_2", "tokenizer_2")]
+
+
+def test_a_repo_with_the_earlier_name_of_a_class_starts(serving: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_it = write
+
+    def write_earlier(name: str, folder: Path) -> None:
+        write_it(name, folder)
+        index = json.loads((folder / "model_index.json").read_text())
+        index["feature_extractor"] = ["transformers", "CLIPFeatureExtractor"]
+        (folder / "model_index.json").write_text(json.dumps(index))
+
+    monkeypatch.setitem(globals(), "write", write_earlier)
+    worker, _engine, _theirs = serving("sd_with_checker")
+    assert answer(worker, prompt="a", num_inference_steps=1, **SIZE)["nsfw_content_detected"] == [True]
 
 
 def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(serving: Make) -> None:

@@ -61,6 +61,7 @@ class Engine:
     """Answers with these pieces, or raises what it was given."""
 
     jobs_at_once = 1 << 30
+    beside_the_prompt = 1 << 16
     model = "org/name"
 
     def __init__(self, *pieces: TextDelta, error: BaseException | None = None, takes_s: float = 0.0) -> None:
