@@ -129,6 +129,8 @@ class VllmEngine:
             fields.check(body or {}, path.removeprefix("/v1/"))
             return self._server.answer(path, body), openai_routes.PassedAnswer()
         request = parse_text(data, job.limits, fields)
+        if request.passed.get("tools"):  # vLLM tells a call apart from the text, and a native output has a text alone
+            raise invalid("tools are served on OpenAI's routes by this vLLM: send them to /v1/chat/completions")
         return self.generate(replace(request, model=job.model_of(data))), TextAnswer(request)
 
     async def generate(self, request: TextRequest) -> AsyncIterator[TextDelta]:

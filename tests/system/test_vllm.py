@@ -201,6 +201,9 @@ def test_a_field_reaches_vllm_or_is_refused_by_its_name(endpoint: Any, runpod: R
         with pytest.raises(BadRequestError, match=words):
             client.chat.completions.create(model=NAME, messages=QUESTION, extra_body=fields)
     client.chat.completions.create(model=NAME, messages=QUESTION, max_tokens=2, user="me", store=False)
+    job = endpoint.run({"input": {"messages": QUESTION, "tools": [{"type": "function", "function": {"name": "f"}}]}})
+    job.output(timeout=60)
+    assert "tools are served on OpenAI's routes" in runpod.jobs[job.job_id].error
 
 
 @needs_vllm
