@@ -134,8 +134,8 @@ def test_a_server_says_itself_which_fields_it_takes() -> None:
     )
     check_server_fields({"sampling_params": {}, "max_new_tokens": 1, "prompts": []}, known, "vLLM", native=True)
     for data, native, words in (
-        ({"temprature": 1}, False, "temprature is not served; the nearest field that is: temperature"),
-        ({"max_new_tokens": 1}, False, "max_new_tokens is not served"),
+        ({"temprature": 1}, False, "temprature is not served here; the fields that are: .*temperature"),
+        ({"max_new_tokens": 1}, False, "max_new_tokens is not served here"),
         ({"guided_json": {}}, True, "guided_json is not served by this vLLM: vLLM takes structured_outputs instead"),
     ):
         with pytest.raises(JobError, match=words):
