@@ -75,7 +75,8 @@ def parse_header(data: bytes | memoryview, *, file_bytes: int, where: str) -> He
         text = bytes(data).decode("utf-8")
         if not text.startswith("{"):
             raise ValueError("it does not begin with '{'")
-        record = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        parse_int = _no_negative_zero if "-0" in text else None  # the hook is called for every number
+        record = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=parse_int)
         json.dumps(record, ensure_ascii=False).encode()  # a lone surrogate is JSON here, and in no other language
     except (ValueError, RecursionError) as error:
         raise _bad(where, f"its header is not JSON as the format wants it ({error})") from error
@@ -152,6 +153,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) != len(pairs):
         raise ValueError("a key stands twice")
     return record
+
+
+def _no_negative_zero(text: str) -> int:
+    if text == "-0":
+        raise ValueError("-0 is no count")  # the format's own reader takes it for a fraction
+    return int(text)
 
 
 def _no_constant(name: str) -> float:

@@ -60,6 +60,8 @@ LIES = {
     "negative shape": with_header({"a": tensor(shape=(-2,))}, b"\0" * 8),
     "fractional shape": with_header({"a": tensor(shape=(2.0,))}, b"\0" * 8),
     "boolean shape": with_header({"a": tensor("U8", shape=(True,), offsets=(0, 1))}, b"\0"),
+    "an offset of minus zero": with_header(b'{"a":{"dtype":"F4","shape":[0],"data_offsets":[0,-0]}}'),
+    "a shape of minus zero": with_header(b'{"a":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}'),
     "wrong size for the dtype": with_header({"a": tensor("F16")}, b"\0" * 8),
     "unknown dtype": with_header({"a": tensor("F31")}, b"\0" * 8),
     "half a byte": with_header({"a": tensor("F4", shape=(3,), offsets=(0, 1))}, b"\0"),
