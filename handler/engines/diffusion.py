@@ -78,9 +78,7 @@ class DiffusionEngine:
     def load(cls, pending: PendingStart, *, while_reading: Callable[[], None] | None = None) -> DiffusionEngine:
         """The engine from a start whose bytes are in flight; `while_reading` is called before the last of them."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        for file in pending.snapshot.manifest.files:
-            if not file.path.endswith(".safetensors"):
-                pending.reading.wait(file.path)
+        pending.reading.wait_small_files(pending.snapshot)
         if while_reading is not None:
             while_reading()
         tensors = load_tensors(

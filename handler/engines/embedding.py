@@ -67,9 +67,7 @@ class EmbeddingEngine:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         snapshot = pending.snapshot
         check_code(snapshot, trusted=pending.trusted)
-        for file in snapshot.manifest.files:
-            if not file.path.endswith(".safetensors"):
-                pending.reading.wait(file.path)
+        pending.reading.wait_small_files(snapshot)
         if while_reading is not None:
             while_reading()
         tensors = load_tensors(

@@ -83,9 +83,7 @@ def load_model(
     if reading is None:
         reading = start_reading(snapshot, ring_bytes=ring_bytes_for(target))
     try:
-        for file in snapshot.manifest.files:
-            if not file.path.endswith(".safetensors"):
-                reading.wait(file.path)  # the config is parsed only once its bytes are known to be right
+        reading.wait_small_files(snapshot)
         check_configs(snapshot.path, (file.path for file in snapshot.manifest.files), str(snapshot.key))
         transformers.utils.logging.disable_progress_bar()  # it would draw one bar a start into the worker's log
         config = config_of(snapshot, trusted=trusted)

@@ -204,6 +204,13 @@ class Reading:
             os.ftruncate(opened.memory_fd, opened.record.size_bytes)  # its memory is a little longer
         return opened.memory_fd
 
+    def wait_small_files(self, snapshot: Snapshot) -> None:
+        """Return when all files but the weights have arrived: a config is parsed only once its bytes are known to be
+        right. Raises as `wait` does."""
+        for file in snapshot.manifest.files:
+            if not file.path.endswith(".safetensors"):
+                self.wait(file.path)
+
     def wait_all(self) -> None:
         """Return when everything has arrived; raises as `wait` does."""
         self._until(lambda: self.ended is not None)
