@@ -36,12 +36,12 @@ _COUNTS = ("num_images", "num_images_per_prompt")
 _OF_THE_WORKER = ("seed", "image_format", "stream", "model", *_COUNTS)
 # Arguments of pipelines that are tensors, functions or the worker's own
 _NOT_SENT = re.compile(
-    r"generator|latents|.*ip_adapter_image.*|.*_embeds(_.*)?|.*_mask_embeds|prompt_attention_mask|.*_attention_mask|callback.*|output_type"
-    r"|return_dict|.*_kwargs|num_(images|videos|waveforms)_per_prompt"
+    r"generator|latents|.*ip_adapter_image.*|.*_embeds(_.*)?|.*_attention_mask|callback.*|output_type|return_dict"
+    r"|.*_kwargs|num_(images|videos|waveforms)_per_prompt"
 )
 _PICTURE_COUNTS = ("batch_size", "decode_chunk_size", "class_labels")  # that say how many pictures are made at once
 _PAIRS = ("_size", "_top_left")
-_PICTURES = re.compile(r"(.*_)?(image|mask|images|mask_image)")
+_PICTURES = re.compile(r"(.*_)?(image|images|mask)")
 
 
 @dataclass(frozen=True, slots=True)
