@@ -6,7 +6,7 @@ Each kind of job has a responder of its own: `TextAnswer` here, `ImageAnswer` in
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -48,7 +48,7 @@ Answer = tuple[AsyncIterator[Any], Responder[Any]]
 class WholeAnswer:
     """An output that comes as one piece: a Responder."""
 
-    streams = False
+    streams: bool = False
 
     def __init__(self) -> None:
         self._output: Any = None
@@ -103,6 +103,10 @@ class TokenLogprob:
         return _logprob_as_json(self.token, self.logprob) | {"top_logprobs": top}
 
 
+def _as_json(tokens: Iterable[TokenLogprob]) -> list[dict[str, Any]]:
+    return [token.as_json() for token in tokens]
+
+
 def _logprob_as_json(token: str, logprob: float | None) -> dict[str, Any]:
     return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
 
@@ -151,7 +155,7 @@ class TextAnswer:
         index = {"index": piece.index} if self._request.listed else {}
         chunks: list[Any] = []
         if piece.text or piece.logprobs:
-            entry = {"logprobs": [each.as_json() for each in piece.logprobs]} if self._tells_logprobs else {}
+            entry = {"logprobs": _as_json(piece.logprobs)} if self._tells_logprobs else {}
             chunks.append({"token": piece.text, "finished": False} | index | entry)
         if piece.finish_reason:
             chunks.append({"token": "", "finished": True} | index | self._output(piece.index))
@@ -190,15 +194,16 @@ class TextAnswer:
 
     def _output(self, index: int | None) -> dict[str, Any]:
         """The output of one prompt, or of all of them."""
-        logprobs = [[each.as_json() for each in tokens] for tokens in self.logprobs] if self._tells_logprobs else []
         of_each: dict[str, list[Any]] = {
             "generated_text": self.texts,
             "tokens_generated": self.tokens,
             "finish_reason": self.reasons,
-            **({"logprobs": logprobs} if self._tells_logprobs else {}),
         }
+        output = {name: list(values) if index is None else values[index] for name, values in of_each.items()}
+        if self._tells_logprobs:
+            output["logprobs"] = list(map(_as_json, self.logprobs)) if index is None else _as_json(self.logprobs[index])
         return {
-            **{name: list(values) if index is None else values[index] for name, values in of_each.items()},
+            **output,
             "model": self.model,
             "parameters": self._request.sampling.parameters,
         }

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
-from handler.answers import TextAnswer, TextDelta, TokenLogprob
+from handler.answers import TextAnswer, TextDelta, TokenLogprob, WholeAnswer
 from handler.errors import Code, JobError, invalid, shown
 from handler.fields import check_fields, unknown_field
 from handler.jobs import AS_IN_VLLM, Limits, TextRequest, parse_completion
@@ -71,9 +71,14 @@ def route_and_body(data: Mapping[str, Any]) -> tuple[object, object]:
     return ("/v1/chat/completions" if route is None else route), body
 
 
+def _path_of(route: object) -> str:
+    """A route without its query and the slashes around it; empty if it is no text."""
+    return route.split("?")[0].strip("/") if isinstance(route, str) else ""
+
+
 def parse_route(route: object, served: Sequence[R]) -> R:
     """The route that is asked for, among those that are `served`. Raises JobError."""
-    path = route.split("?")[0].strip("/") if isinstance(route, str) else ""
+    path = _path_of(route)
     for name in served:
         if path == f"v1/{name}":
             return name
@@ -86,7 +91,7 @@ def parse_request(route: object, body: object, limits: Limits) -> tuple[str, Map
 
     A request without a body is a GET. Raises JobError.
     """
-    path = route.split("?")[0].strip("/") if isinstance(route, str) else ""
+    path = _path_of(route)
     if path not in _PASSED_ON:
         raise invalid(f"openai_route must be one of OpenAI's routes, as in /v1/completions, not {shown(route)}")
     body = {} if body is None else checked_body(body)
@@ -247,40 +252,26 @@ class OpenAIAnswer:
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
-class PassedAnswer:
-    """Passes on the answer of a server that has OpenAI's routes itself, the events of a stream or the one object: a
-    Responder."""
+class PassedAnswer(WholeAnswer):
+    """Passes on the answer of a server that has OpenAI's routes itself, the events of a stream, with their end, or the
+    one object: a Responder."""
 
-    def __init__(self) -> None:
-        self.streams = True
-        self._output: dict[str, Any] = {}
+    streams = True
 
     def chunks(self, piece: str | dict[str, Any]) -> list[Any]:
         """Take an event of a stream, which is sent as it is, or the whole answer."""
         if isinstance(piece, str):
             return [piece]
-        self.streams, self._output = False, piece
-        return []
+        self.streams = False
+        return super().chunks(piece)
 
     def merge(self, chunks: list[Any]) -> list[Any]:
         """Events follow each other in one text."""
         return ["".join(chunks)]
 
-    def progress(self) -> Mapping[str, Any] | None:
-        """OpenAI's clients get no progress."""
-        return None
-
-    def last_chunks(self) -> list[Any]:
-        """Nothing: the server sends the end, too."""
-        return []
-
     def failed_chunks(self, error: JobError) -> list[Any]:
         """An event with the error, at which a client raises, and the end."""
         return error_events(error)
-
-    def output(self) -> dict[str, Any]:
-        """The whole answer."""
-        return self._output
 
 
 def models(names: Sequence[str], *, created: int) -> dict[str, Any]:
