@@ -5,6 +5,7 @@ Headers that we take, safetensors must take too, with the same tensors; we refus
 
 from __future__ import annotations
 
+import resource
 import sys
 
 import atheris
@@ -27,6 +28,10 @@ def one(data: bytes) -> None:
     assert {tensor.name: list(tensor.shape) for tensor in header.tensors} == theirs
 
 
+MEMORY_BYTES = 2 << 30
+
 if __name__ == "__main__":
-    atheris.Setup(sys.argv, one)
+    # libFuzzer's own limit reads the peak of the process, which Linux carries over from a parent that used more.
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+    atheris.Setup([*sys.argv, "-rss_limit_mb=0"], one)
     atheris.Fuzz()
