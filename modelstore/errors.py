@@ -196,10 +196,11 @@ class CodeRefused(Refused):
 
 
 class WeightOverflow(Refused):
-    """Weights that do not fit the storage dtype."""
+    """Weights that do not fit the storage dtype. `problem` says which, without a remedy."""
 
-    def __init__(self, message: str, *, tensors: tuple[str, ...]) -> None:
-        super().__init__(message)
+    def __init__(self, problem: str, remedy: str, *, tensors: tuple[str, ...]) -> None:
+        super().__init__(f"{problem}: {remedy}")
+        self.problem = problem
         self.tensors = tensors
 
 

@@ -39,7 +39,7 @@ class Settings:
 
     root: Path
     model: Reference | None = None
-    dtype: Dtype = DEFAULT_DTYPE
+    dtype: Dtype | None = None
     quota_bytes: int | None = None
     evict: bool = False
     lease_s: float = 30.0
@@ -267,7 +267,14 @@ FIELDS = (
         other_names=("MODEL_NAME",),
     ),
     Field("MODEL_REVISION", "", None, "branch, tag or commit, if the reference names none", DEFAULT_REVISION),
-    Field("MODEL_DTYPE", "dtype", parse_dtype, f"storage dtype: `{_DTYPE_NAMES}`"),
+    Field(
+        "MODEL_DTYPE",
+        "dtype",
+        parse_dtype,
+        f"storage dtype: `{_DTYPE_NAMES}`; if it is not set, a model on the volume is served in the variant that was "
+        "seeded last, or in the only one",
+        DEFAULT_DTYPE,
+    ),
     Field("MODELSTORE_ROOT", "root", None, "the store's folder on the network volume", "<volume>/modelstore"),
     Field(
         "MODELSTORE_QUOTA",

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from modelstore.dtypes import Dtype, Overflow, accepted_dtypes, parse_dtype
+from modelstore.dtypes import DEFAULT_DTYPE, Dtype, Overflow, accepted_dtypes, parse_dtype
 from modelstore.errors import (
     BadManifest,
     ClaimLost,
@@ -71,9 +71,10 @@ class ModelStore:
     ) -> Snapshot | None:
         """The published snapshot that the volume's records lead to, or None; touches no network and writes nothing.
 
+        Without a `dtype` here or in the settings: in the variant that was seeded, or the only one on the volume.
         Raises InvalidReference, InvalidSetting, FormatTooNew, and SnapshotNotFound for an alias that does not exist.
         """
-        return self.catalog.find(_parsed(reference, revision), self._dtype(dtype))
+        return self.catalog.find(_parsed(reference, revision), self._asked_dtype(dtype))
 
     def set_alias(
         self,
@@ -108,7 +109,7 @@ class ModelStore:
         from modelstore.fill.plan import preview
 
         named = parsed = _parsed(reference, revision)
-        variant = self._dtype(dtype)
+        variant = self._asked_dtype(dtype) or DEFAULT_DTYPE
         self.settings.check_allowed(parsed)
         if parsed.kind == "alias":
             key = aliases.target(self.layout, parsed.name)
@@ -149,12 +150,11 @@ class ModelStore:
             )
         resolved = confirmed
         code = source.may_bring_code(resolved, self.settings, named=None)
-        request = FillRequest(
-            source=source, resolved=resolved, dtype=self._dtype(dtype), code=code, link=True, observer=observer
-        )
+        variant = self._asked_dtype(dtype) or DEFAULT_DTYPE
+        request = FillRequest(source=source, resolved=resolved, dtype=variant, code=code, link=True, observer=observer)
         snapshot = self._obtain(request)
-        refs.record_commit(
-            self.layout, resolved.repo_id, resolved.revision, resolved.commit, replacing=source.replaces_recorded_commit
+        refs.record_snapshot(
+            self.layout, snapshot.key, resolved.revision, replacing=source.replaces_recorded_commit
         )  # a cache may be older than the fleet
         mark_used(self.layout, snapshot.key)
         return snapshot
@@ -178,21 +178,22 @@ class ModelStore:
     ) -> Snapshot:
         """The snapshot, downloaded if need be by exactly one of the processes that ask for it at once.
 
-        `refresh`: ask the source for the newest commit of the revision, even if the volume has an answer (as `seed`
-        does). `overflow="bfloat16"`: if a weight does not fit float16, store the bfloat16 variant instead.
-        `damaged`: a snapshot whose bytes a load found to be wrong; it is compared again, and if need be quarantined
-        and made anew, from the files of it that are intact and the source. `wait_s`: how long to wait for another's
-        claim, MODELSTORE_WAIT_S by default.
+        `dtype`: without one here or in the settings, the variant that was seeded last, else float16. `refresh`: ask the
+        source for the newest commit of the revision, even if the volume has an answer, and let the fleet use the
+        result, as `seed` does; float16 then, if no dtype is given. `overflow="bfloat16"`: if a weight does not fit
+        float16, store the bfloat16 variant instead. `damaged`: a snapshot whose bytes a load found to be wrong; it is
+        compared again, and if need be quarantined and made anew, from the files of it that are intact and the source.
+        `wait_s`: how long to wait for another's claim, MODELSTORE_WAIT_S by default.
 
         Raises a ModelStoreError: NotFound, AccessDenied, HubUnavailable, IntegrityError, NoSpace, WaitTimeout, Refused.
         """
         named = parsed = _parsed(reference, revision)
-        variant = self._dtype(dtype)
         self.settings.check_allowed(parsed)
         if parsed.kind == "alias":
             key = aliases.target(self.layout, parsed.name, worker=self.settings.worker_id)
-            parsed, variant = Reference("hub", key.repo_id, key.commit), parse_dtype("alias", key.dtype)
+            parsed, dtype = Reference("hub", key.repo_id, key.commit), key.dtype
         timeline = timeline or Timeline()
+        variant = self._variant(parsed, dtype, refresh=refresh)
         with timeline.span("lookup"):
             present = self._present(parsed, accepted_dtypes(variant, overflow), refresh=refresh)
         if present is not None and _same(present, damaged):
@@ -224,11 +225,10 @@ class ModelStore:
             request = self._from_original(request, parsed, named, error)
             resolved = request.resolved
             snapshot = self._in_accepted_dtype(request, overflow)
-        refs.record_commit(
+        refs.record_snapshot(
             self.layout,
-            resolved.repo_id,
+            snapshot.key,
             resolved.revision,
-            resolved.commit,
             replacing=refresh,
             asked_as=repo_id_of(parsed),
         )
@@ -276,7 +276,7 @@ class ModelStore:
             except WeightOverflow as error:
                 if dtype == accepted[-1]:
                     raise
-                logger.warning("%s: storing %s instead, as allowed", error, accepted[-1])
+                logger.warning("%s: %s is stored instead, as allowed", error.problem, accepted[-1])
         assert snapshot is not None
         return snapshot
 
@@ -371,8 +371,15 @@ class ModelStore:
             reference, self.settings, recorded_commit=commit, refresh=refresh, copies=copies, sleep=self._sleep
         )
 
-    def _dtype(self, dtype: str | None) -> Dtype:
+    def _asked_dtype(self, dtype: str | None) -> Dtype | None:
         return parse_dtype("dtype", dtype) if dtype else self.settings.dtype
+
+    def _variant(self, reference: Reference, dtype: str | None, *, refresh: bool) -> Dtype:
+        """The variant to look for and to make. A seed states it; otherwise the last seed's record tells it."""
+        asked = self._asked_dtype(dtype)
+        if asked is not None or refresh:
+            return asked or DEFAULT_DTYPE
+        return parse_dtype("dtype", refs.recorded(self.layout, reference).key.dtype)
 
     def _quarantine(self, key: SnapshotKey, claim: Claim) -> Snapshot | None:
         """Move the folder in the snapshot's place, damaged or no snapshot at all, out of the way. It is kept, and

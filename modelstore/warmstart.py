@@ -159,7 +159,7 @@ def begin(
     """
     if settings.model is None:
         raise InvalidSetting("MODEL_ID is not set: name the model to serve, as in MODEL_ID=org/name")
-    timeline = timeline or Timeline(worker=settings.worker_id, model=str(settings.model), dtype=settings.dtype)
+    timeline = timeline or Timeline(worker=settings.worker_id, model=str(settings.model), dtype=settings.dtype or "")
     settings.check_allowed(settings.model)
     observer = observer or LogObserver()
     layout = Layout(settings.root)

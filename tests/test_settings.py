@@ -14,7 +14,7 @@ ROOT = {"MODELSTORE_ROOT": "/vol/modelstore"}
 def test_an_empty_environment_gives_the_documented_defaults() -> None:
     settings = Settings.from_env(ROOT)
     assert settings.root == Path("/vol/modelstore")
-    assert (settings.dtype, settings.lease_s, settings.wait_s, settings.offline) == ("float16", 30.0, 1800.0, False)
+    assert (settings.dtype, settings.lease_s, settings.wait_s, settings.offline) == (None, 30.0, 1800.0, False)
     assert settings.model is None
     assert settings.hf_endpoint == "https://huggingface.co"
 

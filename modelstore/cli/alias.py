@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelstore.cli.app import DRY_RUN, DTYPE, REF, REVISION, YES, Context, complete_alias, observer_of
+from modelstore.cli.app import DRY_RUN, REF, REVISION, VARIANT, YES, Context, complete_alias, observer_of
 from modelstore.cli.output import table
 from modelstore.dtypes import parse_dtype
 from modelstore.errors import InvalidReference, SnapshotNotFound, UsageError
@@ -33,7 +33,7 @@ def set_alias(
     context: Context,
     name: _NAME,
     reference: REF,
-    dtype: DTYPE = None,
+    dtype: VARIANT = None,
     revision: REVISION = None,
     percent: Annotated[
         int,

@@ -79,6 +79,14 @@ DTYPE = Annotated[
         autocompletion=lambda: list(DTYPES),
     ),
 ]
+VARIANT = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help=f"{', '.join(DTYPES)}; by default the one that was seeded last, or the only one on the volume",
+        autocompletion=lambda: list(DTYPES),
+    ),
+]
 DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Print the plan, and do nothing.")]
 YES = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 REVISION = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit, if REF names none.")]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelstore.cli.app import DTYPE, REF, REVISION, Context
+from modelstore.cli.app import REF, REVISION, VARIANT, Context
 from modelstore.cli.output import console, key_record, print_snapshot, print_verified, table, without_status
 from modelstore.errors import NotFound, UsageError
 from modelstore.operate import inventory
@@ -234,7 +234,7 @@ def doctor(
 def show(
     context: Context,
     reference: REF,
-    dtype: DTYPE = None,
+    dtype: VARIANT = None,
     revision: REVISION = None,
 ) -> None:
     """Show one snapshot: its files, sizes and digests, and its source."""
@@ -254,7 +254,7 @@ def show(
 def path(
     context: Context,
     reference: REF,
-    dtype: DTYPE = None,
+    dtype: VARIANT = None,
     revision: REVISION = None,
 ) -> None:
     """Print the folder of a snapshot; touches no network."""
@@ -271,7 +271,7 @@ def verify(
     max_seconds: Annotated[
         float | None, typer.Option("--max-seconds", help="Stop after that long; the next run goes on from there.")
     ] = None,
-    dtype: DTYPE = None,
+    dtype: VARIANT = None,
     revision: REVISION = None,
 ) -> None:
     """Compare snapshots with their manifests, byte by byte. All of them without REF; touches no network."""

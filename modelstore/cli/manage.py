@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from modelstore.cli.app import DRY_RUN, DTYPE, REF, REVISION, YES, Context
+from modelstore.cli.app import DRY_RUN, REF, REVISION, VARIANT, YES, Context
 from modelstore.cli.output import key_record, print_collected
 from modelstore.errors import NoSpace, Refused, UsageError
 from modelstore.operate.inventory import find_key, find_snapshot
@@ -21,7 +21,7 @@ from modelstore.volume.space import Space
 def remove(
     context: Context,
     reference: REF,
-    dtype: DTYPE = None,
+    dtype: VARIANT = None,
     revision: REVISION = None,
     dry_run: DRY_RUN = False,
     yes: YES = False,
@@ -29,7 +29,7 @@ def remove(
 ) -> None:
     """Remove one snapshot from the volume. A worker that is reading it is not hurt."""
     store = context.store()
-    key = find_key(store, reference, revision, dtype)
+    key = find_key(store, reference, revision, dtype, exact=True)
     (candidate,), folder = survey(store.layout, [key]), store.layout.snapshot(key)
     if candidate.pinned and not force:
         raise Refused(f"{key} is pinned: run `modelstore unpin {reference}` first, or add --force")
@@ -97,12 +97,12 @@ def collect_garbage(
 def pin(
     context: Context,
     reference: REF,
-    dtype: DTYPE = None,
+    dtype: VARIANT = None,
     revision: REVISION = None,
 ) -> None:
     """Keep a snapshot from eviction, even if the quota is exceeded."""
     store = context.store()
-    key = find_snapshot(store, reference, revision, dtype).key
+    key = find_snapshot(store, reference, revision, dtype, exact=True).key
     pins.pin(store.layout, key, store.settings.worker_id)
     record = key_record(key, store.layout.snapshot(key)) | {"pinned": True}
     context.print(record, lambda console: console.print(f"pinned {key}"))
@@ -111,12 +111,12 @@ def pin(
 def unpin(
     context: Context,
     reference: REF,
-    dtype: DTYPE = None,
+    dtype: VARIANT = None,
     revision: REVISION = None,
 ) -> None:
     """Let a snapshot be evicted again."""
     store = context.store()
-    key = find_key(store, reference, revision, dtype)
+    key = find_key(store, reference, revision, dtype, exact=True)
     was_pinned = pins.unpin(store.layout, key)
     record = key_record(key, store.layout.snapshot(key)) | {"pinned": False}
     text = f"unpinned {key}" if was_pinned else f"{key} was not pinned"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modelstore.cli.app import DTYPE, REF, REVISION, Context, observer_of
+from modelstore.cli.app import REF, REVISION, VARIANT, Context, observer_of
 from modelstore.cli.output import print_measured
 from modelstore.dtypes import parse_dtype
 from modelstore.errors import NotFound
@@ -22,7 +22,7 @@ from modelstore.volume import history
 def warm(
     context: Context,
     reference: REF,
-    dtype: DTYPE = None,
+    dtype: VARIANT = None,
     revision: REVISION = None,
     device: Annotated[str | None, typer.Option("--device", help="cuda or cpu; cuda if there is one.")] = None,
 ) -> None:
@@ -35,7 +35,7 @@ def warm(
         changes["dtype"] = parse_dtype("--dtype", dtype)
     store = context.store(**changes)
     settings = store.settings
-    timeline = Timeline(worker=settings.worker_id, model=str(settings.model), dtype=settings.dtype)
+    timeline = Timeline(worker=settings.worker_id, model=str(settings.model), dtype=settings.dtype or "")
     try:
         with gc_paused():
             with observer_of(context) as observer:

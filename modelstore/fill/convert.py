@@ -145,8 +145,9 @@ def _overflow(dtype: Dtype, file: str, names: list[str]) -> WeightOverflow:
         f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     )
     return WeightOverflow(
-        f"{dtype} ends at {DTYPES[dtype].largest} and {shown} in {file} go beyond it: nothing was published; "
-        f"store {wider} (MODEL_DTYPE={wider}, --dtype {wider}), or allow it with --overflow {wider}",
+        f"{dtype} ends at {DTYPES[dtype].largest} and {shown} in {file} go beyond it",
+        f"nothing was published; store {wider} (MODEL_DTYPE={wider}, --dtype {wider}), or allow it with "
+        f"--overflow {wider}",
         tensors=tuple(names),
     )
 

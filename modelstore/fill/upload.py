@@ -32,7 +32,7 @@ from modelstore.fill.observer import SILENT, Observer
 from modelstore.fill.progress import Progress
 from modelstore.reference import Reference, repo_id_of, revision_of
 from modelstore.volume import durable, refs
-from modelstore.volume.layout import MANIFEST, Layout
+from modelstore.volume.layout import MANIFEST, Layout, SnapshotKey
 from modelstore.volume.manifest import FileRecord, parse_manifest
 from modelstore.volume.snapshots import Snapshot
 
@@ -128,13 +128,14 @@ class RemoteVolume:
             "status": status,
         }
 
-    def record_commit(self, layout: Layout, snapshot: Snapshot, reference: Reference) -> None:
-        """Let workers on that volume use this snapshot's commit for the reference that it was seeded by."""
-        to = refs.Recorded(snapshot.repo_id, snapshot.commit)
-        places = refs.record_places(to.repo_id, revision_of(reference), repo_id_of(reference))
-        for name, revision in places:
-            path = layout.ref(name, revision).relative_to(layout.root)
-            self.bucket.put(f"{self.target.folder}/{path}", refs.commit_record(revision, to, name))
+    def record_snapshot(self, layout: Layout, snapshot: Snapshot, reference: Reference) -> None:
+        """Let workers on that volume use this snapshot for the reference that it was seeded by."""
+        key = snapshot.key
+        for name, revision in refs.record_places(key.repo_id, revision_of(reference), repo_id_of(reference)):
+            path = f"{self.target.folder}/{layout.ref(name, revision).relative_to(layout.root)}"
+            before = refs.parse_record(self.bucket.read(path) or b"", name) or refs.Recorded(name, "")
+            to = refs.seeded(before, key, self._has_manifest)
+            self.bucket.put(path, refs.snapshot_record(revision, to, name))
 
     def _check_format(self) -> None:
         key = f"{self.target.folder}/FORMAT"
@@ -146,7 +147,13 @@ class RemoteVolume:
 
     def key_of(self, snapshot: Snapshot, path: str) -> str:
         """The key of a file of a snapshot."""
-        return "/".join((self.target.folder, "models", *snapshot.key.parts, path))
+        return self._key(snapshot.key, path)
+
+    def _key(self, key: SnapshotKey, path: str) -> str:
+        return "/".join((self.target.folder, "models", *key.parts, path))
+
+    def _has_manifest(self, key: SnapshotKey) -> bool:
+        return self.bucket.read(self._key(key, MANIFEST)) is not None
 
 
 class _Upload:

@@ -362,7 +362,8 @@ def _access(layout: Layout, settings: Settings, reference: str) -> CheckResult:
             parsed = Reference("hub", key.repo_id, key.commit)
         phrase = next(filter(None, (source.reach() for source in sources_for(parsed, settings))), None)
         if phrase is None:
-            raise SnapshotNotFound(f"{reference} is not on the volume as {settings.dtype}")
+            as_variant = f" as {settings.dtype}" if settings.dtype else ""
+            raise SnapshotNotFound(f"{reference} is not on the volume{as_variant}")
         return _ok("access", f"{reference} {phrase}")
     except ModelStoreError as error:
         return _failed("access", error, "a worker cannot serve it", "seed another, or see above")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from modelstore.dtypes import parse_dtype
+from modelstore.dtypes import DEFAULT_DTYPE, parse_dtype
 from modelstore.errors import SnapshotNotFound
 from modelstore.reference import is_cut_commit, parse_reference, repo_id_of
 from modelstore.settings import Settings
@@ -149,21 +149,31 @@ def _seen(catalog: Catalog, layout: Layout, key: SnapshotKey, now: float, marked
     return key, file, names, pins.recent_marks(layout, key, now) if key.parts[0] in marked else ()
 
 
-def find_key(store: ModelStore, reference: str, revision: str | None, dtype: str | None) -> SnapshotKey:
-    """The key of the folder in the snapshot's place, damaged or not; a commit may be cut, as `ls` shows it."""
+def find_key(
+    store: ModelStore, reference: str, revision: str | None, dtype: str | None, *, exact: bool = False
+) -> SnapshotKey:
+    """The key of the folder in the snapshot's place, damaged or not; a commit may be cut, as `ls` shows it.
+
+    Without `dtype`: in the variant that a start takes; if `exact`, only in the one that was recorded, so that a removal
+    that is repeated does not take the next variant.
+    """
     parsed = parse_reference(reference, revision=revision)
     variant = parse_dtype("--dtype", dtype) if dtype else store.settings.dtype
-    if (key := store.catalog.find_key(parsed, variant)) is not None:
+    as_variant = f" as {variant}" if variant else ""
+    if (key := store.catalog.find_key(parsed, variant, exact=exact)) is not None:
         return key
     if parsed.kind == "alias":
         key = aliases.target(store.layout, parsed.name)
         raise SnapshotNotFound(f"{parsed} points to {key}, which is not on the volume: run `modelstore seed {parsed}`")
     variants = list(store.catalog.keys(repo_id_of(parsed)))
     if is_cut_commit(parsed.revision):
-        meant = [key for key in variants if key.commit.startswith(parsed.revision) and key.dtype == variant]
-        if len(meant) == 1:
-            return meant[0]
-    problem = f"{reference} is not in {store.settings.root} as {variant}"
+        meant = [
+            key for key in variants if key.commit.startswith(parsed.revision) and key.dtype == (variant or key.dtype)
+        ]
+        usual = [key for key in meant if key.dtype == DEFAULT_DTYPE]
+        if len(meant) == 1 or len(usual) == 1:
+            return (usual or meant)[0]
+    problem = f"{reference} is not in {store.settings.root}{as_variant}"
     if variants:
         others = ", ".join(f"{key.repo_id}@{key.commit[:12]} --dtype {key.dtype}" for key in variants[:5])
         raise SnapshotNotFound(f"{problem}, but this is: {others}")
@@ -171,8 +181,11 @@ def find_key(store: ModelStore, reference: str, revision: str | None, dtype: str
     raise SnapshotNotFound(f"{problem}: look at `modelstore ls`, or run `modelstore seed {reference}{option}`")
 
 
-def find_snapshot(store: ModelStore, reference: str, revision: str | None, dtype: str | None) -> Snapshot:
-    key = find_key(store, reference, revision, dtype)
+def find_snapshot(
+    store: ModelStore, reference: str, revision: str | None, dtype: str | None, *, exact: bool = False
+) -> Snapshot:
+    """The published snapshot: see `find_key`."""
+    key = find_key(store, reference, revision, dtype, exact=exact)
     if (snapshot := store.catalog.published(key)) is None:
         problem = "is damaged" if store.layout.snapshot(key).is_dir() else "is not there any more"
         raise SnapshotNotFound(f"{key} {problem}: run `modelstore seed` for it again")

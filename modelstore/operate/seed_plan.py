@@ -177,7 +177,7 @@ class SeedPlan:
                         sent = 0 if volume.has(snapshot) else volume.upload(snapshot, observer=shown)
                         if verify:
                             volume.verify(snapshot)
-                        volume.record_commit(self.store.layout, snapshot, model.reference)
+                        volume.record_snapshot(self.store.layout, snapshot, model.reference)
                     records.append(volume.record(snapshot, sent=sent, status="uploaded" if sent else "present"))
                 except ModelStoreError as error:
                     on_error(error)

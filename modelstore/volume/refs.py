@@ -1,11 +1,12 @@
 """The records of a store that are not about one snapshot: its format, and the commit of each revision.
 
     FORMAT                                   "1"
-    refs/<org>--<name>/<revision>.json       {"revision": "main", "commit": "…", "resolved_at": 1790000000}
-                                             with "repo_id", if the Hub has another id for the repo of this name
+    refs/<org>--<name>/<revision>.json       {"revision": "main", "commit": "…", "dtype": "float16", "resolved_at": …}
+                                             with "repo_id", if the Hub has another id for the repo of this name;
+                                             with "dtype", if it was seeded
 
 A revision that was resolved once is answered from its record, so a fleet serves one commit until the next seed, and a
-Hub that is down changes nothing. Standard library only.
+Hub that is down changes nothing. `dtype` is the variant that answers if none is asked for. Standard library only.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from modelstore.dtypes import DEFAULT_DTYPE, DTYPES
 from modelstore.errors import FormatTooNew, IntegrityError, RootUnusable
 from modelstore.mount import check_place
 from modelstore.reference import (
@@ -28,7 +30,7 @@ from modelstore.reference import (
     revision_of,
 )
 from modelstore.volume import durable, tree
-from modelstore.volume.layout import FORMAT_VERSION, Layout
+from modelstore.volume.layout import FORMAT_VERSION, Layout, SnapshotKey
 
 FORMAT_BYTES = b"%d\n" % FORMAT_VERSION
 
@@ -75,11 +77,17 @@ def prepare_store(layout: Layout) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """The snapshots that a fleet uses for a reference: the id that the Hub gives the repo, and the commit, empty if
-    none was recorded."""
+    """The snapshot that a fleet uses for a reference: the id that the Hub gives the repo, the commit, empty if none was
+    recorded, and the variant, empty if no seed decided on one."""
 
     repo_id: str
     commit: str
+    dtype: str = ""
+
+    @property
+    def key(self) -> SnapshotKey:
+        """The key of that snapshot."""
+        return SnapshotKey(self.repo_id, self.commit, self.dtype or DEFAULT_DTYPE)
 
 
 def recorded(layout: Layout, reference: Reference) -> Recorded:
@@ -90,23 +98,41 @@ def recorded(layout: Layout, reference: Reference) -> Recorded:
     return Recorded(record.repo_id, revision) if is_commit(revision) else record
 
 
-def record_commit(
-    layout: Layout, repo_id: str, revision: str, commit: str, *, replacing: bool, asked_as: str = ""
-) -> None:
-    """Let the fleet use this commit for the revision from now on; only a seed replaces another one.
+def record_snapshot(layout: Layout, key: SnapshotKey, revision: str, *, replacing: bool, asked_as: str = "") -> None:
+    """Let the fleet use this commit for the revision from now on. A seed, which is `replacing` an earlier record, also
+    decides which variant answers if none is asked for.
 
     `asked_as`: the name that the repo was asked for under, if it is another one than its id: it then means the same.
     """
-    for name, record_revision in record_places(repo_id, revision, asked_as):
+    for name, record_revision in record_places(key.repo_id, revision, asked_as):
         try:
             before = _read(layout, name, record_revision)
         except IntegrityError:
             before = Recorded(name, "")
-        if before == Recorded(repo_id, commit) or (before.commit and not replacing):
+        if before.commit and not replacing:
+            continue
+        to = Recorded(key.repo_id, key.commit)
+        if replacing:
+            to = seeded(before, key, lambda other: layout.snapshot(other).is_dir())
+        if before.key == to.key:
             continue
         path = layout.ref(name, record_revision)
         tree.check_no_links(layout.root, path)
-        durable.write_atomic(path, commit_record(record_revision, Recorded(repo_id, commit), name))
+        durable.write_atomic(path, snapshot_record(record_revision, to, name))
+        if before.commit and before.key.dtype != to.dtype:
+            logger.warning(
+                "%s is served as %s from now on, before as %s; MODEL_DTYPE asks for another variant",
+                Reference("hub", name, record_revision),
+                to.dtype,
+                before.key.dtype,
+            )
+
+
+def seeded(before: Recorded, key: SnapshotKey, is_present: Callable[[SnapshotKey], bool]) -> Recorded:
+    """The record after a seed of `key`. The variant `keep` is often made to be exported: it does not take the place of
+    another variant of the commit that `is_present`."""
+    stays = key.dtype == "keep" and before.commit == key.commit and is_present(before.key)
+    return Recorded(key.repo_id, key.commit, before.key.dtype if stays else key.dtype)
 
 
 def record_places(repo_id: str, revision: str, asked_as: str = "") -> Iterator[tuple[str, str]]:
@@ -117,9 +143,11 @@ def record_places(repo_id: str, revision: str, asked_as: str = "") -> Iterator[t
         yield asked_as, revision
 
 
-def commit_record(revision: str, to: Recorded, name: str) -> bytes:
+def snapshot_record(revision: str, to: Recorded, name: str) -> bytes:
     """The bytes of a record under `refs/`, for the repo called `name` there."""
     record = {"revision": revision, "commit": to.commit, "resolved_at": int(time.time())}
+    if to.dtype:
+        record["dtype"] = to.dtype
     if to.repo_id != name:
         record["repo_id"] = to.repo_id
     return json.dumps(record).encode() + b"\n"
@@ -131,6 +159,18 @@ def recorded_revisions(repo_id: str, revision: str) -> tuple[str, ...]:
     if not revision or is_commit(revision):
         return ()
     return (revision, DEFAULT_REVISION) if is_local(repo_id) else (revision,)
+
+
+def parse_record(data: bytes, name: str) -> Recorded | None:
+    """The record of a revision of the repo called `name`; None if it is damaged."""
+    try:
+        record = json.loads(data)
+        commit, repo_id, dtype = record["commit"], record.get("repo_id", name), record.get("dtype", "")
+        if is_commit(commit) and is_repo_id(repo_id) and (dtype == "" or dtype in DTYPES):
+            return Recorded(repo_id, commit, dtype)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    return None
 
 
 def _read(layout: Layout, name: str, revision: str) -> Recorded:
@@ -145,13 +185,8 @@ def _read(layout: Layout, name: str, revision: str) -> Recorded:
         if not durable.is_no_file_of_ours(error):
             raise tree.unreadable(error, path) from error
         data = b""
-    try:
-        record = json.loads(data)
-        commit, repo_id = record["commit"], record.get("repo_id", name)
-        if is_commit(commit) and is_repo_id(repo_id):
-            return Recorded(repo_id, commit)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
+    if (recorded := parse_record(data, name)) is not None:
+        return recorded
     raise IntegrityError(
         f"{path}, the record of the commit that this fleet uses, is damaged: write it anew, with `modelstore seed "
         f"{name}`"

@@ -12,7 +12,7 @@ import logging
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,17 +132,36 @@ class Catalog:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
 
-    def find(self, reference: Reference, dtype: str, *, worker: str | None = None) -> Snapshot | None:
+    def find(self, reference: Reference, dtype: str | None, *, worker: str | None = None) -> Snapshot | None:
         """The snapshot that the volume's records lead to, or None; an alias has its own dtype, and may lead this worker
         to another snapshot than the rest of the fleet.
+
+        Without `dtype`: in the variant that was recorded; if that is not there, in the only one that is.
 
         Raises FormatTooNew, RootUnusable, and SnapshotNotFound for an alias that does not exist.
         """
         refs.check_format(self._layout)
         if reference.kind == "alias":
             return self.published(aliases.target(self._layout, reference.name, worker=worker))
+        key = self._recorded_key(reference, dtype)
+        if key is None or (snapshot := self.published(key)) is not None or dtype is not None:
+            return snapshot if key is not None else None
+        variant = self._variant_in_place(key)
+        return self.published(variant) if variant not in (key, None) else None
+
+    def _recorded_key(self, reference: Reference, dtype: str | None) -> SnapshotKey | None:
+        """The key that the record of a reference, no alias, names; None if there is no record."""
         recorded = refs.recorded(self._layout, reference)
-        return self.published(SnapshotKey(recorded.repo_id, recorded.commit, dtype)) if recorded.commit else None
+        if not recorded.commit:
+            return None
+        return recorded.key if dtype is None else replace(recorded.key, dtype=dtype)
+
+    def _variant_in_place(self, key: SnapshotKey) -> SnapshotKey | None:
+        """`key` if there is a folder in its place, damaged or not; else the only variant of the commit that has one."""
+        if self._layout.snapshot(key).is_dir():
+            return key
+        variants = [other for other in self.keys(key.repo_id) if other.commit == key.commit]
+        return variants[0] if len(variants) == 1 else None
 
     def keys(self, repo_id: str | None = None) -> Iterator[SnapshotKey]:
         """The key of each folder in a snapshot's place, damaged or not, of all repos or of one. Raises UnsafeName if
@@ -163,15 +182,15 @@ class Catalog:
             if (snapshot := self.published(key)) is not None:
                 yield snapshot
 
-    def find_key(self, reference: Reference, dtype: str) -> SnapshotKey | None:
-        """The key that `find` would look at, if a folder is in its place, damaged or not."""
+    def find_key(self, reference: Reference, dtype: str | None, *, exact: bool = False) -> SnapshotKey | None:
+        """The key that `find` would look at, if a folder is in its place, damaged or not; if `exact`, only the recorded
+        variant."""
         refs.check_format(self._layout)
-        if reference.kind == "alias":
-            key = aliases.target(self._layout, reference.name)
-        else:
-            recorded = refs.recorded(self._layout, reference)
-            key = SnapshotKey(recorded.repo_id, recorded.commit, dtype)
-        return key if key.commit and self._layout.snapshot(key).is_dir() else None
+        is_alias = reference.kind == "alias"
+        key = aliases.target(self._layout, reference.name) if is_alias else self._recorded_key(reference, dtype)
+        if key is None or is_alias or exact or dtype is not None:
+            return key if key is not None and self._layout.snapshot(key).is_dir() else None
+        return self._variant_in_place(key)
 
     def published(self, key: SnapshotKey) -> Snapshot | None:
         """The snapshot, if its manifest is there and every file that it names is there with its size."""

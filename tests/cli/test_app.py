@@ -182,8 +182,10 @@ def test_a_commit_may_be_cut_and_other_variants_are_named(hub: Hub, cli: Cli) ->
     hub.stop()
     assert cli("path", f"org/name@{commit[:12]}", "--dtype", "keep").stdout.endswith(f"{commit}.keep\n")
     for command in ("show", "path", "verify", "pin", "unpin", "rm"):
-        told = cli(command, "org/name", code=3).stderr
+        told = cli(command, "org/name", "--dtype", "float16", code=3).stderr
         assert told.endswith(f"as float16, but this is: org/name@{commit[:12]} --dtype keep\n")
+        if command != "rm":
+            cli(command, "org/name")
     assert "modelstore ls" in cli("path", "org/other", code=3).stderr
     cli("pin", f"org/name@{commit[:12]}", "--dtype", "keep")
     cli("seed", "org/name", "--dtype", "keep", code=1)
