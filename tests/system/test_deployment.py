@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -132,6 +133,80 @@ def test_a_second_deployment_updates_the_first(runpod: RunPod) -> None:
     assert (second["endpoint"][0], second["template"][0]) == ("update", "update")
     assert len(template) == len(endpoint) == 1
     assert (endpoint[0]["workersMax"], endpoint[0]["idleTimeout"]) == (7, 30)
+
+
+def again(runpod: RunPod, *arguments: str, **env: str) -> tuple[int, dict[str, Any], str]:
+    """`deploy.py chat` with these arguments alone."""
+    done = subprocess.run(
+        [sys.executable, "scripts/deploy.py", "chat", *arguments],
+        cwd=HERE, env=os.environ | runpod.client_env | env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode, json.loads(done.stdout or "{}"), done.stderr
+
+
+def environment(runpod: RunPod) -> dict[str, str]:
+    return {entry["key"]: entry["value"] for entry in runpod.saved["saveTemplate"][0]["env"]}
+
+
+def test_a_second_run_keeps_what_it_does_not_name(runpod: RunPod) -> None:
+    deploy(
+        runpod, "--env", "HF_TOKEN=hf_secret", "--env", "MODELSTORE_QUOTA=200GB", "--preset", "latency", "--disk", "30"
+    )
+    runpod.saved["saveEndpoint"][0]["minCudaVersion"] = "12.6"  # as somebody set it in the console
+    code, _, told = again(runpod, "--env", "MODELSTORE_QUOTA=300GB", "--idle-timeout", "90")
+    assert code == 0
+    assert environment(runpod) == {"HF_TOKEN": "hf_secret", "MODEL_ID": "org/name", "MODELSTORE_QUOTA": "300GB"}
+    (endpoint,), (template,) = runpod.saved["saveEndpoint"], runpod.saved["saveTemplate"]
+    assert (endpoint["workersMin"], endpoint["workersMax"], endpoint["idleTimeout"]) == (2, 10, 90)
+    assert (endpoint["minCudaVersion"], endpoint["networkVolumeId"]) == ("12.6", "vol1")
+    assert (template["imageName"], template["containerDiskInGb"]) == ("you/worker", 30)
+    changes = [line for line in told.splitlines() if line.startswith(("+", "-", "  "))]
+    assert changes == ["  endpoint idleTimeout: 120 -> 90", "  environment MODELSTORE_QUOTA: 200GB -> 300GB"]
+    assert "nothing changes" in again(runpod)[2]
+
+
+def test_a_setting_goes_only_by_unset(runpod: RunPod) -> None:
+    deploy(runpod, "--env", "HF_TOKEN=hf_secret", "--env", "NOTE=x")
+    code, plan, told = again(runpod, "--unset", "HF_TOKEN", "--model", "org/other")
+    assert code == 0
+    assert environment(runpod) == {"MODEL_ID": "org/other", "NOTE": "x"}
+    assert "- environment HF_TOKEN: …" in told
+    assert "  environment MODEL_ID: org/name -> org/other" in told
+    assert "hf_secret" not in told + json.dumps(plan)
+    code, _, told = again(runpod, "--unset", "HF_TOKEN")
+    assert (code, told) == (2, "error: --unset HF_TOKEN: the template has no such variable\n")
+
+
+def test_a_preset_that_is_named_replaces_the_values(runpod: RunPod) -> None:
+    deploy(runpod, "--preset", "cost")
+    again(runpod, "--preset", "dev")
+    (endpoint,) = runpod.saved["saveEndpoint"]
+    assert (endpoint["workersMax"], endpoint["idleTimeout"], endpoint["flashBootType"]) == (1, 30, "OFF")
+
+
+@pytest.mark.parametrize("env", [{"RUNPOD_API_KEY": ""}, {"RUNPOD_API_BASE_URL": "http://127.0.0.1:9"}], ids=str)
+def test_a_dry_run_needs_neither_a_key_nor_a_network(runpod: RunPod, env: dict[str, str]) -> None:
+    code, plan, told = deploy(runpod, "--dry-run", **env)
+    assert (code, plan["done"], plan["endpoint"][0]) == (0, False, "create")
+    assert "this is the plan for a new one" in told
+    assert not runpod.requests
+
+
+def test_a_new_endpoint_needs_an_image_a_model_and_a_volume(runpod: RunPod) -> None:
+    code, _, told = again(runpod, "--image", "you/worker")
+    assert code == 2
+    assert told == "error: there is no endpoint chat yet, and a new one needs --model, --volume\n"
+    assert not runpod.saved
+
+
+def test_the_end_is_the_address_and_a_job_that_works(runpod: RunPod) -> None:
+    code, plan, told = deploy(runpod)
+    assert code == 0
+    assert plan["url"].endswith(f"/v2/{plan['id']}")
+    curl = next(line for line in told.splitlines() if line.startswith("curl "))
+    assert f"{plan['url']}/runsync" in curl
+    words = shlex.split(curl)
+    parse_text(json.loads(words[words.index("-d") + 1])["input"], Limits.of(Settings(root=Path("/"))))
 
 
 def test_no_token_is_printed(runpod: RunPod) -> None:
