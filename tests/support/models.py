@@ -16,10 +16,13 @@ TEMPLATE = "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception(
 WORDS = ["<unk>", "<end>", "<user>", "hello", "world", "what", "is", "the", "capital", "of", "france", "paris"]
 
 
-def write_model(folder: Path, *, seed: int, template: bool = True, context: int = 64, ends: bool = True) -> None:
+def write_model(
+    folder: Path, *, seed: int, template: bool = True, context: int = 64, ends: bool = True, architecture: str = "llama"
+) -> None:
     """A tiny causal model whose tokenizer knows a few words; one that does not end goes on until its limit."""
     torch.manual_seed(seed)
-    config = tf.LlamaConfig(
+    config = tf.AutoConfig.for_model(
+        architecture,
         vocab_size=len(WORDS),
         hidden_size=32,
         intermediate_size=64,
@@ -30,7 +33,7 @@ def write_model(folder: Path, *, seed: int, template: bool = True, context: int 
         eos_token_id=1 if ends else None,
         bos_token_id=None,
     )
-    tf.LlamaForCausalLM(config).save_pretrained(folder)
+    tf.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = tf.PreTrainedTokenizerFast(

@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ import pytest
 
 from handler.jobs import Limits, parse_text
 from modelstore.settings import FIELDS, Settings
+from tests.support.hub import Hub
+from tests.support.installed import environment_of
+from tests.support.models import write_model
 from tests.support.runpod_api import RunPod
 
 HERE = Path(__file__).parent.parent.parent
@@ -53,6 +56,47 @@ def test_each_input_is_a_setting_with_the_settings_default(entry: dict[str, Any]
 def test_each_preset_is_a_set_of_settings(preset: dict[str, Any]) -> None:
     assert set(preset["defaults"]) <= set(VARIABLES)
     assert Settings.from_env(preset["defaults"], root=Path("/x")).model is not None
+
+
+@pytest.fixture
+def start(store_env: dict[str, str], tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A worker with one job, in the environment that the Dockerfile installs by default."""
+    (extra,) = re.findall(r"^ARG EXTRA=(\S+)$", (HERE / "Dockerfile").read_text(), re.MULTILINE)
+    (tmp_path / "site").mkdir()
+    python, variables = environment_of(extra.split(","), tmp_path / "site")
+
+    def start(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        job = '{"input": {"prompt": "hello", "max_tokens": 2}}'
+        command = [python, "-m", "handler", "--test_input", job]
+        env = {**os.environ, **store_env, **variables, **env}
+        return subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True, check=False)
+
+    return start
+
+
+@pytest.mark.parametrize("preset", HUB["config"]["presets"], ids=lambda preset: preset["name"])
+def test_each_preset_starts_in_the_environment_of_the_build(
+    hub: Hub, start: Callable[..., subprocess.CompletedProcess[str]], preset: dict[str, Any]
+) -> None:
+    """The Hub serves a small model of the same architecture under the preset's name."""
+    inputs = {entry["key"]: str(entry["input"].get("default", "")) for entry in HUB["config"]["env"]}
+    env = inputs | preset["defaults"]
+    architecture = next(
+        kind for word, kind in {"SmolLM2": "llama", "Qwen3": "qwen3"}.items() if word in env["MODEL_ID"]
+    )
+    write_model(hub.folder / env["MODEL_ID"], seed=0, architecture=architecture)
+    done = start(env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "generated_text" in done.stdout + done.stderr
+
+
+def test_an_engine_that_the_build_lacks_is_named(
+    hub: Hub, start: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    write_model(hub.folder / "org" / "pictures", seed=0)
+    done = start({"MODEL_ID": "org/pictures", "ENGINE": "diffusion"})
+    assert done.returncode == 3
+    assert "runpod-modelstore[diffusion]" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("test", TESTS["tests"], ids=lambda test: test["name"])
