@@ -21,7 +21,7 @@ from handler.start_failure import tell_waiting_jobs
 from modelstore.environment import forget_hub_tokens
 from modelstore.errors import ModelStoreError, NotFound
 from modelstore.logs import LINE_CHARACTERS, log_to_stderr, take_library_logs
-from modelstore.settings import EngineName, Settings
+from modelstore.settings import EngineName, Settings, ineffective
 from modelstore.startup import gc_paused
 from modelstore.timeline import Timeline
 from modelstore.units import one_line
@@ -60,6 +60,8 @@ def start() -> Callable[[], None]:
     paths: VolumePaths | None = None
     try:
         settings = Settings.from_env()
+        for line in ineffective():
+            logger.warning("%s", line)
         paths = VolumePaths(settings.root)
         return _started(settings)
     except (KeyboardInterrupt, SystemExit):

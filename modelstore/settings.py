@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 from urllib.parse import urlsplit
 
+from modelstore import worker_vllm
 from modelstore.dtypes import DEFAULT_DTYPE, DTYPES, Dtype, parse_dtype
 from modelstore.errors import InvalidReference, InvalidSetting, Refused
 from modelstore.mount import default_root, read_mounts
@@ -80,6 +81,7 @@ class Settings:
         Raises InvalidSetting with the name of the first variable that cannot be used.
         """
         env = os.environ if env is None else env
+        env = worker_vllm.understood(env) if _is_vllm(env) else env
         values: dict[str, Any] = {"root": _root(env, mounts) if root is None else root.absolute()}
         for setting in FIELDS:
             variable = next(
@@ -117,6 +119,30 @@ class Settings:
         return self.trust_remote_code and any(each is not None and pins(each, repo_id, commit) for each in operator)
 
 
+def ineffective(env: Mapping[str, str] | None = None) -> list[str]:
+    """A line for each variable that looks like a setting and has no effect, with the name to use."""
+    env = os.environ if env is None else env
+    known = [name for field in FIELDS for name in (field.variable, *field.other_names)]
+    lines = []
+    for name in sorted(env):
+        if name in (*known, *_OF_SCRIPTS) or not name.startswith(("MODELSTORE_", "MODEL_")) or not env[name].strip():
+            continue
+        from difflib import get_close_matches  # most processes never need it
+
+        similar = get_close_matches(name, known, 1, 0.8)
+        if similar:
+            lines.append(f"{name} is not known and has no effect: did you mean {similar[0]}?")
+        elif name.startswith("MODELSTORE_"):
+            lines.append(f"{name} is not known and has no effect: docs/configuration.md has the names")
+    unknown = {name: text for name, text in env.items() if name not in known}
+    return lines + worker_vllm.ineffective(unknown, is_vllm=_is_vllm(env))
+
+
+def _is_vllm(env: Mapping[str, str]) -> bool:
+    return env.get("ENGINE", "").strip().lower() == "vllm"
+
+
+_OF_SCRIPTS = ("MODELSTORE_VENV",)  # scripts/environment.sh
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(I?)B?", re.IGNORECASE | re.ASCII)
 
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from modelstore.errors import InvalidSetting, ModelStoreError, UsageError
 from modelstore.reference import parse_reference
-from modelstore.settings import FIELDS, Settings
+from modelstore.settings import Settings, ineffective
 
 _ENDPOINT = (
     "id name templateId gpuIds gpuCount networkVolumeId locations workersMin workersMax idleTimeout executionTimeoutMs "
@@ -267,9 +267,10 @@ def _parsed() -> argparse.Namespace:
 
 def main() -> int:
     options = _parsed()
-    known = {field.variable for field in FIELDS}
     try:
-        Settings.from_env({name: value for name, value in options.env if name in known}, root=Path("/volume"))
+        Settings.from_env(dict(options.env), root=Path("/volume"))
+        for line in ineffective(dict(options.env)):
+            print(f"warning: {line}", file=sys.stderr)
         import requests
         from runpod.error import RunPodError
 

@@ -32,6 +32,7 @@ GROUND = {
     "dtypes",
     "mount",
     "settings",
+    "worker_vllm",
     "environment",
     "isolation",
     "startup",

@@ -27,7 +27,7 @@ from modelstore.errors import ModelStoreError, Refused
 from modelstore.fill.observer import LogObserver, Observer
 from modelstore.logs import LINE_CHARACTERS, log_to_stderr
 from modelstore.mount import check_place
-from modelstore.settings import Settings
+from modelstore.settings import Settings, ineffective
 from modelstore.store import ModelStore
 from modelstore.units import one_line
 from modelstore.volume import aliases
@@ -36,6 +36,8 @@ from modelstore.volume.snapshots import Catalog
 
 if TYPE_CHECKING:  # a fifth of the time of a command that draws nothing, as with --json
     from rich.console import Console
+
+logger = logging.getLogger(__name__)
 
 _NO_TERMINAL = 1000  # columns: into a pipe lines are as long as they are, for grep and awk
 INTERRUPTED = "interrupted: downloaded bytes are kept, the same command goes on from there"
@@ -175,6 +177,8 @@ def _errors(context: Context) -> Iterator[None]:
     """Set up logging; end with an error's own code and one line. A second Ctrl-C ends at once."""
     level = logging.DEBUG if context.debug else logging.ERROR if context.quiet else logging.WARNING
     log_to_stderr(level, "%(levelname)s: %(message)s")
+    for line in ineffective():
+        logger.warning("%s", line)
     before = signal.getsignal(signal.SIGINT)
     may_handle = before in (signal.default_int_handler, signal.SIG_DFL)
     try:

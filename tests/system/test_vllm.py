@@ -17,6 +17,7 @@ import pytest
 from openai import BadRequestError, NotFoundError
 
 from handler.fields import FIELDS
+from modelstore.worker_vllm import VARIABLES
 from scripts.dev.field_table import in_vllm
 from tests.support.runpod_api import FINAL, RunPod
 from tests.support.workers import serving
@@ -48,9 +49,27 @@ def volume(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "MODEL_ID": f"file://{model}",
         "ENGINE": "vllm",
         "MODELSTORE_VLLM_PYTHON": str(PYTHON),
-        "MODELSTORE_VLLM_ARGS": "--max-model-len 512 --enforce-eager",
+        "MAX_MODEL_LEN": "512",  # as worker-vllm's own settings have it
+        "MODELSTORE_VLLM_ARGS": "--enforce-eager",
         "VLLM_CPU_KVCACHE_SPACE": "1",
     }
+
+
+@needs_vllm
+def test_the_options_of_worker_vllms_variables_are_vllms() -> None:
+    program = (
+        "import json; from vllm.entrypoints.cli.serve import ServeSubcommand; "
+        "from vllm.utils.argparse_utils import FlexibleArgumentParser as P; "
+        "s = P().add_subparsers(); ServeSubcommand().subparser_init(s); "
+        "print(json.dumps({o: a.nargs for a in s.choices['serve']._actions for o in a.option_strings}))"
+    )
+    done = subprocess.run([PYTHON, "-c", program], capture_output=True, text=True, check=True)
+    options: dict[str, int | str | None] = json.loads(done.stdout.splitlines()[-1])
+    for name, variable in VARIABLES.items():
+        if variable.becomes in ("option", "switch"):
+            assert (options[variable.name] == 0) == (variable.becomes == "switch"), name
+        if variable.becomes == "switch":
+            assert f"--no-{variable.name[2:]}" in options
 
 
 @pytest.fixture(scope="module")
