@@ -74,7 +74,7 @@ def start() -> Callable[[], None]:
 def _started(settings: Settings) -> Callable[[], None]:
     forget_hub_tokens()
     become_owner_of(settings.root)
-    timeline = Timeline(worker=settings.worker_id, model=str(settings.model), dtype=settings.dtype or "")
+    timeline = Timeline(worker=settings.worker_id, model=str(settings.model or ""), dtype=settings.dtype or "")
     layout = Layout(settings.root)
     try:
         engine = _loaded(settings, timeline)

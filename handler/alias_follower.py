@@ -11,7 +11,8 @@ from collections.abc import Callable
 from handler.engines import Engine
 from modelstore.errors import Refused
 from modelstore.settings import Settings
-from modelstore.volume import aliases
+from modelstore.timeline import Timeline
+from modelstore.volume import aliases, history
 from modelstore.volume.layout import Layout, SnapshotKey
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class AliasFollower:
         if self._failed and self._failed[0] == pointed_to and time.monotonic() - self._failed[1] < _TRY_AGAIN_S:
             return
         logger.info("@%s points to %s now: swapping", self._name, pointed_to)
+        began = time.monotonic()
         try:
             timeline = self._engine.swap(f"@{self._name}")
         except Refused as error:
@@ -69,5 +71,16 @@ class AliasFollower:
         except BaseException as error:  # a tokenizer's panic too: the model that serves goes on
             logger.warning("@%s cannot be served: %s: %s", self._name, type(error).__name__, error)
             self._failed = pointed_to, time.monotonic()
+            failed = Timeline(
+                worker=self._worker,
+                model=f"@{self._name}",
+                commit=pointed_to.commit,
+                dtype=pointed_to.dtype,
+                kind="swap",
+                began=began,
+            )
+            failed.mark("ready")
+            history.add(self._layout, failed, error=f"{type(error).__name__}: {error}")
         else:
             logger.info("@%s: %s", self._name, timeline.log_line())
+            history.add(self._layout, timeline)

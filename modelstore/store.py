@@ -36,7 +36,7 @@ from modelstore.volume.claim import Claim, Contender, Holder
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.pins import mark_used, wait_while_evicting
 from modelstore.volume.snapshots import Catalog, Snapshot
-from modelstore.volume.verify import verify_snapshot
+from modelstore.volume.verify import known_problem, verify_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,6 @@ class ModelStore:
         """The outcome of `ensure(…, refresh=True)`, without doing it: `status` is "present", "resumable" or "missing";
         sizes in bytes. Raises what `ensure` raises for a source that cannot be read.
         """
-        from modelstore.fill.plan import preview
-
         named = parsed = _parsed(reference, revision)
         variant = self._asked_dtype(dtype) or DEFAULT_DTYPE
         self.settings.check_allowed(parsed)
@@ -117,13 +115,19 @@ class ModelStore:
         source, resolved = self._resolve(parsed, refresh=True)
         key = SnapshotKey(resolved.repo_id, resolved.commit, variant)
         snapshot = self._published(key, accepted_dtypes(variant, overflow))
-        key = snapshot.key if snapshot is not None else key
+        code = source.may_bring_code(resolved, self.settings, named=named)
+        request = FillRequest(source=source, resolved=resolved, dtype=variant, code=code)
+        return self._preview(request, snapshot)
+
+    def _preview(self, request: FillRequest, snapshot: Snapshot | None) -> dict[str, Any]:
+        """The record of a fill that is not begun; `snapshot`: what is published in its place."""
+        from modelstore.fill.plan import preview
+
+        source, key = request.source, snapshot.key if snapshot is not None else request.key
         record: dict[str, Any] = key.as_json()
         if snapshot is not None:
             files = len(snapshot.manifest.files)
             return record | {"status": "present", "files": files, "bytes": snapshot.size_bytes, "downloaded_bytes": 0}
-        code = source.may_bring_code(resolved, self.settings, named=named)
-        request = FillRequest(source=source, resolved=resolved, dtype=variant, code=code)
         footprint = preview(request, self.settings).footprint
         staged = tree.tree_blocks(self.layout.staging(key))
         return record | {
@@ -133,6 +137,11 @@ class ModelStore:
             "downloaded_bytes": footprint.source_bytes if source.over_network else 0,
             "staged_bytes": staged,
         }
+
+    def preview_adopted(self, source: Source, resolved: Resolved, *, dtype: str | None = None) -> dict[str, Any]:
+        """The outcome of `adopt`, without doing it: the record of `preview`."""
+        request = FillRequest(source=source, resolved=resolved, dtype=self._asked_dtype(dtype) or DEFAULT_DTYPE)
+        return self._preview(request, self.catalog.published(request.key))
 
     def adopt(
         self, source: Source, resolved: Resolved, *, dtype: str | None = None, observer: Observer = SILENT
@@ -196,6 +205,8 @@ class ModelStore:
         variant = self._variant(parsed, dtype, refresh=refresh)
         with timeline.span("lookup"):
             present = self._present(parsed, accepted_dtypes(variant, overflow), refresh=refresh)
+        if refresh and damaged is None and present is not None and known_problem(self.layout, present.key):
+            damaged = present
         if present is not None and _same(present, damaged):
             parsed, variant = replace(parsed, revision=present.commit), parse_dtype("dtype", present.dtype)
         elif present is not None and (not refresh or is_commit(parsed.revision) or self.settings.offline):

@@ -17,12 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 SpanName = Literal[
     "lookup", "wait", "download", "verify", "convert", "publish", "read", "import", "transfer", "build", "ready"
 ]
-Outcome = Literal["hit", "downloaded", "resumed", "waited"]
+Outcome = Literal["hit", "downloaded", "copied", "resumed", "waited"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+Kind = Literal["start", "swap"]  # of a process, or of a running worker's model
 
 
 _SHOWN_S = 0.05  # a shorter time reads as 0.0 s
@@ -90,6 +92,7 @@ class Timeline:
     outcome: Outcome | None = None
     reason: str = ""
     waited_for: str = ""
+    kind: Kind = "start"
     began: float = field(default_factory=lambda: _process_began())
     _spans: list[Span] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -134,6 +137,7 @@ class Timeline:
             "outcome": self.outcome,
             "reason": self.reason,
             **({"waited_for": self.waited_for} if self.waited_for else {}),
+            **({"kind": self.kind} if self.kind != "start" else {}),
             "pid": os.getpid(),
             "spans": [span.as_json() for span in self.spans],
         }
@@ -170,6 +174,11 @@ def verdict(record: Mapping[str, Any]) -> str:
     if other is not None and others[other] >= _SHOWN_S:
         text += f"; {others[other]:.1f} s more at the same time as {_phrase(other, record)}"
     return text
+
+
+def outcome_of(record: Mapping[str, Any]) -> str:
+    """The outcome of a start on record; `failed` if it has an error."""
+    return "failed" if record["error"] else str(record["outcome"])
 
 
 def total_s(record: Mapping[str, Any]) -> float:

@@ -11,6 +11,11 @@ def size(count: float) -> str:
     return f"{count / 1e3:.1f} kB" if count >= 1e3 else f"{count:.0f} B"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: `1 model`, `7 models`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def printable(text: str) -> str:
     """A foreign text with control and unprintable characters replaced."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
@@ -29,9 +34,14 @@ def one_line(text: str, limit: int) -> str:
     return printable(" ".join(text.split()))
 
 
-def ago(seconds: float) -> str:
-    """A time in the past for a person."""
+def span(seconds: float) -> str:
+    """A length of time for a person."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
-            return f"{seconds / length:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def ago(seconds: float) -> str:
+    """A time in the past for a person."""
+    return f"{span(seconds)} ago"

@@ -159,7 +159,9 @@ def begin(
     """
     if settings.model is None:
         raise InvalidSetting("MODEL_ID is not set: name the model to serve, as in MODEL_ID=org/name")
-    timeline = timeline or Timeline(worker=settings.worker_id, model=str(settings.model), dtype=settings.dtype or "")
+    timeline = timeline or Timeline(
+        worker=settings.worker_id, model=str(settings.model or ""), dtype=settings.dtype or ""
+    )
     settings.check_allowed(settings.model)
     observer = observer or LogObserver()
     layout = Layout(settings.root)
@@ -210,6 +212,8 @@ def begin(
     assert mark is not None
     timeline.commit, timeline.dtype = snapshot.commit, snapshot.dtype
     timeline.outcome, timeline.reason = _OUTCOMES[snapshot.status]
+    if snapshot.status == "downloaded" and not snapshot.downloaded_bytes:
+        timeline.outcome, timeline.reason = "copied", f"the snapshot was made from {snapshot.manifest.source.label}"
     return PendingStart(settings, snapshot, reading, mark, timeline, observer, ring_bytes, prefetched)
 
 

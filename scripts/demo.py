@@ -205,13 +205,20 @@ def summary(console: Console, workers: list[Worker]) -> None:
     table.add_column("")
     for name in ("ready", "wait", "download", "read", "import", "build"):
         table.add_column(name, justify="right")
-    names = {"downloaded": "first run", "resumed": "first run", "waited": "waited", "hit": "warm start"}
+    names = {"waited": "waited", "hit": "warm start"}
     for worker in workers:
         assert worker.timeline is not None
         spans = ("wait", "download", "read", "import", "build")
         figures = [f"{worker.seconds(name):.1f}" for name in spans]
-        table.add_row(f"{names[worker.timeline['outcome']]} ({worker.name})", f"{worker.ready_s:.1f}", *figures)
+        name = names.get(worker.timeline["outcome"], "first run")
+        table.add_row(f"{name} ({worker.name})", f"{worker.ready_s:.1f}", *figures)
     console.print(table)
+    downloads = sum(worker.seconds("download") > 0 for worker in workers)
+    *_, last = workers
+    console.print(
+        f"shown: {len(workers)} workers answered from one volume, after {downloads} download"
+        f"{'' if downloads == 1 else 's'} in all; the last one was ready {last.ready_s:.1f} s after its process began"
+    )
 
 
 def main() -> int:

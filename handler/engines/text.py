@@ -153,7 +153,9 @@ class TextEngine:
         """
         with self._swapping:
             settings = replace(self._settings, model=parse_reference(reference))
-            timeline = Timeline(worker=settings.worker_id, model=str(settings.model), began=time.monotonic())
+            timeline = Timeline(
+                worker=settings.worker_id, model=str(settings.model), kind="swap", began=time.monotonic()
+            )
             loaded = self._in_memory(settings, timeline)
             if loaded is None:
                 pending = begin(settings, timeline=timeline, target="host", check_config=check_generates_text)

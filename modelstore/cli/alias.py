@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,9 +13,10 @@ from modelstore.cli.app import DRY_RUN, REF, REVISION, VARIANT, YES, Context, co
 from modelstore.cli.output import table
 from modelstore.dtypes import parse_dtype
 from modelstore.errors import InvalidReference, SnapshotNotFound, UsageError
-from modelstore.reference import parse_reference
+from modelstore.reference import Reference, parse_reference
 from modelstore.volume import aliases, refs
 from modelstore.volume.layout import SnapshotKey
+from modelstore.volume.verify import known_problem
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,7 +56,7 @@ def set_alias(
         key = snapshot.key if snapshot else None
     else:
         if before is not None:
-            context.confirm(f"point @{name} to {target} instead of {before}", yes=yes)
+            context.confirm(_question(context, name, target, before, percent), yes=yes)
         with observer_of(context) as observer:
             key = store.set_alias(name, target, dtype=dtype, percent=percent, observer=observer).key
     record = _record(name, key) | {"before": _record(name, before), "changed": not dry_run}
@@ -85,41 +87,97 @@ def list_aliases(context: Context) -> None:
     ]
 
     def drawn() -> Table:
-        made = table("alias", "model", "since", "by")
+        made = table("alias", "model", "since, UTC", "by")
         for name, entries in histories.items():
             shown = [aliases.stable(entries)] if entries[-1].percent == 100 else [aliases.stable(entries), entries[-1]]
             for entry in shown:
                 model = f"{entry.key}" if entry.percent == 100 else f"{entry.key} for {entry.percent} %"
                 model += "" if layout.snapshot(entry.key).is_dir() else ", not on the volume"
-                made.add_row(f"@{name}", model, time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.at)), entry.by)
+                made.add_row(f"@{name}", model, _clock(entry.at), entry.by)
         return made
 
     context.print(records, lambda console: console.print(drawn() if histories else "there are no aliases"))
 
 
+def past_targets(context: Context, name: _NAME) -> None:
+    """List the snapshots that an alias has pointed to, the latest first."""
+    layout = context.volume().layout
+    refs.check_format(layout)
+    name = aliases.checked(name.removeprefix("@"))
+    entries = aliases.history(layout, name)
+    if not entries:
+        raise aliases.no_alias(layout, name)
+    numbered = [(number, entry) for number, entry in enumerate(entries, 1)][::-1]
+    records = [
+        {
+            "number": number,
+            **entry.as_json(),
+            "published": layout.snapshot(entry.key).is_dir(),
+            "problem": known_problem(layout, entry.key),
+        }
+        for number, entry in numbered
+    ]
+
+    def drawn() -> Table:
+        made = table("#", "model", "since, UTC", "by", "")
+        for (number, entry), record in zip(numbered, records, strict=True):
+            share = "" if entry.percent == 100 else f" for {entry.percent} %"
+            state = "" if record["published"] else "not on the volume"
+            now = "now" if number == len(entries) else ""
+            notes = ", ".join(filter(None, (now, state, record["problem"] and f"damaged: {record['problem']}")))
+            made.add_row(str(number), f"{entry.key}{share}", _clock(entry.at), entry.by, notes)
+        return made
+
+    context.print(records, lambda console: console.print(drawn()))
+
+
 def rollback(
     context: Context,
     name: _NAME,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="TARGET", help="A number or a model of `alias history`; the previous without it."),
+    ] = None,
     dry_run: DRY_RUN = False,
     yes: YES = False,
 ) -> None:
-    """Point an alias back to its previous snapshot."""
+    """Point an alias back to a snapshot that it pointed to before."""
     store = context.volume()
     name = aliases.checked(name.removeprefix("@"))
     entries = aliases.history(store.layout, name)
     now = entries[-1].key if entries else aliases.target(store.layout, name)
-    earlier = [entry.key for entry in entries if entry.key != now and entry.percent == 100]
-    if not earlier:
-        raise SnapshotNotFound(f"@{name} has pointed nowhere but to {now}: use `modelstore alias set`")
+    target = _earlier(name, entries, to) if to is not None else aliases.previous(entries)
+    if target is None:
+        if {entry.key for entry in entries} <= {now}:
+            raise SnapshotNotFound(f"@{name} has pointed nowhere but to {now}: use `modelstore alias set`")
+        raise SnapshotNotFound(
+            f"@{name} is back at its first target, {now}: name another one with --to, see `modelstore alias history "
+            f"{name}`"
+        )
+    if problem := known_problem(store.layout, target.key):
+        logger.warning("%s is damaged (%s): it is made again first", target.key, problem)
     if not dry_run:
-        context.confirm(f"point @{name} to {earlier[-1]} instead of {now}", yes=yes)
+        context.confirm(f"point @{name} to {target.key} instead of {now}", yes=yes)
         with observer_of(context) as observer:
-            reference = f"{earlier[-1].repo_id}@{earlier[-1].commit}"
-            store.set_alias(name, reference, dtype=earlier[-1].dtype, observer=observer)
-    record = _record(name, earlier[-1]) | {"before": _record(name, now), "changed": not dry_run}
-    missing = "" if store.layout.snapshot(earlier[-1]).is_dir() else ", once it is published"
-    text = f"@{name} {'would point' if dry_run else 'points'} to {earlier[-1]} again{missing}"
+            reference = f"{target.key.repo_id}@{target.key.commit}"
+            store.set_alias(name, reference, dtype=target.key.dtype, observer=observer)
+    record = _record(name, target.key) | {"before": _record(name, now), "changed": not dry_run}
+    missing = "" if store.layout.snapshot(target.key).is_dir() else ", once it is published"
+    text = f"@{name} {'would point' if dry_run else 'points'} to {target.key} again{missing}"
     context.print(record, lambda console: console.print(text))
+
+
+def _earlier(name: str, entries: Sequence[aliases.Pointed], to: str) -> aliases.Pointed:
+    """The latest entry that `to` names: its number, or its model with or without a commit."""
+    if to.isascii() and to.isdigit():
+        if 1 <= int(to[:9]) <= len(entries):
+            return entries[int(to) - 1]
+    else:
+        repo_id, _at, commit = to.partition("@")
+        for entry in reversed(entries):
+            if entry.key.repo_id == repo_id and entry.key.commit.startswith(commit):
+                return entry
+    raise SnapshotNotFound(f"@{name} has not pointed to {to}: look at `modelstore alias history {name}`")
 
 
 def remove(
@@ -132,13 +190,17 @@ def remove(
     layout = context.volume().layout
     name = aliases.checked(name.removeprefix("@"))
     if name not in aliases.names(layout):
-        raise SnapshotNotFound(f"the store has no alias @{name}: look at `modelstore alias ls`")
+        raise aliases.no_alias(layout, name)
     before = _now(context, name)
     if not dry_run:
         context.confirm(f"remove @{name}, which points to {before or 'nothing'}", yes=yes)
         aliases.remove(layout, name)
     record = _record(name, before) | {"removed": not dry_run}
     context.print(record, lambda console: console.print(f"{'would remove' if dry_run else 'removed'} @{name}"))
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
 
 
 def _now(context: Context, name: str) -> SnapshotKey | None:
@@ -149,6 +211,14 @@ def _now(context: Context, name: str) -> SnapshotKey | None:
         logger.warning("%s", error)
         return None
     return entries[-1].key if entries else None
+
+
+def _question(context: Context, name: str, target: Reference, before: SnapshotKey, percent: int) -> str:
+    """What a change of an alias is, for the person who is asked."""
+    if percent == 100:
+        return f"point @{name} to {target} instead of {before}"
+    stays = aliases.stable(aliases.history(context.store().layout, name)).key.repo_id
+    return f"send {percent} % of @{name}'s workers to {target} ({100 - percent} % stay on {stays})"
 
 
 def _record(name: str, key: SnapshotKey | None) -> dict[str, Any]:

@@ -70,9 +70,9 @@ def complete_reference(incomplete: str) -> list[str]:
     return [name for name in named if name.startswith(incomplete)]
 
 
-_REF_HELP = "org/name, org/name@revision, @alias or file:///folder"
-REF = Annotated[str, typer.Argument(metavar="REF", help=_REF_HELP, autocompletion=complete_reference)]
-REFS = Annotated[list[str], typer.Argument(metavar="REF...", help=_REF_HELP, autocompletion=complete_reference)]
+REF_HELP = "org/name, org/name@revision, @alias or file:///folder"
+REF = Annotated[str, typer.Argument(metavar="REF", help=REF_HELP, autocompletion=complete_reference)]
+REFS = Annotated[list[str], typer.Argument(metavar="REF...", help=REF_HELP, autocompletion=complete_reference)]
 DTYPE = Annotated[
     str | None,
     typer.Option(
@@ -132,11 +132,15 @@ class Context:
         if not self.quiet:
             print(line, file=sys.stderr, flush=True)
 
-    def confirm(self, question: str, *, yes: bool) -> None:
-        """Raise Refused unless the person said yes, by the option or on a terminal."""
-        if not yes and not sys.stdin.isatty():
+    def confirm(self, question: str, *, yes: bool, plan: Callable[[Console], None] = lambda _console: None) -> None:
+        """Raise Refused unless the person said yes, by the option or on a terminal. `plan` is drawn on stderr
+        before the question."""
+        if yes:
+            return
+        plan(console(soft_wrap=True, stderr=True))
+        if not sys.stdin.isatty():
             raise Refused(f"not done: {question} needs --yes")
-        if not yes and not typer.confirm(f"{question}?", err=True):
+        if not typer.confirm(f"{question[:1].upper()}{question[1:]}?", err=True):
             raise Refused("not done, as you said: nothing was changed")
 
 

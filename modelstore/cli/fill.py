@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from modelstore.cli.app import DTYPE, INTERRUPTED, REF, REVISION, YES, Context, observer_of, report_error
-from modelstore.cli.output import print_preview, print_seed_result, print_seeded
+from modelstore.cli.app import DRY_RUN, DTYPE, INTERRUPTED, REF, REVISION, YES, Context, observer_of, report_error
+from modelstore.cli.output import print_adopted, print_preview, print_seed_result
 from modelstore.dtypes import OVERFLOWS, parse_dtype
 from modelstore.errors import ModelStoreError, SnapshotNotFound, UsageError
 from modelstore.fill.observer import Observer
@@ -21,6 +21,7 @@ from modelstore.operate.seed_list import ListedModel, read_list
 from modelstore.operate.seed_plan import SeedPlan
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
+from modelstore.units import counted, size
 
 if TYPE_CHECKING:
     from modelstore.fill.bucket import Target
@@ -85,13 +86,21 @@ def seed(
     if dry_run:
         check_place(store.settings.root)
         preview = plan.preview()
+        for record in preview.models:
+            if "error" in record:
+                print(f"error: {record['error']}", file=sys.stderr)
         context.print(preview.as_json(), lambda console: print_preview(console, preview))
-        return
+        raise typer.Exit(preview.exit_code)
     volumes = _volumes(targets, store.settings)
     # Asked before the hours of a download, not after.
-    if prune:
-        context.confirm(f"remove from {store.settings.root} the models that {listed} does not name", yes=yes)
-    if moved := plan.moved_aliases():
+    if prune and not yes and (going := (preview := plan.preview()).removed):
+        label = f"{counted(len(going), 'model')} ({size(sum(each.size_bytes for each in going))})"
+        context.confirm(
+            f"seed this list, and then remove these {label}",
+            yes=yes,
+            plan=lambda console: print_preview(console, preview),
+        )
+    if not yes and (moved := plan.moved_aliases()):
         context.confirm(f"point {', '.join(f'@{name}' for name in moved)} as {listed} says", yes=yes)
 
     def on_error(error: ModelStoreError) -> None:
@@ -121,15 +130,20 @@ def adopt(
         str | None, typer.Option("--as", metavar="ORG/NAME", help="The name for a model whose folder has none.")
     ] = None,
     dtype: DTYPE = None,
+    dry_run: DRY_RUN = False,
 ) -> None:
     """Make snapshots of models that lie on this volume already. No download, and links if nothing is converted."""
     from modelstore.fill.adoption import find
 
-    store = context.store()
+    store = context.volume() if dry_run else context.store()
     records: list[dict[str, Any]] = []
     worst = 0
     for model in find(path.absolute(), store.settings, repo_id=name):
         try:
+            if dry_run:
+                record = store.preview_adopted(model.source, model.resolved, dtype=dtype)
+                records.append(record | {"from": model.label})
+                continue
             with observer_of(context, doing="adopting") as observer:
                 snapshot = store.adopt(model.source, model.resolved, dtype=dtype, observer=observer)
         except ModelStoreError as error:
@@ -138,8 +152,10 @@ def adopt(
             records.append({"from": model.label, "error": str(error), "exit_code": error.exit_code})
             continue
         linked = sum(os.lstat(snapshot.path / file.path).st_nlink > 1 for file in snapshot.weights)
-        records.append(snapshot.as_json() | {"from": model.label, "linked_files": linked})
-    context.print(records, lambda console: print_seeded(console, records))
+        made = "converted" if any(file.origin is not None for file in snapshot.weights) else "copied"
+        made = f"{counted(linked, 'weights file')} linked" if linked else made
+        records.append(snapshot.as_json() | {"from": model.label, "linked_files": linked, "made": made})
+    context.print(records, lambda console: print_adopted(console, records, planned=dry_run))
     raise typer.Exit(worst)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,16 +13,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modelstore.cli.app import REF, REVISION, VARIANT, Context
-from modelstore.cli.output import console, key_record, print_snapshot, print_verified, table, without_status
+from modelstore.cli.output import (
+    console,
+    fitting_table,
+    key_record,
+    print_snapshot,
+    print_unfinished,
+    print_verified,
+    table,
+    without_status,
+)
 from modelstore.errors import NotFound, UsageError
 from modelstore.operate import inventory
 from modelstore.operate.inventory import find_key, find_snapshot
 from modelstore.store import ModelStore
-from modelstore.timeline import total_s, verdict
-from modelstore.units import ago, size
+from modelstore.timeline import OUTCOMES, outcome_of, total_s, verdict
+from modelstore.units import ago, counted, size, span
 from modelstore.volume import durable, history, refs
 from modelstore.volume.layout import SnapshotKey
-from modelstore.volume.verify import parse_sample, save_position, saved_position, verify_folder
+from modelstore.volume.unfinished import unfinished as unfinished_downloads
+from modelstore.volume.verify import parse_sample, save_position, save_result, saved_position, verify_folder
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -31,13 +42,53 @@ _WIDE = 80  # columns, for a table with sentences in it
 _LIMIT = Annotated[int, typer.Option("--limit", min=1, help="At most so many, the latest.")]
 
 
-def list_models(context: Context) -> None:
-    """List the published models: size, last use, pins, aliases, users."""
+_SORTS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "name": lambda record: (record["repo_id"], record["commit"], record["dtype"]),
+    "size": lambda record: -record["bytes"],
+    "used": lambda record: float("inf") if record["idle_s"] is None else record["idle_s"],
+}
+
+
+def list_models(
+    context: Context,
+    sort: Annotated[
+        str, typer.Option("--sort", help="By name, size (the largest first) or used (the latest).")
+    ] = "name",
+    having: Annotated[
+        str | None,
+        typer.Option("--filter", metavar="TEXT", help="Only models with TEXT in their name, dtype or alias."),
+    ] = None,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Only the downloads that are not published.")
+    ] = False,
+) -> None:
+    """List the published models: size, last use, pins, aliases, users. And the unfinished downloads."""
+    if sort not in _SORTS:
+        raise UsageError(f"--sort {sort} is not known: use {', '.join(_SORTS)}")
     store = context.volume()
-    records = inventory.models(store.layout)
-    context.print(
-        records, lambda console: console.print(_models_table(records, str(store.settings.root), console.width))
-    )
+    left = [inventory.unfinished_record(store.layout, each) for each in unfinished_downloads(store.layout)]
+    models = [] if unfinished else sorted(inventory.models(store.layout), key=_SORTS[sort])
+    if having is not None:
+        models, left = [[each for each in records if _has(each, having)] for records in (models, left)]
+
+    def text(console: Console) -> None:
+        if models:
+            console.print(_models_table(console, models))
+            users = sum(bool(model["in_use_by"]) for model in models)
+            total = size(sum(model["bytes"] for model in models))
+            console.print(f"{counted(len(models), 'model')}, {total}, {users} in use")
+        elif having is not None or unfinished:
+            console.print(f"nothing in {store.settings.root} matches" if having else "no unfinished downloads")
+        else:
+            console.print(f"no snapshots in {store.settings.root}: publish one with `modelstore seed org/name`")
+        print_unfinished(console, left)
+
+    context.print(left if unfinished else models, text)
+
+
+def _has(record: Mapping[str, Any], text: str) -> bool:
+    names = [record["repo_id"], record["dtype"], *(f"@{name}" for name in record.get("aliases", ()))]
+    return any(text.lower() in name.lower() for name in names)
 
 
 def du(context: Context) -> None:
@@ -46,14 +97,22 @@ def du(context: Context) -> None:
     usage = inventory.space(store.layout, store.settings)
 
     def text(console: Console) -> None:
-        rows = table("size", "model", "last used", "kept because")
-        for model in usage["snapshots"]:
-            name = f"{model['repo_id']} {model['commit'][:12]} {model['dtype']}"
-            rows.add_row(size(model["bytes"]), name, ago(model["idle_s"]), model["kept_because"])
-        console.print(rows)
+        rows = [
+            {
+                "size": size(model["bytes"]),
+                "model": model["repo_id"],
+                "commit": model["commit"][:12],
+                "dtype": model["dtype"],
+                "last used": ago(model["idle_s"]),
+                "kept because": model["kept_because"],
+            }
+            for model in usage["snapshots"]
+        ]
+        if rows:
+            console.print(fitting_table(console, rows, list(rows[0]), ("commit", "last used", "dtype")))
         for kind, count in usage["kinds"].items():
             if count and kind != "models":
-                console.print(f"{size(count)} {kind}")
+                console.print(f"{size(count)} {_KINDS.get(kind, kind)}")
         limit = f" of {size(usage['quota'])}, {size(usage['free'])} free" if usage["quota"] else ", without a quota"
         console.print(f"{size(usage['taken'])} taken{limit}")
         console.print(f"{size(usage['evictable'])} an eviction would free")
@@ -61,10 +120,19 @@ def du(context: Context) -> None:
     context.print(usage, text)
 
 
+_KINDS = {
+    "staging": "staging: unfinished downloads, see `modelstore ls`",
+    "quarantine": "quarantine: damaged snapshots",
+    "trash": "trash: removals that were cut short",
+    "promised": "promised to downloads that run",
+}
+
+
 def claims(context: Context) -> None:
     """Show the running downloads, and whether each is alive."""
-    records = inventory.claims(context.volume().layout)
-    context.print(records, lambda console: console.print(_claims_table(records)))
+    store = context.volume()
+    records = inventory.claims(store.layout)
+    context.print(records, lambda console: console.print(_claims_drawn(console, records, store.settings.lease_s)))
 
 
 def watch(
@@ -87,7 +155,9 @@ def watch(
         head = f"{store.settings.root}  {time.strftime('%H:%M:%S', time.localtime(state['at']))}  "
         head += f"{len(state['models'])} models, {len(used)} in use"
         return Group(
-            head, _claims_table(state["claims"]), *[f"{m['repo_id']}: {', '.join(m['in_use_by'])}" for m in used]
+            head,
+            _claims_drawn(screen, state["claims"], store.settings.lease_s),
+            *[f"{m['repo_id']}: {', '.join(m['in_use_by'])}" for m in used],
         )
 
     screen = console()
@@ -113,22 +183,32 @@ def past_starts(
     context: Context,
     limit: _LIMIT = 20,
     model: Annotated[str | None, typer.Option("--model", help="Only starts of this one, as MODEL_ID names it.")] = None,
+    since: Annotated[
+        str | None,
+        typer.Option("--since", help="Only later ones: 90min, 6h, 2d, or a day or time in UTC, as 2026-11-26."),
+    ] = None,
+    outcome: Annotated[str | None, typer.Option("--outcome", help=f"Only {', '.join(OUTCOMES)} or failed.")] = None,
 ) -> None:
-    """List the starts of the fleet, and the slowest part of each."""
-    records = history.starts(context.volume().layout, limit=limit, model=model)
+    """List the fleet's starts, and the slowest part of each. And swaps of running workers."""
+    if outcome is not None and outcome not in (*OUTCOMES, "failed"):
+        raise UsageError(f"--outcome {outcome} is not known: use {', '.join(OUTCOMES)} or failed")
+    after = history.parse_since(since) if since is not None else 0.0
+    layout = context.volume().layout
+    records = history.starts(layout, limit=limit, model=model, since=after, outcome=outcome)
 
     def text(console: Console) -> None:
         from rich.padding import Padding
 
         if not records:
-            console.print(f"no start{f' of {model}' if model else ''} has been recorded yet")
+            of_model = f" of {model}" if model else ""
+            console.print(f"no start{of_model} has been recorded{' that matches' if since or outcome else ' yet'}")
             return
-        rows = table("when", "model", "outcome", "worker", "ready", "slowest part")
+        rows = table("when, UTC", "model", "outcome", "worker", "ready", "slowest part")
         for record in records:
             row = (
-                time.strftime("%m-%d %H:%M", time.localtime(record["at"])),
-                record["model"],
-                "failed" if record["error"] else record["outcome"] or "",
+                time.strftime("%m-%d %H:%M", time.gmtime(record["at"])),
+                record["model"] or "none",
+                outcome_of(record) + (" (swap)" if record["kind"] == "swap" else ""),
                 record["worker"],
                 f"{total_s(record):.1f} s",
             )
@@ -291,37 +371,56 @@ def verify(
     raise typer.Exit(0 if all(record["ok"] for record in records) else 5)
 
 
-def _models_table(models: list[dict[str, Any]], root: str, width: int) -> Table | str:
-    if not models:
-        return f"no snapshots in {root}: publish one with `modelstore seed org/name`"
-    wide = width >= _WIDE
-    rows = table("model", "commit", "dtype", "files", "size", "last used", *(("kept by",) if wide else ()))
+def _models_table(console: Console, models: Sequence[Mapping[str, Any]]) -> Table:
+    wide = console.width >= _WIDE
+    rows = []
     for model in models:
         kept = [f"@{name}" for name in model["aliases"]] + (["pin"] if model["pinned"] else []) + model["in_use_by"]
-        used = "never" if model["idle_s"] is None else ago(model["idle_s"])
-        name = model["repo_id"] if model["complete"] else f"{model['repo_id']} (damaged)"
-        row = (model["dtype"], str(model["files"]), size(model["bytes"]), used)
-        if wide:
-            rows.add_row(name, model["commit"][:12], *row, ", ".join(kept))
-        else:
-            rows.add_row("\n  ".join([name, *kept]), model["commit"][:7], *row)
-    return rows
+        name = model["repo_id"] if model["complete"] and not model["problem"] else f"{model['repo_id']} (damaged)"
+        rows.append(
+            {
+                "model": name if wide else "\n  ".join([name, *kept]),
+                "commit": model["commit"][:12],
+                "dtype": model["dtype"],
+                "files": str(model["files"]),
+                "size": size(model["bytes"]),
+                "last used": "never" if model["idle_s"] is None else ago(model["idle_s"]),
+                "kept by": ", ".join(kept),
+            }
+        )
+    columns = ("model", "commit", "dtype", "files", "size", "last used", *(("kept by",) if wide else ()))
+    return fitting_table(console, rows, columns, ("files", "commit"))
 
 
-def _claims_table(records: list[dict[str, Any]]) -> Table | str:
+def _claims_drawn(console: Console, records: list[dict[str, Any]], lease_s: float) -> Group | str:
+    """The claims as a table, and a line for each that is silent."""
     if not records:
         return "there are no downloads"
-    from rich.progress_bar import ProgressBar
+    from rich.console import Group
 
-    rows = table("model", "worker", "phase", "", "left", "")
-    for record in records:
-        share = ProgressBar(record["total"] or 1, record["done"], width=16)
-        progress = f"{record['done'] / record['total']:.0%} of {size(record['total'])}" if record["total"] else ""
-        remaining = f"{record['eta_s']:.0f} s" if record["eta_s"] is not None else ""
-        state = progress if record["alive"] else f"{progress} gone" if progress else "gone"
-        name = f"{record['repo_id']} {record['commit'][:12]} {record['dtype']}"
-        rows.add_row(name, f"{record['worker']} ({record['host']})", record["phase"], share, remaining, state)
-    return rows
+    rows = [
+        {
+            "model": record["repo_id"],
+            "commit": record["commit"][:12],
+            "dtype": record["dtype"],
+            "worker": f"{record['worker']} ({record['host']})",
+            "phase": record["phase"],
+            "progress": f"{record['done'] / record['total']:.0%} of {size(record['total'])}" if record["total"] else "",
+            "left": f"{record['eta_s']:.0f} s" if record["alive"] and record["eta_s"] is not None else "",
+            "state": "alive" if record["alive"] else "gone",
+        }
+        for record in records
+    ]
+    drawn = fitting_table(console, rows, list(rows[0]), ("commit", "phase", "dtype", "left"))
+    silent = [record for record in records if not record["alive"]]
+    return Group(drawn, *(f"{each['repo_id']}: {_silence(each['silent_s'], lease_s)}" for each in silent))
+
+
+def _silence(silent_s: float, lease_s: float) -> str:
+    """The state of a claim without heartbeats: a dead process is found at once, a dead host by the lease."""
+    left_s = lease_s - silent_s
+    within = f", within {left_s:.0f} s" if left_s > 0 else ""
+    return f"no heartbeat for {span(silent_s)}; the next who asks takes over{within}"
 
 
 def _verify(store: ModelStore, key: SnapshotKey, stride: int, until: float, *, in_parts: bool) -> dict[str, Any]:
@@ -335,9 +434,9 @@ def _verify(store: ModelStore, key: SnapshotKey, stride: int, until: float, *, i
             until=until,
             on_position=lambda position: save_position(store.layout, key, position),
         )
-        save_position(store.layout, key, verified.position)
     else:
         verified = verify_folder(folder, key)
+    save_result(store.layout, key, verified, whole=not in_parts)
     return key_record(key, folder) | {
         "ok": verified.ok,
         "complete": verified.complete,

@@ -41,6 +41,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
 ALIAS_COMMANDS: Mapping[str, Callable[..., None]] = {
     "set": alias.set_alias,
     "ls": alias.list_aliases,
+    "history": alias.past_targets,
     "rollback": alias.rollback,
     "rm": alias.remove,
 }

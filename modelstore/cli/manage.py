@@ -2,46 +2,131 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
-from modelstore.cli.app import DRY_RUN, REF, REVISION, VARIANT, YES, Context
+from modelstore.cli.app import DRY_RUN, REF_HELP, REFS, REVISION, VARIANT, YES, Context, complete_reference
 from modelstore.cli.output import key_record, print_collected
-from modelstore.errors import NoSpace, Refused, UsageError
-from modelstore.operate.inventory import find_key, find_snapshot
+from modelstore.errors import NoSpace, Refused, SnapshotNotFound, UsageError
+from modelstore.operate.inventory import find_key, find_snapshot, unfinished_record
+from modelstore.reference import Reference, is_cut_commit, parse_reference, repo_id_of
 from modelstore.settings import parse_size
-from modelstore.units import size
+from modelstore.store import ModelStore
+from modelstore.units import counted, size
 from modelstore.volume import pins, refs
-from modelstore.volume.evict import evict, survey
-from modelstore.volume.garbage import GRACE_S, plan_collection
+from modelstore.volume.evict import Candidate, evict, survey
+from modelstore.volume.garbage import GRACE_S, GarbagePlan, plan_collection
+from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.space import Space
+from modelstore.volume.unfinished import drop
+from modelstore.volume.unfinished import unfinished as unfinished_downloads
+
+_SOME_REFS = Annotated[
+    list[str] | None, typer.Argument(metavar="[REF...]", help=REF_HELP, autocompletion=complete_reference)
+]
 
 
 def remove(
     context: Context,
-    reference: REF,
+    references: _SOME_REFS = None,
     dtype: VARIANT = None,
     revision: REVISION = None,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Remove unfinished downloads instead: of REF, or all of them.")
+    ] = False,
     dry_run: DRY_RUN = False,
     yes: YES = False,
     force: Annotated[bool, typer.Option("--force", help="Also if it is pinned, or an alias points to it.")] = False,
 ) -> None:
-    """Remove one snapshot from the volume. A worker that is reading it is not hurt."""
-    store = context.store()
-    key = find_key(store, reference, revision, dtype, exact=True)
-    (candidate,), folder = survey(store.layout, [key]), store.layout.snapshot(key)
-    if candidate.pinned and not force:
-        raise Refused(f"{key} is pinned: run `modelstore unpin {reference}` first, or add --force")
-    if candidate.aliases and not force:
-        raise Refused(f"@{candidate.aliases[0]} points to {key}: repoint it first, or add --force")
-    users = f", in use by {', '.join(candidate.users)}" if candidate.users else ""
+    """Remove snapshots from the volume. A worker that is reading one is not hurt."""
+    store = context.volume() if unfinished else context.store()
+    if unfinished:
+        _remove_unfinished(context, store, references or (), dtype, revision, dry_run=dry_run, yes=yes)
+        return
+    if not references:
+        raise UsageError("REF is missing: name a model, as in `modelstore rm org/name`, or use --unfinished")
+    keys = dict.fromkeys(find_key(store, reference, revision, dtype, exact=True) for reference in references)
+    candidates = survey(store.layout, list(keys))
+    for candidate in candidates:
+        if candidate.pinned and not force:
+            raise Refused(
+                f"{candidate.key} is pinned: run `modelstore unpin {candidate.key.repo_id}` first, or add --force"
+            )
+        if candidate.aliases and not force:
+            raise Refused(f"@{candidate.aliases[0]} points to {candidate.key}: repoint it first, or add --force")
     if not dry_run:
-        context.confirm(f"remove {key}, {size(candidate.size_bytes)}, {folder}{users}", yes=yes)
-        if not evict(store.layout, key, force=True):
-            raise Refused(f"{key} is being removed by another process: look at `modelstore ls`")
-    record = key_record(key, folder) | {"bytes": candidate.size_bytes, "removed": not dry_run}
-    context.print(record, lambda console: console.print(f"{'would remove' if dry_run else 'removed'} {folder}"))
+        lines = [_removal(store.layout, candidate) for candidate in candidates]
+        label = f"these {len(lines)} models ({size(sum(each.size_bytes for each in candidates))})"
+        context.confirm(
+            f"remove {label if len(lines) > 1 else lines[0]}",
+            yes=yes,
+            plan=lambda console: console.print("\n".join(lines)) if len(lines) > 1 else None,
+        )
+    records = []
+    for candidate in candidates:
+        if not dry_run and not evict(store.layout, candidate.key, force=True):
+            raise Refused(f"{candidate.key} is being removed by another process: look at `modelstore ls`")
+        folder = store.layout.snapshot(candidate.key)
+        records.append(key_record(candidate.key, folder) | {"bytes": candidate.size_bytes, "removed": not dry_run})
+    _print_removed(context, records, single=len(references) == 1)
+
+
+def _removal(layout: Layout, candidate: Candidate) -> str:
+    users = f", in use by {', '.join(candidate.users)}" if candidate.users else ""
+    return f"{candidate.key}, {size(candidate.size_bytes)}, {layout.snapshot(candidate.key)}{users}"
+
+
+def _remove_unfinished(
+    context: Context,
+    store: ModelStore,
+    references: Sequence[str],
+    dtype: str | None,
+    revision: str | None,
+    *,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """Drop the unfinished downloads of these models, or all that no worker goes on with."""
+    present = list(unfinished_downloads(store.layout))
+    chosen = [each for each in present if not each.is_running] if not references else []
+    for reference in references:
+        parsed = parse_reference(reference, revision=revision)
+        named = [each for each in present if _is_of(each.key, parsed) and dtype in (None, each.key.dtype)]
+        if not named:
+            raise SnapshotNotFound(f"there is no unfinished download of {reference}: look at `modelstore ls`")
+        chosen += named
+    layout, settings = store.layout, store.settings
+    if chosen and not dry_run:
+        label = counted(len(chosen), "unfinished download")
+        context.confirm(
+            f"remove {label} ({size(sum(each.size_bytes for each in chosen))})",
+            yes=yes,
+            plan=lambda console: console.print("\n".join(f"{each.key}, {size(each.size_bytes)}" for each in chosen)),
+        )
+    records = []
+    for each in chosen:
+        if not dry_run:
+            drop(layout, each.key, worker=settings.worker_id, lease_s=settings.lease_s)
+        record = key_record(each.key, layout.staging(each.key))
+        records.append(record | {"bytes": each.size_bytes, "removed": not dry_run})
+    _print_removed(context, records, single=False)
+
+
+def _is_of(key: SnapshotKey, reference: Reference) -> bool:
+    revision = reference.revision
+    return key.repo_id == repo_id_of(reference) and (
+        not is_cut_commit(revision[:39]) or key.commit.startswith(revision)
+    )
+
+
+def _print_removed(context: Context, records: list[dict[str, Any]], *, single: bool) -> None:
+    verb = {True: "removed", False: "would remove"}
+    lines = [f"{verb[record['removed']]} {record['path']}, {size(record['bytes'])}" for record in records]
+    context.print(
+        records[0] if single else records, lambda console: console.print("\n".join(lines or ["nothing to remove"]))
+    )
 
 
 def collect_garbage(
@@ -64,12 +149,32 @@ def collect_garbage(
     refs.check_format(store.layout)
     plan = plan_collection(layout, settings, grace_s=grace_s, limit_bytes=limit)
     if not dry_run and (plan.garbage or plan.evicted):
-        label = f"leftovers: {len(plan.garbage)}, models: {len(plan.evicted)}, {size(plan.size_bytes)} in all"
-        context.confirm(f"remove {label}", yes=yes)
+        planned = _collection(layout, plan, removed=False)
+        counts = (counted(len(plan.evicted), "model"), counted(len(plan.garbage), "leftover"))
+        label = " and ".join(text for text in counts if not text.startswith("0 "))
+        context.confirm(
+            f"remove these {label} ({size(plan.size_bytes)})",
+            yes=yes,
+            plan=lambda console: print_collected(console, planned),
+        )
         plan = plan.run(layout, settings, grace_s=grace_s)
-    record = {
+    kept = [unfinished_record(layout, each) for each in unfinished_downloads(layout)]
+    record = _collection(layout, plan, removed=not dry_run) | {"unfinished": kept}
+    context.print(record, lambda console: print_collected(console, record))
+    if limit is None:
+        return
+    taken = Space(layout, settings).taken() - (plan.size_bytes if dry_run else 0)
+    if taken > limit:
+        raise NoSpace(
+            f"{layout.root} takes {size(taken)} then, more than {to}: the rest is in use, pinned or an alias's"
+        )
+
+
+def _collection(layout: Layout, plan: GarbagePlan, *, removed: bool) -> dict[str, Any]:
+    """The record of a collection; `removed`: it was run."""
+    return {
         "bytes": plan.size_bytes,
-        "removed": not dry_run,
+        "removed": removed,
         "collected": [
             {
                 "kind": item.kind,
@@ -84,42 +189,38 @@ def collect_garbage(
             for item in plan.evicted
         ],
     }
-    context.print(record, lambda console: print_collected(console, record))
-    if limit is None:
-        return
-    taken = Space(layout, settings).taken() - (plan.size_bytes if dry_run else 0)
-    if taken > limit:
-        raise NoSpace(
-            f"{layout.root} takes {size(taken)} then, more than {to}: the rest is in use, pinned or an alias's"
-        )
 
 
 def pin(
     context: Context,
-    reference: REF,
+    references: REFS,
     dtype: VARIANT = None,
     revision: REVISION = None,
 ) -> None:
-    """Keep a snapshot from eviction, even if the quota is exceeded."""
+    """Keep snapshots from eviction, even if the quota is exceeded."""
     store = context.store()
-    key = find_snapshot(store, reference, revision, dtype, exact=True).key
-    pins.pin(store.layout, key, store.settings.worker_id)
-    record = key_record(key, store.layout.snapshot(key)) | {"pinned": True}
-    context.print(record, lambda console: console.print(f"pinned {key}"))
+    keys = [find_snapshot(store, reference, revision, dtype, exact=True).key for reference in references]
+    for key in keys:
+        pins.pin(store.layout, key, store.settings.worker_id)
+    records = [key_record(key, store.layout.snapshot(key)) | {"pinned": True} for key in keys]
+    text = "\n".join(f"pinned {key}" for key in keys)
+    context.print(records[0] if len(records) == 1 else records, lambda console: console.print(text))
 
 
 def unpin(
     context: Context,
-    reference: REF,
+    references: REFS,
     dtype: VARIANT = None,
     revision: REVISION = None,
 ) -> None:
-    """Let a snapshot be evicted again."""
+    """Let snapshots be evicted again."""
     store = context.store()
-    key = find_key(store, reference, revision, dtype, exact=True)
-    was_pinned = pins.unpin(store.layout, key)
-    record = key_record(key, store.layout.snapshot(key)) | {"pinned": False}
-    text = f"unpinned {key}" if was_pinned else f"{key} was not pinned"
-    others = sorted(f"{other}" for other in pins.pinned(store.layout) if other.repo_id == key.repo_id)
-    text += f"; {' and '.join(others)} still is" if others else ""
-    context.print(record, lambda console: console.print(text))
+    keys = [find_key(store, reference, revision, dtype, exact=True) for reference in references]
+    records, lines = [], []
+    for key in keys:
+        was_pinned = pins.unpin(store.layout, key)
+        records.append(key_record(key, store.layout.snapshot(key)) | {"pinned": False})
+        others = sorted(f"{other}" for other in pins.pinned(store.layout) if other.repo_id == key.repo_id)
+        line = f"unpinned {key}" if was_pinned else f"{key} was not pinned"
+        lines.append(line + (f"; {' and '.join(others)} still is" if others else ""))
+    context.print(records[0] if len(records) == 1 else records, lambda console: console.print("\n".join(lines)))

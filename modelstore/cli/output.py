@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelstore.operate.seed_plan import SeedPreview
-from modelstore.units import ago, printable_lines, size
+from modelstore.reference import is_local
+from modelstore.units import ago, counted, printable_lines, size, span
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.snapshots import Snapshot
 
@@ -15,6 +16,17 @@ if TYPE_CHECKING:  # a fifth of the time of a command that draws nothing, as wit
     from rich.console import Console
     from rich.table import Table
 
+# The kinds of errors by their exit codes, for a line that counts several
+FAILURES: Mapping[int, str] = {
+    2: "usage",
+    3: "not found",
+    4: "no access",
+    5: "damaged",
+    6: "no space",
+    7: "waited too long",
+    8: "refused",
+}
+_PRUNED = ("removed", "kept")
 _FIGURES = ("size", "files", "ready", "download")
 
 
@@ -52,14 +64,49 @@ def table(*names: str) -> Table:
     return made
 
 
+def fitting_table(
+    console: Console, rows: Sequence[Mapping[str, str]], columns: Sequence[str], droppable: Sequence[str]
+) -> Table:
+    """A table of as many of `columns` as the console's width bears: first the columns of `droppable` go, in order."""
+    from rich.measure import Measurement
+
+    names = list(columns)
+    for dropped in ("", *droppable):
+        names = [name for name in names if name != dropped]
+        made = table(*names)
+        for row in rows:
+            made.add_row(*(row[name] for name in names))
+        if Measurement.get(console, console.options.update(width=10_000), made).maximum <= console.width:
+            break
+    return made
+
+
 def print_seeded(console: Console, records: Sequence[Mapping[str, Any]]) -> None:
     for record in records:
-        if "error" not in record:
-            console.print(
-                f"{record['status']}: {record['repo_id']} at {record['commit'][:12]} as {record['dtype']}, "
-                f"{record['files']} files, {size(record['bytes'])}, {size(record['downloaded_bytes'])} "
-                f"over the network\n{record['path']}"
-            )
+        if "error" in record:
+            continue
+        downloaded = record["downloaded_bytes"]
+        how = "copied" if record["status"] == "downloaded" and not downloaded else record["status"]
+        network = f", {size(downloaded)} over the network" if downloaded else ""
+        console.print(f"{_outcome(how, record)}{network}\n{record['path']}")
+
+
+def print_adopted(console: Console, records: Sequence[Mapping[str, Any]], *, planned: bool) -> None:
+    for record in records:
+        if "error" in record:
+            continue
+        if planned:
+            how = "is there already" if record["status"] == "present" else "would adopt"
+            console.print(f"{_outcome(how, record)}\n{record['from']}")
+            continue
+        how = "is there already" if record["status"] == "present" else "adopted"
+        made = f", {record['made']}" if how == "adopted" else ""
+        console.print(f"{_outcome(how, record)}{made}\n{record['path']}")
+
+
+def _outcome(how: str, record: Mapping[str, Any]) -> str:
+    model = f"{record['repo_id']} at {record['commit'][:12]} as {record['dtype']}"
+    return f"{how}: {model}, {counted(record['files'], 'file')}, {size(record['bytes'])}"
 
 
 def print_snapshot(console: Console, snapshot: Snapshot) -> None:
@@ -84,6 +131,25 @@ def print_collected(console: Console, record: Mapping[str, Any]) -> None:
             f"last used {ago(item['idle_s'])}"
         )
     console.print(f"{verb} {size(record['bytes'])}")
+    print_unfinished(console, record.get("unfinished", ()))
+
+
+def print_unfinished(console: Console, records: Sequence[Mapping[str, Any]]) -> None:
+    """The unfinished downloads, a line each."""
+    for record in records:
+        console.print(f"{unfinished_text(record)}, {size(record['bytes'])}")
+    if any(not record["running"] for record in records):
+        console.print(
+            "an unfinished download goes on with the next seed or start; `modelstore rm --unfinished` drops it"
+        )
+
+
+def unfinished_text(record: Mapping[str, Any]) -> str:
+    """An unfinished download in words: its model, how far it is, and how long it is kept."""
+    share = f", {record['done'] / record['total']:.0%}" if record["total"] else ""
+    state = "downloading" if record["running"] else "unfinished"
+    kept = "" if record["running"] else f", kept for {span(record['kept_s'])} more"
+    return f"{record['repo_id']} {record['commit'][:12]} {record['dtype']}: {state}{share}{kept}"
 
 
 def print_measured(console: Console, record: Mapping[str, Any]) -> None:
@@ -111,6 +177,10 @@ def print_verified(console: Console, records: list[dict[str, Any]]) -> None:
         console.print(line)
         for finding in record["findings"]:
             _print_finding(console, finding)
+        if not record["ok"]:
+            command = f"modelstore seed {record['repo_id']}@{record['commit']} --dtype {record['dtype']}"
+            now = "seed its folder again" if is_local(record["repo_id"]) else command
+            console.print(f"    it is made again at the next start, or now: {now}")
 
 
 def _print_finding(console: Console, finding: Mapping[str, str]) -> None:
@@ -121,6 +191,11 @@ def print_preview(console: Console, preview: SeedPreview) -> None:
     """The plan of a seed."""
     rows = table("model", "commit", "dtype", "size", "download", "")
     for record in preview.models:
+        if "error" in record:
+            rows.add_row(
+                record["reference"], "", "", "", "", f"failed: {FAILURES.get(record['exit_code'], 'see above')}"
+            )
+            continue
         sizes = (size(record["bytes"]), size(record["downloaded_bytes"]))
         rows.add_row(record["repo_id"], record["commit"][:12], record["dtype"], *sizes, record["status"])
     console.print(rows)
@@ -138,7 +213,7 @@ def print_preview(console: Console, preview: SeedPreview) -> None:
 
 
 def print_seed_result(console: Console, records: Sequence[Mapping[str, Any]]) -> None:
-    """The result of a seed."""
+    """The result of a seed; of several models with a last line that counts."""
     print_seeded(console, [record for record in records if "path" in record])
     for record in records:
         if "error" in record or "path" in record:
@@ -148,6 +223,14 @@ def print_seed_result(console: Console, records: Sequence[Mapping[str, Any]]) ->
             console.print(f"{text} on {record['to']}, {size(record['uploaded_bytes'])} sent")
         else:
             console.print(f"{text}, {size(record['bytes'])}")
+    failed = [record for record in records if "error" in record]
+    if failed:
+        names = ", ".join(
+            f"{record.get('reference') or record['repo_id']} ({FAILURES.get(record['exit_code'], 'see above')})"
+            for record in failed
+        )
+        published = [record for record in records if "error" not in record and record["status"] not in _PRUNED]
+        console.print(f"{len(published)} of {len(published) + len(failed)} published; failed: {names}")
 
 
 def key_record(key: SnapshotKey, folder: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def warm(
         changes["dtype"] = parse_dtype("--dtype", dtype)
     store = context.store(**changes)
     settings = store.settings
-    timeline = Timeline(worker=settings.worker_id, model=str(settings.model), dtype=settings.dtype or "")
+    timeline = Timeline(worker=settings.worker_id, model=str(settings.model or ""), dtype=settings.dtype or "")
     try:
         with gc_paused():
             with observer_of(context) as observer:

@@ -2,6 +2,7 @@
 
     models--org--name/{refs,snapshots,blobs}     an HF cache, or the folder that holds several of them
     config.json, model.safetensors, …            a folder that `save_pretrained` wrote, or a pipeline's
+    name/config.json, org/name/config.json, …    a folder of such folders
     manifest.json, small.tar, big/               a mirror by the RunPod SDK's VolumeCache of either of them
 
 A mirror keeps neither the links nor the refs of an HF cache: the names of its blobs are asked of the Hub, which tells
@@ -61,18 +62,30 @@ def find(path: Path, settings: Settings, *, repo_id: str | None = None) -> Itera
         if models and repo_id is None:
             yield from models
             return
-    if any((path / name).is_file() for name in _INDEXES):
+    if _is_model(path):
         yield _folder(str(path), path.name, files_below(path), repo_id, str(path))
         return
     caches = [path] if path.name.startswith("models--") else sorted(path.glob("models--*"))
     if not caches:
-        raise NotFound(f"{path} holds no model: neither {' nor '.join(_INDEXES)} nor models--org--name")
+        models_below = [folder for folder in sorted([*path.glob("*"), *path.glob("*/*")]) if _is_model(folder)]
+        models_below = [folder for folder in models_below if not _is_model(folder.parent)]  # a pipeline's parts
+        if not models_below:
+            raise NotFound(f"{path} holds no model: neither {' nor '.join(_INDEXES)} nor models--org--name")
+        if repo_id is not None and len(models_below) > 1:
+            raise UsageError(f"{path} holds {len(models_below)} models: --as can name only one")
+        for folder in models_below:
+            yield _folder(str(folder), folder.name, files_below(folder), repo_id, str(folder))
+        return
     if repo_id is not None:
         raise UsageError(f"{path} is an HF cache, whose models have names: leave out --as")
     models = [model for cache in caches for model in _in_cache(cache, settings)]
     if not models:
         raise NotFound(f"{path} holds no whole model: let the download that it belongs to end, or seed it from the Hub")
     yield from models
+
+
+def _is_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _INDEXES)
 
 
 def _in_cache(repo: Path, settings: Settings) -> Iterator[Found]:

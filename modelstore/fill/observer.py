@@ -67,7 +67,8 @@ class LogObserver(Observer):
         if self._due():
             left_s = progress.eta_s  # once: others count on meanwhile
             eta = f", about {left_s:.0f} s left" if left_s is not None else ""
-            logger.info("%s %s: %s of %s%s", self._doing, key, size(progress.done), size(progress.total), eta)
+            amount = f": {size(progress.done)} of {size(progress.total)}{eta}" if progress.total else ""
+            logger.info("%s %s%s", self._doing, key, amount)
 
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
         if self._due():

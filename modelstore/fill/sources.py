@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from modelstore.errors import SnapshotNotFound
+from modelstore.errors import HubUnavailable, SnapshotNotFound
 from modelstore.fill.folder import FolderSource
 from modelstore.fill.hf_cache import HfCacheSource
 from modelstore.fill.source import Resolved, Source
@@ -57,20 +57,28 @@ def resolve(
 ) -> tuple[Source, Resolved]:
     """The first source that has the model, and its commit: the one that the fleet recorded, or the Hub's if `refresh`.
 
+    If the Hub cannot be reached, an HF cache on the volume may answer a `refresh`, too.
+
     Raises SnapshotNotFound if no source is left to ask, and the errors of the last source.
     """
     from modelstore.fill.hub import HubSource
 
     commit = "" if reference.kind == "file" else recorded_commit
     hub: tuple[Source, Resolved] | None = None
+    unreachable: HubUnavailable | None = None
     if refresh and not settings.offline and reference.kind == "hub" and not is_local(reference.name):
         newest = HubSource(reference, settings, sleep=sleep)
-        hub = newest, newest.resolve()
-        commit = hub[1].commit
+        try:
+            hub = newest, newest.resolve()
+            commit = hub[1].commit
+        except HubUnavailable as error:
+            unreachable = error
     pinned = replace(reference, revision=commit) if commit else reference
     for source in sources_for(pinned, settings, named=reference, copies=copies, sleep=sleep):
         if hub is not None and not source.is_copy:
             return hub
+        if unreachable is not None and not source.is_copy:
+            raise unreachable
         if (resolved := source.offer()) is not None:
             return source, resolved.for_revision(reference.revision) if commit else resolved
     raise SnapshotNotFound(

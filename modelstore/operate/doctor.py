@@ -26,11 +26,12 @@ from modelstore.mount import NETWORK_FILE_SYSTEMS, check_place, mount_of, read_m
 from modelstore.operate import inventory
 from modelstore.reference import Reference, parse_reference
 from modelstore.settings import Settings
-from modelstore.units import size
+from modelstore.units import counted, size
 from modelstore.volume import aliases, durable, refs, tree
 from modelstore.volume.garbage import plan_collection
 from modelstore.volume.layout import Layout
 from modelstore.volume.snapshots import Catalog
+from modelstore.volume.unfinished import unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -320,9 +321,16 @@ def _quota(layout: Layout, settings: Settings) -> CheckResult:
 def _leftovers(layout: Layout, settings: Settings) -> CheckResult:
     try:
         plan = plan_collection(layout, settings)
-        damaged = [record for record in inventory.models(layout) if not record["complete"]]
+        models = inventory.models(layout)
     except (ModelStoreError, OSError) as error:
         return _failed("leftovers", error, *_UNCOUNTED)
+    damaged = [record for record in models if not record["complete"]]
+    if not damaged and (bad := [record for record in models if record["problem"]]):
+        names = ", ".join(f"{record['repo_id']} ({record['problem']})" for record in bad[:3])
+        return _error(
+            "snapshots", f"verify found {len(bad)} of them damaged: {names}", "the next start makes them again",
+            "seed them, which makes them again now", 5,
+        )  # fmt: skip
     if damaged:
         names = ", ".join(record["repo_id"] for record in damaged[:3])
         return _error(
@@ -332,6 +340,13 @@ def _leftovers(layout: Layout, settings: Settings) -> CheckResult:
     if plan.garbage:
         text = f"{len(plan.garbage)} leftovers, {size(sum(item.size_bytes for item in plan.garbage))}"
         return _warning("leftovers", text, "they take space", "run `modelstore gc`")
+    left = [each for each in unfinished(layout) if not each.is_running]
+    if left:
+        text = f"{counted(len(left), 'unfinished download')}, {size(sum(each.size_bytes for each in left))}"
+        return _warning(
+            "leftovers", text, "they take space, and go on with the next seed or start of the model",
+            "seed it to the end, or run `modelstore rm --unfinished`",
+        )  # fmt: skip
     return _ok("leftovers", "no leftovers")
 
 

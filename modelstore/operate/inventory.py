@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any
 
 from modelstore.dtypes import DEFAULT_DTYPE, parse_dtype
@@ -18,32 +19,36 @@ from modelstore.store import ModelStore
 from modelstore.volume import aliases, durable, pins, refs, tree
 from modelstore.volume.claim import ClaimRecord, current_record
 from modelstore.volume.evict import survey
+from modelstore.volume.garbage import GRACE_S
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.snapshots import Catalog, Snapshot, keyed_folders
 from modelstore.volume.space import Space
+from modelstore.volume.unfinished import Unfinished
+from modelstore.volume.verify import known_problem
 
 _LOOK_AGAIN_S = 1.5
 
-_Seen = tuple[SnapshotKey, durable.Contents | None, set[str] | None, tuple[pins.Mark, ...]]
+_Seen = tuple[SnapshotKey, durable.Contents | None, set[str] | None, tuple[pins.Mark, ...], str]
 
 
 def models(layout: Layout) -> list[dict[str, Any]]:
     """The snapshots, by repo and commit: size, last use, pin, aliases, and the workers that use them now.
 
-    `complete` is false if a file that the manifest names is not there, or the manifest cannot be read; `verify`
-    compares sizes and bytes.
+    `complete` is false if a file that the manifest names is not there, or the manifest cannot be read; `problem` is
+    what the last `verify`, which compares sizes and bytes, found wrong.
     """
     catalog = Catalog(layout)
     keys = list(catalog.keys())
     now = pins.volume_time(layout) if keys else 0.0
     aliased, pinned, marked = aliases.targets(layout).known, pins.pinned(layout), pins.marked_repos(layout)
+    verified = frozenset(tree.names(layout.root / "verified"))
 
     records = []
     # Files are parsed after all were read: a thread that computes holds up those that read.
-    for record in tree.map_concurrently(lambda key: _seen(catalog, layout, key, now, marked), keys):
+    for record in tree.map_concurrently(lambda key: _seen(catalog, layout, key, now, marked, verified), keys):
         if record is None:
             continue
-        key, file, names, marks = record
+        key, file, names, marks, problem = record
         manifest = catalog.parse(key, file)
         tops = {file.path.split("/")[0] for file in manifest.files} if manifest else set()
         records.append(
@@ -53,6 +58,7 @@ def models(layout: Layout) -> list[dict[str, Any]]:
                 "files": len(manifest.files) if manifest else 0,
                 "bytes": manifest.size_bytes if manifest else 0,
                 "complete": bool(tops) and (names is None or tops <= names),
+                "problem": problem,
                 "idle_s": round(max(now - marks[0].touched_at, 0.0)) if marks else None,
                 "pinned": key in pinned,
                 "aliases": list(aliased.get(key, ())),
@@ -60,6 +66,20 @@ def models(layout: Layout) -> list[dict[str, Any]]:
             }
         )
     return records
+
+
+def unfinished_record(layout: Layout, download: Unfinished) -> dict[str, Any]:
+    """The record of an unfinished download: how far it is, and how long `gc` leaves it alone."""
+    return {
+        **download.key.as_json(),
+        "path": str(layout.staging(download.key)),
+        "bytes": download.size_bytes,
+        "done": download.done,
+        "total": download.total,
+        "idle_s": round(download.idle_s),
+        "kept_s": round(max(GRACE_S - download.idle_s, 0)),
+        "running": download.is_running,
+    }
 
 
 def space(layout: Layout, settings: Settings) -> dict[str, Any]:
@@ -96,7 +116,8 @@ def space(layout: Layout, settings: Settings) -> dict[str, Any]:
 def claims(layout: Layout, *, sleep: Callable[[float], None] = time.sleep) -> list[dict[str, Any]]:
     """The claims that are held: the worker, its progress, the time left, and whether the holder is alive.
 
-    Looks twice, a few heartbeats apart: a holder that said nothing in between is gone, or its host is.
+    Looks twice, a few heartbeats apart: a holder that said nothing in between is gone, or its host is. `silent_s`:
+    seconds since its last heartbeat.
     """
     refs.check_format(layout)
 
@@ -109,12 +130,14 @@ def claims(layout: Layout, *, sleep: Callable[[float], None] = time.sleep) -> li
     if not first:
         return []
     sleep(_LOOK_AGAIN_S)
+    now = pins.volume_time(layout)
     records = []
     for key, generation, before in first:
         claim = held_claim(key)
         if claim is None:
             continue
         _key, now_generation, record = claim
+        silent_s = now - tree.newest_mtime(layout.claims(key) / str(now_generation))
         records.append(
             {
                 **key.as_json(),
@@ -127,13 +150,17 @@ def claims(layout: Layout, *, sleep: Callable[[float], None] = time.sleep) -> li
                 "total": record.total,
                 "eta_s": record.eta_s,
                 "alive": (now_generation, record.beat) != (generation, before.beat),
+                "silent_s": round(max(silent_s, 0)),
             }
         )
     return records
 
 
-def _seen(catalog: Catalog, layout: Layout, key: SnapshotKey, now: float, marked: frozenset[str]) -> _Seen | None:
-    """A snapshot's manifest, the contents of its folder, and its marks; None if it was evicted meanwhile.
+def _seen(
+    catalog: Catalog, layout: Layout, key: SnapshotKey, now: float, marked: frozenset[str], verified: frozenset[str]
+) -> _Seen | None:
+    """A snapshot's manifest, the contents of its folder, its marks, and the problem that a verification found; None if
+    it was evicted meanwhile.
 
     The names are None if the folder's time says that nothing was put or removed since the manifest was written. That
     saves a round trip on MooseFS, whose times are whole seconds; if they are finer, the folder is always later. A
@@ -146,7 +173,8 @@ def _seen(catalog: Catalog, layout: Layout, key: SnapshotKey, now: float, marked
             names = set(os.listdir(folder))
     except FileNotFoundError:
         return None
-    return key, file, names, pins.recent_marks(layout, key, now) if key.parts[0] in marked else ()
+    marks = pins.recent_marks(layout, key, now) if key.parts[0] in marked else ()
+    return key, file, names, marks, known_problem(layout, key) if key.parts[0] in verified else ""
 
 
 def find_key(
@@ -162,7 +190,7 @@ def find_key(
     as_variant = f" as {variant}" if variant else ""
     if (key := store.catalog.find_key(parsed, variant, exact=exact)) is not None:
         return key
-    if parsed.kind == "alias":
+    if parsed.kind == "alias":  # its snapshot is not there
         key = aliases.target(store.layout, parsed.name)
         raise SnapshotNotFound(f"{parsed} points to {key}, which is not on the volume: run `modelstore seed {parsed}`")
     variants = list(store.catalog.keys(repo_id_of(parsed)))
@@ -177,6 +205,9 @@ def find_key(
     if variants:
         others = ", ".join(f"{key.repo_id}@{key.commit[:12]} --dtype {key.dtype}" for key in variants[:5])
         raise SnapshotNotFound(f"{problem}, but this is: {others}")
+    known = {key.repo_id for key in list(store.catalog.keys())}
+    if similar := get_close_matches(repo_id_of(parsed), known, 1, 0.75):
+        raise SnapshotNotFound(f"{problem}: did you mean {similar[0]}?")
     option = f" --dtype {dtype}" if dtype else ""
     raise SnapshotNotFound(f"{problem}: look at `modelstore ls`, or run `modelstore seed {reference}{option}`")
 

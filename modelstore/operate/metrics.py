@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from modelstore.operate import inventory
 from modelstore.settings import Settings
-from modelstore.timeline import total_s
+from modelstore.timeline import OUTCOMES, total_s
 from modelstore.volume import history
 from modelstore.volume.layout import Layout
 
@@ -56,9 +56,10 @@ class _OfVolume(Collector):
 
 
 def _of_starts(starts: list[dict[str, Any]]) -> Iterator[Metric]:
-    outcomes = Counter(dict.fromkeys(("hit", "waited", "resumed", "downloaded", "failed"), 0))
+    outcomes = Counter(dict.fromkeys((*OUTCOMES, "failed"), 0))
     seconds: Counter[str] = Counter()
     moved: Counter[str] = Counter()
+    starts = [record for record in starts if record["kind"] == "start"]
     for record in starts:
         outcomes["failed" if record["error"] else record["outcome"] or "hit"] += 1
         for span in record["spans"]:

@@ -42,7 +42,8 @@ OnError = Callable[[ModelStoreError], None]
 
 @dataclass(frozen=True, slots=True)
 class SeedPreview:
-    """The outcome of a run that is not made. `models`: a record for each, see `ModelStore.preview`; sizes in bytes."""
+    """The outcome of a run that is not made. `models`: a record for each, see `ModelStore.preview`, or with its error;
+    sizes in bytes; `exit_code` of the first error, 0 if none."""
 
     models: tuple[Mapping[str, Any], ...]
     removed: tuple[Candidate, ...]
@@ -50,13 +51,12 @@ class SeedPreview:
     taken_before: int
     taken_after: int
     quota: int | None
+    exit_code: int = 0
 
     @property
     def download_bytes(self) -> int:
         """The bytes over the network; two references may mean one snapshot, which counts once."""
-        return sum(
-            record["downloaded_bytes"] for record in {_key_of(record): record for record in self.models}.values()
-        )
+        return sum(record["downloaded_bytes"] for record in _by_key(self.models).values())
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -88,14 +88,15 @@ class SeedPlan:
     prune: bool = False
 
     def preview(self) -> SeedPreview:
-        """The outcome of `run`, without making it. Asks the sources, changes nothing; raises if a model cannot be
-        had."""
+        """The outcome of `run`, without making it. Asks the sources, changes nothing; raises if a single model cannot
+        be had."""
         store = self.store
-        records = tuple(self._previewed(model) for model in self.models)
+        records = tuple(self._previewed_or_failed(model) for model in self.models)
+        exit_code = next((record["exit_code"] for record in records if "error" in record), 0)
         space = inventory.space(store.layout, store.settings)
-        by_key = {_key_of(record): record for record in records}
+        by_key = _by_key(records)
         added = sum(record["bytes"] for record in by_key.values() if record["status"] != "present")
-        removed = self._prunable(by_key.keys()) if self.prune else ()
+        removed = self._prunable(by_key.keys()) if self.prune and not exit_code else ()
         return SeedPreview(
             models=records,
             removed=removed,
@@ -103,6 +104,7 @@ class SeedPlan:
             taken_before=space["taken"],
             taken_after=space["taken"] + added - sum(candidate.size_bytes for candidate in removed),
             quota=space["quota"],
+            exit_code=exit_code,
         )
 
     def moved_aliases(self) -> tuple[str, ...]:
@@ -110,7 +112,7 @@ class SeedPlan:
         alias which exists."""
         layout = self.store.layout
         models = [model for model in self.models if any(aliases.history(layout, name) for name in model.aliases)]
-        return self._moved_aliases(models, [self._previewed(model) for model in models])
+        return self._moved_aliases(models, [self._previewed_or_failed(model) for model in models])
 
     def run(
         self,
@@ -146,7 +148,7 @@ class SeedPlan:
             if len(self.models) == 1:
                 raise result
             exit_code = exit_code or result.exit_code
-            records.append({"reference": str(model.reference), "error": str(result), "exit_code": result.exit_code})
+            records.append(_failure(model, result))
         if self.prune and not exit_code:
             records += self._pruned({_key_of(record) for record in records})
         elif self.prune:
@@ -189,6 +191,15 @@ class SeedPlan:
     def _previewed(self, model: ListedModel) -> dict[str, Any]:
         return self.store.preview(model.reference, dtype=model.dtype, overflow=model.overflow)
 
+    def _previewed_or_failed(self, model: ListedModel) -> dict[str, Any]:
+        """The same; the record of the error if there are other models."""
+        try:
+            return self._previewed(model)
+        except ModelStoreError as error:
+            if len(self.models) == 1:
+                raise
+            return _failure(model, error)
+
     def _seed(self, model: ListedModel, observer: Observer, wait_s: float | None) -> dict[str, Any]:
         """Publish a model, and give it the aliases and the pin of the list."""
         store = self.store
@@ -210,7 +221,7 @@ class SeedPlan:
         """The aliases of these models that point to another snapshot now, or that a canary tries another for."""
         moved = []
         for model, record in zip(models, previews, strict=True):
-            for name in model.aliases:
+            for name in model.aliases if "error" not in record else ():
                 entries = aliases.history(self.store.layout, name)
                 if entries and entries[-1].key != _key_of(record):
                     moved.append(name)
@@ -287,6 +298,16 @@ def _run_all(
             on_hang()
         raise
     return [job.result() for job in jobs]
+
+
+def _failure(model: ListedModel, error: ModelStoreError) -> dict[str, Any]:
+    """The record of a model that failed."""
+    return {"reference": str(model.reference), "error": str(error), "exit_code": error.exit_code}
+
+
+def _by_key(records: Sequence[Mapping[str, Any]]) -> dict[SnapshotKey, Mapping[str, Any]]:
+    """The records without those of errors; one for each snapshot."""
+    return {_key_of(record): record for record in records if "error" not in record}
 
 
 def _key_of(record: Mapping[str, Any]) -> SnapshotKey:

@@ -133,15 +133,38 @@ def target(layout: Layout, name: str, *, worker: str | None = None) -> SnapshotK
     alias."""
     pointed = history(layout, name)
     if not pointed:
-        raise SnapshotNotFound(f"the store has no alias @{name}: set it, or name the model as org/name")
+        raise no_alias(layout, name)
     if worker is not None and share_of(name, worker) < pointed[-1].percent:
         return pointed[-1].key
     return stable(pointed).key
 
 
+def no_alias(layout: Layout, name: str) -> SnapshotNotFound:
+    """The error for an alias that does not exist."""
+    from difflib import get_close_matches  # only for this
+
+    similar = get_close_matches(name, list(names(layout)), 1, 0.7)
+    hint = f"did you mean @{similar[0]}?" if similar else "set it, or name the model as org/name"
+    return SnapshotNotFound(f"the store has no alias @{name}: {hint}")
+
+
 def stable(entries: Sequence[Pointed]) -> Pointed:
     """The last entry that is for the whole fleet; if there is none, the last."""
     return next((entry for entry in reversed(entries) if entry.percent == 100), entries[-1])
+
+
+def previous(entries: Sequence[Pointed]) -> Pointed | None:
+    """The entry that a rollback leads to; None if there is none. A canary is rolled back to the entry for all.
+
+    An alias that was pointed back to an earlier snapshot is where it was then: what it left is not before it.
+    """
+    if entries and entries[-1].percent < 100:
+        return next((entry for entry in reversed(entries) if entry.percent == 100), None)
+    path: list[Pointed] = []
+    for entry in (entry for entry in entries if entry.percent == 100):
+        keys = [earlier.key for earlier in path]
+        path = [*path[: keys.index(entry.key)], entry] if entry.key in keys else [*path, entry]
+    return path[-2] if len(path) > 1 else None
 
 
 def remove(layout: Layout, name: str) -> None:

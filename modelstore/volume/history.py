@@ -1,4 +1,5 @@
-"""The starts of a fleet, a small record each, to show later why one was slow; and events: evictions and quarantines.
+"""The starts of a fleet and the swaps of its workers, a small record each, to show later why one was slow; and events:
+evictions and quarantines.
 
     starts/2026-11-21/1795277497.<worker>.<random>.json    {"at": 1795277497, "error": "", "worker": …, "spans": […]}
     events/2026-11-21/1795277497.evicted.<random>.json     {"at": 1795277497, "kind": "evicted", "repo_id": …, …}
@@ -19,8 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from modelstore.errors import ModelStoreError
-from modelstore.timeline import Timeline
+from modelstore.errors import ModelStoreError, UsageError
+from modelstore.timeline import Timeline, outcome_of
 from modelstore.units import printable
 from modelstore.volume import durable, refs, tree
 from modelstore.volume.layout import Layout, SnapshotKey
@@ -75,16 +76,43 @@ def _keep(layout: Layout, folder: Path, label: str, record: dict[str, Any]) -> N
         logger.warning("this is not in the volume's history: %s", failed)
 
 
-def starts(layout: Layout, *, limit: int, model: str | None = None) -> list[dict[str, Any]]:
-    """The latest records, or the latest of one model, the oldest of them first; unreadable ones are left out."""
+def starts(
+    layout: Layout, *, limit: int, model: str | None = None, since: float = 0.0, outcome: str | None = None
+) -> list[dict[str, Any]]:
+    """The latest records, or the latest of one model and one outcome, the oldest of them first; unreadable ones are
+    left out. `since`: seconds since 1970."""
+
+    def is_asked_for(record: dict[str, Any] | None) -> bool:
+        return (
+            record is not None
+            and record["at"] >= since
+            and model in (None, record["model"])
+            and outcome in (None, outcome_of(record))
+        )
+
     records: list[dict[str, Any]] = []
     for day in reversed(_days(layout.starts)):
         paths = tree.entries(day)  # their names begin with the time
         while paths and (missing := limit - len(records)):
             read = tree.map_concurrently(_read, paths[-missing:])
-            records += [record for record in read if record is not None and model in (None, record["model"])]
+            records += [record for record in read if record is not None and is_asked_for(record)]
             del paths[-missing:]
     return sorted(records, key=lambda record: record["at"])
+
+
+def parse_since(text: str) -> float:
+    """`90min`, `6h` or `2d` before now, or a day or time in UTC such as `2026-11-26` or `2026-11-26 17:30`, in seconds
+    since 1970. Raises UsageError."""
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)\s*(s|min|h|d)", text.strip())
+    if match:
+        return time.time() - float(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86400}[match[2]]
+    from datetime import UTC, datetime  # a worker never needs it
+
+    try:
+        moment = datetime.fromisoformat(text.strip())
+        return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        raise UsageError(f"{text!r} is no time: write it like 6h, 2d or 2026-11-26") from None
 
 
 def _days(folder: Path) -> list[Path]:
@@ -110,6 +138,8 @@ def _read(path: Path) -> dict[str, Any] | None:
         ]
         texts = {name: record[name] for name in ("worker", "model", "commit", "dtype", "reason", "error")}
         texts |= {name: record.get(name) or "" for name in ("outcome", "waited_for")}
+        texts["kind"] = "swap" if record.get("kind") == "swap" else "start"
+        texts["model"] = "" if texts["model"] == "None" else texts["model"]  # from versions before 0.2
         at = _seconds(record["at"])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None

@@ -72,6 +72,13 @@ class SourceRecord:
     revision: str
     compared_with: str = ""
 
+    @property
+    def label(self) -> str:
+        """The source in words."""
+        return {"file": f"the folder {self.location}", "hf-cache": "an HF cache on this volume"}.get(
+            self.kind, self.location
+        )
+
     def as_json(self) -> dict[str, str]:
         """The record as it stands in a manifest."""
         record = {"kind": self.kind, "location": self.location, "revision": self.revision}

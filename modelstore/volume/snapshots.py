@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from modelstore.errors import BadManifest, CodeRefused, IntegrityError
 from modelstore.reference import Reference
+from modelstore.units import counted, size
 from modelstore.volume import aliases, durable, refs, tree
 from modelstore.volume.layout import (
     MANIFEST,
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 Status = Literal["downloaded", "resumed", "present", "waited"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Snapshot:
     """A published snapshot: an immutable folder that `from_pretrained`, vLLM or diffusers can open by `path`.
 
@@ -47,6 +48,10 @@ class Snapshot:
     inode: int = 0
     status: Status = "present"
     downloaded_bytes: int = 0
+
+    def __repr__(self) -> str:
+        files = counted(len(self.manifest.files), "file")
+        return f"<Snapshot {self.key}, {files}, {size(self.size_bytes)}, {self.status}, {str(self.path)!r}>"
 
     @property
     def key(self) -> SnapshotKey:

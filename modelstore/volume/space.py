@@ -23,6 +23,7 @@ from modelstore.volume.claim import DEAD_AFTER_S, Claim, Contender, reserved_byt
 from modelstore.volume.evict import evict, least_recently_used, survey
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.snapshots import keyed_folders, moved_aside
+from modelstore.volume.unfinished import unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +71,22 @@ class Space:
             missing = self._find_room(key, missing_bytes, damaged=damaged)
         if missing > 0:
             free = max(needed_bytes - missing, 0)
-            hint = "remove a model" if self._settings.evict else "remove a model, run gc, set MODELSTORE_EVICT=1"
             raise NoSpace(
                 f"{key} takes up to {size(needed_bytes)} while it is made and {size(free)} of "
-                f"MODELSTORE_QUOTA={size(quota)} are free: {hint}, or raise the quota",
+                f"MODELSTORE_QUOTA={size(quota)} are free: {self._remedies(key)}, or raise the quota",
                 free_bytes=free,
             )
+
+    def _remedies(self, key: SnapshotKey) -> str:
+        """What would free some space now."""
+        dropped = [each for each in unfinished(self._layout) if each.key != key and not each.is_running]
+        remedies = ["remove a model"]
+        if dropped:
+            total = size(sum(each.size_bytes for each in dropped))
+            remedies.append(f"drop the unfinished downloads (`modelstore rm --unfinished`, {total})")
+        if not self._settings.evict:
+            remedies.append("set MODELSTORE_EVICT=1")
+        return ", ".join(remedies)
 
     def make_room(self, key: SnapshotKey, size_bytes: int) -> bool:
         """Find `size_bytes` for `key` after the volume itself said that it is full; whether anything went.

@@ -2,7 +2,8 @@
 
 Blocks are counted over all files of a snapshot. A sample of 1/20 compares the blocks r, r + 20, r + 40, … and the next
 run takes the next r, so that twenty runs have compared every byte. If a run came to is kept beside the snapshot
-(`verified/`), so that one that is cut short, by its time or by a kill, is gone on with. Names, sizes and foreign files
+(`verified/`), so that one that is cut short, by its time or by a kill, is gone on with. The first problem is kept
+there, too, until the snapshot is made again or a whole run finds nothing. Names, sizes and foreign files
 are compared in every run. Bytes come from the volume: this machine's page cache of a file is dropped first.
 """
 
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from modelstore.errors import BadManifest, FormatTooNew, ModelStoreError, UsageError
 from modelstore.units import printable
@@ -135,20 +137,64 @@ def verify_folder(
 def saved_position(layout: Layout, key: SnapshotKey, stride: int) -> Position:
     """The position that the last run with this stride reached; the start if there was none. Raises RootUnusable if its
     record cannot be read."""
-    data = durable.read_record(layout.verified(key), 4096)
+    record = _record(layout, key)
     try:
-        record = json.loads(data or b"")
         position = Position(*(operator.index(record[name]) for name in ("stride", "first", "done")))
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (KeyError, TypeError):
         return Position(stride)
     usable = position.stride == stride and 0 <= position.first < stride and position.done >= 0
     return position if usable else Position(stride)
 
 
+def known_problem(layout: Layout, key: SnapshotKey) -> str:
+    """What an earlier run found wrong with the snapshot that is there now; empty if it found nothing."""
+    record = _record(layout, key)
+    is_this = record.get("snapshot") == _identity(layout, key)
+    return printable(str(record.get("problem", "")))[:200] if is_this else ""
+
+
 def save_position(layout: Layout, key: SnapshotKey, position: Position) -> bool:
     """Keep the position of a run; False if the volume cannot be written, and the next run starts over."""
-    record = {"stride": position.stride, "first": position.first, "done": position.done}
+    return _save(layout, key, {"stride": position.stride, "first": position.first, "done": position.done})
+
+
+def save_result(layout: Layout, key: SnapshotKey, verified: Verified, *, whole: bool) -> bool:
+    """Keep the position and the first problem of a run. `whole`: it compared every byte, so that if it found nothing,
+    an earlier problem is gone. False if the volume cannot be written."""
+    problem = known_problem(layout, key)
+    if verified.findings:
+        problem = f"{verified.findings[0].path}: {verified.findings[0].problem}"
+    elif whole:
+        problem = ""
+    if whole and not problem and not tree.exists(layout.verified(key)):
+        return True
+    changes: dict[str, Any] = {"problem": problem, "snapshot": _identity(layout, key)} if problem else {"problem": ""}
+    if not whole:
+        position = verified.position
+        changes |= {"stride": position.stride, "first": position.first, "done": position.done}
+    return _save(layout, key, changes)
+
+
+def _identity(layout: Layout, key: SnapshotKey) -> str:
+    """What tells the snapshot that is there from one that is made in its place: its manifest's inode and time."""
     try:
+        state = os.lstat(layout.snapshot(key) / MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        return "without a manifest"
+    return f"{state.st_ino}.{state.st_mtime_ns}"
+
+
+def _record(layout: Layout, key: SnapshotKey) -> dict[str, Any]:
+    try:
+        record = json.loads(durable.read_record(layout.verified(key), 4096) or b"")
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _save(layout: Layout, key: SnapshotKey, changes: dict[str, Any]) -> bool:
+    try:
+        record = _record(layout, key) | changes
         tree.check_no_links(layout.root, layout.verified(key))
         durable.write_atomic(layout.verified(key), json.dumps(record).encode() + b"\n")
     except (ModelStoreError, OSError):

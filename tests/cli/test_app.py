@@ -171,7 +171,8 @@ def test_lines_into_a_pipe_are_as_long_as_they_are(hub: Hub, cli: Cli) -> None:
     cli("seed", name)
     for columns in ("", "0"):
         cli.env["COLUMNS"] = columns
-        (line,) = cli("ls").stdout.splitlines()[1:]
+        line, total = cli("ls").stdout.splitlines()[1:]
+        assert total == "1 model, 524.8 kB, 0 in use"
         assert line.startswith(f"{name} ")
         assert line.split()[2:5] == ["float16", "3", "524.8"]
 

@@ -24,6 +24,7 @@ from modelstore.errors import DoesNotFit, Refused
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
+from modelstore.volume import history
 from modelstore.warmstart import begin
 from tests.support.hub import Hub
 from tests.support.models import write_model
@@ -272,6 +273,20 @@ def test_a_swap_that_fails_is_not_tried_all_the_time(
         follower.look()
     assert tried == ["@chat"]
     assert asyncio.run(answered(chat))["model"] == "org/name"
+    (record,) = history.starts(store.layout, limit=9)
+    assert (record["kind"], record["model"], record["error"]) == ("swap", "@chat", "DoesNotFit: too large")
+
+
+def test_a_swap_leaves_a_record(chat: TextEngine, settings: Settings, store: ModelStore) -> None:
+    follower = AliasFollower(chat, replace(settings, model=parse_reference("@chat")), pytest.fail)
+    follower.look()
+    assert history.starts(store.layout, limit=9) == []
+    snapshot = store.set_alias("chat", "org/other")
+    follower.look()
+    (record,) = history.starts(store.layout, limit=9)
+    assert (record["kind"], record["model"], record["outcome"], record["error"]) == ("swap", "@chat", "hit", "")
+    assert (record["commit"], record["worker"]) == (snapshot.commit, settings.worker_id)
+    assert abs(record["at"] - time.time()) < 60
 
 
 @pytest.mark.parametrize("listed", ["org/other@COMMIT", "org/other"])

@@ -138,7 +138,8 @@ def test_the_command_sets_lists_and_rolls_back(two: ModelStore, env_of: dict[str
     assert "@chat" in run(two, "ls")
     assert "org/name" in run(two, "rollback", "chat", "--yes")
     assert key_of(two).repo_id == "org/name"
-    assert "org/other" in run(two, "rollback", "chat", "--dry-run")
+    assert "is back at its first target" in run(two, "rollback", "chat", "--dry-run", code=3)
+    assert "org/other" in run(two, "rollback", "chat", "--to", "org/other", "--dry-run")
 
 
 def test_bad_names_and_unknown_models_change_nothing(two: ModelStore, env_of: dict[str, str]) -> None:
