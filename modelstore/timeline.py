@@ -39,19 +39,24 @@ class SpanKind:
     colour: str
     no_detail: str = ""
 
+    @property
+    def general(self) -> str:
+        """The phrase without a detail."""
+        return self.no_detail or self.phrase
+
 
 SPAN_KINDS: Mapping[str, SpanKind] = {
     kind.name: kind
     for kind in (
         SpanKind("lookup", "looking for the model on the volume and at the Hub", "#8a8f98"),
         SpanKind("wait", "waiting for worker {}'s download", "#d9480f", "waiting for another worker's download"),
-        SpanKind("download", "fetching the model's files from their source", "#e8890c"),
+        SpanKind("download", "fetching the model's files from their source", "#c76f00"),
         SpanKind("convert", "converting to the storage dtype", "#b08900"),
         SpanKind("verify", "comparing the snapshot with its manifest", "#7c6f00"),
         SpanKind("publish", "publishing the snapshot", "#5c7c3f"),
         SpanKind("read", "reading the weights from the volume", "#2b8a3e"),
         SpanKind("import", "importing {}", "#1971c2", "importing libraries"),
-        SpanKind("build", "building the model", "#6741d9"),
+        SpanKind("build", "building the model", "#7048e8"),
         SpanKind("transfer", "moving the weights to the GPU", "#0b8494"),
         SpanKind("ready", "ready", "#c2255c"),
     )
@@ -209,14 +214,31 @@ def _covered_s(
     """Seconds that only one kind of span covers, by kind; and seconds that several kinds cover, by their set."""
     alone: dict[tuple[str, str], float] = {}
     shared: dict[frozenset[tuple[str, str]], float] = {}
+    for begin, end, kinds in sections(spans):
+        if len(kinds) == 1:
+            alone[next(iter(kinds))] = alone.get(next(iter(kinds)), 0.0) + end - begin
+        else:
+            shared[kinds] = shared.get(kinds, 0.0) + end - begin
+    return alone, shared
+
+
+def sections(spans: Sequence[Mapping[str, Any]]) -> Iterator[tuple[float, float, frozenset[tuple[str, str]]]]:
+    """The stretches between the ends of spans, with the kinds (name and detail) that cover each; gaps are left out."""
     times = sorted({time for span in spans for time in (span["start"], span["end"])})
     for begin, end in pairwise(times):
         kinds = frozenset(_kind_of(span) for span in spans if span["start"] <= begin and span["end"] >= end)
-        if len(kinds) == 1:
-            alone[next(iter(kinds))] = alone.get(next(iter(kinds)), 0.0) + end - begin
-        elif kinds:
-            shared[kinds] = shared.get(kinds, 0.0) + end - begin
-    return alone, shared
+        if kinds:
+            yield begin, end, kinds
+
+
+def shared_s(spans: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds by the name of a span; time that several cover is divided among them."""
+    seconds: dict[str, float] = {}
+    for begin, end, kinds in sections(spans):
+        names = {name for name, _detail in kinds}
+        for name in names:
+            seconds[name] = seconds.get(name, 0.0) + (end - begin) / len(names)
+    return seconds
 
 
 def _phrase(kind: tuple[str, str], record: Mapping[str, Any]) -> str:

@@ -1,247 +1,281 @@
 """`modelstore report`: one HTML page, complete in itself, about a volume and the starts from it; or the same as text.
 
-The page loads nothing and runs no script: tables and drawings (SVG) that a browser shows at any width, light or dark.
+The page loads nothing and runs no script: texts, tables and bars that a browser shows at any width, light or dark. From
+the top: a verdict, four figures, the starts over time, where the time of warm starts goes, the failures, the latest
+starts, and the volume. `drawings.py` has the drawings.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from modelstore.timeline import SPAN_KINDS, label_of, total_s, verdict, waterfall
-from modelstore.units import ago, size
+from modelstore.operate import drawings
+from modelstore.operate.drawings import clock, look_of, mark
+from modelstore.timeline import SPAN_KINDS, outcome_of, shared_s, total_s, verdict, waterfall
+from modelstore.units import ago, counted, size
 
-_WATERFALLS = 40
+_SHOWN_STARTS = 40
 NO_STARTS = "No start has been recorded yet: start a worker with this volume, or run `modelstore warm REF`."
-_OUTCOMES: Mapping[str, str] = {
-    "hit": "#2b8a3e",
-    "waited": "#d9480f",
-    "resumed": "#b08900",
-    "downloaded": "#e8890c",
-    "failed": "#c92a2a",
+_NO_MODELS = "No models are on the volume: run modelstore seed org/name."
+_KINDS = {
+    "staging": ("unfinished downloads", "#b08900"),
+    "quarantine": ("damaged snapshots, in quarantine", "#d63939"),
+    "trash": ("trash", "#8a8f98"),
+    "promised": ("promised to running downloads", "#7048e8"),
+}
+# The colours of texts and surfaces, light and dark; a test compares their contrast.
+PALETTES: Mapping[str, Mapping[str, str]] = {
+    "light": {
+        "page": "#ffffff",
+        "text": "#1c1e21",
+        "faint": "#5b616b",
+        "line": "#d3d7dd",
+        "card": "#f3f4f6",
+        "track": "#e4e7eb",
+        "bad": "#b42318",
+    },
+    "dark": {
+        "page": "#16181c",
+        "text": "#e8eaed",
+        "faint": "#a6adb8",
+        "line": "#3a3f48",
+        "card": "#20242a",
+        "track": "#2c3138",
+        "bad": "#ff8a80",
+    },
 }
 _STYLE = """
-:root { color-scheme: light dark; --line: #8885; --faint: #888; --card: #8881; }
 * { box-sizing: border-box }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 1rem }
-h1 { font-size: 1.4rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
-p { margin: .3rem 0 } .faint { color: var(--faint) }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: .6rem; margin-top: 1rem }
-.card { background: var(--card); border-radius: .5rem; padding: .6rem .8rem }
-.card b { display: block; font-size: 1.3rem }
-svg { display: block; width: 100%; min-width: 26rem; height: auto }
-svg text { fill: currentColor; font: 11px system-ui, sans-serif }
-.tile { fill-opacity: .8; stroke: Canvas; stroke-width: 2 }
-svg .on { fill: #fff }
-.start { border-top: 1px solid var(--line); padding: .7rem 0 }
-.start h3 { font-size: .95rem; margin: 0; overflow-wrap: anywhere }
-.row { display: grid; grid-template-columns: 5.5rem 1fr 4.5rem; gap: .5rem; align-items: center; font-size: .85rem }
-.track { background: var(--card); height: .8rem; position: relative; border-radius: .2rem }
-.bar { position: absolute; top: 0; bottom: 0; border-radius: .2rem; min-width: 2px }
-.right { text-align: right; font-variant-numeric: tabular-nums }
-.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .9rem }
-td, th { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); white-space: nowrap }
-.keys span { white-space: nowrap }
-.key { display: inline-block; width: .7rem; height: .7rem; border-radius: .15rem; margin: 0 .3rem 0 .8rem }
+html { color-scheme: light dark; background: var(--page); color: var(--text); -webkit-text-size-adjust: 100% }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 68rem; padding: 1rem }
+h1 { font-size: 1.05rem; margin: 0; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
+p { margin: .3rem 0 } .faint, .keys, .chart b { color: var(--faint) } .bad { color: var(--bad) }
+.verdict { font-size: 1.35rem; line-height: 1.3; margin: .6rem 0 1rem; text-wrap: balance }
+.cards { display: grid; grid-template-columns: repeat(2, 1fr); gap: .6rem }
+.card { background: var(--card); border-radius: .5rem; font-size: .87rem; overflow-wrap: anywhere;
+  padding: .6rem .8rem }
+.card b { display: block; font-size: 1.35rem; line-height: 1.25 } .card .track { margin: .35rem 0 }
+.track { background: var(--track); border-radius: .2rem; display: block; height: .8rem; overflow: hidden;
+  position: relative }
+.track i { height: 100%; min-width: 1px; position: absolute; top: 0 }
+.right { font-variant-numeric: tabular-nums; text-align: right; white-space: nowrap }
+.keys { display: flex; flex-wrap: wrap; font-size: .82rem; gap: .1rem .9rem; margin: .4rem 0 }
+.dot { border-radius: .15rem; display: inline-block; height: .7rem; width: .7rem }
+.mark { height: 12px; vertical-align: -1px; width: 12px }
+.chart { margin-left: 2.6rem } .chart b { font-size: .8rem; font-weight: 400; white-space: nowrap }
+.chart i { font-style: normal }
+.plot { height: 11rem; margin-top: 1rem; position: relative }
+.plot .mark, .lane .mark { margin: 0 0 -6px -6px; position: absolute }
+.h { border-top: 1px solid var(--line); left: 0; position: absolute; right: 0 }
+.h b { position: absolute; right: 100%; margin-right: .4rem; transform: translateY(-55%) }
+.lane { background: var(--card); border-radius: .2rem; height: 1.5rem; margin-top: .5rem; position: relative }
+.lane b { position: absolute; right: 100%; margin-right: .4rem; line-height: 1.5rem }
+.times { height: 1.5rem; position: relative }
+.v { border-left: 1px solid var(--line); height: .4rem; position: absolute }
+.v b { left: 0; position: absolute; top: .35rem; transform: translateX(-50%) }
+.v.first b { transform: none } .v.last b { transform: translateX(-100%) }
+.share, .span { align-items: center; display: grid; font-size: .87rem; gap: 0 .7rem; margin: .25rem 0;
+  grid-template-columns: 1fr auto }
+.share .track, .span .track { grid-column: 1 / -1; grid-row: 2 }
+details, .failure, .model { border-top: 1px solid var(--line); padding: .4rem 0 }
+summary { cursor: pointer; display: grid; font-size: .87rem; gap: 0 .7rem; grid-template-columns: 1fr auto;
+  list-style: none }
+summary::-webkit-details-marker { display: none } summary .track { grid-column: 1 / -1; height: 1rem }
+summary > span:first-child, .model b, .failure { overflow-wrap: anywhere }
+details[open] { padding-bottom: .8rem } details p { font-size: .87rem }
+.model { display: grid; font-size: .87rem; gap: .1rem .7rem; grid-template-columns: 1fr auto }
+.model .track, .model .faint { grid-column: 1 / -1 } .model b { font-weight: 600 }
+@media (min-width: 700px) {
+  .cards { grid-template-columns: repeat(4, 1fr) }
+  .share, .span { grid-template-columns: 17rem 1fr 8rem } .share .track, .span .track { grid-column: 2; grid-row: 1 }
+  summary { grid-template-columns: 17rem 1fr 4.5rem } summary .track { grid-column: 2; grid-row: 1; align-self: center }
+  .model { grid-template-columns: 15rem 1fr 5.5rem 14rem; align-items: center }
+  .model .track { grid-column: 2; grid-row: 1 } .model .faint { grid-column: 4; grid-row: 1 }
+}
 """
 
 
 def html(
-    models: Sequence[Mapping[str, Any]], space: Mapping[str, Any], starts: Sequence[dict[str, Any]], *, made_at: float
+    models: Sequence[Mapping[str, Any]], space: Mapping[str, Any], records: Sequence[dict[str, Any]], *, made_at: float
 ) -> str:
-    """The page. `models`, `space`: records of `inventory`; `starts`: records of `history`; `made_at`: seconds since
-    1970."""
+    """The page. `models`, `space`: records of `inventory`; `records`: of starts and swaps, of `history`; `made_at`:
+    seconds since 1970."""
+    starts = [record for record in records if record["kind"] == "start"]
+    warm = [record for record in starts if outcome_of(record) == "hit"]
     body = [
         f"<h1>Model store {escape(space['root'])}</h1>",
-        f"<p class=faint>as of {_clock(made_at)} UTC</p>",
-        _cards(models, space, starts),
-        "<h2>Starts over time</h2>",
-        _scatter(starts) if starts else f"<p class=faint>{escape(NO_STARTS)}</p>",
-        "<h2>The space on the volume</h2>",
-        _treemap(models) if models else "<p class=faint>No models are on the volume: run modelstore seed org/name.</p>",
-        _table(models),
-        f"<h2>The latest starts</h2>{_keys({kind.name: kind.colour for kind in SPAN_KINDS.values()})}"
-        if starts
-        else "",
-        *[_waterfall(record) for record in reversed(starts[-_WATERFALLS:])],
+        f"<p class=faint>as of {clock(made_at)} UTC</p>",
+        f"<p class=verdict>{escape(_verdict(starts, warm))}</p>",
+        _cards(space, starts, warm),
     ]
+    if records:
+        body += ["<h2>Starts over time</h2>", drawings.marks_key(records), drawings.over_time(records)]
+    if warm:
+        body += ["<h2>Where the time of warm starts goes</h2>", _time_of(warm)]
+    body += [_failures(records), _latest(records), "<h2>The volume</h2>", _volume(models, space)]
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>Model store {escape(space['root'])}</title><style>{_STYLE}</style>"
+        f"<title>Model store {escape(space['root'])}</title><style>{_palettes()}{_STYLE}</style>"
         f"<body>{''.join(body)}</body></html>\n"
     )
 
 
 def text(record: dict[str, Any], *, width: int) -> str:
     """One start as bars, a line each, in `width` columns, under its verdict."""
-    head = f"{_clock(record['at'])} UTC  {record['model']}  {_outcome(record)}  by {record['worker']}"
+    head = f"{clock(record['at'])} UTC  {record['model']}  {look_of(record)}  by {record['worker']}"
     return f"{head}\n{verdict(record)}\n{waterfall(record['spans'], width=width)}"
 
 
-def _cards(models: Sequence[Mapping[str, Any]], space: Mapping[str, Any], starts: Sequence[dict[str, Any]]) -> str:
-    good = [total_s(record) for record in starts if not record["error"]]
-    hits = sum(record["outcome"] == "hit" for record in starts)
-    quota = f" of {size(space['quota'])}" if space["quota"] else ""
+def _palettes() -> str:
+    def variables(palette: Mapping[str, str]) -> str:
+        return ";".join(f"--{name}:{colour}" for name, colour in palette.items())
+
+    dark = f"@media (prefers-color-scheme: dark){{:root{{{variables(PALETTES['dark'])}}}}}"
+    return f":root{{{variables(PALETTES['light'])}}}{dark}"
+
+
+def _verdict(starts: Sequence[Mapping[str, Any]], warm: Sequence[Mapping[str, Any]]) -> str:
+    """The page in a sentence."""
+    if not starts:
+        return NO_STARTS
+    failed = sum(bool(record["error"]) for record in starts)
+    if len(starts) == 1:
+        sentence = "The only start failed" if failed else "The only start succeeded"
+    else:
+        sentence = f"{failed or 'None'} of {len(starts)} starts failed"
+    if not warm:
+        return f"{sentence}; no warm start has been recorded."
+    seconds = _mean_seconds(warm)
+    kind = max(seconds, key=lambda name: seconds[name], default="")
+    phrase = SPAN_KINDS[kind].general if kind in SPAN_KINDS else kind
+    share = seconds.get(kind, 0.0) / (sum(seconds.values()) or 1.0)
+    part = f", {'most' if share > 0.5 else 'the largest part'} of it {phrase}" if phrase else ""
+    return f"{sentence}; a typical warm start takes {_quantile(warm, 0.5):.1f} s{part}."
+
+
+def _cards(space: Mapping[str, Any], starts: Sequence[Mapping[str, Any]], warm: Sequence[Mapping[str, Any]]) -> str:
+    failed = sum(bool(record["error"]) for record in starts)
+    good = len(starts) - failed
+    evictable = f"an eviction would free {size(space['evictable'])}"
+    if space["quota"]:
+        taken = f"<b>{size(space['taken'])}</b>of {size(space['quota'])}{drawings.quota_bar(space)}{evictable}"
+    else:
+        taken = f"<b>{size(space['taken'])}</b>taken, without a quota; {evictable}"
+    median = "<b>–</b>no warm start yet"
+    if warm:
+        median = f"<b>{_quantile(warm, 0.5):.1f} s</b>median of {counted(len(warm), 'warm start')}; "
+        median += f"95th percentile {_quantile(warm, 0.95):.1f} s"
+    hits = f"<b>{len(warm) / good:.0%}</b>found the model on the volume, of {good} that did not fail" if good else ""
     cards = [
-        (f"{size(space['taken'])}{quota}", "taken"),
-        (size(space["evictable"]), "could be evicted"),
-        (str(len(models)), "models"),
-        (str(len(starts)), "starts"),
-        (f"{hits / len(starts):.0%}" if starts else "–", "found their model there"),
-        (f"{_median(good):.1f} s" if good else "–", "median start"),
-        (f"{max(good):.1f} s" if good else "–", "slowest start"),
-        (str(len(starts) - len(good)), "failed"),
+        taken,
+        median,
+        hits or "<b>–</b>no start that did not fail",
+        f"<b{' class=bad' if failed else ''}>{failed}</b>failed, of {counted(len(starts), 'start')}",
     ]
-    return f"<div class=cards>{''.join(f'<div class=card><b>{value}</b>{name}</div>' for value, name in cards)}</div>"
+    return f"<div class=cards>{''.join(f'<div class=card>{card}</div>' for card in cards)}</div>"
 
 
-def _scatter(starts: Sequence[dict[str, Any]]) -> str:
-    """A point for each start: when, and how long it took."""
-    width, height, margin, bottom = 720, 220, 44, 24
-    first, last = starts[0]["at"], starts[-1]["at"]
-    longest = max([total_s(record) for record in starts] + [0.1]) * 1.08
-    parts = []
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        y = (height - bottom) * (1 - share) + 4
-        parts.append(
-            f'<line x1="{margin}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" opacity=".15"/>'
-        )
-        parts.append(f'<text x="{margin - 6}" y="{y + 4:.1f}" text-anchor="end">{longest * share:.1f} s</text>')
-    for record in starts:
-        x = margin + 8 + (record["at"] - first) / max(last - first, 1.0) * (width - margin - 16)
-        y = (height - bottom) * (1 - total_s(record) / longest) + 4
-        colour = _OUTCOMES[_outcome(record)]
-        parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}" fill-opacity=".75">'
-            f"<title>{escape(_tip(record))}</title></circle>"
-        )
-    parts.append(f'<text x="{margin}" y="{height - 4}">{_clock(first)}</text>')
-    parts.append(f'<text x="{width}" y="{height - 4}" text-anchor="end">{_clock(last)}</text>')
-    return f"{_keys(_OUTCOMES)}{_drawing(width, height, parts)}"
+def _time_of(warm: Sequence[Mapping[str, Any]]) -> str:
+    about = f"Seconds of a warm start, the mean of {len(warm)}. Time that several steps share is divided among them."
+    return f"{drawings.shares(_mean_seconds(warm))}<p class=faint>{about}</p>"
 
 
-def _treemap(models: Sequence[Mapping[str, Any]]) -> str:
-    """A rectangle for each model, as large as its bytes."""
-    width, height = 720, 260
-    sized = sorted((model for model in models if model["bytes"]), key=lambda model: -model["bytes"])
-    parts = []
-    for model, (x, y, w, h) in zip(sized, squarified([m["bytes"] for m in sized], width, height), strict=True):
-        used = bool(model["in_use_by"])
-        colour = "#2b8a3e" if used else "#1971c2" if model["pinned"] or model["aliases"] else "#8a8f98"
-        name = f"{model['repo_id']} {model['dtype']}"
-        parts.append(
-            f'<rect class=tile x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" fill="{colour}">'
-            f"<title>{escape(name)}, {size(model['bytes'])}</title></rect>"
-        )
-        room = int(w / 6.4)
-        if h > 34 and room > 6:
-            shown = name if len(name) <= room else f"{name[: room - 1]}…"
-            parts.append(f'<text class=on x="{x + 6:.1f}" y="{y + 16:.1f}">{escape(shown)}</text>')
-            parts.append(f'<text class=on x="{x + 6:.1f}" y="{y + 30:.1f}">{size(model["bytes"])}</text>')
-    keys = {"in use": "#2b8a3e", "pinned or aliased": "#1971c2", "may be evicted": "#8a8f98"}
-    return f"{_keys(keys)}{_drawing(width, height, parts)}"
+def _mean_seconds(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of a start by the name of the step, the mean of `records`."""
+    total: dict[str, float] = {}
+    for record in records:
+        for name, seconds in shared_s(record["spans"]).items():
+            total[name] = total.get(name, 0.0) + seconds
+    return {name: seconds / len(records) for name, seconds in total.items()}
 
 
-def squarified(sizes: Sequence[float], width: float, height: float) -> list[tuple[float, float, float, float]]:
-    """Rectangles (x, y, width, height) of areas in proportion to `sizes`, which come largest first, that fill a
-    rectangle and are as square as can be (Bruls, Huizing and van Wijk, "Squarified Treemaps", 2000)."""
-    scale = width * height / sum(sizes) if sizes else 0.0
-    areas = [size * scale for size in sizes]
-    placed: list[tuple[float, float, float, float]] = []
-    x = y = 0.0
-    while areas:
-        side = min(width, height)
-        row = [areas[0]]
-        while len(row) < len(areas) and _worst([*row, areas[len(row)]], side) <= _worst(row, side):
-            row.append(areas[len(row)])
-        thickness = sum(row) / side if side else 0.0
-        at = 0.0
-        for area in row:
-            length = area / thickness if thickness else 0.0
-            placed.append((x, y + at, thickness, length) if width >= height else (x + at, y, length, thickness))
-            at += length
-        if width >= height:
-            x, width = x + thickness, width - thickness
-        else:
-            y, height = y + thickness, height - thickness
-        areas = areas[len(row) :]
-    return placed
-
-
-def _worst(row: Sequence[float], side: float) -> float:
-    """The worst ratio of the sides of a row's rectangles."""
-    total = sum(row)
-    return max(max(side * side * area / total**2, total**2 / (side * side * area)) for area in row) if side else 0.0
-
-
-def _table(models: Sequence[Mapping[str, Any]]) -> str:
+def _failures(records: Sequence[Mapping[str, Any]]) -> str:
+    """The failures, those with the same error as one, the latest first."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for record in reversed(records):
+        if record["error"]:
+            groups.setdefault(record["error"], []).append(record)
     rows = []
-    for model in sorted(models, key=lambda model: -model["bytes"]):
-        kept = ", ".join(
-            [*(f"@{name}" for name in model["aliases"]), *(["pinned"] if model["pinned"] else []), *model["in_use_by"]]
-        )
-        cells = (
-            model["repo_id"],
-            model["commit"][:12],
-            model["dtype"],
-            size(model["bytes"]),
-            "never" if model["idle_s"] is None else ago(model["idle_s"]),
-            kept,
-        )
-        rows.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
-    head = "".join(f"<th>{name}</th>" for name in ("model", "commit", "dtype", "size", "last used", "kept by"))
-    return f"<div class=scroll><table><tr>{head}</tr>{''.join(rows)}</table></div>" if rows else ""
-
-
-def _waterfall(record: dict[str, Any]) -> str:
-    total = total_s(record) or 1.0
-    rows = []
-    for span in record["spans"]:
-        length = span["end"] - span["start"]
-        if length < 0.005 and span["name"] != "ready":
-            continue
-        at, wide = 100 * span["start"] / total, 100 * length / total
-        seconds = span["end"] if span["name"] == "ready" else length
-        colour = SPAN_KINDS[span["name"]].colour if span["name"] in SPAN_KINDS else "#888"
+    for error, alike in groups.items():
+        models = _some(record["model"] or "no model" for record in alike)
+        times = f"{clock(alike[0]['at'])} UTC"
+        times = times if len(alike) == 1 else f"{len(alike)} times, last {times}, first {clock(alike[-1]['at'])}"
         rows.append(
-            f"<div class=row><span>{escape(label_of(span))}</span><span class=track>"
-            f'<span class=bar style="left:{min(at, 99.5):.2f}%;width:{wide:.2f}%;background:{colour}"></span></span>'
-            f"<span class=right>{seconds:.2f} s</span></div>"
+            f"<div class=failure>{mark('failed')} <b>{escape(models)}</b>: {escape(error)}"
+            f"<p class=faint>{times}, by {escape(_some(record['worker'] for record in alike))}</p></div>"
         )
+    return f"<h2>Failures</h2>{''.join(rows)}" if rows else ""
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first three different names, and how many more there are."""
+    different = list(dict.fromkeys(names))
+    more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+    return ", ".join(different[:3]) + more
+
+
+def _latest(records: Sequence[dict[str, Any]]) -> str:
+    """The latest starts that did not fail, as bars on one scale; their spans are folded."""
+    shown = [record for record in reversed(records) if not record["error"]][:_SHOWN_STARTS]
+    if not shown:
+        return ""
+    scale_s = max(map(total_s, shown)) or 1.0
+    rows = []
+    for record in shown:
+        name = f"{mark(look_of(record))} {clock(record['at'])[5:]} {escape(record['model'])}"
+        about = f"worker {record['worker']}, {record['dtype']}, commit {record['commit'][:12]}, {record['reason']}"
+        rows.append(
+            f"<details><summary><span>{name}</span><span class=right>{total_s(record):.1f} s</span>"
+            f"{drawings.stacked(record, scale_s)}</summary><p>{escape(verdict(record))}</p>"
+            f"<p class=faint>{clock(record['at'])} UTC, {look_of(record)}, {escape(about)}</p>"
+            f"{drawings.spans_of(record)}</details>"
+        )
+    left = sum(not record["error"] for record in records) - len(shown)
+    more = f"<p class=faint>{left} earlier ones: modelstore history --limit {len(records)}</p>" if left else ""
     return (
-        f"<div class=start><h3>{escape(record['model'])} · {_outcome(record)} · {total:.1f} s</h3>"
-        f"<p>{escape(verdict(record))}</p>"
-        f"<p class=faint>{_clock(record['at'])} UTC, worker {escape(record['worker'])}, "
-        f"{escape(record['dtype'])}, {escape(record['reason'])}</p>{''.join(rows)}</div>"
+        f"<h2>The latest starts</h2>{drawings.steps_key(shown)}{''.join(rows)}{more}"
+        "<p class=faint>All bars are on one scale. Choose a start to see its steps.</p>"
     )
 
 
-def _keys(colours: Mapping[str, str]) -> str:
-    keys = "".join(
-        f'<span><i class=key style="background:{colour}"></i>{name}</span> ' for name, colour in colours.items()
+def _volume(models: Sequence[Mapping[str, Any]], space: Mapping[str, Any]) -> str:
+    """Each model, and all else that takes space, as a bar against the quota; against what is taken without one."""
+    whole = max(space["quota"] or 0, space["taken"], 1)
+    rows = [_model_row(model, whole) for model in sorted(models, key=lambda model: -model["bytes"])]
+    for kind, (name, colour) in _KINDS.items():
+        if count := space["kinds"].get(kind, 0):
+            rows.append(_row(f"<b>{name}</b>", count, whole, colour, ""))
+    if space["quota"]:
+        rows.append(_row("<b>free</b>", space["free"], whole, "transparent", "of the quota"))
+    about = f"Each bar is a part of {'the quota, ' + size(space['quota']) if space['quota'] else 'what is taken'}."
+    return "".join(rows) + f"<p class=faint>{about}</p>" if models or space["taken"] else f"<p>{escape(_NO_MODELS)}</p>"
+
+
+def _model_row(model: Mapping[str, Any], whole: int) -> str:
+    kept = [*(f"@{name}" for name in model["aliases"]), *(["pinned"] if model["pinned"] else [])]
+    kept += [f"in use by {', '.join(model['in_use_by'])}"] if model["in_use_by"] else []
+    problem = model["problem"] or ("" if model["complete"] else "files are missing")
+    used = "never used" if model["idle_s"] is None else f"used {ago(model['idle_s'])}"
+    about = ", ".join([model["commit"][:12], used, *kept])
+    colour = "#2b8a3e" if model["in_use_by"] else "#1971c2" if kept else "#8a8f98"
+    name = f"<b>{escape(model['repo_id'])}</b> {escape(model['dtype'])}"
+    damaged = f"<br><span class=bad>damaged: {escape(problem)}</span>" if problem else ""
+    return _row(name + damaged, model["bytes"], whole, colour, about)
+
+
+def _row(name: str, count: int, whole: int, colour: str, about: str) -> str:
+    return (
+        f"<div class=model><span>{name}</span><span class=right>{size(count)}</span>"
+        f"{drawings.bar(count / whole, colour)}<span class=faint>{escape(about)}</span></div>"
     )
-    return f'<p class="faint keys">{keys}</p>'
 
 
-def _drawing(width: int, height: int, parts: Sequence[str]) -> str:
-    return f'<div class=scroll><svg viewBox="0 0 {width} {height}" role=img>{"".join(parts)}</svg></div>'
-
-
-def _tip(record: dict[str, Any]) -> str:
-    return f"{_clock(record['at'])} {record['model']} {record['worker']}: {verdict(record)}"
-
-
-def _outcome(record: dict[str, Any]) -> str:
-    return "failed" if record["error"] else record["outcome"] if record["outcome"] in _OUTCOMES else "hit"
-
-
-def _clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+def _quantile(records: Sequence[Mapping[str, Any]], share: float) -> float:
+    """The value that `share` of the starts do not exceed, in seconds."""
+    ordered = sorted(map(total_s, records))
+    if share == 0.5:
+        return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]

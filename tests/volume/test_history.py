@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from modelstore.operate import report
 from modelstore.timeline import Span, verdict
 from modelstore.volume import history
 from modelstore.volume.layout import Layout
@@ -148,77 +145,3 @@ def test_a_worker_keeps_the_record_of_its_start_and_of_a_failed_one(
     assert "org/name  downloaded" in shown
     assert "failed: RepoNotFound" in shown
     assert "█" in shown
-
-
-class Page(HTMLParser):
-    """What a page is made of; fails where tags do not close."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.seen: list[tuple[str, dict[str, str | None]]] = []
-        self.words = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words += data
-
-
-def test_the_page_is_whole_and_loads_nothing(hub: Hub, cli: Cli, tmp_path: Path, store_env: dict[str, str]) -> None:
-    layout = Layout(Path(store_env["MODELSTORE_ROOT"]))
-    write_model(hub.folder / "org" / "name", seed=1)
-    cli("seed", "org/name")
-    evil = "<script>alert(1)</script>"
-    spans = (Span("import", 0.1, 3), Span("read", 0.5, 4, 10**9), Span("ready", 4.2, 4.2))
-    history.add(layout, with_spans(timeline(worker=evil, model=evil), *spans))
-    history.add(layout, timeline(), error=f"Broken: {evil}")
-    out = tmp_path / "page.html"
-    told = cli.json("report", "--out", str(out))
-    assert told == {"path": str(out), "starts": 2, "models": 1}
-    text = out.read_text()
-    page = Page(text)
-    assert {"script", "link", "img", "iframe"}.isdisjoint({tag for tag, _attributes in page.seen})
-    assert not re.search(r"(?:src|href)=|url\(|https?://", text)
-    assert evil in page.words, "as text"
-    assert (
-        "1.0 s of 4.2 s reading the weights from the volume at 286 MB/s; 2.5 s more at the same time as" in page.words
-    )
-    assert len([tag for tag, _ in page.seen if tag == "circle"]) == 2
-    assert len([tag for tag, _ in page.seen if tag == "rect"]) == 1
-    assert page.open == []
-
-
-def test_an_empty_store_has_a_page_too(cli: Cli, tmp_path: Path) -> None:
-    cli("report", "--out", str(tmp_path / "page.html"))
-    text = (tmp_path / "page.html").read_text()
-    assert "No start has been recorded yet: start a worker with this volume" in text
-    assert "No models are on the volume: run modelstore seed" in text
-    assert "run `modelstore warm REF`" in cli("report", "--text").stdout
-
-
-def test_a_page_that_cannot_be_written_is_one_line(cli: Cli) -> None:
-    assert cli("report", "--out", "/dev/null/page.html", code=1).stderr.startswith("error: ")
-
-
-@pytest.mark.parametrize("sizes", [[1.0], [6.0, 6.0, 4.0, 3.0, 2.0, 2.0, 1.0], [1000.0, 1.0, 1.0], [5.0] * 40])
-def test_a_treemap_fills_its_rectangle_in_proportion(sizes: list[float]) -> None:
-    placed = report.squarified(sizes, 600, 400)
-    areas = [w * h for _x, _y, w, h in placed]
-    assert sum(areas) == pytest.approx(600 * 400)
-    assert areas == pytest.approx([600 * 400 * size / sum(sizes) for size in sizes])
-    assert all(x >= -1e-6 and y >= -1e-6 and x + w <= 600 + 1e-6 and y + h <= 400 + 1e-6 for x, y, w, h in placed)
-    for index, (x, y, w, h) in enumerate(placed):
-        for a, b, c, d in placed[index + 1 :]:
-            assert min(x + w, a + c) - max(x, a) < 1e-6 or min(y + h, b + d) - max(y, b) < 1e-6, "none overlap"
-    assert report.squarified([], 1, 1) == []
