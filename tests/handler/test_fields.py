@@ -15,7 +15,7 @@ from handler.fields import FIELDS, Route, check_server_fields
 from handler.jobs import Limits, TextRequest, parse_text
 from handler.openai_routes import OpenAIAnswer, parse_body
 from modelstore.settings import Settings
-from scripts.dev.field_table import PAGE, table
+from scripts.dev.field_table import MIGRATION_PAGE, PAGE, WORKER_VLLM_FIELDS, table, worker_vllm_table
 
 LIMITS = Limits.of(Settings(root=Path("/")))
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -114,17 +114,10 @@ def test_every_field_of_openais_types_is_in_the_table() -> None:
     assert {name for name in text if "completions" not in getattr(FIELDS.get(name), "routes", ())} == set()
 
 
-def test_every_field_of_worker_vllms_input_is_in_the_table() -> None:
-    """Those of its README, of its sampling parameters and of its own batching of chunks."""
-    names = (
-        *("prompt", "messages", "stream", "sampling_params", "max_batch_size", "min_batch_size"),
-        *("batch_size_growth_factor", "apply_chat_template", "use_openai_format", "best_of", "n", "presence_penalty"),
-        *("frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k", "min_p", "use_beam_search"),
-        *("length_penalty", "early_stopping", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "min_tokens"),
-        *("logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "seed"),
-        *("include_stop_str_in_output", "echo", "add_generation_prompt", "logit_bias", "user"),
-    )
-    assert [name for name in names if "native" not in getattr(FIELDS.get(name), "routes", ())] == []
+def test_every_field_of_worker_vllms_input_is_in_the_tables() -> None:
+    assert [name for name in WORKER_VLLM_FIELDS if "native" not in getattr(FIELDS.get(name), "routes", ())] == []
+    page = MIGRATION_PAGE.read_text()
+    assert f"<!-- worker-vllm fields -->\n{worker_vllm_table()}<!-- /worker-vllm fields -->" in page
 
 
 def test_a_server_says_itself_which_fields_it_takes() -> None:

@@ -19,7 +19,7 @@ from typer.main import get_command
 
 from modelstore import errors
 from modelstore.cli.main import app
-from scripts.dev.configuration import table
+from scripts.dev.configuration import table, worker_vllm_table
 from tests.support.checkpoints import random_tensors, write_repo
 from tests.support.hub import Hub
 from tests.support.models import MODELS, save
@@ -32,6 +32,8 @@ CLI = (HERE / "docs" / "cli.md").read_text()
 def test_the_settings_table_is_the_one_of_the_code() -> None:
     page = (HERE / "docs" / "configuration.md").read_text()
     assert f"<!-- settings -->\n{table()}<!-- /settings -->" in page, "run scripts/dev/configuration.py"
+    page = (HERE / "docs" / "migrate.md").read_text()
+    assert f"<!-- worker-vllm -->\n{worker_vllm_table()}<!-- /worker-vllm -->" in page
 
 
 def test_every_command_that_is_shown_exists_and_every_command_is_shown() -> None:
