@@ -81,17 +81,19 @@ class Settings:
         Raises InvalidSetting with the name of the first variable that cannot be used.
         """
         env = os.environ if env is None else env
-        env = worker_vllm.understood(env) if _is_vllm(env) else env
+        is_vllm = _is_vllm(env)
+        env = worker_vllm.understood(env) if is_vllm else env
         values: dict[str, Any] = {"root": _root(env, mounts) if root is None else root.absolute()}
         for setting in FIELDS:
-            variable = next(
-                (name for name in (setting.variable, *setting.other_names) if env.get(name)), setting.variable
-            )
+            others = worker_vllm.names_of(setting.variable) if is_vllm else ()
+            names = (setting.variable, *setting.other_names, *others)
+            variable = next((name for name in names if env.get(name, "").strip()), setting.variable)
             text = env.get(variable)
             if text is None or (not text.strip() and not setting.may_be_empty):
                 continue
             if setting.attribute == "model":
-                values["model"] = _reference(variable, text, env.get("MODEL_REVISION") or None)
+                revision = env.get("MODEL_REVISION") or (env.get("REVISION") if is_vllm else None)
+                values["model"] = _reference(variable, text, revision or None)
             elif setting.attribute == "allowed_models":
                 values["allowed_models"] = _allowed_models(variable, text, values.get("model"))
             elif setting.parse is not None:
@@ -129,7 +131,7 @@ def ineffective(env: Mapping[str, str] | None = None) -> list[str]:
             continue
         from difflib import get_close_matches  # most processes never need it
 
-        similar = get_close_matches(name, known, 1, 0.8)
+        similar = get_close_matches(name, known, 1, 0.8 if name.startswith("MODELSTORE_") else 0.9)
         if similar:
             lines.append(f"{name} is not known and has no effect: did you mean {similar[0]}?")
         elif name.startswith("MODELSTORE_"):

@@ -36,7 +36,7 @@ from modelstore.volume.claim import Claim, Contender, Holder
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.pins import mark_used, wait_while_evicting
 from modelstore.volume.snapshots import Catalog, Snapshot
-from modelstore.volume.verify import known_problem, verify_snapshot
+from modelstore.volume.verify import known_problem, save_result, verify_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,9 @@ class ModelStore:
         Raises InvalidReference for a name that is none, and what `ensure` raises.
         """
         aliases.checked(name)
-        snapshot = self.ensure(reference, dtype=dtype, observer=observer)
+        present = self.lookup(reference, dtype=dtype)
+        damaged = present if present is not None and known_problem(self.layout, present.key) else None
+        snapshot = self.ensure(reference, dtype=dtype, damaged=damaged, observer=observer)
         aliases.point(self.layout, name, snapshot.key, self.settings.worker_id, percent=percent)
         return snapshot
 
@@ -103,7 +105,8 @@ class ModelStore:
         dtype: str | None = None,
         overflow: Overflow = "stop",
     ) -> dict[str, Any]:
-        """The outcome of `ensure(…, refresh=True)`, without doing it: `status` is "present", "resumable" or "missing";
+        """The outcome of `ensure(…, refresh=True)`, without doing it: `status` is "present", "resumable", "missing" or
+        "damaged";
         sizes in bytes. Raises what `ensure` raises for a source that cannot be read.
         """
         named = parsed = _parsed(reference, revision)
@@ -125,13 +128,14 @@ class ModelStore:
 
         source, key = request.source, snapshot.key if snapshot is not None else request.key
         record: dict[str, Any] = key.as_json()
-        if snapshot is not None:
+        is_damaged = snapshot is not None and bool(known_problem(self.layout, key))
+        if snapshot is not None and not is_damaged:
             files = len(snapshot.manifest.files)
             return record | {"status": "present", "files": files, "bytes": snapshot.size_bytes, "downloaded_bytes": 0}
         footprint = preview(request, self.settings).footprint
         staged = tree.tree_blocks(self.layout.staging(key))
         return record | {
-            "status": "resumable" if staged else "missing",
+            "status": "damaged" if is_damaged else "resumable" if staged else "missing",
             "files": footprint.files,
             "bytes": footprint.stored_bytes,
             "downloaded_bytes": footprint.source_bytes if source.over_network else 0,
@@ -162,8 +166,8 @@ class ModelStore:
         variant = self._asked_dtype(dtype) or DEFAULT_DTYPE
         request = FillRequest(source=source, resolved=resolved, dtype=variant, code=code, link=True, observer=observer)
         snapshot = self._obtain(request)
-        refs.record_snapshot(
-            self.layout, snapshot.key, resolved.revision, replacing=source.replaces_recorded_commit
+        refs.record_commit(
+            self.layout, resolved.repo_id, resolved.revision, resolved.commit, replacing=source.replaces_recorded_commit
         )  # a cache may be older than the fleet
         mark_used(self.layout, snapshot.key)
         return snapshot
@@ -202,21 +206,28 @@ class ModelStore:
             key = aliases.target(self.layout, parsed.name, worker=self.settings.worker_id)
             parsed, dtype = Reference("hub", key.repo_id, key.commit), key.dtype
         timeline = timeline or Timeline()
+        before = self._answer(parsed) if refresh else None
         variant = self._variant(parsed, dtype, refresh=refresh)
         with timeline.span("lookup"):
             present = self._present(parsed, accepted_dtypes(variant, overflow), refresh=refresh)
-        if refresh and damaged is None and present is not None and known_problem(self.layout, present.key):
-            damaged = present
+        mended = present if refresh and present is not None and known_problem(self.layout, present.key) else None
         if present is not None and _same(present, damaged):
             parsed, variant = replace(parsed, revision=present.commit), parse_dtype("dtype", present.dtype)
-        elif present is not None and (not refresh or is_commit(parsed.revision) or self.settings.offline):
+        elif (
+            present is not None
+            and mended is None
+            and (not refresh or is_commit(parsed.revision) or self.settings.offline)
+        ):
             mark_used(self.layout, present.key)
             if wait_while_evicting(self.layout, present.key, sleep=self._sleep):
                 present = self.lookup(parsed, dtype=present.dtype)
             if present is not None:
+                self._record_variant(present.key, before, named, seeds=refresh)
                 return present
         with timeline.span("lookup"):
             source, resolved = self._resolve(parsed, refresh=refresh)
+        if mended is not None and (mended.repo_id, mended.commit) == (resolved.repo_id, resolved.commit):
+            damaged, variant = mended, parse_dtype("dtype", mended.dtype)
         request = FillRequest(
             source=source,
             resolved=resolved,
@@ -236,13 +247,15 @@ class ModelStore:
             request = self._from_original(request, parsed, named, error)
             resolved = request.resolved
             snapshot = self._in_accepted_dtype(request, overflow)
-        refs.record_snapshot(
+        refs.record_commit(
             self.layout,
-            snapshot.key,
+            resolved.repo_id,
             resolved.revision,
+            resolved.commit,
             replacing=refresh,
             asked_as=repo_id_of(parsed),
         )
+        self._record_variant(snapshot.key, before, named, seeds=refresh)
         mark_used(self.layout, snapshot.key)
         if request.code and snapshot.lacks_code:
             logger.warning(
@@ -252,6 +265,28 @@ class ModelStore:
                 snapshot.commit[:12],
             )
         return snapshot
+
+    def _answer(self, reference: Reference) -> SnapshotKey | None:
+        """The key that answers a reference, no alias, if no variant is asked for, and if it is there."""
+        try:
+            return self.catalog.find_key(reference, None)
+        except IntegrityError:  # a damaged record, which a seed writes anew
+            return None
+
+    def _record_variant(self, key: SnapshotKey, before: SnapshotKey | None, named: Reference, *, seeds: bool) -> None:
+        """After a seed: let its variant answer if none is asked for. `keep` is often made to be exported: it does not
+        take the place of another variant of the commit. `before`: the key that answered until now."""
+        is_export = key.dtype == "keep" and before is not None and before.commit == key.commit
+        if not seeds or named.kind == "alias" or (is_export and before is not None and before.dtype != "keep"):
+            return
+        refs.record_dtype(self.layout, key)
+        if before is not None and before.dtype != key.dtype:
+            logger.warning(
+                "%s is served as %s from now on, before as %s; MODEL_DTYPE asks for another variant",
+                key.repo_id,
+                key.dtype,
+                before.dtype,
+            )
 
     def _from_original(
         self, request: FillRequest, parsed: Reference, named: Reference, error: IntegrityError
@@ -349,8 +384,9 @@ class ModelStore:
                     claim.finish("published")
                     return replace(snapshot, status="waited")
                 with request.timeline.span("verify"):
-                    intact = verify_snapshot(snapshot).ok
-                if intact:
+                    verified = verify_snapshot(snapshot)
+                if verified.intact:
+                    save_result(self.layout, key, verified, whole=True)
                     logger.warning("%s reads back as it was published: the damage was on its way to this worker", key)
                     claim.finish("published")
                     return snapshot
@@ -386,11 +422,11 @@ class ModelStore:
         return parse_dtype("dtype", dtype) if dtype else self.settings.dtype
 
     def _variant(self, reference: Reference, dtype: str | None, *, refresh: bool) -> Dtype:
-        """The variant to look for and to make. A seed states it; otherwise the last seed's record tells it."""
+        """The variant to look for and to make. A seed states it; otherwise the volume tells it."""
         asked = self._asked_dtype(dtype)
         if asked is not None or refresh:
             return asked or DEFAULT_DTYPE
-        return parse_dtype("dtype", refs.recorded(self.layout, reference).key.dtype)
+        return parse_dtype("dtype", self.catalog.dtype_of(reference))
 
     def _quarantine(self, key: SnapshotKey, claim: Claim) -> Snapshot | None:
         """Move the folder in the snapshot's place, damaged or no snapshot at all, out of the way. It is kept, and

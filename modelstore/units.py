@@ -16,6 +16,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def those(count: int, noun: str) -> str:
+    """The same, for a question: `this model`, `these 7 models`."""
+    return f"this {noun}" if count == 1 else f"these {count} {noun}s"
+
+
 def printable(text: str) -> str:
     """A foreign text with control and unprintable characters replaced."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

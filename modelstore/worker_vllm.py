@@ -1,8 +1,8 @@
 """The environment variables of worker-vllm, RunPod's own worker for vLLM, and what becomes of each here.
 
-With `ENGINE=vllm` most of them are understood: `understood` turns them into settings of ours and options of
-`vllm serve`. For those that have no effect, `ineffective` has a line with the name to use. The table in docs/migrate.md
-is made from `VARIABLES`. Standard library only.
+With `ENGINE=vllm` most of them are understood, as settings of ours (`names_of`) or as options of `vllm serve`
+(`understood`). For those that have no effect, `ineffective` has a line with the name to use. The table in
+docs/migrate.md is made from `VARIABLES`. Standard library only.
 """
 
 from __future__ import annotations
@@ -139,13 +139,17 @@ VARIABLES: Mapping[str, Variable] = {
 }
 
 
+def names_of(setting: str) -> tuple[str, ...]:
+    """The variables of worker-vllm that mean a setting of ours, but for the one with its name."""
+    return tuple(name for name, each in VARIABLES.items() if each.name == setting != name and each.becomes == "setting")
+
+
 def understood(env: Mapping[str, str]) -> dict[str, str]:
-    """`env` with worker-vllm's variables as settings of ours; a setting that is there already stays, and options in
-    MODELSTORE_VLLM_ARGS come last, because vLLM takes the last.
+    """`env` with worker-vllm's variables as options in MODELSTORE_VLLM_ARGS; the options that stand there already come
+    last, because vLLM takes the last. `names_of` has the variables that are settings.
 
     Raises InvalidSetting for a switch that is neither true nor false.
     """
-    made: dict[str, str] = {}
     options: list[str] = []
     for name, variable in VARIABLES.items():
         text = env.get(name, "").strip()
@@ -155,11 +159,11 @@ def understood(env: Mapping[str, str]) -> dict[str, str]:
             options += [variable.name, text]
         elif variable.becomes == "switch":
             options.append(_switch(name, variable.name, text))
-        elif variable.becomes == "setting" and variable.name != _OPTIONS:
-            made[variable.name] = "keep" if (name, text.lower()) == ("DTYPE", "auto") else text
     own = " ".join(filter(None, (env.get("VLLM_EXTRA_ARGS", ""), env.get(_OPTIONS, ""))))
-    present = {name: text for name, text in env.items() if text.strip()}
-    return made | present | {_OPTIONS: f"{shlex.join(options)} {own}".strip()}
+    made = {_OPTIONS: f"{shlex.join(options)} {own}".strip()}
+    if env.get("DTYPE", "").strip().lower() == "auto":
+        made["DTYPE"] = "keep"
+    return {**env, **made}
 
 
 def ineffective(env: Mapping[str, str], *, is_vllm: bool) -> list[str]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ _NEW_TEMPLATE = {"dockerArgs": "", "containerDiskInGb": 20, "volumeInGb": 0, "po
 _NEW_ENDPOINT = {
     "gpuIds": "ADA_24,AMPERE_24", "gpuCount": 1, "locations": "", "scalerType": "QUEUE_DELAY", "scalerValue": 4,
 }  # fmt: skip
+_UNKNOWN: Mapping[str, Sequence[Mapping[str, Any]]] = {"endpoints": (), "podTemplates": ()}
+_SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD)(_ID)?$")
 _AS_NEW = "whether the endpoint is there is not known; this is the plan for a new one"
 
 
@@ -92,7 +95,7 @@ def template_input(options: argparse.Namespace, before: Mapping[str, Any]) -> di
     env = {entry["key"]: entry["value"] for entry in before.get("env") or ()}
     env |= {"MODEL_ID": str(parse_reference(options.model))} if options.model else {}
     env |= dict(options.env)
-    if missing := [name for name in options.unset if name not in env]:
+    if missing := [name for name in options.unset if name not in env and before]:
         raise UsageError(f"--unset {missing[0]}: the template has no such variable")
     changes = {
         "name": f"{options.name}-modelstore",
@@ -176,7 +179,7 @@ def _flat(label: str, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_secret(name: str) -> bool:
-    return any(word in name.upper() for word in ("TOKEN", "KEY", "SECRET", "PASSWORD"))
+    return _SECRET.search(name.upper()) is not None
 
 
 def make_plan(options: argparse.Namespace, present: Mapping[str, Sequence[Mapping[str, Any]]]) -> Plan:
@@ -186,7 +189,7 @@ def make_plan(options: argparse.Namespace, present: Mapping[str, Sequence[Mappin
     endpoint = _of_name(present["endpoints"], options.name) or _of_name(present["endpoints"], f"{options.name} -fb")
     needed = {"--image": template, "--model": template, "--volume": endpoint}
     missing = [name for name, before in needed.items() if not before and not getattr(options, name[2:])]
-    if missing:
+    if missing and present is not _UNKNOWN:
         raise UsageError(f"there is no endpoint {options.name} yet, and a new one needs {', '.join(missing)}")
     return Plan(
         template=template_input(options, template),
@@ -213,11 +216,10 @@ def _present(options: argparse.Namespace) -> Mapping[str, Sequence[Mapping[str, 
     import runpod
     from runpod.api.graphql import run_graphql_query
 
-    nothing: Mapping[str, Sequence[Mapping[str, Any]]] = {"endpoints": (), "podTemplates": ()}
     if not os.environ.get("RUNPOD_API_KEY"):
         if options.dry_run:
             print(f"RUNPOD_API_KEY is not set: {_AS_NEW}", file=sys.stderr)
-            return nothing
+            return _UNKNOWN
         raise InvalidSetting("RUNPOD_API_KEY is not set: make a key in RunPod's settings")
     runpod.api_key = os.environ["RUNPOD_API_KEY"]
     try:
@@ -226,7 +228,7 @@ def _present(options: argparse.Namespace) -> Mapping[str, Sequence[Mapping[str, 
         if not options.dry_run:
             raise
         print(f"RunPod cannot be reached ({type(error).__name__}): {_AS_NEW}", file=sys.stderr)
-        return nothing
+        return _UNKNOWN
     return present
 
 
@@ -268,13 +270,15 @@ def _parsed() -> argparse.Namespace:
 def main() -> int:
     options = _parsed()
     try:
-        Settings.from_env(dict(options.env), root=Path("/volume"))
-        for line in ineffective(dict(options.env)):
-            print(f"warning: {line}", file=sys.stderr)
         import requests
         from runpod.error import RunPodError
 
         plan = make_plan(options, _present(options))
+        env = {entry["key"]: entry["value"] for entry in plan.template["env"]}
+        if Settings.from_env(env, root=Path("/volume")).model is None and plan.template_before:
+            raise UsageError("the environment has no MODEL_ID then, and no worker could start: name one with --model")
+        for line in ineffective(env):
+            print(f"warning: {line}", file=sys.stderr)
         for line in list(plan.differences()) or ["nothing changes"]:
             print(line, file=sys.stderr)
         record = {"done": not options.dry_run, **plan.as_json()}

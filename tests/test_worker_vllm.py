@@ -105,6 +105,19 @@ def test_a_switch_that_is_none_names_its_variable() -> None:
         Settings.from_env({"ENGINE": "vllm", "ENFORCE_EAGER": "maybe"}, root=Path("/x"))
 
 
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"DTYPE": "float8"}, "DTYPE='float8'"),
+        ({"TRUST_REMOTE_CODE": "maybe"}, "TRUST_REMOTE_CODE='maybe'"),
+        ({"REQUEST_TIMEOUT": "soon"}, "REQUEST_TIMEOUT='soon'"),
+    ],
+)
+def test_an_error_names_the_variable_that_was_set(env: dict[str, str], words: str) -> None:
+    with pytest.raises(InvalidSetting, match=f"^{words}"):
+        Settings.from_env({"ENGINE": "vllm", **env}, root=Path("/x"))
+
+
 def test_no_variable_is_without_a_meaning() -> None:
     for name, variable in VARIABLES.items():
         assert bool(variable.name) != bool(variable.reason), name

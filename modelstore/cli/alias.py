@@ -52,7 +52,10 @@ def set_alias(
     if percent < 100 and before is None:
         raise UsageError(f"@{name} points nowhere yet: set it for all before you try another for {percent} %")
     if dry_run:
-        snapshot = store.lookup(target, dtype=parse_dtype("--dtype", dtype) if dtype else None)
+        variant = parse_dtype("--dtype", dtype) if dtype else store.settings.dtype
+        if variant is None and target.kind != "alias":
+            variant = parse_dtype("dtype", store.catalog.dtype_of(target))
+        snapshot = store.lookup(target, dtype=variant)
         key = snapshot.key if snapshot else None
     else:
         if before is not None:
@@ -71,12 +74,13 @@ def list_aliases(context: Context) -> None:
     """List the target of each alias, and its age."""
     layout = context.volume().layout
     refs.check_format(layout)
-    histories = {}
+    histories, damaged = {}, False
     for name in sorted(aliases.names(layout)):
         try:
             histories[name] = aliases.history(layout, name)
         except InvalidReference as error:
             logger.warning("%s", error)
+            damaged = True
     records = [
         {
             "alias": name,
@@ -96,7 +100,12 @@ def list_aliases(context: Context) -> None:
                 made.add_row(f"@{name}", model, _clock(entry.at), entry.by)
         return made
 
-    context.print(records, lambda console: console.print(drawn() if histories else "there are no aliases"))
+    context.print(
+        records,
+        lambda console: console.print(
+            drawn() if histories else "no alias can be read" if damaged else "there are no aliases"
+        ),
+    )
 
 
 def past_targets(context: Context, name: _NAME) -> None:
@@ -157,7 +166,8 @@ def rollback(
     if problem := known_problem(store.layout, target.key):
         logger.warning("%s is damaged (%s): it is made again first", target.key, problem)
     if not dry_run:
-        context.confirm(f"point @{name} to {target.key} instead of {now}", yes=yes)
+        tried = f", which was tried for {target.percent} %, for all workers" if target.percent < 100 else ""
+        context.confirm(f"point @{name} to {target.key}{tried} instead of {now}", yes=yes)
         with observer_of(context) as observer:
             reference = f"{target.key.repo_id}@{target.key.commit}"
             store.set_alias(name, reference, dtype=target.key.dtype, observer=observer)
@@ -168,15 +178,14 @@ def rollback(
 
 
 def _earlier(name: str, entries: Sequence[aliases.Pointed], to: str) -> aliases.Pointed:
-    """The latest entry that `to` names: its number, or its model with or without a commit."""
-    if to.isascii() and to.isdigit():
-        if 1 <= int(to[:9]) <= len(entries):
-            return entries[int(to) - 1]
-    else:
-        repo_id, _at, commit = to.partition("@")
-        for entry in reversed(entries):
-            if entry.key.repo_id == repo_id and entry.key.commit.startswith(commit):
-                return entry
+    """The latest entry that `to` names, but for the present one: its number, or its model with or without a commit."""
+    repo_id, _at, commit = to.partition("@")
+    for number, entry in reversed(list(enumerate(entries, 1))):
+        is_named = to == str(number) or (entry.key.repo_id == repo_id and entry.key.commit.startswith(commit))
+        if is_named and (entry.key != entries[-1].key or entries[-1].percent < 100):
+            return entry
+        if is_named and to == str(number):
+            raise SnapshotNotFound(f"@{name} points to {entry.key} already: name another one")
     raise SnapshotNotFound(f"@{name} has not pointed to {to}: look at `modelstore alias history {name}`")
 
 

@@ -21,7 +21,7 @@ from modelstore.operate.seed_list import ListedModel, read_list
 from modelstore.operate.seed_plan import SeedPlan
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
-from modelstore.units import counted, size
+from modelstore.units import counted, size, those
 
 if TYPE_CHECKING:
     from modelstore.fill.bucket import Target
@@ -93,13 +93,17 @@ def seed(
         raise typer.Exit(preview.exit_code)
     volumes = _volumes(targets, store.settings)
     # Asked before the hours of a download, not after.
-    if prune and not yes and (going := (preview := plan.preview()).removed):
-        label = f"{counted(len(going), 'model')} ({size(sum(each.size_bytes for each in going))})"
-        context.confirm(
-            f"seed this list, and then remove these {label}",
-            yes=yes,
-            plan=lambda console: print_preview(console, preview),
-        )
+    may_remove = None
+    if prune and not yes:
+        preview = plan.preview()
+        may_remove = [candidate.key for candidate in preview.removed]
+        if may_remove:
+            freed = size(sum(candidate.size_bytes for candidate in preview.removed))
+            context.confirm(
+                f"seed this list, and then remove {those(len(may_remove), 'model')} ({freed})",
+                yes=yes,
+                plan=lambda console: print_preview(console, preview),
+            )
     if not yes and (moved := plan.moved_aliases()):
         context.confirm(f"point {', '.join(f'@{name}' for name in moved)} as {listed} says", yes=yes)
 
@@ -107,7 +111,14 @@ def seed(
         report_error(error, context)
 
     with observer_of(context, len(models)) as observer:
-        result = plan.run(observer=observer, parallel=parallel, wait_s=wait_s, on_error=on_error, on_hang=_end_at_once)
+        result = plan.run(
+            observer=observer,
+            parallel=parallel,
+            wait_s=wait_s,
+            on_error=on_error,
+            on_hang=_end_at_once,
+            may_remove=may_remove,
+        )
     if volumes:
 
         def uploading() -> AbstractContextManager[Observer]:
@@ -133,13 +144,15 @@ def adopt(
     dry_run: DRY_RUN = False,
 ) -> None:
     """Make snapshots of models that lie on this volume already. No download, and links if nothing is converted."""
-    from modelstore.fill.adoption import find
+    from modelstore.fill.adoption import Unreadable, find
 
     store = context.volume() if dry_run else context.store()
     records: list[dict[str, Any]] = []
     worst = 0
     for model in find(path.absolute(), store.settings, repo_id=name):
         try:
+            if isinstance(model, Unreadable):
+                raise model.error
             if dry_run:
                 record = store.preview_adopted(model.source, model.resolved, dtype=dtype)
                 records.append(record | {"from": model.label})

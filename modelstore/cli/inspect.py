@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,11 +33,13 @@ from modelstore.units import ago, counted, size, span
 from modelstore.volume import durable, history, refs
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.unfinished import unfinished as unfinished_downloads
-from modelstore.volume.verify import parse_sample, save_position, save_result, saved_position, verify_folder
+from modelstore.volume.verify import Position, parse_sample, save_position, save_result, saved_position, verify_folder
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
     from rich.table import Table
+
+logger = logging.getLogger(__name__)
 
 _WIDE = 80  # columns, for a table with sentences in it
 _LIMIT = Annotated[int, typer.Option("--limit", min=1, help="At most so many, the latest.")]
@@ -77,8 +80,10 @@ def list_models(
             users = sum(bool(model["in_use_by"]) for model in models)
             total = size(sum(model["bytes"] for model in models))
             console.print(f"{counted(len(models), 'model')}, {total}, {users} in use")
-        elif having is not None or unfinished:
-            console.print(f"nothing in {store.settings.root} matches" if having else "no unfinished downloads")
+        elif left:
+            pass
+        elif unfinished or having is not None:
+            console.print("no unfinished downloads" if unfinished else f"nothing in {store.settings.root} matches")
         else:
             console.print(f"no snapshots in {store.settings.root}: publish one with `modelstore seed org/name`")
         print_unfinished(console, left)
@@ -109,7 +114,7 @@ def du(context: Context) -> None:
             for model in usage["snapshots"]
         ]
         if rows:
-            console.print(fitting_table(console, rows, list(rows[0]), ("commit", "last used", "dtype")))
+            console.print(fitting_table(console, rows, list(rows[0]), ("commit", "last used", "dtype", "kept because")))
         for kind, count in usage["kinds"].items():
             if count and kind != "models":
                 console.print(f"{size(count)} {_KINDS.get(kind, kind)}")
@@ -389,7 +394,7 @@ def _models_table(console: Console, models: Sequence[Mapping[str, Any]]) -> Tabl
             }
         )
     columns = ("model", "commit", "dtype", "files", "size", "last used", *(("kept by",) if wide else ()))
-    return fitting_table(console, rows, columns, ("files", "commit"))
+    return fitting_table(console, rows, columns, ("files", "commit", "last used", "dtype"))
 
 
 def _claims_drawn(console: Console, records: list[dict[str, Any]], lease_s: float) -> Group | str:
@@ -426,17 +431,20 @@ def _silence(silent_s: float, lease_s: float) -> str:
 def _verify(store: ModelStore, key: SnapshotKey, stride: int, until: float, *, in_parts: bool) -> dict[str, Any]:
     """One snapshot's record; a verification in parts goes on at the saved position, and saves the new one."""
     folder = store.layout.snapshot(key)
+    position = saved_position(store.layout, key, stride) if in_parts else Position()
     if in_parts:
         verified = verify_folder(
             folder,
             key,
-            saved_position(store.layout, key, stride),
+            position,
             until=until,
             on_position=lambda position: save_position(store.layout, key, position),
         )
     else:
         verified = verify_folder(folder, key)
-    save_result(store.layout, key, verified, whole=not in_parts)
+    whole = verified.complete and stride == 1 and position.done == 0
+    if not save_result(store.layout, key, verified, whole=whole, in_parts=in_parts) and not verified.intact:
+        logger.warning("%s: the volume cannot be written, so this is not noted there", key)
     return key_record(key, folder) | {
         "ok": verified.ok,
         "complete": verified.complete,

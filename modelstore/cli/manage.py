@@ -7,15 +7,26 @@ from typing import Annotated, Any
 
 import typer
 
-from modelstore.cli.app import DRY_RUN, REF_HELP, REFS, REVISION, VARIANT, YES, Context, complete_reference
+from modelstore.cli.app import (
+    DRY_RUN,
+    REF_HELP,
+    REFS,
+    REVISION,
+    VARIANT,
+    YES,
+    Context,
+    complete_reference,
+    report_error,
+)
 from modelstore.cli.output import key_record, print_collected
+from modelstore.dtypes import parse_dtype
 from modelstore.errors import NoSpace, Refused, SnapshotNotFound, UsageError
 from modelstore.operate.inventory import find_key, find_snapshot, unfinished_record
-from modelstore.reference import Reference, is_cut_commit, parse_reference, repo_id_of
+from modelstore.reference import is_cut_commit, parse_reference, repo_id_of
 from modelstore.settings import parse_size
 from modelstore.store import ModelStore
-from modelstore.units import counted, size
-from modelstore.volume import pins, refs
+from modelstore.units import size, those
+from modelstore.volume import aliases, pins, refs
 from modelstore.volume.evict import Candidate, evict, survey
 from modelstore.volume.garbage import GRACE_S, GarbagePlan, plan_collection
 from modelstore.volume.layout import Layout, SnapshotKey
@@ -58,7 +69,7 @@ def remove(
             raise Refused(f"@{candidate.aliases[0]} points to {candidate.key}: repoint it first, or add --force")
     if not dry_run:
         lines = [_removal(store.layout, candidate) for candidate in candidates]
-        label = f"these {len(lines)} models ({size(sum(each.size_bytes for each in candidates))})"
+        label = f"{those(len(lines), 'model')} ({size(sum(each.size_bytes for each in candidates))})"
         context.confirm(
             f"remove {label if len(lines) > 1 else lines[0]}",
             yes=yes,
@@ -89,36 +100,53 @@ def _remove_unfinished(
     yes: bool,
 ) -> None:
     """Drop the unfinished downloads of these models, or all that no worker goes on with."""
-    present = list(unfinished_downloads(store.layout))
-    chosen = [each for each in present if not each.is_running] if not references else []
+    if revision is not None and not references:
+        raise UsageError("--revision is of a model: name it, or leave the option out")
+    layout, settings = store.layout, store.settings
+    variant = parse_dtype("--dtype", dtype) if dtype else None
+    present = [each for each in unfinished_downloads(layout) if variant in (None, each.key.dtype)]
+    chosen = {each.key: each for each in present if not references}
     for reference in references:
-        parsed = parse_reference(reference, revision=revision)
-        named = [each for each in present if _is_of(each.key, parsed) and dtype in (None, each.key.dtype)]
+        named = [each for each in present if _is_of(store, each.key, reference, revision)]
         if not named:
             raise SnapshotNotFound(f"there is no unfinished download of {reference}: look at `modelstore ls`")
-        chosen += named
-    layout, settings = store.layout, store.settings
+        chosen |= {each.key: each for each in named}
     if chosen and not dry_run:
-        label = counted(len(chosen), "unfinished download")
+        label = those(len(chosen), "unfinished download")
+        lines = [f"{each.key}, {size(each.size_bytes)}" for each in chosen.values()]
         context.confirm(
-            f"remove {label} ({size(sum(each.size_bytes for each in chosen))})",
+            f"remove {label} ({size(sum(each.size_bytes for each in chosen.values()))})",
             yes=yes,
-            plan=lambda console: console.print("\n".join(f"{each.key}, {size(each.size_bytes)}" for each in chosen)),
+            plan=lambda console: console.print("\n".join(lines)),
         )
     records = []
-    for each in chosen:
-        if not dry_run:
-            drop(layout, each.key, worker=settings.worker_id, lease_s=settings.lease_s)
+    kept: Refused | None = None
+    for each in chosen.values():
+        removed = not dry_run
+        try:
+            if not dry_run:
+                drop(layout, each.key, worker=settings.worker_id, lease_s=settings.lease_s)
+        except Refused as error:  # the others go
+            report_error(error, context)
+            kept, removed = error, False
         record = key_record(each.key, layout.staging(each.key))
-        records.append(record | {"bytes": each.size_bytes, "removed": not dry_run})
-    _print_removed(context, records, single=False)
+        records.append(record | {"bytes": each.size_bytes, "removed": removed})
+    _print_removed(context, [record for record in records if dry_run or record["removed"]], single=False)
+    raise typer.Exit(kept.exit_code if kept is not None and references else 0)
 
 
-def _is_of(key: SnapshotKey, reference: Reference) -> bool:
-    revision = reference.revision
-    return key.repo_id == repo_id_of(reference) and (
-        not is_cut_commit(revision[:39]) or key.commit.startswith(revision)
-    )
+def _is_of(store: ModelStore, key: SnapshotKey, text: str, revision: str | None) -> bool:
+    """Whether a download is of the model that `text` names: of every commit, if it names no revision."""
+    reference = parse_reference(text, revision=revision)
+    if reference.kind == "alias":
+        return key == aliases.target(store.layout, reference.name)
+    recorded = refs.recorded(store.layout, reference)
+    if key.repo_id not in (recorded.repo_id, repo_id_of(reference)):
+        return False
+    if revision is None and "@" not in text:
+        return True
+    is_begin = is_cut_commit(reference.revision) and key.commit.startswith(reference.revision)
+    return is_begin or key.commit == recorded.commit
 
 
 def _print_removed(context: Context, records: list[dict[str, Any]], *, single: bool) -> None:
@@ -150,10 +178,10 @@ def collect_garbage(
     plan = plan_collection(layout, settings, grace_s=grace_s, limit_bytes=limit)
     if not dry_run and (plan.garbage or plan.evicted):
         planned = _collection(layout, plan, removed=False)
-        counts = (counted(len(plan.evicted), "model"), counted(len(plan.garbage), "leftover"))
-        label = " and ".join(text for text in counts if not text.startswith("0 "))
+        parts = [(len(plan.evicted), "model"), (len(plan.garbage), "leftover")]
+        label = " and ".join(those(count, noun) for count, noun in parts if count)
         context.confirm(
-            f"remove these {label} ({size(plan.size_bytes)})",
+            f"remove {label} ({size(plan.size_bytes)})",
             yes=yes,
             plan=lambda console: print_collected(console, planned),
         )
@@ -165,8 +193,11 @@ def collect_garbage(
         return
     taken = Space(layout, settings).taken() - (plan.size_bytes if dry_run else 0)
     if taken > limit:
+        left = sum(each.size_bytes for each in unfinished_downloads(layout))
+        unfinished = f", or unfinished downloads ({size(left)}: `modelstore rm --unfinished`)" if left else ""
         raise NoSpace(
             f"{layout.root} takes {size(taken)} then, more than {to}: the rest is in use, pinned or an alias's"
+            f"{unfinished}"
         )
 
 
@@ -199,7 +230,7 @@ def pin(
 ) -> None:
     """Keep snapshots from eviction, even if the quota is exceeded."""
     store = context.store()
-    keys = [find_snapshot(store, reference, revision, dtype, exact=True).key for reference in references]
+    keys = list(dict.fromkeys(find_snapshot(store, each, revision, dtype).key for each in references))
     for key in keys:
         pins.pin(store.layout, key, store.settings.worker_id)
     records = [key_record(key, store.layout.snapshot(key)) | {"pinned": True} for key in keys]
@@ -215,7 +246,7 @@ def unpin(
 ) -> None:
     """Let snapshots be evicted again."""
     store = context.store()
-    keys = [find_key(store, reference, revision, dtype, exact=True) for reference in references]
+    keys = list(dict.fromkeys(find_key(store, each, revision, dtype) for each in references))
     records, lines = [], []
     for key in keys:
         was_pinned = pins.unpin(store.layout, key)

@@ -179,8 +179,14 @@ def print_verified(console: Console, records: list[dict[str, Any]]) -> None:
             _print_finding(console, finding)
         if not record["ok"]:
             command = f"modelstore seed {record['repo_id']}@{record['commit']} --dtype {record['dtype']}"
-            now = "seed its folder again" if is_local(record["repo_id"]) else command
-            console.print(f"    it is made again at the next start, or now: {now}")
+            if all(finding["foreign"] for finding in record["findings"]):
+                console.print("    a start never reads a file that the manifest does not name: remove it")
+            elif is_local(record["repo_id"]):
+                console.print(
+                    f"    seed its folder again if that is unchanged, else: {command.replace(' seed ', ' rm ')}"
+                )
+            else:
+                console.print(f"    it is made again at the next start, or now: {command}")
 
 
 def _print_finding(console: Console, finding: Mapping[str, str]) -> None:
@@ -225,12 +231,20 @@ def print_seed_result(console: Console, records: Sequence[Mapping[str, Any]]) ->
             console.print(f"{text}, {size(record['bytes'])}")
     failed = [record for record in records if "error" in record]
     if failed:
-        names = ", ".join(
-            f"{record.get('reference') or record['repo_id']} ({FAILURES.get(record['exit_code'], 'see above')})"
-            for record in failed
-        )
-        published = [record for record in records if "error" not in record and record["status"] not in _PRUNED]
-        console.print(f"{len(published)} of {len(published) + len(failed)} published; failed: {names}")
+        lines = dict.fromkeys(map(_failure_text, failed))
+        done = {
+            (record["repo_id"], record["commit"], record["dtype"], record.get("to"))
+            for record in records
+            if "error" not in record and record["status"] not in _PRUNED
+        }
+        verb = "uploaded" if any("to" in record for record in records) else "published"
+        console.print(f"{len(done)} of {len(done) + len(lines)} {verb}; failed: {', '.join(lines)}")
+
+
+def _failure_text(record: Mapping[str, Any]) -> str:
+    place = f" on {record['to']}" if "to" in record else ""
+    reason = FAILURES.get(record["exit_code"], "see above")
+    return f"{record.get('reference') or record['repo_id']}{place} ({reason})"
 
 
 def key_record(key: SnapshotKey, folder: Path) -> dict[str, Any]:

@@ -43,7 +43,15 @@ class Found:
     resolved: Resolved
 
 
-def find(path: Path, settings: Settings, *, repo_id: str | None = None) -> Iterator[Found]:
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A model among others that cannot be taken."""
+
+    label: str
+    error: ModelStoreError
+
+
+def find(path: Path, settings: Settings, *, repo_id: str | None = None) -> Iterator[Found | Unreadable]:
     """The models at `path`. `repo_id`: the name for a folder without a name of its own.
 
     Raises NotFound if there is none, and UsageError if a name is missing or given to several.
@@ -73,8 +81,17 @@ def find(path: Path, settings: Settings, *, repo_id: str | None = None) -> Itera
             raise NotFound(f"{path} holds no model: neither {' nor '.join(_INDEXES)} nor models--org--name")
         if repo_id is not None and len(models_below) > 1:
             raise UsageError(f"{path} holds {len(models_below)} models: --as can name only one")
+        by_name: dict[str, Path] = {}
         for folder in models_below:
-            yield _folder(str(folder), folder.name, files_below(folder), repo_id, str(folder))
+            name = local_repo_id(Reference("file", f"/{folder.name}", ""))
+            if name in by_name:
+                raise UsageError(f"{by_name[name]} and {folder} would both be {name}: adopt each of them, with --as")
+            by_name[name] = folder
+        for folder in models_below:
+            try:
+                yield _folder(str(folder), folder.name, files_below(folder), repo_id, str(folder))
+            except ModelStoreError as error:
+                yield Unreadable(str(folder), error)
         return
     if repo_id is not None:
         raise UsageError(f"{path} is an HF cache, whose models have names: leave out --as")

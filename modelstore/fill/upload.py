@@ -18,9 +18,11 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+from modelstore.dtypes import DEFAULT_DTYPE
 from modelstore.errors import (
     IntegrityError,
     ModelStoreError,
@@ -128,14 +130,21 @@ class RemoteVolume:
             "status": status,
         }
 
-    def record_snapshot(self, layout: Layout, snapshot: Snapshot, reference: Reference) -> None:
+    def record_commit(self, layout: Layout, snapshot: Snapshot, reference: Reference) -> None:
         """Let workers on that volume use this snapshot for the reference that it was seeded by."""
         key = snapshot.key
-        for name, revision in refs.record_places(key.repo_id, revision_of(reference), repo_id_of(reference)):
-            path = f"{self.target.folder}/{layout.ref(name, revision).relative_to(layout.root)}"
-            before = refs.parse_record(self.bucket.read(path) or b"", name) or refs.Recorded(name, "")
-            to = refs.seeded(before, key, self._has_manifest)
-            self.bucket.put(path, refs.snapshot_record(revision, to, name))
+        places = [*refs.record_places(key.repo_id, revision_of(reference), repo_id_of(reference))]
+        for name, revision in places:
+            self._put_record(layout, name, revision, refs.Recorded(key.repo_id, key.commit))
+        record = f"{self.target.folder}/{layout.ref(key.repo_id, key.commit).relative_to(layout.root)}"
+        usual = self._key(replace(key, dtype=DEFAULT_DTYPE), MANIFEST)
+        is_export = key.dtype == "keep" and self.bucket.read(usual) is not None
+        if not is_export and (key.dtype != DEFAULT_DTYPE or self.bucket.read(record) is not None):
+            self._put_record(layout, key.repo_id, key.commit, refs.Recorded(key.repo_id, key.commit, key.dtype))
+
+    def _put_record(self, layout: Layout, name: str, revision: str, to: refs.Recorded) -> None:
+        path = layout.ref(name, revision).relative_to(layout.root)
+        self.bucket.put(f"{self.target.folder}/{path}", refs.encode_record(revision, to, name))
 
     def _check_format(self) -> None:
         key = f"{self.target.folder}/FORMAT"
@@ -151,9 +160,6 @@ class RemoteVolume:
 
     def _key(self, key: SnapshotKey, path: str) -> str:
         return "/".join((self.target.folder, "models", *key.parts, path))
-
-    def _has_manifest(self, key: SnapshotKey) -> bool:
-        return self.bucket.read(self._key(key, MANIFEST)) is not None
 
 
 class _Upload:

@@ -32,6 +32,7 @@ from modelstore.volume.garbage import plan_collection
 from modelstore.volume.layout import Layout
 from modelstore.volume.snapshots import Catalog
 from modelstore.volume.unfinished import unfinished
+from modelstore.volume.verify import known_problem
 
 logger = logging.getLogger(__name__)
 
@@ -370,7 +371,11 @@ def _access(layout: Layout, settings: Settings, reference: str) -> CheckResult:
     folder, an HF cache on the volume, the Hub."""
     try:
         parsed = parse_reference(reference)
-        if (snapshot := Catalog(layout).find(parsed, settings.dtype)) is not None:
+        snapshot = Catalog(layout).find(parsed, settings.dtype)
+        if snapshot is not None and (problem := known_problem(layout, snapshot.key)):
+            text = f"{reference} is published, {snapshot.key}, and damaged: {problem}"
+            return _warning("access", text, "the start makes it again, which takes the network", "seed it")
+        if snapshot is not None:
             return _ok("access", f"{reference} is published, {snapshot.key}: a start needs no network")
         if parsed.kind == "alias":  # its snapshot was evicted, and is made again
             key = aliases.target(layout, parsed.name)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
-from modelstore.dtypes import DEFAULT_DTYPE, parse_dtype
+from modelstore.dtypes import parse_dtype
 from modelstore.errors import SnapshotNotFound
-from modelstore.reference import is_cut_commit, parse_reference, repo_id_of
+from modelstore.reference import Reference, is_cut_commit, parse_reference, repo_id_of
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.volume import aliases, durable, pins, refs, tree
@@ -193,14 +193,14 @@ def find_key(
     if parsed.kind == "alias":  # its snapshot is not there
         key = aliases.target(store.layout, parsed.name)
         raise SnapshotNotFound(f"{parsed} points to {key}, which is not on the volume: run `modelstore seed {parsed}`")
-    variants = list(store.catalog.keys(repo_id_of(parsed)))
+    recorded = refs.recorded(store.layout, parsed)
+    variants = list(store.catalog.keys(recorded.repo_id))
     if is_cut_commit(parsed.revision):
-        meant = [
-            key for key in variants if key.commit.startswith(parsed.revision) and key.dtype == (variant or key.dtype)
-        ]
-        usual = [key for key in meant if key.dtype == DEFAULT_DTYPE]
-        if len(meant) == 1 or len(usual) == 1:
-            return (usual or meant)[0]
+        commits = {key.commit for key in variants if key.commit.startswith(parsed.revision)}
+        if len(commits) == 1:  # as if the commit stood there in full
+            whole = Reference("hub", recorded.repo_id, commits.pop())
+            if (key := store.catalog.find_key(whole, variant, exact=exact)) is not None:
+                return key
     problem = f"{reference} is not in {store.settings.root}{as_variant}"
     if variants:
         others = ", ".join(f"{key.repo_id}@{key.commit[:12]} --dtype {key.dtype}" for key in variants[:5])
@@ -212,11 +212,9 @@ def find_key(
     raise SnapshotNotFound(f"{problem}: look at `modelstore ls`, or run `modelstore seed {reference}{option}`")
 
 
-def find_snapshot(
-    store: ModelStore, reference: str, revision: str | None, dtype: str | None, *, exact: bool = False
-) -> Snapshot:
+def find_snapshot(store: ModelStore, reference: str, revision: str | None, dtype: str | None) -> Snapshot:
     """The published snapshot: see `find_key`."""
-    key = find_key(store, reference, revision, dtype, exact=exact)
+    key = find_key(store, reference, revision, dtype)
     if (snapshot := store.catalog.published(key)) is None:
         problem = "is damaged" if store.layout.snapshot(key).is_dir() else "is not there any more"
         raise SnapshotNotFound(f"{key} {problem}: run `modelstore seed` for it again")

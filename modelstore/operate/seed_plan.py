@@ -11,7 +11,7 @@ does not name. `upload` sends the seeded ones to other volumes. One model that f
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from modelstore.fill.progress import Progress
 from modelstore.operate import inventory
 from modelstore.operate.seed_list import ListedModel
 from modelstore.store import ModelStore
-from modelstore.volume import aliases, pins
+from modelstore.volume import aliases, pins, refs
 from modelstore.volume.claim import Holder
 from modelstore.volume.evict import Candidate, evict, survey
 from modelstore.volume.layout import SnapshotKey
@@ -122,8 +122,10 @@ class SeedPlan:
         wait_s: float | None = None,
         on_error: OnError = lambda _error: None,
         on_hang: Callable[[], object] = lambda: None,
+        may_remove: Collection[SnapshotKey] | None = None,
     ) -> SeedResult:
-        """Fetch the models, `parallel` of them at once.
+        """Fetch the models, `parallel` of them at once. `may_remove`: the snapshots that a person agreed to remove; all
+        that the list does not name without it.
 
         `on_error` gets the error of a model at once, if there are others; a single model's error is raised. Ctrl-C ends
         them all; `on_hang` is called if one of them hangs in the network and does not end.
@@ -149,8 +151,9 @@ class SeedPlan:
                 raise result
             exit_code = exit_code or result.exit_code
             records.append(_failure(model, result))
+        self._record_variants([record for record in records if "error" not in record])
         if self.prune and not exit_code:
-            records += self._pruned({_key_of(record) for record in records})
+            records += self._pruned({_key_of(record) for record in records}, may_remove)
         elif self.prune:
             logger.warning("nothing was removed, because not all of the list is there")
         return SeedResult(tuple(records), exit_code)
@@ -179,7 +182,7 @@ class SeedPlan:
                         sent = 0 if volume.has(snapshot) else volume.upload(snapshot, observer=shown)
                         if verify:
                             volume.verify(snapshot)
-                        volume.record_snapshot(self.store.layout, snapshot, model.reference)
+                        volume.record_commit(self.store.layout, snapshot, model.reference)
                     records.append(volume.record(snapshot, sent=sent, status="uploaded" if sent else "present"))
                 except ModelStoreError as error:
                     on_error(error)
@@ -234,12 +237,26 @@ class SeedPlan:
         after = (replace(each, aliases=tuple(set(each.aliases) - named_aliases)) for each in candidates)
         return tuple(each for each in after if each.key not in kept and not each.retained_by)
 
-    def _pruned(self, kept: set[SnapshotKey]) -> list[dict[str, Any]]:
-        """Remove every other snapshot that is not in use, pinned or an alias's."""
+    def _record_variants(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """If the list names several variants of one commit, let the last one answer that was not made for an export."""
+        variants: dict[tuple[str, str], list[SnapshotKey]] = {}
+        for key in map(_key_of, records):
+            variants.setdefault((key.repo_id, key.commit), []).append(key)
+        for keys in variants.values():
+            served = [key for key in keys if key.dtype != "keep"]
+            if len(set(keys)) > 1 and served:
+                refs.record_dtype(self.store.layout, served[-1])
+
+    def _pruned(self, kept: set[SnapshotKey], may_remove: Collection[SnapshotKey] | None) -> list[dict[str, Any]]:
+        """Remove every other snapshot, of those that may go, that is not in use, pinned or an alias's."""
         records = []
         for candidate in survey(self.store.layout):
             key = candidate.key
             if key in kept:
+                continue
+            if may_remove is not None and key not in may_remove:
+                logger.warning("%s stays: it was not in the plan that you were asked about", key)
+                records.append({**key.as_json(), "bytes": candidate.size_bytes, "status": "kept"})
                 continue
             removed = not candidate.retained_by and evict(self.store.layout, key)
             if not removed:

@@ -1,12 +1,12 @@
 """The records of a store that are not about one snapshot: its format, and the commit of each revision.
 
     FORMAT                                   "1"
-    refs/<org>--<name>/<revision>.json       {"revision": "main", "commit": "…", "dtype": "float16", "resolved_at": …}
-                                             with "repo_id", if the Hub has another id for the repo of this name;
-                                             with "dtype", if it was seeded
+    refs/<org>--<name>/<revision>.json       {"revision": "main", "commit": "…", "resolved_at": 1790000000}
+                                             with "repo_id", if the Hub has another id for the repo of this name
+    refs/<org>--<name>/<commit>.json         the same for the commit itself, with "dtype": the variant that was seeded
 
 A revision that was resolved once is answered from its record, so a fleet serves one commit until the next seed, and a
-Hub that is down changes nothing. `dtype` is the variant that answers if none is asked for. Standard library only.
+Hub that is down changes nothing. The variant of the last seed answers if none is asked for. Standard library only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from modelstore.dtypes import DEFAULT_DTYPE, DTYPES
@@ -77,17 +77,12 @@ def prepare_store(layout: Layout) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """The snapshot that a fleet uses for a reference: the id that the Hub gives the repo, the commit, empty if none was
-    recorded, and the variant, empty if no seed decided on one."""
+    """The snapshots that a fleet uses for a reference: the id that the Hub gives the repo, and the commit, empty if
+    none was recorded; `dtype` in the record of a commit that was seeded."""
 
     repo_id: str
     commit: str
     dtype: str = ""
-
-    @property
-    def key(self) -> SnapshotKey:
-        """The key of that snapshot."""
-        return SnapshotKey(self.repo_id, self.commit, self.dtype or DEFAULT_DTYPE)
 
 
 def recorded(layout: Layout, reference: Reference) -> Recorded:
@@ -98,41 +93,43 @@ def recorded(layout: Layout, reference: Reference) -> Recorded:
     return Recorded(record.repo_id, revision) if is_commit(revision) else record
 
 
-def record_snapshot(layout: Layout, key: SnapshotKey, revision: str, *, replacing: bool, asked_as: str = "") -> None:
-    """Let the fleet use this commit for the revision from now on. A seed, which is `replacing` an earlier record, also
-    decides which variant answers if none is asked for.
+def seeded_dtype(layout: Layout, repo_id: str, commit: str) -> str:
+    """The variant of the last seed of this commit; empty if none was recorded."""
+    try:
+        return _read(layout, repo_id, commit).dtype
+    except IntegrityError as error:
+        logger.warning("%s", error)
+        return ""
+
+
+def record_commit(
+    layout: Layout, repo_id: str, revision: str, commit: str, *, replacing: bool, asked_as: str = ""
+) -> None:
+    """Let the fleet use this commit for the revision from now on; only a seed replaces another one.
 
     `asked_as`: the name that the repo was asked for under, if it is another one than its id: it then means the same.
     """
-    for name, record_revision in record_places(key.repo_id, revision, asked_as):
+    for name, record_revision in record_places(repo_id, revision, asked_as):
         try:
             before = _read(layout, name, record_revision)
         except IntegrityError:
             before = Recorded(name, "")
-        if before.commit and not replacing:
+        to = Recorded(repo_id, commit)
+        if (before.repo_id, before.commit) == (repo_id, commit) or (before.commit and not replacing):
             continue
-        to = Recorded(key.repo_id, key.commit)
-        if replacing:
-            to = seeded(before, key, lambda other: layout.snapshot(other).is_dir())
-        if before.key == to.key:
-            continue
-        path = layout.ref(name, record_revision)
-        tree.check_no_links(layout.root, path)
-        durable.write_atomic(path, snapshot_record(record_revision, to, name))
-        if before.commit and before.key.dtype != to.dtype:
-            logger.warning(
-                "%s is served as %s from now on, before as %s; MODEL_DTYPE asks for another variant",
-                Reference("hub", name, record_revision),
-                to.dtype,
-                before.key.dtype,
-            )
+        _write(layout, name, record_revision, to)
 
 
-def seeded(before: Recorded, key: SnapshotKey, is_present: Callable[[SnapshotKey], bool]) -> Recorded:
-    """The record after a seed of `key`. The variant `keep` is often made to be exported: it does not take the place of
-    another variant of the commit that `is_present`."""
-    stays = key.dtype == "keep" and before.commit == key.commit and is_present(before.key)
-    return Recorded(key.repo_id, key.commit, before.key.dtype if stays else key.dtype)
+def record_dtype(layout: Layout, key: SnapshotKey) -> None:
+    """Let this variant of the commit answer from now on, if none is asked for."""
+    if (seeded_dtype(layout, key.repo_id, key.commit) or DEFAULT_DTYPE) != key.dtype:
+        _write(layout, key.repo_id, key.commit, Recorded(key.repo_id, key.commit, key.dtype))
+
+
+def _write(layout: Layout, name: str, revision: str, to: Recorded) -> None:
+    path = layout.ref(name, revision)
+    tree.check_no_links(layout.root, path)
+    durable.write_atomic(path, encode_record(revision, to, name))
 
 
 def record_places(repo_id: str, revision: str, asked_as: str = "") -> Iterator[tuple[str, str]]:
@@ -143,7 +140,7 @@ def record_places(repo_id: str, revision: str, asked_as: str = "") -> Iterator[t
         yield asked_as, revision
 
 
-def snapshot_record(revision: str, to: Recorded, name: str) -> bytes:
+def encode_record(revision: str, to: Recorded, name: str) -> bytes:
     """The bytes of a record under `refs/`, for the repo called `name` there."""
     record = {"revision": revision, "commit": to.commit, "resolved_at": int(time.time())}
     if to.dtype:
@@ -161,18 +158,6 @@ def recorded_revisions(repo_id: str, revision: str) -> tuple[str, ...]:
     return (revision, DEFAULT_REVISION) if is_local(repo_id) else (revision,)
 
 
-def parse_record(data: bytes, name: str) -> Recorded | None:
-    """The record of a revision of the repo called `name`; None if it is damaged."""
-    try:
-        record = json.loads(data)
-        commit, repo_id, dtype = record["commit"], record.get("repo_id", name), record.get("dtype", "")
-        if is_commit(commit) and is_repo_id(repo_id) and (dtype == "" or dtype in DTYPES):
-            return Recorded(repo_id, commit, dtype)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
-    return None
-
-
 def _read(layout: Layout, name: str, revision: str) -> Recorded:
     """The record of a revision of the repo called `name`. Raises IntegrityError if it is damaged."""
     path = layout.ref(name, revision)
@@ -185,8 +170,13 @@ def _read(layout: Layout, name: str, revision: str) -> Recorded:
         if not durable.is_no_file_of_ours(error):
             raise tree.unreadable(error, path) from error
         data = b""
-    if (recorded := parse_record(data, name)) is not None:
-        return recorded
+    try:
+        record = json.loads(data)
+        commit, repo_id, dtype = record["commit"], record.get("repo_id", name), record.get("dtype", "")
+        if is_commit(commit) and is_repo_id(repo_id) and (dtype == "" or dtype in DTYPES):
+            return Recorded(repo_id, commit, dtype)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
     raise IntegrityError(
         f"{path}, the record of the commit that this fleet uses, is damaged: write it anew, with `modelstore seed "
         f"{name}`"

@@ -12,10 +12,11 @@ import logging
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from modelstore.dtypes import DEFAULT_DTYPE
 from modelstore.errors import BadManifest, CodeRefused, IntegrityError
 from modelstore.reference import Reference
 from modelstore.units import counted, size
@@ -141,7 +142,7 @@ class Catalog:
         """The snapshot that the volume's records lead to, or None; an alias has its own dtype, and may lead this worker
         to another snapshot than the rest of the fleet.
 
-        Without `dtype`: in the variant that was recorded; if that is not there, in the only one that is.
+        Without `dtype`: in the variant of the last seed, or the default; if that is not there, in the only one that is.
 
         Raises FormatTooNew, RootUnusable, and SnapshotNotFound for an alias that does not exist.
         """
@@ -154,12 +155,22 @@ class Catalog:
         variant = self._variant_in_place(key)
         return self.published(variant) if variant not in (key, None) else None
 
+    def dtype_of(self, reference: Reference) -> str:
+        """The variant to make if none is asked for: that of the last seed, or the only one on the volume, but for a
+        `keep` that was not seeded; else the default."""
+        key = self._recorded_key(reference, None)
+        if key is None:
+            return DEFAULT_DTYPE
+        present = self._variant_in_place(key) or key
+        return key.dtype if present.dtype == "keep" else present.dtype
+
     def _recorded_key(self, reference: Reference, dtype: str | None) -> SnapshotKey | None:
         """The key that the record of a reference, no alias, names; None if there is no record."""
         recorded = refs.recorded(self._layout, reference)
         if not recorded.commit:
             return None
-        return recorded.key if dtype is None else replace(recorded.key, dtype=dtype)
+        variant = dtype or refs.seeded_dtype(self._layout, recorded.repo_id, recorded.commit) or DEFAULT_DTYPE
+        return SnapshotKey(recorded.repo_id, recorded.commit, variant)
 
     def _variant_in_place(self, key: SnapshotKey) -> SnapshotKey | None:
         """`key` if there is a folder in its place, damaged or not; else the only variant of the commit that has one."""

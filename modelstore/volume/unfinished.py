@@ -33,7 +33,7 @@ class Unfinished:
 
 
 def unfinished(layout: Layout) -> Iterator[Unfinished]:
-    """The unpublished downloads, by repo and commit."""
+    """The unpublished downloads, by repo and commit. One whose worker died a few seconds ago still looks running."""
     staged = [(key, folder) for key, folder in keyed_folders(layout.root / "staging") if tree.entries(folder)]
     now = pins.volume_time(layout) if staged else 0.0
     for key, folder in staged:

@@ -37,6 +37,7 @@ class Finding:
 
     path: str
     problem: str
+    foreign: bool = False  # a file that does not belong, and is never read
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,11 @@ class Verified:
     @property
     def ok(self) -> bool:
         return not self.findings
+
+    @property
+    def intact(self) -> bool:
+        """Whether the files that the manifest names are as it says."""
+        return all(finding.foreign for finding in self.findings)
 
     @property
     def complete(self) -> bool:
@@ -158,18 +164,19 @@ def save_position(layout: Layout, key: SnapshotKey, position: Position) -> bool:
     return _save(layout, key, {"stride": position.stride, "first": position.first, "done": position.done})
 
 
-def save_result(layout: Layout, key: SnapshotKey, verified: Verified, *, whole: bool) -> bool:
-    """Keep the position and the first problem of a run. `whole`: it compared every byte, so that if it found nothing,
-    an earlier problem is gone. False if the volume cannot be written."""
+def save_result(layout: Layout, key: SnapshotKey, verified: Verified, *, whole: bool, in_parts: bool = False) -> bool:
+    """Keep the first problem of a run, and its position if it was one of several parts. `whole`: it compared every
+    byte, so that if it found nothing, an earlier problem is gone. False if the volume cannot be written."""
     problem = known_problem(layout, key)
-    if verified.findings:
-        problem = f"{verified.findings[0].path}: {verified.findings[0].problem}"
+    if not verified.intact:
+        first = next(finding for finding in verified.findings if not finding.foreign)
+        problem = f"{first.path}: {first.problem}"
     elif whole:
         problem = ""
-    if whole and not problem and not tree.exists(layout.verified(key)):
+    if not in_parts and not problem and not tree.exists(layout.verified(key)):
         return True
     changes: dict[str, Any] = {"problem": problem, "snapshot": _identity(layout, key)} if problem else {"problem": ""}
-    if not whole:
+    if in_parts:
         position = verified.position
         changes |= {"stride": position.stride, "first": position.first, "done": position.done}
     return _save(layout, key, changes)
@@ -269,4 +276,4 @@ def _foreign(folder: Path, manifest: Manifest) -> Iterator[Finding]:
         for name in [*names, *links]:
             path = str(Path(parent, name).relative_to(folder))
             if path not in known:
-                yield Finding(printable(path), "not named by the manifest")
+                yield Finding(printable(path), "not named by the manifest", foreign=True)

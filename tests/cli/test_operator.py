@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from tests.support.models import write_model
 from tests.support.screens import on_terminal
 
 pytestmark = pytest.mark.slow
+LONG = "a-long-name-for-a-model-7B-It"
 NAMES = ("chat-small", "chat-next", "embedding")
 
 
@@ -86,6 +88,27 @@ def test_rm_and_pin_take_several_and_ask_once(volume: ModelStore, cli: Cli, stor
     assert "REF is missing" in cli("rm", code=2).stderr
 
 
+def test_a_pruning_seed_removes_only_what_was_in_its_plan(
+    volume: ModelStore, cli: Cli, hub: Hub, tmp_path: Path
+) -> None:
+    """The plan is empty because one model could not be looked at; then it can, and nobody was asked."""
+    write_repo(hub.folder / "org" / "new", random_tensors(2, seed=7))
+    listed = tmp_path / "models.toml"
+    listed.write_text("".join(f'[[model]]\nreference = "org/{name}"\n' for name in ("new", "chat-small")))
+    hub.faults.status["config.json"] = [(403, {})]
+    told = cli("seed", "--from", str(listed), "--prune").stderr
+    assert "org/embedding" in told
+    assert "was not in the plan" in told
+    assert len(list(volume.catalog.keys())) == 4
+    cli("seed", "--from", str(listed), "--prune", "--yes")
+    assert len(list(volume.catalog.keys())) == 2
+
+
+def test_one_model_is_this_model(volume: ModelStore, cli: Cli) -> None:
+    cli("rm", "org/embedding", "--yes")
+    assert re.search(r"remove this model \([0-9.]+ kB\)", cli("gc", "--to", "0B", code=8).stderr)
+
+
 # Unfinished downloads, and claims.
 
 
@@ -123,6 +146,29 @@ def test_an_unfinished_download_is_dropped_by_rm(left: ModelStore, cli: Cli, hub
     assert left.ensure("org/name").status == "downloaded"
 
 
+def test_rm_unfinished_takes_what_is_named_and_nothing_else(left: ModelStore, cli: Cli, hub: Hub) -> None:
+    write_repo(hub.folder / "org" / "other", random_tensors(4, seed=5), shards=2)
+    hub.faults.status["model-00002-of-00002.safetensors"] = [(404, {})] * 1000
+    cli("seed", "org/other", "--dtype", "bfloat16", code=1)
+    hub.faults.status.clear()
+
+    def planned(*arguments: str) -> list[str]:
+        return [record["repo_id"] for record in cli.json("rm", "--unfinished", "--dry-run", *arguments)]
+
+    assert planned() == ["org/name", "org/other"]
+    assert planned("--dtype", "bf16") == ["org/other"]
+    assert planned("org/name", "org/name") == ["org/name"]
+    assert "bogus" in cli("rm", "--unfinished", "org/name", "--dtype", "bogus", code=2).stderr
+    assert "--revision" in cli("rm", "--unfinished", "--revision", "main", code=2).stderr
+    commit = cli.json("ls", "--unfinished")[0]["commit"]
+    assert planned(f"org/name@{commit[:10]}") == planned(f"org/name@{commit}") == ["org/name"]
+    assert "no unfinished download" in cli("rm", "--unfinished", "org/name@v1.0", code=3).stderr
+    assert "no unfinished download" in cli("rm", "--unfinished", "org/name", "--dtype", "keep", code=3).stderr
+    shown = cli("ls", "--unfinished").stdout
+    assert "no unfinished downloads" not in shown
+    assert "matches" not in cli("ls", "--filter", "org/name").stdout
+
+
 def test_a_download_that_runs_is_not_dropped(hub: Hub, cli: Cli, store_env: dict[str, str]) -> None:
     write_repo(hub.folder / "org" / "name", random_tensors(8, (256, 256)))
     hub.faults.bytes_per_s = 100_000
@@ -135,7 +181,9 @@ def test_a_download_that_runs_is_not_dropped(hub: Hub, cli: Cli, store_env: dict
                 time.sleep(0.1)
             assert "downloading" in cli("ls").stdout
             assert cli.json("rm", "--unfinished", "--yes") == []
-            assert "stop that first" in cli("rm", "--unfinished", "org/name", "--yes", code=8).stderr
+            done = cli("rm", "--unfinished", "org/name", "--yes", "--json", code=8)
+            assert "stop that first" in done.stderr
+            assert json.loads(done.stdout) == []
             assert "alive" in cli("claims").stdout
         finally:
             seeding.send_signal(signal.SIGKILL)
@@ -227,6 +275,50 @@ def test_a_whole_run_that_finds_nothing_forgets_the_problem(volume: ModelStore, 
     assert "(damaged)" not in cli("ls").stdout
 
 
+def test_a_file_that_does_not_belong_is_no_damage(volume: ModelStore, cli: Cli) -> None:
+    snapshot = volume.lookup("org/embedding")
+    assert snapshot is not None
+    (snapshot.path / "notes.txt").write_text("x")
+    shown = cli("verify", code=5).stdout
+    assert "remove it" in shown
+    assert "made again" not in shown
+    assert "(damaged)" not in cli("ls").stdout
+
+
+def test_a_damaged_model_is_not_called_present(volume: ModelStore, cli: Cli, hub: Hub) -> None:
+    damage(volume, "org/embedding")
+    cli("verify", code=5)
+    (planned,) = cli.json("seed", "org/embedding", "--dry-run")["models"]
+    assert planned["status"] == "damaged"
+    assert planned["downloaded_bytes"] > 0
+    assert "and damaged" in cli("doctor", "org/embedding", code=5).stdout
+    cli("alias", "set", "safe", "org/embedding")
+    cli("verify")
+
+
+def test_a_seed_of_a_damaged_model_takes_the_newest_commit(volume: ModelStore, cli: Cli, hub: Hub) -> None:
+    damage(volume, "org/embedding")
+    cli("verify", code=5)
+    write_repo(hub.folder / "org" / "embedding", random_tensors(3, seed=77))
+    assert cli.json("seed", "org/embedding")["commit"] == hub.commit(hub.folder / "org" / "embedding")
+
+
+def test_a_mended_snapshot_is_not_damaged_any_more(volume: ModelStore, cli: Cli) -> None:
+    damage(volume, "org/embedding")
+    cli("verify", code=5)
+    damage(volume, "org/embedding")  # the same bit again
+    cli("verify", "--max-seconds", "100")
+    assert "(damaged)" not in cli("ls").stdout
+
+
+def test_a_rollback_makes_a_damaged_target_again(volume: ModelStore, cli: Cli) -> None:
+    cli("alias", "set", "chat", "org/chat-next", "--yes")
+    damage(volume, "org/chat-small")
+    cli("verify", code=5)
+    assert "is made again first" in cli("alias", "rollback", "chat", "--yes").stderr
+    cli("verify")
+
+
 def test_a_rollback_after_a_rollback_does_not_go_forward(volume: ModelStore, cli: Cli) -> None:
     for name in ("chat-next", "embedding"):
         cli("alias", "set", "chat", f"org/{name}", "--yes")
@@ -241,7 +333,16 @@ def test_a_rollback_after_a_rollback_does_not_go_forward(volume: ModelStore, cli
     assert "org/embedding" in cli("alias", "rollback", "chat", "--to", "org/embedding", "--yes").stdout
     assert "org/chat-next" in cli("alias", "rollback", "chat", "--to", "2", "--yes").stdout
     assert "alias history" in cli("alias", "rollback", "chat", "--to", "9", code=3).stderr
+    assert "already" in cli("alias", "rollback", "chat", "--to", "7", code=3).stderr
+    assert "has not pointed to" in cli("alias", "rollback", "chat", "--to", "org/nothing", code=3).stderr
     assert "alias history" in cli("alias", "rollback", "chat", "--to", "org/other", code=3).stderr
+
+
+def test_a_rollback_to_a_canary_says_that_it_is_for_all(volume: ModelStore, cli: Cli) -> None:
+    cli("alias", "set", "chat", "org/chat-next", "--percent", "10", "--yes")
+    cli("alias", "rollback", "chat", "--yes")
+    told = cli("alias", "rollback", "chat", "--to", "org/chat-next", code=8).stderr
+    assert "which was tried for 10 %, for all workers" in told
 
 
 def test_a_canary_is_rolled_back_to_the_model_of_the_rest(volume: ModelStore, cli: Cli) -> None:
@@ -282,11 +383,15 @@ def test_adopt_takes_a_folder_of_models(hub: Hub, cli: Cli, tmp_path: Path) -> N
     for seed, name in enumerate(("one", "two", "org/three")):
         write_repo(tmp_path / "models" / name, random_tensors(2, seed=seed))
     (tmp_path / "models" / "notes").mkdir()
-    planned = cli.json("adopt", str(tmp_path / "models"), "--dry-run")
-    assert [record["status"] for record in planned] == ["missing"] * 3
+    write_repo(tmp_path / "models" / "bad", random_tensors(2, seed=9))
+    (tmp_path / "models" / "bad" / "link.json").symlink_to("/etc/passwd")
+    planned = cli.json("adopt", str(tmp_path / "models"), "--dry-run", code=8)
+    assert [record.get("status") for record in planned] == [None, "missing", "missing", "missing"]
     assert "--as can name only one" in cli("adopt", str(tmp_path / "models"), "--as", "me/x", code=2).stderr
-    records = cli.json("adopt", str(tmp_path / "models"))
-    assert {record["repo_id"] for record in records} == {"local/one", "local/two", "local/three"}
+    records = cli.json("adopt", str(tmp_path / "models"), code=8)
+    assert {record.get("repo_id") for record in records} == {None, "local/one", "local/two", "local/three"}
+    write_repo(tmp_path / "models" / "own" / "one", random_tensors(2, seed=11))
+    assert "would both be local/one" in cli("adopt", str(tmp_path / "models"), code=2).stderr
 
 
 def test_without_a_network_a_seed_takes_what_lies_in_the_hf_cache(hub: Hub, cli: Cli, tmp_path: Path) -> None:
@@ -305,13 +410,15 @@ def test_without_a_network_a_seed_takes_what_lies_in_the_hf_cache(hub: Hub, cli:
 
 @pytest.mark.parametrize("columns", ["50", "80", "200"])
 @pytest.mark.parametrize("command", ["ls", "du"])
-def test_no_name_is_split_at_any_width(volume: ModelStore, cli: Cli, columns: str, command: str) -> None:
+def test_no_name_is_split_at_any_width(hub: Hub, volume: ModelStore, cli: Cli, columns: str, command: str) -> None:
+    write_repo(hub.folder / "org" / LONG)
+    volume.ensure(f"org/{LONG}")
     cli.env = cli.env | {"COLUMNS": columns}
     shown = cli(command).stdout
-    for name in NAMES:
+    for name in (*NAMES, LONG):
         assert f"org/{name}" in shown
     assert max(map(len, shown.splitlines())) <= int(columns)
-    assert ("commit" in shown) == (columns != "50")
+    assert ("commit" in shown) == (columns == "200")
 
 
 def test_ls_sorts_filters_and_counts(hub: Hub, volume: ModelStore, cli: Cli) -> None:

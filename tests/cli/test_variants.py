@@ -100,14 +100,53 @@ def test_a_record_of_another_version_is_understood(hub: Hub, make_store: MakeSto
     write_repo(hub.folder / "org" / "name")
     store = make_store()
     snapshot = store.ensure("org/name", dtype="bfloat16", refresh=True)
-    path = store.layout.ref("org/name", "main")
+    path = store.layout.ref("org/name", snapshot.commit)
     record: Mapping[str, object] = json.loads(path.read_text())
     assert record["dtype"] == "bfloat16"
     path.write_text(json.dumps({name: value for name, value in record.items() if name != "dtype"}))
     assert key_of(store) == snapshot.key
     path.write_text(json.dumps({**record, "dtype": "../float16"}))
-    with pytest.raises(Exception, match="damaged"):
-        store.lookup("org/name")
+    assert key_of(store) == snapshot.key, "a damaged record decides nothing, and the only variant answers"
+
+
+@pytest.mark.parametrize("order", [("float16", "bfloat16"), ("bfloat16", "float16")])
+def test_every_name_of_a_commit_means_the_variant_of_its_last_seed(hub: Hub, cli: Cli, order: tuple[str, str]) -> None:
+    write_repo(hub.folder / "org" / "name")
+    commit = cli.json("seed", "org/name", "--dtype", order[0])["commit"]
+    cli("seed", f"org/name@{commit}", "--dtype", order[1])
+    names = ("org/name", f"org/name@{commit}", f"org/name@{commit[:12]}")
+    assert {cli("path", name).stdout.rpartition(".")[2].strip() for name in names} == {order[1]}
+    cli("rm", f"org/name@{commit[:12]}", "--yes")
+    cli("rm", f"org/name@{commit[:12]}", "--yes", code=3)
+    assert cli("path", "org/name").stdout.endswith(f".{order[0]}\n"), "the only one that is left"
+    assert cli.json("alias", "set", "chat", "org/name", "--dry-run")["dtype"] == order[0]
+    assert cli.json("alias", "set", "chat", f"org/name@{commit}")["dtype"] == order[0]
+    cli("pin", f"org/name@{commit}")
+
+
+def test_a_pinned_commit_that_overflows_is_found_by_an_alias(hub: Hub, cli: Cli, overflowing: Path) -> None:
+    commit = hub.commit(overflowing)
+    cli("seed", f"org/overflowing@{commit}", "--overflow", "bfloat16")
+    hub.stop()
+    assert cli.json("alias", "set", "chat", f"org/overflowing@{commit}")["dtype"] == "bfloat16"
+    assert cli.json("warm", f"org/overflowing@{commit}", "--device", "cpu")["outcome"] == "hit"
+
+
+def test_the_order_of_a_list_decides_and_no_race(hub: Hub, cli: Cli, tmp_path: Path) -> None:
+    write_repo(hub.folder / "org" / "name")
+    dtypes = ("bfloat16", "float32", "float16", "keep")
+    listed = tmp_path / "models.toml"
+    listed.write_text("".join(f'[[model]]\nreference = "org/name"\ndtype = "{dtype}"\n' for dtype in dtypes))
+    cli("seed", "--from", str(listed), "--parallel", "4")
+    assert cli("path", "org/name").stdout.endswith(".float16\n")
+
+
+def test_no_change_is_told_if_nothing_changes(hub: Hub, cli: Cli, make_store: MakeStore) -> None:
+    write_repo(hub.folder / "org" / "name")
+    make_store().ensure("org/name", dtype="bfloat16")  # as a worker makes it
+    assert "from now on" not in cli("seed", "org/name", "--dtype", "bfloat16").stderr
+    cli("seed", "org/name", "--dtype", "keep")
+    assert cli("path", "org/name").stdout.endswith(".bfloat16\n")
 
 
 def begin_key(store: ModelStore) -> object:

@@ -99,7 +99,7 @@ def test_an_upload_is_a_store_that_a_worker_finds(
 ) -> None:
     assert not volume.has(snapshot)
     sent = volume.upload(snapshot)
-    volume.record_snapshot(store.layout, snapshot, parse_reference("org/name@main"))
+    volume.record_commit(store.layout, snapshot, parse_reference("org/name@main"))
     volume.verify(snapshot)
     assert volume.has(snapshot)
     assert sent == snapshot.size_bytes + (snapshot.path / "manifest.json").stat().st_size
@@ -321,7 +321,7 @@ def test_a_commit_is_recorded_as_the_store_records_it(
     s3: S3, snapshot: Snapshot, volume: RemoteVolume, store: ModelStore, tmp_path: Path
 ) -> None:
     volume.upload(snapshot)
-    volume.record_snapshot(store.layout, snapshot, parse_reference(f"org/name@{snapshot.commit}"))
+    volume.record_commit(store.layout, snapshot, parse_reference(f"org/name@{snapshot.commit}"))
     assert not [key for key in s3.listing() if "/refs/" in key], "a full commit needs no record"
-    volume.record_snapshot(store.layout, snapshot, parse_reference("org/name@v1"))
+    volume.record_commit(store.layout, snapshot, parse_reference("org/name@v1"))
     assert on_volume(s3, tmp_path / "pod").lookup("org/name@v1") is not None

@@ -243,6 +243,27 @@ def test_a_new_endpoint_needs_an_image_a_model_and_a_volume(runpod: RunPod) -> N
     assert not runpod.saved
 
 
+def test_the_whole_environment_is_checked(runpod: RunPod) -> None:
+    deploy(runpod, "--env", "ENGINE=vllm")
+    assert "warning" not in again(runpod, "--env", "MAX_MODEL_LEN=4096")[2]
+    for arguments, words in (
+        (("--env", "DTYPE=float8"), "DTYPE='float8'"),
+        (("--env", "MODEL_REVISION=v1", "--model", "org/name@v2"), "names a revision"),
+        (("--unset", "MODEL_ID"), "no MODEL_ID"),
+    ):
+        code, _, told = again(runpod, *arguments)
+        assert (code, words in told) == (2, True), told
+    assert environment(runpod) == {"ENGINE": "vllm", "MAX_MODEL_LEN": "4096", "MODEL_ID": "org/name"}
+    told = again(runpod, "--env", "MODELSTORE_MAX_TOKENS=99", "--env", "TOKENIZER=org/x")[2]
+    assert "MODELSTORE_MAX_TOKENS: 99" in told, "no secret"
+
+
+def test_a_dry_run_of_a_change_needs_no_key_either(runpod: RunPod) -> None:
+    code, plan, _ = again(runpod, "--model", "org/other", "--unset", "HF_TOKEN", "--dry-run", RUNPOD_API_KEY="")
+    assert code == 0
+    assert plan["template"][1]["env"] == [{"key": "MODEL_ID", "value": "org/other"}]
+
+
 def test_the_end_is_the_address_and_a_job_that_works(runpod: RunPod) -> None:
     code, plan, told = deploy(runpod)
     assert code == 0
