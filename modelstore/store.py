@@ -74,7 +74,7 @@ class ModelStore:
         Without a `dtype` here or in the settings: in the variant that was seeded, or the only one on the volume.
         Raises InvalidReference, InvalidSetting, FormatTooNew, and SnapshotNotFound for an alias that does not exist.
         """
-        return self.catalog.find(_parsed(reference, revision), self._asked_dtype(dtype))
+        return self.catalog.find(_parsed(reference, revision), self._requested_dtype(dtype))
 
     def set_alias(
         self,
@@ -110,7 +110,7 @@ class ModelStore:
         sizes in bytes. Raises what `ensure` raises for a source that cannot be read.
         """
         named = parsed = _parsed(reference, revision)
-        variant = self._asked_dtype(dtype) or DEFAULT_DTYPE
+        variant = self._requested_dtype(dtype) or DEFAULT_DTYPE
         self.settings.check_allowed(parsed)
         if parsed.kind == "alias":
             key = aliases.target(self.layout, parsed.name)
@@ -144,7 +144,7 @@ class ModelStore:
 
     def preview_adopted(self, source: Source, resolved: Resolved, *, dtype: str | None = None) -> dict[str, Any]:
         """The outcome of `adopt`, without doing it: the record of `preview`."""
-        request = FillRequest(source=source, resolved=resolved, dtype=self._asked_dtype(dtype) or DEFAULT_DTYPE)
+        request = FillRequest(source=source, resolved=resolved, dtype=self._requested_dtype(dtype) or DEFAULT_DTYPE)
         return self._preview(request, self.catalog.published(request.key))
 
     def adopt(
@@ -163,7 +163,7 @@ class ModelStore:
             )
         resolved = confirmed
         code = source.may_bring_code(resolved, self.settings, named=None)
-        variant = self._asked_dtype(dtype) or DEFAULT_DTYPE
+        variant = self._requested_dtype(dtype) or DEFAULT_DTYPE
         request = FillRequest(source=source, resolved=resolved, dtype=variant, code=code, link=True, observer=observer)
         snapshot = self._obtain(request)
         refs.record_commit(
@@ -418,14 +418,14 @@ class ModelStore:
             reference, self.settings, recorded_commit=commit, refresh=refresh, copies=copies, sleep=self._sleep
         )
 
-    def _asked_dtype(self, dtype: str | None) -> Dtype | None:
+    def _requested_dtype(self, dtype: str | None) -> Dtype | None:
         return parse_dtype("dtype", dtype) if dtype else self.settings.dtype
 
     def _variant(self, reference: Reference, dtype: str | None, *, refresh: bool) -> Dtype:
         """The variant to look for and to make. A seed states it; otherwise the volume tells it."""
-        asked = self._asked_dtype(dtype)
-        if asked is not None or refresh:
-            return asked or DEFAULT_DTYPE
+        requested = self._requested_dtype(dtype)
+        if requested is not None or refresh:
+            return requested or DEFAULT_DTYPE
         return parse_dtype("dtype", self.catalog.dtype_of(reference))
 
     def _quarantine(self, key: SnapshotKey, claim: Claim) -> Snapshot | None:

@@ -37,7 +37,7 @@ def _options(kind: Literal["option", "switch"], *names: str) -> dict[str, Variab
 
 _BY_SPECULATIVE_CONFIG = Variable("nothing", reason="vLLM has SPECULATIVE_CONFIG, a JSON object, instead")
 _BATCHES_OF_OUTPUT = Variable("nothing", reason="each piece of a stream is sent as it comes")
-_GONE = Variable("nothing", reason="today's vLLM has no such option")
+_REMOVED = Variable("nothing", reason="today's vLLM has no such option")
 VARIABLES: Mapping[str, Variable] = {
     "MODEL_NAME": Variable("setting", "MODEL_ID"),
     "MODEL_REVISION": Variable("setting", "MODEL_REVISION"),
@@ -125,17 +125,17 @@ VARIABLES: Mapping[str, Variable] = {
     "NUM_SPECULATIVE_TOKENS": _BY_SPECULATIVE_CONFIG,
     "NGRAM_PROMPT_LOOKUP_MAX": _BY_SPECULATIVE_CONFIG,
     "NGRAM_PROMPT_LOOKUP_MIN": _BY_SPECULATIVE_CONFIG,
-    "DEVICE": _GONE,
-    "DISABLE_LOG_REQUESTS": _GONE,
+    "DEVICE": _REMOVED,
+    "DISABLE_LOG_REQUESTS": _REMOVED,
     "GUIDED_DECODING_BACKEND": Variable("nothing", reason="vLLM has STRUCTURED_OUTPUTS_CONFIG instead"),
-    "MAX_CONTEXT_LEN_TO_CAPTURE": _GONE,
-    "MAX_SEQ_LEN_TO_CAPTURE": _GONE,
-    "NUM_LOOKAHEAD_SLOTS": _GONE,
+    "MAX_CONTEXT_LEN_TO_CAPTURE": _REMOVED,
+    "MAX_SEQ_LEN_TO_CAPTURE": _REMOVED,
+    "NUM_LOOKAHEAD_SLOTS": _REMOVED,
     "ROPE_SCALING": Variable("nothing", reason="give rope_scaling in HF_OVERRIDES"),
     "ROPE_THETA": Variable("nothing", reason="give rope_theta in HF_OVERRIDES"),
-    "SCHEDULER_DELAY_FACTOR": _GONE,
-    "SWAP_SPACE": _GONE,
-    "USE_V2_BLOCK_MANAGER": _GONE,
+    "SCHEDULER_DELAY_FACTOR": _REMOVED,
+    "SWAP_SPACE": _REMOVED,
+    "USE_V2_BLOCK_MANAGER": _REMOVED,
 }
 
 

@@ -73,22 +73,15 @@ def complete_reference(incomplete: str) -> list[str]:
 REF_HELP = "org/name, org/name@revision, @alias or file:///folder"
 REF = Annotated[str, typer.Argument(metavar="REF", help=REF_HELP, autocompletion=complete_reference)]
 REFS = Annotated[list[str], typer.Argument(metavar="REF...", help=REF_HELP, autocompletion=complete_reference)]
-DTYPE = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        help=f"{', '.join(DTYPES)}; {DEFAULT_DTYPE} by default",
-        autocompletion=lambda: list(DTYPES),
-    ),
-]
-VARIANT = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        help=f"{', '.join(DTYPES)}; by default the one that was seeded last, or the only one on the volume",
-        autocompletion=lambda: list(DTYPES),
-    ),
-]
+
+
+def _dtype_option(default: str) -> Any:
+    names = ", ".join(DTYPES)
+    return typer.Option("--dtype", help=f"{names}; by default {default}", autocompletion=lambda: list(DTYPES))
+
+
+DTYPE = Annotated[str | None, _dtype_option(DEFAULT_DTYPE)]
+VARIANT = Annotated[str | None, _dtype_option("the one that was seeded last, or the only one on the volume")]
 DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Print the plan, and do nothing.")]
 YES = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 REVISION = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit, if REF names none.")]

@@ -69,10 +69,10 @@ def list_models(
     if sort not in _SORTS:
         raise UsageError(f"--sort {sort} is not known: use {', '.join(_SORTS)}")
     store = context.volume()
-    left = [inventory.unfinished_record(store.layout, each) for each in unfinished_downloads(store.layout)]
+    downloads = [inventory.unfinished_record(store.layout, each) for each in unfinished_downloads(store.layout)]
     models = [] if unfinished else sorted(inventory.models(store.layout), key=_SORTS[sort])
     if having is not None:
-        models, left = [[each for each in records if _has(each, having)] for records in (models, left)]
+        models, downloads = [[each for each in records if _has(each, having)] for records in (models, downloads)]
 
     def text(console: Console) -> None:
         if models:
@@ -80,15 +80,15 @@ def list_models(
             users = sum(bool(model["in_use_by"]) for model in models)
             total = size(sum(model["bytes"] for model in models))
             console.print(f"{counted(len(models), 'model')}, {total}, {users} in use")
-        elif left:
+        elif downloads:
             pass
         elif unfinished or having is not None:
             console.print("no unfinished downloads" if unfinished else f"nothing in {store.settings.root} matches")
         else:
             console.print(f"no snapshots in {store.settings.root}: publish one with `modelstore seed org/name`")
-        print_unfinished(console, left)
+        print_unfinished(console, downloads)
 
-    context.print(left if unfinished else models, text)
+    context.print(downloads if unfinished else models, text)
 
 
 def _has(record: Mapping[str, Any], text: str) -> bool:

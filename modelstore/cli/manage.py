@@ -193,8 +193,12 @@ def collect_garbage(
         return
     taken = Space(layout, settings).taken() - (plan.size_bytes if dry_run else 0)
     if taken > limit:
-        left = sum(each.size_bytes for each in unfinished_downloads(layout))
-        unfinished = f", or unfinished downloads ({size(left)}: `modelstore rm --unfinished`)" if left else ""
+        unfinished_bytes = sum(each.size_bytes for each in unfinished_downloads(layout))
+        unfinished = (
+            f", or unfinished downloads ({size(unfinished_bytes)}: `modelstore rm --unfinished`)"
+            if unfinished_bytes
+            else ""
+        )
         raise NoSpace(
             f"{layout.root} takes {size(taken)} then, more than {to}: the rest is in use, pinned or an alias's"
             f"{unfinished}"

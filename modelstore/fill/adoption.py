@@ -35,7 +35,7 @@ _INDEXES = ("config.json", "model_index.json")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class LocalModel:
     """A model that lies somewhere, and how to read it."""
 
     label: str
@@ -51,7 +51,7 @@ class Unreadable:
     error: ModelStoreError
 
 
-def find(path: Path, settings: Settings, *, repo_id: str | None = None) -> Iterator[Found | Unreadable]:
+def find(path: Path, settings: Settings, *, repo_id: str | None = None) -> Iterator[LocalModel | Unreadable]:
     """The models at `path`. `repo_id`: the name for a folder without a name of its own.
 
     Raises NotFound if there is none, and UsageError if a name is missing or given to several.
@@ -105,7 +105,7 @@ def _is_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _INDEXES)
 
 
-def _in_cache(repo: Path, settings: Settings) -> Iterator[Found]:
+def _in_cache(repo: Path, settings: Settings) -> Iterator[LocalModel]:
     """The revisions of one repo in an HF cache, those that are whole."""
     name = repo.name.removeprefix("models--").replace("--", "/", 1)
     if not is_repo_id(name):
@@ -126,17 +126,17 @@ def _in_cache(repo: Path, settings: Settings) -> Iterator[Found]:
             logger.warning("%s is passed over: %s", repo, error)
             continue
         if resolved is not None:
-            yield Found(str(repo), source, resolved)
+            yield LocalModel(str(repo), source, resolved)
 
 
-def _folder(label: str, name: str, paths: Mapping[str, Path], repo_id: str | None, revision: str) -> Found:
+def _folder(label: str, name: str, paths: Mapping[str, Path], repo_id: str | None, revision: str) -> LocalModel:
     source = LocalFiles(
         repo_id or local_repo_id(Reference("file", f"/{name}", "")), "main" if repo_id else revision, name, paths
     )
-    return Found(label, source, source.resolve())
+    return LocalModel(label, source, source.resolve())
 
 
-def _in_mirror(mirror: Path, settings: Settings, repo_id: str | None) -> Iterator[Found]:
+def _in_mirror(mirror: Path, settings: Settings, repo_id: str | None) -> Iterator[LocalModel]:
     """The mirror of the SDK's VolumeCache: files by their full names on the container, the small ones in a tar."""
     with TemporaryDirectory(prefix="modelstore-") as folder:
         paths = {f"/{name}": path for name, path in files_below(mirror / "big").items()}
@@ -156,7 +156,7 @@ def _in_mirror(mirror: Path, settings: Settings, repo_id: str | None) -> Iterato
                 repos.setdefault(repo.removeprefix("models--").replace("--", "/", 1), {})[digest] = path
         for name, blobs_of_repo in sorted(repos.items()):
             source = _Blobs(Reference("hub", name, "main"), settings, blobs_of_repo)
-            yield Found(f"{mirror}: {name}", source, source.resolve())
+            yield LocalModel(f"{mirror}: {name}", source, source.resolve())
         if not tops and not repos:
             raise NotFound(f"{mirror} is a mirror of something else than models")
 

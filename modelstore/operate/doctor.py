@@ -341,9 +341,10 @@ def _leftovers(layout: Layout, settings: Settings) -> CheckResult:
     if plan.garbage:
         text = f"{len(plan.garbage)} leftovers, {size(sum(item.size_bytes for item in plan.garbage))}"
         return _warning("leftovers", text, "they take space", "run `modelstore gc`")
-    left = [each for each in unfinished(layout) if not each.is_running]
-    if left:
-        text = f"{counted(len(left), 'unfinished download')}, {size(sum(each.size_bytes for each in left))}"
+    downloads = [each for each in unfinished(layout) if not each.is_running]
+    if downloads:
+        text = counted(len(downloads), "unfinished download")
+        text += f", {size(sum(each.size_bytes for each in downloads))}"
         return _warning(
             "leftovers", text, "they take space, and go on with the next seed or start of the model",
             "seed it to the end, or run `modelstore rm --unfinished`",

@@ -35,7 +35,7 @@ COLOURS: Mapping[str, str] = {
     "failed": "#d63939",
 }
 _TICK_S = (60, 300, 900, 3600, 3 * 3600, 6 * 3600, 12 * 3600, 86400, 2 * 86400, 7 * 86400, 14 * 86400)
-_MOST_TICKS = 6
+_TICKS = 6
 _SHOWN_S = 0.005
 
 
@@ -73,27 +73,23 @@ def over_time(records: Sequence[Mapping[str, Any]]) -> str:
     step = round_step(max(map(total_s, good), default=1.0))
     top = step * math.ceil(max(map(total_s, good), default=1.0) / step + 0.01)
 
-    def left(seconds: float) -> float:
+    def percent_at(seconds: float) -> float:
         return float(100 * (seconds - first) / (last - first))
 
     lines = [
         f'<i class=h style="bottom:{100 * y * step / top:.2f}%"><b>{_figure(y * step)} s</b></i>'
         for y in range(round(top / step) + 1)
     ]
-    ticks = [
-        f'<i class="v{" first" if left(at) < 10 else " last" if left(at) > 90 else ""}" style="left:{left(at):.2f}%">'
-        f"<b>{label}</b></i>"
-        for at, label in time_ticks(first, last)
-    ]
+    ticks = [_time_tick(percent_at(at), label) for at, label in time_ticks(first, last)]
     marks = [
         mark(
             look_of(each),
-            style=f"left:{left(each['at']):.2f}%;bottom:{100 * total_s(each) / top:.2f}%",
+            style=f"left:{percent_at(each['at']):.2f}%;bottom:{100 * total_s(each) / top:.2f}%",
             tip=_tip(each),
         )
         for each in good
     ]
-    below = [mark("failed", style=f"left:{left(each['at']):.2f}%;bottom:50%", tip=_tip(each)) for each in failed]
+    below = [mark("failed", style=f"left:{percent_at(each['at']):.2f}%;bottom:50%", tip=_tip(each)) for each in failed]
     lane = f"<div class=lane><b>failed</b>{''.join(below)}</div>" if failed else ""
     words = (
         f"{len(good)} starts that took up to {max(map(total_s, good), default=0):.1f} s, and {len(failed)} that failed"
@@ -104,17 +100,23 @@ def over_time(records: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def _time_tick(percent: float, label: str) -> str:
+    """A tick with its label, which at the edges stays inside the drawing."""
+    place = " first" if percent < 10 else " last" if percent > 90 else ""
+    return f'<i class="v{place}" style="left:{percent:.2f}%"><b>{label}</b></i>'
+
+
 def round_step(largest: float) -> float:
     """The distance of round ticks, at most six of them: 1, 2 or 5 times a power of ten."""
-    power: float = 10.0 ** math.floor(math.log10(max(largest, 1e-3) / _MOST_TICKS))
-    return next((power * each for each in (1, 2, 5, 10) if largest <= power * each * _MOST_TICKS), power * 10)
+    power: float = 10.0 ** math.floor(math.log10(max(largest, 1e-3) / _TICKS))
+    return next((power * each for each in (1, 2, 5, 10) if largest <= power * each * _TICKS), power * 10)
 
 
 def time_ticks(first: float, last: float) -> list[tuple[float, str]]:
     """Round times in UTC between two moments, with their labels: a time of day, the day at midnight and at first."""
-    step = next((each for each in _TICK_S if (last - first) / each <= _MOST_TICKS), None)
+    step = next((each for each in _TICK_S if (last - first) / each <= _TICKS), None)
     if step is None:
-        step = 28 * 86400 * math.ceil((last - first) / (28 * 86400) / _MOST_TICKS)
+        step = 28 * 86400 * math.ceil((last - first) / (28 * 86400) / _TICKS)
     begin = math.ceil(first / step) * step
     moments = [time.gmtime(at) for at in range(begin, math.floor(last) + 1, step)]
     labels = [time.strftime("%H:%M" if moment.tm_hour or moment.tm_min else "%d %b", moment) for moment in moments]

@@ -161,16 +161,16 @@ def _cards(space: Mapping[str, Any], starts: Sequence[Mapping[str, Any]], warm: 
     good = len(starts) - failed
     evictable = f"an eviction would free {size(space['evictable'])}"
     if space["quota"]:
-        taken = f"<b>{size(space['taken'])}</b>of {size(space['quota'])}{drawings.quota_bar(space)}{evictable}"
+        used = f"<b>{size(space['taken'])}</b>of {size(space['quota'])}{drawings.quota_bar(space)}{evictable}"
     else:
-        taken = f"<b>{size(space['taken'])}</b>taken, without a quota; {evictable}"
+        used = f"<b>{size(space['taken'])}</b>taken, without a quota; {evictable}"
     median = "<b>–</b>no warm start yet"
     if warm:
         median = f"<b>{_quantile(warm, 0.5):.1f} s</b>median of {counted(len(warm), 'warm start')}; "
         median += f"95th percentile {_quantile(warm, 0.95):.1f} s"
     hits = f"<b>{len(warm) / good:.0%}</b>found the model on the volume, of {good} that did not fail" if good else ""
     cards = [
-        taken,
+        used,
         median,
         hits or "<b>–</b>no start that did not fail",
         f"<b{' class=bad' if failed else ''}>{failed}</b>failed, of {counted(len(starts), 'start')}",
@@ -213,8 +213,8 @@ def _failures(records: Sequence[Mapping[str, Any]]) -> str:
 def _some(names: Iterable[str]) -> str:
     """The first three different names, and how many more there are."""
     different = list(dict.fromkeys(names))
-    more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-    return ", ".join(different[:3]) + more
+    count = f" and {len(different) - 3} more" if len(different) > 3 else ""
+    return ", ".join(different[:3]) + count
 
 
 def _latest(records: Sequence[dict[str, Any]]) -> str:
@@ -233,10 +233,10 @@ def _latest(records: Sequence[dict[str, Any]]) -> str:
             f"<p class=faint>{clock(record['at'])} UTC, {look_of(record)}, {escape(about)}</p>"
             f"{drawings.spans_of(record)}</details>"
         )
-    left = sum(not record["error"] for record in records) - len(shown)
-    more = f"<p class=faint>{left} earlier ones: modelstore history --limit {len(records)}</p>" if left else ""
+    earlier = sum(not record["error"] for record in records) - len(shown)
+    note = f"<p class=faint>{earlier} earlier ones: modelstore history --limit {len(records)}</p>" if earlier else ""
     return (
-        f"<h2>The latest starts</h2>{drawings.steps_key(shown)}{''.join(rows)}{more}"
+        f"<h2>The latest starts</h2>{drawings.steps_key(shown)}{''.join(rows)}{note}"
         "<p class=faint>All bars are on one scale. Choose a start to see its steps.</p>"
     )
 

@@ -42,6 +42,8 @@ def environment() -> Iterator[tuple[Path, dict[str, str]]]:
         write_model(hub.folder / "org" / "chat", seed=1)
         write_repo(hub.folder / "org" / "chat-next", random_tensors(4, (1024, 1024), seed=2))
         write_repo(hub.folder / "org" / "embedding", random_tensors(4))
+        write_repo(hub.folder / "org" / "broken-off", random_tensors(4, (512, 512), seed=3), shards=4)
+        hub.faults.status["model-00004-of-00004.safetensors"] = [(404, {})] * 1000
         write_repo(folder / "my-model", random_tensors(2, seed=5))
         (folder / "volume").mkdir()
         found = re.search(r"```toml\n# models.toml\n(.*?)```", PAGE.read_text(), re.DOTALL)
