@@ -19,7 +19,7 @@ from handler.privileges import become_owner_of
 from handler.redaction import VolumePaths
 from handler.start_failure import tell_waiting_jobs
 from modelstore.environment import forget_hub_tokens
-from modelstore.errors import ModelStoreError, NotFound
+from modelstore.errors import ModelStoreError, not_installed
 from modelstore.logs import LINE_CHARACTERS, log_to_stderr, take_library_logs
 from modelstore.settings import EngineName, Settings, ineffective
 from modelstore.startup import gc_paused
@@ -102,8 +102,7 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
                 module = import_module(f"handler.engines.{entry.module}")
                 import_module("handler.worker")
         except ModuleNotFoundError as error:
-            extra = f"runpod-modelstore[{entry.extra}]"
-            raise NotFound(f"{error.name} is not installed: pip install '{extra}'") from error
+            raise not_installed(error, entry.extra) from error
         take_library_logs()
         return module
 

@@ -105,6 +105,15 @@ class InvalidSetting(UsageError):
     """A setting that does not parse; the message names the variable."""
 
 
+def not_installed(error: ModuleNotFoundError, extra: str) -> NotFound:
+    """The error for a library that an extra of this package brings. A library may name it only in the error's cause."""
+    cause: BaseException | None = error
+    while cause is not None and not getattr(cause, "name", None):
+        cause = cause.__cause__ or cause.__context__
+    name = getattr(cause, "name", None) or str(error)
+    return NotFound(f"{name} is not installed: pip install 'runpod-modelstore[{extra}]'")
+
+
 class NotFound(ModelStoreError, LookupError):
     """The requested thing does not exist."""
 

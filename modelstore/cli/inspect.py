@@ -24,7 +24,7 @@ from modelstore.cli.output import (
     table,
     without_status,
 )
-from modelstore.errors import NotFound, UsageError
+from modelstore.errors import UsageError, not_installed
 from modelstore.operate import inventory
 from modelstore.operate.inventory import find_key, find_snapshot
 from modelstore.store import ModelStore
@@ -269,7 +269,7 @@ def metrics(
     try:
         from modelstore.operate.metrics import as_text, serve, write
     except ModuleNotFoundError as error:
-        raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[metrics]'") from error
+        raise not_installed(error, "metrics") from error
     store = context.volume()
     refs.check_format(store.layout)
     if file is not None:

@@ -11,7 +11,7 @@ import typer
 from modelstore.cli.app import REF, REVISION, VARIANT, Context, observer_of
 from modelstore.cli.output import print_measured
 from modelstore.dtypes import parse_dtype
-from modelstore.errors import NotFound
+from modelstore.errors import not_installed
 from modelstore.reference import parse_reference
 from modelstore.servable import check_loadable
 from modelstore.settings import parse_size
@@ -50,7 +50,7 @@ def warm(
                 try:
                     from modelstore.load.model import load_model
                 except ModuleNotFoundError as error:
-                    raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[worker]'") from error
+                    raise not_installed(error, "worker") from error
             pending.load(
                 lambda start: load_model(
                     start.snapshot,
@@ -83,7 +83,7 @@ def bench_volume(
         from modelstore.bench.race import bench_volume, environment
         from modelstore.load.torch_device import usable_device
     except ModuleNotFoundError as error:
-        raise NotFound(f"{error.name} is not installed: pip install 'runpod-modelstore[worker,bench]'") from error
+        raise not_installed(error, "worker,bench") from error
     target = str(usable_device(device))
     results = bench_volume(place, size_bytes=size_bytes, runs=runs, device=target, report=context.report)
     record = {

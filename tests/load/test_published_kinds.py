@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
-from modelstore.load.model import load_tensors
+from modelstore.errors import ModelStoreError
+from modelstore.load.model import load_model, load_tensors
 from modelstore.store import ModelStore
 from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.verify import verify_snapshot
@@ -185,3 +187,28 @@ def test_a_quantized_model_is_stored_bit_for_bit(store: ModelStore, tmp_path: Pa
     loaded = load_tensors(snapshot, "cpu")
     assert all(torch.equal(loaded[name].view(torch.uint8), tensors[name].view(torch.uint8)) for name in tensors)
     assert tf.AutoConfig.from_pretrained(snapshot.path).quantization_config == quantization
+
+
+# The table in docs/migrate.md: the method, as a config states it, and the library that transformers asks for
+NEED_A_LIBRARY: dict[str, tuple[dict[str, Any], str]] = {
+    "bitsandbytes": ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bitsandbytes"),
+    "gptq": ({"bits": 4, "group_size": 128, "desc_act": False, "sym": True}, "optimum"),
+    "awq": ({"bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}, "gptqmodel"),
+    "compressed-tensors": ({"config_groups": {}, "format": "pack-quantized"}, "compressed-tensors"),
+    "hqq": ({"quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}}}, "HQQ"),
+    "torchao": ({"quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}}, "torchao"),
+}
+
+
+@pytest.mark.parametrize("method", NEED_A_LIBRARY)
+def test_a_quantization_that_needs_a_library_names_it(store: ModelStore, tmp_path: Path, method: str) -> None:
+    config_of_method, library = NEED_A_LIBRARY[method]
+    if find_spec(library.replace("-", "_").lower()) is not None:
+        pytest.skip(f"{library} is installed here")
+    folder = tmp_path / "model"
+    tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, num_key_value_heads=4)).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, **config_of_method}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelStoreError, match=library):
+        load_model(stored(store, folder), "cpu")
