@@ -95,7 +95,7 @@ def test_a_server_starts_on_an_empty_volume(tmp_path: Path) -> None:
     settings = Settings(root=tmp_path / "store", model=parse_reference(f"file://{tmp_path}/source"))
     pending = warmstart.begin(settings, target="shared")
     folder = MemoryBackedSnapshot(pending.snapshot, pending.reading)
-    assert pending.timeline.outcome == "downloaded"
+    assert pending.timeline.outcome == "copied"
     assert_same(folder.path, pending.snapshot.manifest)
     folder.release_memory()
     folder.close()
