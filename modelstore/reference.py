@@ -103,7 +103,7 @@ def parse_reference(text: str, *, revision: str | None = None) -> Reference:
             hint = f"; did you mean file://{text}?"
         elif text.startswith("."):
             hint = "; did you mean a folder, as in file:///path/to/it?"
-        elif repo_id and "/" not in repo_id:
+        elif is_repo_id(f"org/{repo_id}"):
             hint = f"; did you mean an organisation's repo, as in org/{repo_id}?"
         raise InvalidReference(f"{text!r} is not a model reference: {_FORMS}{hint}")
     if at and revision and named != revision:

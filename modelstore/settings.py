@@ -127,11 +127,11 @@ def ineffective(env: Mapping[str, str] | None = None) -> list[str]:
     known = [name for field in FIELDS for name in (field.variable, *field.other_names)]
     lines = []
     for name in sorted(env):
-        if name in (*known, *_OF_SCRIPTS) or not name.startswith(("MODELSTORE_", "MODEL_")) or not env[name].strip():
+        if name in (*known, *_OF_SCRIPTS) or not name.upper().startswith("MODEL") or not env[name].strip():
             continue
         from difflib import get_close_matches  # most processes never need it
 
-        similar = get_close_matches(name, known, 1, 0.8 if name.startswith("MODELSTORE_") else 0.9)
+        similar = get_close_matches(name.upper(), known, 1, 0.9)
         if similar:
             lines.append(f"{name} is not known and has no effect: did you mean {similar[0]}?")
         elif name.startswith("MODELSTORE_"):
@@ -299,8 +299,8 @@ FIELDS = (
         "MODEL_DTYPE",
         "dtype",
         parse_dtype,
-        f"storage dtype: `{_DTYPE_NAMES}`; if it is not set, a model on the volume is served in the variant that was "
-        "seeded last, or in the only one",
+        f"storage dtype: `{_DTYPE_NAMES}` (or `fp16`, `bf16`, `fp32`); if it is not set, a model on the volume is "
+        "served in the variant that was seeded last, or in the only one",
         DEFAULT_DTYPE,
     ),
     Field("MODELSTORE_ROOT", "root", None, "the store's folder on the network volume", "<volume>/modelstore"),

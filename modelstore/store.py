@@ -21,6 +21,7 @@ from modelstore.errors import (
     IntegrityError,
     ModelStoreError,
     NoSpace,
+    RepoNotFound,
     WaitTimeout,
     WeightOverflow,
 )
@@ -414,9 +415,14 @@ class ModelStore:
                 raise
             logger.warning("%s", error)
             commit = ""
-        return resolve(
-            reference, self.settings, recorded_commit=commit, refresh=refresh, copies=copies, sleep=self._sleep
-        )
+        try:
+            return resolve(
+                reference, self.settings, recorded_commit=commit, refresh=refresh, copies=copies, sleep=self._sleep
+            )
+        except RepoNotFound as error:
+            if similar := self.catalog.similar(repo_id_of(reference)):
+                raise RepoNotFound(f"{error}; did you mean {similar}, which is on the volume?") from error
+            raise
 
     def _requested_dtype(self, dtype: str | None) -> Dtype | None:
         return parse_dtype("dtype", dtype) if dtype else self.settings.dtype

@@ -189,7 +189,9 @@ def make_plan(options: argparse.Namespace, present: Mapping[str, Sequence[Mappin
     endpoint = _of_name(present["endpoints"], options.name) or _of_name(present["endpoints"], f"{options.name} -fb")
     needed = {"--image": template, "--model": template, "--volume": endpoint}
     missing = [name for name, before in needed.items() if not before and not getattr(options, name[2:])]
-    if missing and present is not _UNKNOWN:
+    if missing and present is _UNKNOWN:
+        print(f"a new endpoint also needs {', '.join(missing)}", file=sys.stderr)
+    elif missing:
         raise UsageError(f"there is no endpoint {options.name} yet, and a new one needs {', '.join(missing)}")
     return Plan(
         template=template_input(options, template),
@@ -249,8 +251,8 @@ def _variable(text: str) -> tuple[str, str]:
 
 def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="the endpoint's")
-    parser.add_argument("--image", help="as it was pushed")
+    parser.add_argument("name", help="the endpoint's name")
+    parser.add_argument("--image", help="the image, as it was pushed")
     parser.add_argument("--model", help="org/name, org/name@revision or @alias")
     parser.add_argument("--volume", help="the network volume's id")
     parser.add_argument("--gpu", help="pools of GPUs, in order of preference; ADA_24,AMPERE_24 for a new endpoint")
@@ -258,10 +260,12 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, help="cost for a new endpoint")
     for name in ("workers-min", "workers-max", "idle-timeout", "execution-timeout"):
         parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
-    parser.add_argument("--flashboot", action="store_true", help="also if the preset has none")
+    parser.add_argument("--flashboot", action="store_true", help="FlashBoot, also if the preset has none")
     parser.add_argument("--disk", type=int, help="GB of the container, 20 for a new endpoint; no model goes there")
-    parser.add_argument("--locations", help="data centres; the volume's by default")
-    parser.add_argument("--env", type=_variable, action="append", default=[], help="another setting of the worker")
+    parser.add_argument("--locations", help="datacenters; the volume's by default")
+    parser.add_argument(
+        "--env", type=_variable, action="append", default=[], metavar="NAME=VALUE", help="a setting of the worker"
+    )
     parser.add_argument("--unset", action="append", default=[], metavar="NAME", help="remove a setting of the worker")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, and do nothing; needs no key")
     return parser.parse_args()

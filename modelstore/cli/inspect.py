@@ -250,9 +250,8 @@ def write_report(
     page = report.html(models, space, starts, made_at=time.time())
     durable.write_atomic(out.absolute(), page.encode(errors="replace"))
     record = {"path": str(out.absolute()), "starts": len(starts), "models": len(models)}
-    context.print(
-        record, lambda console: console.print(f"{out.absolute()}: {len(starts)} starts, {len(models)} models")
-    )
+    text_of_page = f"{out.absolute()}: {counted(len(starts), 'start')}, {counted(len(models), 'model')}"
+    context.print(record, lambda console: console.print(text_of_page))
 
 
 def metrics(

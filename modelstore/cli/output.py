@@ -112,7 +112,8 @@ def _outcome(how: str, record: Mapping[str, Any]) -> str:
 def print_snapshot(console: Console, snapshot: Snapshot) -> None:
     source = snapshot.manifest.source
     console.print(f"{snapshot.repo_id} at {snapshot.commit} as {snapshot.dtype}")
-    console.print(f"{snapshot.path}\nfrom {source.kind} {source.location} {source.revision}")
+    origin = f"hub {source.location} {source.revision}" if source.kind == "hub" else source.label
+    console.print(f"{snapshot.path}\nfrom {origin}")
     if source.compared_with == "cache":
         console.print("its files were compared with the names in that cache alone: the Hub could not be reached")
     if snapshot.manifest.stored_unchanged:
@@ -130,7 +131,8 @@ def print_collected(console: Console, record: Mapping[str, Any]) -> None:
             f"{verb} {item['repo_id']} {item['commit'][:12]} {item['dtype']}, {size(item['bytes'])}, "
             f"last used {ago(item['idle_s'])}"
         )
-    console.print(f"{verb} {size(record['bytes'])}")
+    nothing = not record["collected"] and not record["evicted"]
+    console.print("nothing to remove" if nothing else f"{verb} {size(record['bytes'])}")
     print_unfinished(console, record.get("unfinished", ()))
 
 

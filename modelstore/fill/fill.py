@@ -76,7 +76,7 @@ class Fill:
         self._claim = claim
         self._staging = Staging(layout, request.key, claim, request.damaged)
         self._space = Space(layout, settings, sleep=sleep)
-        self._progress = Progress()
+        self._progress = Progress(over_network=request.source.over_network)
         self._guard = _Guard(claim, request, self._progress)
         self._budget = DiskBudget({})
         self._needed_bytes = 0

@@ -68,7 +68,8 @@ class LogObserver(Observer):
             left_s = progress.eta_s  # once: others count on meanwhile
             eta = f", about {left_s:.0f} s left" if left_s is not None else ""
             amount = f": {size(progress.done)} of {size(progress.total)}{eta}" if progress.total else ""
-            logger.info("%s %s%s", self._doing, key, amount)
+            is_copy = self._doing == "downloading" and not progress.over_network
+            logger.info("%s %s%s", "copying" if is_copy else self._doing, key, amount)
 
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
         if self._due():

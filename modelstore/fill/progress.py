@@ -10,10 +10,11 @@ _SETTLES_S = 0.5
 
 class Progress:
     """Counts of one fill, in bytes of the source; `reused` was there already, `network` went over the wire, repeats
-    included."""
+    included. `over_network`: the source is not on this host."""
 
-    def __init__(self, total: int = 0) -> None:
+    def __init__(self, total: int = 0, *, over_network: bool = True) -> None:
         self.total = total
+        self.over_network = over_network
         self.done = 0
         self.reused = 0
         self.network = 0

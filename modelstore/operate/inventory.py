@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any
 
 from modelstore.dtypes import parse_dtype
@@ -205,9 +204,8 @@ def find_key(
     if variants:
         others = ", ".join(f"{key.repo_id}@{key.commit[:12]} --dtype {key.dtype}" for key in variants[:5])
         raise SnapshotNotFound(f"{problem}, but this is: {others}")
-    known = {key.repo_id for key in list(store.catalog.keys())}
-    if similar := get_close_matches(repo_id_of(parsed), known, 1, 0.75):
-        raise SnapshotNotFound(f"{problem}: did you mean {similar[0]}?")
+    if similar := store.catalog.similar(repo_id_of(parsed)):
+        raise SnapshotNotFound(f"{problem}: did you mean {similar}?")
     option = f" --dtype {dtype}" if dtype else ""
     raise SnapshotNotFound(f"{problem}: look at `modelstore ls`, or run `modelstore seed {reference}{option}`")
 

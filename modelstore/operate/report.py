@@ -179,8 +179,10 @@ def _cards(space: Mapping[str, Any], starts: Sequence[Mapping[str, Any]], warm: 
 
 
 def _time_of(warm: Sequence[Mapping[str, Any]]) -> str:
+    seconds = _mean_seconds(warm)
+    between = sum(map(total_s, warm)) / len(warm) - sum(seconds.values())
     about = f"Seconds of a warm start, the mean of {len(warm)}. Time that several steps share is divided among them."
-    return f"{drawings.shares(_mean_seconds(warm))}<p class=faint>{about}</p>"
+    return f"{drawings.shares({**seconds, 'between these steps': max(between, 0.0)})}<p class=faint>{about}</p>"
 
 
 def _mean_seconds(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -112,7 +112,7 @@ def parse_since(text: str) -> float:
         moment = datetime.fromisoformat(text.strip())
         return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
-        raise UsageError(f"{text!r} is no time: write it like 6h, 2d or 2026-11-26") from None
+        raise UsageError(f"--since {text!r} is no time: write it like 6h, 2d or 2026-11-26") from None
 
 
 def _days(folder: Path) -> list[Path]:

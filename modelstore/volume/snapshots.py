@@ -192,6 +192,13 @@ class Catalog:
                 if (key := key_from_parts(repo, name)) is not None:
                     yield key
 
+    def similar(self, repo_id: str) -> str:
+        """The repo on the volume whose id is nearly this one; empty if there is none."""
+        from difflib import get_close_matches  # only after an error
+
+        others = {key.repo_id for key in list(self.keys())} - {repo_id}
+        return next(iter(get_close_matches(repo_id, others, 1, 0.75)), "")
+
     def snapshots(self) -> Iterator[Snapshot]:
         """Every published snapshot, by repo and commit; damaged ones are left out, with a warning."""
         for key in self.keys():

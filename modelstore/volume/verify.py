@@ -83,7 +83,7 @@ def parse_sample(text: str) -> int:
     except (ValueError, OverflowError):
         stride = 0
     if not 1 <= stride <= 1_000_000:
-        raise UsageError(f"{text!r} is no sample: write it like 1/20 or 5%")
+        raise UsageError(f"--sample {text!r} is no sample: write it like 1/20 or 5%")
     return stride
 
 
