@@ -239,15 +239,20 @@ def check_server_fields(data: Mapping[str, Any], known: Collection[str], server:
     itself reads some fields of a `native` request."""
     for name, value in data.items():
         field = FIELDS.get(name)
+        if native and name in NOT_STREAMED and value not in (None, False):
+            raise invalid(f"{name} is served by this {server} on OpenAI's routes alone, without stream: send it there")
         if value is None or name in known:
             continue
         if field is not None and (field.text == "harmless" or (native and field.by_worker)):
+            continue
+        if field is not None and any(_is_same(value, neutral) for neutral in field.neutral):
             continue
         if field is not None and field.instead:
             raise invalid(f"{name} is not served by this {server}: {field.instead}")
         raise unknown_field(name, known)
 
 
+NOT_STREAMED = ("use_beam_search", "prompt_logprobs")  # and vLLM's answer to a native job is always a stream
 _LISTED = 8  # so many names go into an error
 
 

@@ -33,7 +33,7 @@ from modelstore.reference import Reference, is_commit, parse_reference, repo_id_
 from modelstore.settings import Settings
 from modelstore.timeline import Span, Timeline
 from modelstore.volume import aliases, durable, history, refs, tree
-from modelstore.volume.claim import Claim, Contender, Holder
+from modelstore.volume.claim import Claim, Contender, Holder, current_record
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.pins import mark_used, wait_while_evicting
 from modelstore.volume.snapshots import Catalog, Snapshot
@@ -135,12 +135,15 @@ class ModelStore:
             return record | {"status": "present", "files": files, "bytes": snapshot.size_bytes, "downloaded_bytes": 0}
         footprint = preview(request, self.settings).footprint
         staged = tree.tree_blocks(self.layout.staging(key))
+        _generation, claimed = current_record(self.layout.claims(key))
+        fetched = claimed.done if staged and claimed is not None else 0
         return record | {
             "status": "damaged" if is_damaged else "resumable" if staged else "missing",
             "files": footprint.files,
             "bytes": footprint.stored_bytes,
-            "downloaded_bytes": footprint.source_bytes if source.over_network else 0,
+            "downloaded_bytes": max(footprint.source_bytes - fetched, 0) if source.over_network else 0,
             "staged_bytes": staged,
+            "peak_bytes": footprint.peak_bytes,
         }
 
     def preview_adopted(self, source: Source, resolved: Resolved, *, dtype: str | None = None) -> dict[str, Any]:

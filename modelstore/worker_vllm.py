@@ -178,10 +178,13 @@ def ineffective(env: Mapping[str, str], *, is_vllm: bool) -> list[str]:
                 remedy = variable.reason
             case "option":
                 remedy = f"use ENGINE=vllm with {_OPTIONS}={shlex.quote(shlex.join([variable.name, text]))}"
+            case "switch" if text.lower() in _OFF:
+                continue  # as it is without it
             case "switch":
                 remedy = f"use ENGINE=vllm with {_OPTIONS}={variable.name}"
             case "setting":
-                remedy = f"use {variable.name}"
+                value = "keep" if (name, text.lower()) == ("DTYPE", "auto") else text
+                remedy = f"use {variable.name}={shlex.quote(value)}"
         lines.append(f"{name} has no effect here: {remedy}")
     return lines
 

@@ -98,7 +98,7 @@ def template_input(options: argparse.Namespace, before: Mapping[str, Any]) -> di
     if missing := [name for name in options.unset if name not in env and before]:
         raise UsageError(f"--unset {missing[0]}: the template has no such variable")
     changes = {
-        "name": f"{options.name}-modelstore",
+        "name": before.get("name", f"{options.name}-modelstore"),
         "imageName": options.image,
         "containerDiskInGb": options.disk,
         "isServerless": True,
@@ -184,10 +184,12 @@ def _is_secret(name: str) -> bool:
 
 def make_plan(options: argparse.Namespace, present: Mapping[str, Sequence[Mapping[str, Any]]]) -> Plan:
     """The plan, given the endpoints and templates that exist. Raises UsageError if a new endpoint lacks something."""
-    template = _of_name(present["podTemplates"], f"{options.name}-modelstore")
     # RunPod marks what has FlashBoot by a suffix to its name.
     endpoint = _of_name(present["endpoints"], options.name) or _of_name(present["endpoints"], f"{options.name} -fb")
-    needed = {"--image": template, "--model": template, "--volume": endpoint}
+    own = [each for each in present["podTemplates"] if each["id"] == endpoint.get("templateId")]
+    template = own[0] if own else _of_name(present["podTemplates"], f"{options.name}-modelstore")
+    names_a_model = {"MODEL_ID", "MODEL_NAME"} & dict(options.env).keys()
+    needed = {"--image": template, "--model": template or names_a_model, "--volume": endpoint}
     missing = [name for name, before in needed.items() if not before and not getattr(options, name[2:])]
     if missing and present is _UNKNOWN:
         print(f"a new endpoint also needs {', '.join(missing)}", file=sys.stderr)

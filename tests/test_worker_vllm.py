@@ -28,7 +28,8 @@ ROOT = {"MODELSTORE_ROOT": "/vol/modelstore"}
             "MAX_MODEL_LEN has no effect here: use ENGINE=vllm with MODELSTORE_VLLM_ARGS='--max-model-len 8192'",
         ),
         ({"ENFORCE_EAGER": "true"}, "ENFORCE_EAGER has no effect here: use ENGINE=vllm with"),
-        ({"DTYPE": "bfloat16"}, "DTYPE has no effect here: use MODEL_DTYPE"),
+        ({"DTYPE": "bfloat16"}, "DTYPE has no effect here: use MODEL_DTYPE=bfloat16"),
+        ({"DTYPE": "auto"}, "DTYPE has no effect here: use MODEL_DTYPE=keep"),
         ({"BASE_PATH": "/x", "ENGINE": "vllm"}, "BASE_PATH has no effect here: the volume is found by its mount"),
         ({"DEFAULT_BATCH_SIZE": "50", "ENGINE": "vllm"}, "DEFAULT_BATCH_SIZE has no effect here: each piece"),
     ],
@@ -44,6 +45,7 @@ def test_a_setting_without_effect_has_one_line(env: dict[str, str], line: str) -
     [
         {"MODELSTORE_QUOTA": "9GB", "MODEL_ID": "org/name", "MODEL_NAME": "org/name", "HF_TOKEN": "x", "HOME": "/"},
         {"MODELSTORE_QOUTA": " "},
+        {"ENFORCE_EAGER": "false", "ENABLE_LORA": "0"},
         {"SERVED_MODEL_NAME": "a", "MAX_CONCURRENCY": "4", "OPENAI_SERVED_MODEL_NAME_OVERRIDE": "b"},
         {"ENGINE": "vllm", "MAX_MODEL_LEN": "8192", "ENFORCE_EAGER": "1", "DTYPE": "auto", "MODEL_NAME": "org/name"},
     ],

@@ -243,7 +243,9 @@ class Loader:
 
     def __init__(self, settings: Settings) -> None:
         self._server = Server(
-            "vLLM", _command(settings.vllm_python), hint="mend MODELSTORE_VLLM_ARGS, or use ENGINE=text"
+            "vLLM",
+            _command(settings.vllm_python),
+            hint="mend MODELSTORE_VLLM_ARGS, or the variable that became the option, or use ENGINE=text",
         )
 
     def load(self, pending: PendingStart, import_sdk: Callable[[], None]) -> VllmEngine:

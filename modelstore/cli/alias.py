@@ -51,15 +51,16 @@ def set_alias(
     before = _now(context, name)
     if percent < 100 and before is None:
         raise UsageError(f"@{name} points nowhere yet: set it for all before you try another for {percent} %")
-    if dry_run:
-        variant = parse_dtype("--dtype", dtype) if dtype else store.settings.dtype
-        if variant is None and target.kind != "alias":
-            variant = parse_dtype("dtype", store.catalog.dtype_of(target))
-        snapshot = store.lookup(target, dtype=variant)
-        key = snapshot.key if snapshot else None
-    else:
+    variant = parse_dtype("--dtype", dtype) if dtype else store.settings.dtype
+    if variant is None and target.kind != "alias":
+        variant = parse_dtype("dtype", store.catalog.dtype_of(target))
+    snapshot = store.lookup(target, dtype=variant)
+    key = snapshot.key if snapshot else None
+    if key is not None and (problem := known_problem(store.layout, key)):
+        logger.warning("%s is damaged (%s): it is made again first", key, problem)
+    if not dry_run:
         if before is not None:
-            context.confirm(_question(context, name, target, before, percent), yes=yes)
+            context.confirm(_question(context, name, target, key, percent), yes=yes)
         with observer_of(context) as observer:
             key = store.set_alias(name, target, dtype=dtype, percent=percent, observer=observer).key
     record = _record(name, key) | {"before": _record(name, before), "changed": not dry_run}
@@ -165,15 +166,17 @@ def rollback(
         )
     if problem := known_problem(store.layout, target.key):
         logger.warning("%s is damaged (%s): it is made again first", target.key, problem)
+    missing = "" if store.layout.snapshot(target.key).is_dir() else ", which is downloaded first"
+    tried = f", which was tried for {target.percent} %, for all workers" if target.percent < 100 else ""
     if not dry_run:
-        tried = f", which was tried for {target.percent} %, for all workers" if target.percent < 100 else ""
-        context.confirm(f"point @{name} to {target.key}{tried} instead of {now}", yes=yes)
+        context.confirm(f"point @{name} to {target.key}{tried}{missing} instead of {now}", yes=yes)
         with observer_of(context) as observer:
             reference = f"{target.key.repo_id}@{target.key.commit}"
             store.set_alias(name, reference, dtype=target.key.dtype, observer=observer)
     record = _record(name, target.key) | {"before": _record(name, now), "changed": not dry_run}
-    missing = "" if store.layout.snapshot(target.key).is_dir() else ", once it is published"
-    text = f"@{name} {'would point' if dry_run else 'points'} to {target.key} again{missing}"
+    text = (
+        f"@{name} {'would point' if dry_run else 'points'} to {target.key} again{(tried + missing) if dry_run else ''}"
+    )
     context.print(record, lambda console: console.print(text))
 
 
@@ -222,12 +225,17 @@ def _now(context: Context, name: str) -> SnapshotKey | None:
     return entries[-1].key if entries else None
 
 
-def _question(context: Context, name: str, target: Reference, before: SnapshotKey, percent: int) -> str:
-    """What a change of an alias is, for the person who is asked."""
-    if percent == 100:
-        return f"point @{name} to {target} instead of {before}"
-    stays = aliases.stable(aliases.history(context.store().layout, name)).key.repo_id
-    return f"send {percent} % of @{name}'s workers to {target} ({100 - percent} % stay on {stays})"
+def _question(context: Context, name: str, target: Reference, key: SnapshotKey | None, percent: int) -> str:
+    """What a change of an alias is, for the person who is asked. `key`: the target's, if it is published."""
+    entries = aliases.history(context.store().layout, name)
+    stays, canary = aliases.stable(entries), entries[-1]
+    first = "" if key is not None else ", which is downloaded first"
+    if percent < 100:
+        return (
+            f"send {percent} % of @{name}'s workers to {target}{first} ({100 - percent} % stay on {stays.key.repo_id})"
+        )
+    tried = f", and of {canary.key}, which {canary.percent} % try" if canary.percent < 100 else ""
+    return f"point @{name} to {target}{first} instead of {stays.key}{tried}"
 
 
 def _record(name: str, key: SnapshotKey | None) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from modelstore.operate.seed_list import ListedModel, read_list
 from modelstore.operate.seed_plan import SeedPlan
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
+from modelstore.store import ModelStore
 from modelstore.units import counted, size, those
+from modelstore.volume import aliases
 
 if TYPE_CHECKING:
     from modelstore.fill.bucket import Target
@@ -105,7 +107,7 @@ def seed(
                 plan=lambda console: print_preview(console, preview),
             )
     if not yes and (moved := plan.moved_aliases()):
-        context.confirm(f"point {', '.join(f'@{name}' for name in moved)} as {listed} says", yes=yes)
+        context.confirm("; ".join(_alias_move(store, models, name) for name in moved), yes=yes)
 
     def on_error(error: ModelStoreError) -> None:
         report_error(error, context)
@@ -132,6 +134,12 @@ def seed(
     single = len(records) == 1 and listed is None
     context.print(records[0] if single else records, lambda console: print_seed_result(console, records))
     raise typer.Exit(result.exit_code)
+
+
+def _alias_move(store: ModelStore, models: Sequence[ListedModel], name: str) -> str:
+    now = aliases.history(store.layout, name)[-1].key
+    target = next(model.reference for model in models if name in model.aliases)
+    return f"point @{name} to {target} instead of {now}"
 
 
 def adopt(

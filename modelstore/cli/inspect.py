@@ -114,7 +114,7 @@ def du(context: Context) -> None:
             for model in usage["snapshots"]
         ]
         if rows:
-            console.print(fitting_table(console, rows, list(rows[0]), ("commit", "last used", "dtype", "kept because")))
+            console.print(fitting_table(console, rows, list(rows[0]), ("commit", "last used", "kept because", "dtype")))
         for kind, count in usage["kinds"].items():
             if count and kind != "models":
                 console.print(f"{size(count)} {_KINDS.get(kind, kind)}")

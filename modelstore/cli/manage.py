@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +33,10 @@ from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.space import Space
 from modelstore.volume.unfinished import drop
 from modelstore.volume.unfinished import unfinished as unfinished_downloads
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 _SOME_REFS = Annotated[
     list[str] | None, typer.Argument(metavar="[REF...]", help=REF_HELP, autocompletion=complete_reference)
@@ -85,8 +89,11 @@ def remove(
 
 
 def _removal(layout: Layout, candidate: Candidate) -> str:
+    pinned = ", which is pinned" if candidate.pinned else ""
+    pointed = f", to which {' and '.join(f'@{name}' for name in candidate.aliases)} points" if candidate.aliases else ""
     users = f", in use by {', '.join(candidate.users)}" if candidate.users else ""
-    return f"{candidate.key}, {size(candidate.size_bytes)}, {layout.snapshot(candidate.key)}{users}"
+    place = layout.snapshot(candidate.key)
+    return f"{candidate.key}, {size(candidate.size_bytes)}, {place}{pinned}{pointed}{users}"
 
 
 def _remove_unfinished(
@@ -113,7 +120,8 @@ def _remove_unfinished(
         chosen |= {each.key: each for each in named}
     if chosen and not dry_run:
         label = those(len(chosen), "unfinished download")
-        lines = [f"{each.key}, {size(each.size_bytes)}" for each in chosen.values()]
+        running = {True: ", which is being downloaded", False: ""}
+        lines = [f"{each.key}, {size(each.size_bytes)}{running[each.is_running]}" for each in chosen.values()]
         context.confirm(
             f"remove {label} ({size(sum(each.size_bytes for each in chosen.values()))})",
             yes=yes,
@@ -131,7 +139,8 @@ def _remove_unfinished(
             kept, removed = error, False
         record = key_record(each.key, layout.staging(each.key))
         records.append(record | {"bytes": each.size_bytes, "removed": removed})
-    _print_removed(context, [record for record in records if dry_run or record["removed"]], single=False)
+    if kept is None or context.json:
+        _print_removed(context, [record for record in records if dry_run or record["removed"]], single=False)
     raise typer.Exit(kept.exit_code if kept is not None and references else 0)
 
 
@@ -180,11 +189,15 @@ def collect_garbage(
         planned = _collection(layout, plan, removed=False)
         parts = [(len(plan.evicted), "model"), (len(plan.garbage), "leftover")]
         label = " and ".join(those(count, noun) for count, noun in parts if count)
-        context.confirm(
-            f"remove {label} ({size(plan.size_bytes)})",
-            yes=yes,
-            plan=lambda console: print_collected(console, planned),
-        )
+        after = Space(layout, settings).taken() - plan.size_bytes
+        short = f"the store takes {size(after)} then, more than {to}" if limit is not None and after > limit else ""
+
+        def draw(console: Console) -> None:
+            print_collected(console, planned)
+            if short:
+                console.print(short)
+
+        context.confirm(f"remove {label} ({size(plan.size_bytes)})", yes=yes, plan=draw)
         plan = plan.run(layout, settings, grace_s=grace_s)
     kept = [unfinished_record(layout, each) for each in unfinished_downloads(layout)]
     record = _collection(layout, plan, removed=not dry_run) | {"unfinished": kept}

@@ -216,8 +216,14 @@ def print_preview(console: Console, preview: SeedPreview) -> None:
         f"{size(preview.download_bytes)} over the network; the store takes {size(preview.taken_before)}, "
         f"{size(preview.taken_after)}{limit} then"
     )
-    if preview.quota and preview.taken_after > preview.quota:
-        console.print("that is more than MODELSTORE_QUOTA: raise it, or name less")
+    needed = max(preview.taken_after, preview.taken_before + preview.peak_bytes)
+    if preview.quota and needed > preview.quota:
+        remedy = (
+            "MODELSTORE_EVICT=1 lets it remove what was not used for longest"
+            if preview.evicts
+            else ("raise it, name less, or set MODELSTORE_EVICT=1")
+        )
+        console.print(f"while the models are made it takes up to {size(needed)}, more than MODELSTORE_QUOTA: {remedy}")
 
 
 def print_seed_result(console: Console, records: Sequence[Mapping[str, Any]]) -> None:

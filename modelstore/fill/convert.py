@@ -144,9 +144,10 @@ def _overflow(dtype: Dtype, file: str, names: list[str]) -> WeightOverflow:
     shown = ", ".join(names[:_MOST_NAMED]) + (
         f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     )
+    verb = "goes" if len(names) == 1 else "go"
     return WeightOverflow(
-        f"{dtype} ends at {DTYPES[dtype].largest} and {shown} in {file} go beyond it",
-        f"nothing was published; store {wider} (MODEL_DTYPE={wider}, --dtype {wider}), or allow it with "
+        f"{dtype} ends at {DTYPES[dtype].largest} and {shown} in {file} {verb} beyond it",
+        f"nothing was published; store {wider} (MODEL_DTYPE={wider}, --dtype {wider}), or seed it with "
         f"--overflow {wider}",
         tensors=tuple(names),
     )

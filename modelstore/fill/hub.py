@@ -263,7 +263,7 @@ class HubSource(Source):
                     f"{name} is not on {_host(self._endpoint)}: check the name; if it is private, {hint}"
                 )
             case hub_errors.RevisionNotFoundError():
-                return RevisionNotFound(f"{name} has no revision {self._reference.revision!r}: check MODEL_REVISION")
+                return RevisionNotFound(f"{name} has no revision {self._reference.revision!r}: name one that it has")
             case hub_errors.EntryNotFoundError():
                 return NotFound(f"{name} lists {label} but does not serve it: try again, or name another revision")
         if status in (401, 403):

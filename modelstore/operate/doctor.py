@@ -82,6 +82,7 @@ def diagnose(
         return
     yield from _probed(layout, peer, probe_bytes)
     yield _quota(layout, settings)
+    yield from _contents(layout)
     yield _leftovers(layout, settings)
     yield from _hub(settings)
     if reference is not None:
@@ -322,25 +323,41 @@ def _quota(layout: Layout, settings: Settings) -> CheckResult:
     return _ok("quota", free)
 
 
+def _contents(layout: Layout) -> Iterator[CheckResult]:
+    """Damaged snapshots, and aliases that point to none."""
+    try:
+        models = inventory.models(layout)
+        targets = aliases.targets(layout).known
+    except (ModelStoreError, OSError) as error:
+        yield _failed("snapshots", error, *_UNCOUNTED)
+        return
+    incomplete = [record["repo_id"] for record in models if not record["complete"]]
+    if incomplete:
+        yield _error(
+            "snapshots", f"{len(incomplete)} of them lack files or a manifest: {', '.join(incomplete[:3])}",
+            "a worker downloads them again", "run `modelstore verify`, then seed them again", 5,
+        )  # fmt: skip
+    if bad := [record for record in models if record["complete"] and record["problem"]]:
+        names = ", ".join(f"{record['repo_id']} ({record['problem']})" for record in bad[:3])
+        yield _error(
+            "snapshots", f"verify found damage in {counted(len(bad), 'model')}: {names}",
+            "the next start makes it again, which takes the network", "seed it now", 5,
+        )  # fmt: skip
+    if missing := [
+        (name, key) for key, names in targets.items() for name in names if not layout.snapshot(key).is_dir()
+    ]:
+        text = ", ".join(f"@{name} points to {key}" for name, key in missing[:3])
+        yield _warning(
+            "aliases", f"{text}, not on the volume", "the next start of it downloads",
+            f"run `modelstore seed @{missing[0][0]}`",
+        )  # fmt: skip
+
+
 def _leftovers(layout: Layout, settings: Settings) -> CheckResult:
     try:
         plan = plan_collection(layout, settings)
-        models = inventory.models(layout)
     except (ModelStoreError, OSError) as error:
         return _failed("leftovers", error, *_UNCOUNTED)
-    damaged = [record for record in models if not record["complete"]]
-    if not damaged and (bad := [record for record in models if record["problem"]]):
-        names = ", ".join(f"{record['repo_id']} ({record['problem']})" for record in bad[:3])
-        return _error(
-            "snapshots", f"verify found {len(bad)} of them damaged: {names}", "the next start makes them again",
-            "seed them, which makes them again now", 5,
-        )  # fmt: skip
-    if damaged:
-        names = ", ".join(record["repo_id"] for record in damaged[:3])
-        return _error(
-            "snapshots", f"{len(damaged)} of them lack files or a manifest: {names}", "a worker downloads them again",
-            "run `modelstore verify`, then seed them again", 5,
-        )  # fmt: skip
     if plan.garbage:
         text = f"{len(plan.garbage)} leftovers, {size(sum(item.size_bytes for item in plan.garbage))}"
         return _warning("leftovers", text, "they take space", "run `modelstore gc`")

@@ -107,7 +107,7 @@ def html(
     body = [
         f"<h1>Model store {escape(space['root'])}</h1>",
         f"<p class=faint>as of {clock(made_at)} UTC</p>",
-        f"<p class=verdict>{escape(_verdict(starts, warm))}</p>",
+        f"<p class=verdict>{escape(_verdict(starts, warm))}{_damage(models)}</p>",
         _cards(space, starts, warm),
     ]
     if records:
@@ -154,6 +154,15 @@ def _verdict(starts: Sequence[Mapping[str, Any]], warm: Sequence[Mapping[str, An
     share = seconds.get(kind, 0.0) / (sum(seconds.values()) or 1.0)
     part = f", {'most' if share > 0.5 else 'the largest part'} of it {phrase}" if phrase else ""
     return f"{sentence}; a typical warm start takes {_quantile(warm, 0.5):.1f} s{part}."
+
+
+def _damage(models: Sequence[Mapping[str, Any]]) -> str:
+    damaged = sum(bool(model["problem"]) or not model["complete"] for model in models)
+    return (
+        f" <span class=bad>{counted(damaged, 'model')} on the volume {'is' if damaged == 1 else 'are'} damaged.</span>"
+        if damaged
+        else ""
+    )
 
 
 def _cards(space: Mapping[str, Any], starts: Sequence[Mapping[str, Any]], warm: Sequence[Mapping[str, Any]]) -> str:
@@ -252,8 +261,27 @@ def _volume(models: Sequence[Mapping[str, Any]], space: Mapping[str, Any]) -> st
             rows.append(_row(f"<b>{name}</b>", count, whole, colour, ""))
     if space["quota"]:
         rows.append(_row("<b>free</b>", space["free"], whole, "transparent", "of the quota"))
+    colours = {_colour_of(model): label for model in models for label in [_label_of(model)]}
+    key = "".join(
+        f'<span><i class=dot style="background:{colour}"></i> {label}</span>' for colour, label in colours.items()
+    )
     about = f"Each bar is a part of {'the quota, ' + size(space['quota']) if space['quota'] else 'what is taken'}."
-    return "".join(rows) + f"<p class=faint>{about}</p>" if models or space["taken"] else f"<p>{escape(_NO_MODELS)}</p>"
+    return (
+        f"<p class=keys>{key}</p>{''.join(rows)}<p class=faint>{about}</p>"
+        if models or space["taken"]
+        else f"<p>{escape(_NO_MODELS)}</p>"
+    )
+
+
+def _label_of(model: Mapping[str, Any]) -> str:
+    if model["in_use_by"]:
+        return "in use"
+    return "kept by an alias or a pin" if model["aliases"] or model["pinned"] else "may be evicted"
+
+
+def _colour_of(model: Mapping[str, Any]) -> str:
+    """The colour of a model's bar: whether it is in use, kept, or may go."""
+    return {"in use": "#2b8a3e", "may be evicted": "#8a8f98"}.get(_label_of(model), "#1971c2")
 
 
 def _model_row(model: Mapping[str, Any], whole: int) -> str:
@@ -262,7 +290,7 @@ def _model_row(model: Mapping[str, Any], whole: int) -> str:
     problem = model["problem"] or ("" if model["complete"] else "files are missing")
     used = "never used" if model["idle_s"] is None else f"used {ago(model['idle_s'])}"
     about = ", ".join([model["commit"][:12], used, *kept])
-    colour = "#2b8a3e" if model["in_use_by"] else "#1971c2" if kept else "#8a8f98"
+    colour = _colour_of(model)
     name = f"<b>{escape(model['repo_id'])}</b> {escape(model['dtype'])}"
     damaged = f"<br><span class=bad>damaged: {escape(problem)}</span>" if problem else ""
     return _row(name + damaged, model["bytes"], whole, colour, about)

@@ -52,6 +52,8 @@ class SeedPreview:
     taken_after: int
     quota: int | None
     exit_code: int = 0
+    peak_bytes: int = 0  # of the model that takes most while it is made
+    evicts: bool = False  # MODELSTORE_EVICT is set
 
     @property
     def download_bytes(self) -> int:
@@ -95,7 +97,8 @@ class SeedPlan:
         exit_code = next((record["exit_code"] for record in records if "error" in record), 0)
         space = inventory.space(store.layout, store.settings)
         by_key = _by_key(records)
-        added = sum(record["bytes"] for record in by_key.values() if record["status"] != "present")
+        missing = [record for record in by_key.values() if record["status"] != "present"]
+        added = sum(max(record["bytes"] - record["staged_bytes"], 0) for record in missing)
         removed = self._prunable(by_key.keys()) if self.prune and not exit_code else ()
         return SeedPreview(
             models=records,
@@ -105,6 +108,8 @@ class SeedPlan:
             taken_after=space["taken"] + added - sum(candidate.size_bytes for candidate in removed),
             quota=space["quota"],
             exit_code=exit_code,
+            peak_bytes=max((record["peak_bytes"] for record in missing), default=0),
+            evicts=store.settings.evict,
         )
 
     def moved_aliases(self) -> tuple[str, ...]:
@@ -254,7 +259,7 @@ class SeedPlan:
             key = candidate.key
             if key in kept:
                 continue
-            if may_remove is not None and key not in may_remove:
+            if may_remove is not None and key not in may_remove and not candidate.retained_by:
                 logger.warning("%s stays: it was not in the plan that you were asked about", key)
                 records.append({**key.as_json(), "bytes": candidate.size_bytes, "status": "kept"})
                 continue

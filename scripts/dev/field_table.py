@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from handler.fields import FIELDS, Field  # noqa: E402
+from handler.fields import FIELDS, NOT_STREAMED, Field  # noqa: E402
 
 PAGE = HERE / "docs" / "client.md"
 MIGRATION_PAGE = HERE / "docs" / "migrate.md"
@@ -39,6 +39,8 @@ def in_vllm(field: Field) -> str:
         return "served"
     if field.text == "harmless":
         return "passed on, or no effect"
+    if any(field is FIELDS[name] for name in NOT_STREAMED):
+        return "passed on by OpenAI's routes, without stream"
     return "refused" if field.replaced else "passed on"
 
 

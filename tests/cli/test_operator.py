@@ -53,6 +53,7 @@ def test_gc_shows_the_plan_before_it_asks(volume: ModelStore, cli: Cli, store_en
     assert "nothing was changed" in shown
     told = cli("gc", "--to", "0B", code=8).stderr
     assert "would remove org/embedding" in told
+    assert re.search(r"the store takes [0-9.]+ kB then, more than 0B", told)
     assert re.search(r"error: not done: remove these 2 models \(.+\) needs --yes", told)
     assert len(list(volume.catalog.keys())) == 3
 
@@ -259,7 +260,7 @@ def test_a_damaged_snapshot_is_remembered_until_it_is_made_again(volume: ModelSt
     by_name = {record["repo_id"]: record["problem"] for record in cli.json("ls")}
     assert by_name["org/embedding"].startswith("model.safetensors: not the bytes")
     assert by_name["org/chat-small"] == ""
-    assert "verify found 1 of them damaged: org/embedding" in cli("doctor", code=5).stdout
+    assert "verify found damage in 1 model: org/embedding" in cli("doctor", code=5).stdout
     cli("verify", "--sample", "1/1000")
     assert "(damaged)" in cli("ls").stdout, "a sample that finds nothing forgets nothing"
     assert cli.json(*shown.rpartition("modelstore ")[2].split())["status"] in ("downloaded", "resumed")

@@ -126,7 +126,10 @@ def test_a_server_says_itself_which_fields_it_takes() -> None:
         {"messages": [], "structured_outputs": {}, "user": "me", "gone": None}, known, "vLLM", native=False
     )
     check_server_fields({"sampling_params": {}, "max_new_tokens": 1, "prompts": []}, known, "vLLM", native=True)
+    neutral = {"apply_chat_template": False, "best_of": 1, "early_stopping": False, "detokenize": True}
+    check_server_fields(neutral, known, "vLLM", native=True)
     for data, native, words in (
+        ({"use_beam_search": True}, True, "use_beam_search is served by this vLLM on OpenAI's routes alone"),
         ({"temprature": 1}, False, "temprature is not served here; the fields that are: .*temperature"),
         ({"max_new_tokens": 1}, False, "max_new_tokens is not served here"),
         ({"guided_json": {}}, True, "guided_json is not served by this vLLM: vLLM takes structured_outputs instead"),

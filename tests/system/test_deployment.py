@@ -221,6 +221,22 @@ def test_a_setting_goes_only_by_unset(runpod: RunPod) -> None:
     assert (code, told) == (2, "error: --unset HF_TOKEN: the template has no such variable\n")
 
 
+def test_an_endpoint_of_another_workers_keeps_its_template_and_environment(runpod: RunPod) -> None:
+    """As somebody who moves here from worker-vllm has it."""
+    env = [{"key": "MODEL_NAME", "value": "org/name"}, {"key": "MAX_MODEL_LEN", "value": "4096"}]
+    runpod.saved["saveTemplate"] = [{"id": "t-old", "name": "prod-vllm", "imageName": "runpod/worker-vllm", "env": env}]
+    runpod.saved["saveEndpoint"] = [{"id": "e-old", "name": "prod", "templateId": "t-old", "networkVolumeId": "vol9"}]
+    done = subprocess.run(
+        [sys.executable, "scripts/deploy.py", "prod", "--image", "you/vllm", "--env", "ENGINE=vllm"],
+        cwd=HERE, env=os.environ | runpod.client_env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (template,), (endpoint,) = runpod.saved["saveTemplate"], runpod.saved["saveEndpoint"]
+    assert environment(runpod) == {"ENGINE": "vllm", "MAX_MODEL_LEN": "4096", "MODEL_NAME": "org/name"}
+    assert (template["name"], template["imageName"]) == ("prod-vllm", "you/vllm")
+    assert (endpoint["templateId"], endpoint["networkVolumeId"]) == ("t-old", "vol9")
+
+
 def test_a_preset_that_is_named_replaces_the_values(runpod: RunPod) -> None:
     deploy(runpod, "--preset", "cost")
     again(runpod, "--preset", "dev")
