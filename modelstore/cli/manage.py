@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -85,7 +85,7 @@ def remove(
             raise Refused(f"{candidate.key} is being removed by another process: look at `modelstore ls`")
         folder = store.layout.snapshot(candidate.key)
         records.append(key_record(candidate.key, folder) | {"bytes": candidate.size_bytes, "removed": not dry_run})
-    _print_removed(context, records, single=len(references) == 1)
+    _print_removed(context, records, lambda record: record["path"], single=len(references) == 1)
 
 
 def _removal(layout: Layout, candidate: Candidate) -> str:
@@ -140,7 +140,8 @@ def _remove_unfinished(
         record = key_record(each.key, layout.staging(each.key))
         records.append(record | {"bytes": each.size_bytes, "removed": removed})
     if kept is None or context.json:
-        _print_removed(context, [record for record in records if dry_run or record["removed"]], single=False)
+        shown = [record for record in records if dry_run or record["removed"]]
+        _print_removed(context, shown, _unfinished_label, single=False)
     raise typer.Exit(kept.exit_code if kept is not None and references else 0)
 
 
@@ -158,12 +159,19 @@ def _is_of(store: ModelStore, key: SnapshotKey, text: str, revision: str | None)
     return is_begin or key.commit == recorded.commit
 
 
-def _print_removed(context: Context, records: list[dict[str, Any]], *, single: bool) -> None:
+def _print_removed(
+    context: Context, records: list[dict[str, Any]], label: Callable[[dict[str, Any]], str], *, single: bool
+) -> None:
+    """Print what went, or would go; `label` names the thing of a record."""
     verb = {True: "removed", False: "would remove"}
-    lines = [f"{verb[record['removed']]} {record['path']}, {size(record['bytes'])}" for record in records]
+    lines = [f"{verb[record['removed']]} {label(record)}, {size(record['bytes'])}" for record in records]
     context.print(
         records[0] if single else records, lambda console: console.print("\n".join(lines or ["nothing to remove"]))
     )
+
+
+def _unfinished_label(record: dict[str, Any]) -> str:
+    return f"the unfinished download of {record['repo_id']} {record['commit'][:12]} {record['dtype']}"
 
 
 def collect_garbage(
