@@ -155,8 +155,12 @@ def _rerank(data: Mapping[str, Any], job: JobContext, form: Literal["native", "o
 
 def _check_names(data: Mapping[str, Any], names: Sequence[str]) -> None:
     for name, value in data.items():
-        if value is not None and name not in names and name not in _HARMLESS:
-            raise unknown_field(name, names)
+        if value is None or name in names or name in _HARMLESS:
+            continue
+        if name in ("prompt", "prompts", "messages"):
+            fields = ", ".join(names)
+            raise invalid(f"{name} is not served here; the fields that are: {fields}: this model generates no text")
+        raise unknown_field(name, names)
 
 
 def _texts(
