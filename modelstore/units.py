@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 
 def size(count: float) -> str:
     """Bytes for a person."""
@@ -37,6 +39,11 @@ def one_line(text: str, limit: int) -> str:
     if len(text) > limit:
         text = text[: limit - 3] + "..."
     return printable(" ".join(text.split()))
+
+
+def clock(seconds: float) -> str:
+    """A moment, in seconds since 1970, in UTC."""
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
 
 
 def span(seconds: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +13,8 @@ from modelstore.cli.output import table
 from modelstore.dtypes import parse_dtype
 from modelstore.errors import InvalidReference, SnapshotNotFound, UsageError
 from modelstore.reference import Reference, parse_reference
+from modelstore.store import ModelStore
+from modelstore.units import clock
 from modelstore.volume import aliases, refs
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.verify import known_problem
@@ -56,8 +57,8 @@ def set_alias(
         variant = parse_dtype("dtype", store.catalog.dtype_of(target))
     snapshot = store.lookup(target, dtype=variant)
     key = snapshot.key if snapshot else None
-    if key is not None and (problem := known_problem(store.layout, key)):
-        logger.warning("%s is damaged (%s): it is made again first", key, problem)
+    if key is not None:
+        _warn_of_damage(store, key)
     if not dry_run:
         if before is not None:
             context.confirm(_question(context, name, target, key, percent), yes=yes)
@@ -98,7 +99,7 @@ def list_aliases(context: Context) -> None:
             for entry in shown:
                 model = f"{entry.key}" if entry.percent == 100 else f"{entry.key} for {entry.percent} %"
                 model += "" if layout.snapshot(entry.key).is_dir() else ", not on the volume"
-                made.add_row(f"@{name}", model, _clock(entry.at), entry.by)
+                made.add_row(f"@{name}", model, clock(entry.at), entry.by)
         return made
 
     context.print(
@@ -135,7 +136,7 @@ def past_targets(context: Context, name: _NAME) -> None:
             state = "" if record["published"] else "not on the volume"
             now = "now" if number == len(entries) else ""
             notes = ", ".join(filter(None, (now, state, record["problem"] and f"damaged: {record['problem']}")))
-            made.add_row(str(number), f"{entry.key}{share}", _clock(entry.at), entry.by, notes)
+            made.add_row(str(number), f"{entry.key}{share}", clock(entry.at), entry.by, notes)
         return made
 
     context.print(records, lambda console: console.print(drawn()))
@@ -164,8 +165,7 @@ def rollback(
             f"@{name} is back at its first target, {now}: name another one with --to, see `modelstore alias history "
             f"{name}`"
         )
-    if problem := known_problem(store.layout, target.key):
-        logger.warning("%s is damaged (%s): it is made again first", target.key, problem)
+    _warn_of_damage(store, target.key)
     missing = "" if store.layout.snapshot(target.key).is_dir() else ", which is downloaded first"
     tried = f", which was tried for {target.percent} %, for all workers" if target.percent < 100 else ""
     if not dry_run:
@@ -211,10 +211,6 @@ def remove(
     context.print(record, lambda console: console.print(f"{'would remove' if dry_run else 'removed'} @{name}"))
 
 
-def _clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
-
-
 def _now(context: Context, name: str) -> SnapshotKey | None:
     """The target of an alias; None if it points nowhere, or its record is damaged, which setting it anew mends."""
     try:
@@ -223,6 +219,11 @@ def _now(context: Context, name: str) -> SnapshotKey | None:
         logger.warning("%s", error)
         return None
     return entries[-1].key if entries else None
+
+
+def _warn_of_damage(store: ModelStore, key: SnapshotKey) -> None:
+    if problem := known_problem(store.layout, key):
+        logger.warning("%s is damaged (%s): it is made again first", key, problem)
 
 
 def _question(context: Context, name: str, target: Reference, key: SnapshotKey | None, percent: int) -> str:

@@ -24,6 +24,7 @@ from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.units import counted, size, those
 from modelstore.volume import aliases
+from modelstore.volume.layout import SnapshotKey
 
 if TYPE_CHECKING:
     from modelstore.fill.bucket import Target
@@ -95,9 +96,11 @@ def seed(
         raise typer.Exit(preview.exit_code)
     volumes = _volumes(targets, store.settings)
     # Asked before the hours of a download, not after.
-    may_remove = None
+    may_remove: list[SnapshotKey] | None = None
+    moved: tuple[str, ...] = ()
     if prune and not yes:
         preview = plan.preview()
+        moved = preview.aliases_moved
         may_remove = [candidate.key for candidate in preview.removed]
         if may_remove:
             freed = size(sum(candidate.size_bytes for candidate in preview.removed))
@@ -106,7 +109,9 @@ def seed(
                 yes=yes,
                 plan=lambda console: print_preview(console, preview),
             )
-    if not yes and (moved := plan.moved_aliases()):
+    elif not yes:
+        moved = plan.moved_aliases()
+    if moved:
         context.confirm("; ".join(_alias_move(store, models, name) for name in moved), yes=yes)
 
     def on_error(error: ModelStoreError) -> None:

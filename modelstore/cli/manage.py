@@ -197,13 +197,11 @@ def collect_garbage(
         planned = _collection(layout, plan, removed=False)
         parts = [(len(plan.evicted), "model"), (len(plan.garbage), "leftover")]
         label = " and ".join(those(count, noun) for count, noun in parts if count)
-        after = Space(layout, settings).taken() - plan.size_bytes
-        short = f"the store takes {size(after)} then, more than {to}" if limit is not None and after > limit else ""
 
         def draw(console: Console) -> None:
             print_collected(console, planned)
-            if short:
-                console.print(short)
+            if limit is not None and (after := Space(layout, settings).taken() - plan.size_bytes) > limit:
+                console.print(f"the store takes {size(after)} then, more than {to}")
 
         context.confirm(f"remove {label} ({size(plan.size_bytes)})", yes=yes, plan=draw)
         plan = plan.run(layout, settings, grace_s=grace_s)
@@ -214,7 +212,7 @@ def collect_garbage(
         return
     taken = Space(layout, settings).taken() - (plan.size_bytes if dry_run else 0)
     if taken > limit:
-        unfinished_bytes = sum(each.size_bytes for each in unfinished_downloads(layout))
+        unfinished_bytes = sum(each["bytes"] for each in kept)
         unfinished = (
             f", or unfinished downloads ({size(unfinished_bytes)}: `modelstore rm --unfinished`)"
             if unfinished_bytes

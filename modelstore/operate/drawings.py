@@ -13,7 +13,7 @@ from html import escape
 from typing import Any
 
 from modelstore.timeline import SPAN_KINDS, label_of, outcome_of, sections, total_s, verdict
-from modelstore.units import size
+from modelstore.units import clock, size
 
 # Each outcome has a shape beside its colour.
 _SHAPES: Mapping[str, str] = {
@@ -208,11 +208,6 @@ def _key(entries: Iterable[tuple[str, str]]) -> str:
 
 def _tip(record: Mapping[str, Any]) -> str:
     return f"{clock(record['at'])} UTC, {record['model']}, worker {record['worker']}: {verdict(record)}"
-
-
-def clock(seconds: float) -> str:
-    """A moment in UTC."""
-    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
 
 
 def _figure(value: float) -> str:

@@ -12,9 +12,9 @@ from html import escape
 from typing import Any
 
 from modelstore.operate import drawings
-from modelstore.operate.drawings import clock, look_of, mark
+from modelstore.operate.drawings import look_of, mark
 from modelstore.timeline import SPAN_KINDS, outcome_of, shared_s, total_s, verdict, waterfall
-from modelstore.units import ago, counted, size
+from modelstore.units import ago, clock, counted, size
 
 _SHOWN_STARTS = 40
 NO_STARTS = "No start has been recorded yet: start a worker with this volume, or run `modelstore warm REF`."
