@@ -23,6 +23,7 @@ from modelstore.dtypes import DEFAULT_DTYPE, DTYPES, Dtype, parse_dtype
 from modelstore.errors import InvalidReference, InvalidSetting, Refused
 from modelstore.mount import default_root, read_mounts
 from modelstore.reference import DEFAULT_REVISION, Reference, parse_reference, pins
+from modelstore.units import truth
 
 EngineName = Literal["text", "diffusion", "embedding", "vllm"]
 
@@ -216,12 +217,10 @@ def _names(variable: str, text: str) -> tuple[str, ...]:
 
 
 def _switch(variable: str, text: str) -> bool:
-    word = text.strip().lower()
-    if word in ("0", "false", "no", "off"):
-        return False
-    if word in ("1", "true", "yes", "on"):
-        return True
-    raise InvalidSetting(f"{variable}={word!r} is not a switch: use 1 or 0")
+    value = truth(text)
+    if value is None:
+        raise InvalidSetting(f"{variable}={text.strip().lower()!r} is not a switch: use 1 or 0")
+    return value
 
 
 def _token(_variable: str, text: str) -> str:

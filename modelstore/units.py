@@ -41,6 +41,12 @@ def one_line(text: str, limit: int) -> str:
     return printable(" ".join(text.split()))
 
 
+def truth(text: str) -> bool | None:
+    """`1`, `true`, `yes` or `on` as True, their opposites as False; None for any other text."""
+    word = text.strip().lower()
+    return True if word in ("1", "true", "yes", "on") else False if word in ("0", "false", "no", "off") else None
+
+
 def clock(seconds: float) -> str:
     """A moment, in seconds since 1970, in UTC."""
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from modelstore.errors import InvalidSetting
+from modelstore.units import truth
 
-_ON = ("1", "true", "yes", "on")
-_OFF = ("0", "false", "no", "off")
 _ZERO_IS_UNSET = ("MAX_MODEL_LEN", "MAX_NUM_BATCHED_TOKENS", "MAX_CPU_LORAS", "MAX_PARALLEL_LOADING_WORKERS")
 _OPTIONS = "MODELSTORE_VLLM_ARGS"
 
@@ -178,7 +177,7 @@ def ineffective(env: Mapping[str, str], *, is_vllm: bool) -> list[str]:
                 remedy = variable.reason
             case "option":
                 remedy = f"use ENGINE=vllm with {_OPTIONS}={shlex.quote(shlex.join([variable.name, text]))}"
-            case "switch" if text.lower() in _OFF:
+            case "switch" if truth(text) is False:
                 continue  # as it is without it
             case "switch":
                 remedy = f"use ENGINE=vllm with {_OPTIONS}={variable.name}"
@@ -190,7 +189,7 @@ def ineffective(env: Mapping[str, str], *, is_vllm: bool) -> list[str]:
 
 
 def _switch(name: str, option: str, text: str) -> str:
-    word = text.lower()
-    if word not in (*_ON, *_OFF):
+    value = truth(text)
+    if value is None:
         raise InvalidSetting(f"{name}={text!r} is not a switch: use true or false")
-    return option if word in _ON else f"--no-{option.removeprefix('--')}"
+    return option if value else f"--no-{option.removeprefix('--')}"

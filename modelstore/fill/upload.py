@@ -133,18 +133,19 @@ class RemoteVolume:
     def record_commit(self, layout: Layout, snapshot: Snapshot, reference: Reference) -> None:
         """Let workers on that volume use this snapshot for the reference that it was seeded by."""
         key = snapshot.key
-        places = [*refs.record_places(key.repo_id, revision_of(reference), repo_id_of(reference))]
-        for name, revision in places:
+        for name, revision in refs.record_places(key.repo_id, revision_of(reference), repo_id_of(reference)):
             self._put_record(layout, name, revision, refs.Recorded(key.repo_id, key.commit))
-        record = f"{self.target.folder}/{layout.ref(key.repo_id, key.commit).relative_to(layout.root)}"
+        record = self._record_key(layout, key.repo_id, key.commit)
         usual = self._key(replace(key, dtype=DEFAULT_DTYPE), MANIFEST)
         is_export = key.dtype == "keep" and self.bucket.read(usual) is not None
         if not is_export and (key.dtype != DEFAULT_DTYPE or self.bucket.read(record) is not None):
             self._put_record(layout, key.repo_id, key.commit, refs.Recorded(key.repo_id, key.commit, key.dtype))
 
     def _put_record(self, layout: Layout, name: str, revision: str, to: refs.Recorded) -> None:
-        path = layout.ref(name, revision).relative_to(layout.root)
-        self.bucket.put(f"{self.target.folder}/{path}", refs.encode_record(revision, to, name))
+        self.bucket.put(self._record_key(layout, name, revision), refs.encode_record(revision, to, name))
+
+    def _record_key(self, layout: Layout, name: str, revision: str) -> str:
+        return f"{self.target.folder}/{layout.ref(name, revision).relative_to(layout.root)}"
 
     def _check_format(self) -> None:
         key = f"{self.target.folder}/FORMAT"

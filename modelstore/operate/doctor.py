@@ -314,11 +314,10 @@ def _quota(layout: Layout, settings: Settings) -> CheckResult:
             "set MODELSTORE_QUOTA to a little less than the volume's size",
         )  # fmt: skip
     free = f"{taken} of {size(usage['quota'])}"
+    do = f"evict ({size(usage['evictable'])} may go): `modelstore gc --to …`, or raise the quota"
     if usage["taken"] > usage["quota"]:
-        do = f"evict ({size(usage['evictable'])} may go): `modelstore gc --to …`, or raise the quota"
         return _warning("quota", f"{free}, which is exceeded", "no further model can be published", do)
     if usage["free"] < usage["quota"] / 20:
-        do = f"evict ({size(usage['evictable'])} may go): `modelstore gc --to …`, or raise the quota"
         return _warning("quota", free, "the next model may not fit", do)
     return _ok("quota", free)
 
