@@ -6,7 +6,8 @@
     bars       progress bars
     fill       seed, adopt, export
     start      warm, bench
-    inspect    ls, show, path, du, claims, watch, history, report, metrics, doctor, verify
+    inspect    ls, show, path, du, claims, watch, doctor, verify
+    history    history, report, metrics
     manage     rm, gc, pin, unpin
     alias      the commands of aliases
 

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from modelstore import __version__
-from modelstore.cli import alias, fill, inspect, manage, start
+from modelstore.cli import alias, fill, history, inspect, manage, start
 from modelstore.cli.app import prepare_streams, register
 
 # In the order of `--help`: fill, start, look, ask why, keep and take away.
@@ -28,9 +28,9 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "du": inspect.du,
     "claims": inspect.claims,
     "watch": inspect.watch,
-    "history": inspect.past_starts,
-    "report": inspect.write_report,
-    "metrics": inspect.metrics,
+    "history": history.past_starts,
+    "report": history.write_report,
+    "metrics": history.metrics,
     "doctor": inspect.doctor,
     "verify": inspect.verify,
     "rm": manage.remove,

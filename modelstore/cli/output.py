@@ -27,6 +27,7 @@ FAILURES: Mapping[int, str] = {
     8: "refused",
 }
 _PRUNED = ("removed", "kept")
+WIDE = 80  # columns, for a table with sentences in it
 _FIGURES = ("size", "files", "ready", "download")
 
 
