@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from handler.engines import Engine, Loader
-    from modelstore.load.reader import Reading
 
 logger = logging.getLogger("handler")
 
@@ -110,13 +109,9 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
         with timeline.span("import", "runpod"):
             import_module("runpod")  # last, because nothing before needs it
 
-    def while_filling(reading: Reading) -> object:
+    def while_filling() -> None:
         import_engine(settings.engine or "text")  # the engine is known only with the model's own index
-        from modelstore.load.tensors import place_early
-
-        weights = place_early(reading, timeline)
         import_sdk()
-        return weights
 
     def check_config(config: Mapping[str, Any], files: Collection[str], label: str) -> None:
         ENGINES[settings.engine or engine_for(config, files)].check_config(config, files, label)

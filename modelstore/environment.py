@@ -1,4 +1,4 @@
-"""The environments of child processes, and the tokens in this one's.
+"""The environments of child processes, and this one's own, as far as it is changed.
 
 No child needs a token of the Hub; a process that runs foreign code gets next to nothing.
 """
@@ -31,6 +31,12 @@ def server_environment() -> dict[str, str]:
     own_names = {field.variable for field in FIELDS} - {"CUDA_VISIBLE_DEVICES"}
     kept = {name: value for name, value in without_secrets().items() if name not in own_names}
     return kept | {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+
+
+def load_kernels_lazily() -> None:
+    """Let CUDA load a kernel when it is first used, unless the variable is set: a driver before 12.2 would load all
+    kernels of each library at once. To be called before the driver is."""
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
 
 
 def forget_hub_tokens() -> None:

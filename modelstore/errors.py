@@ -30,6 +30,7 @@
     ├── RootUnusable                    1
     ├── VolumeUnavailable               1
     │   └── ObjectMissing
+    ├── DeviceFailed                    1
     └── ProcessFailed                   1
         └── ServerFailed
 
@@ -50,6 +51,7 @@ __all__ = [
     "BadSafetensors",
     "ClaimLost",
     "CodeRefused",
+    "DeviceFailed",
     "DigestMismatch",
     "DoesNotFit",
     "FormatTooNew",
@@ -243,6 +245,14 @@ class VolumeUnavailable(ModelStoreError):
 
 class ObjectMissing(VolumeUnavailable):
     """An object or an upload on the volume is gone: another process has completed or ended it."""
+
+
+class DeviceFailed(ModelStoreError):
+    """The GPU's driver is missing, or refuses a call; `code`: its number of the error, if it gave one."""
+
+    def __init__(self, message: str, code: int = 0) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class ProcessFailed(ModelStoreError):

@@ -14,10 +14,10 @@ import gc
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from modelstore.errors import DigestMismatch, DoesNotFit, InvalidSetting, ModelStoreError, SnapshotNotFound
 from modelstore.fill.observer import LogObserver, Observer
@@ -30,6 +30,9 @@ from modelstore.volume.config_sizes import check_configs
 from modelstore.volume.layout import Layout
 from modelstore.volume.pins import UsageMark, wait_while_evicting
 from modelstore.volume.snapshots import Catalog, Snapshot, Status
+
+if TYPE_CHECKING:
+    from modelstore.load.transfer import Transfer
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ _OUTCOMES: Mapping[Status, tuple[Outcome, str]] = {
 class PendingStart:
     """A start whose bytes are in flight. `snapshot` and `reading` are exchanged if the first were damaged.
 
-    `prefetched`: the result of the `while_filling` callback; None if the data was discarded.
+    `transfer`: the copies to the GPU, which have begun unless several GPUs have to share the weights; None without one.
     """
 
     settings: Settings
@@ -61,7 +64,7 @@ class PendingStart:
     timeline: Timeline
     observer: Observer
     ring_bytes: int
-    prefetched: Any = None
+    transfer: Transfer | None = None
 
     @property
     def trusted(self) -> bool:
@@ -79,7 +82,8 @@ class PendingStart:
         files = (file.path for file in self.snapshot.manifest.files)
         try:
             check_configs(self.snapshot.path, files, str(self.snapshot.key))
-            return load(self)
+            self._check_gpus()
+            return self._loaded(load)
         except (KeyboardInterrupt, SystemExit):
             self.reading.close()
             raise
@@ -91,17 +95,41 @@ class PendingStart:
             damage = str(mismatch)
             del mismatch  # its traceback holds the buffers
         logger.warning("%s; comparing it again", damage)
-        self.reading.close()
-        del self.reading
-        self.prefetched = None
-        gc.collect()  # the first read is free before the second takes as much
+        place = self.transfer.place_of("") if self.transfer is not None else None
+        self._stop_reading()
         try:
-            self._begin_again()
+            self._begin_again(place)
         except ModelStoreError as error:
             raise DigestMismatch(f"{damage}; it could not be made again: {error}") from error
-        return load(self)
+        return self._loaded(load)
 
-    def _begin_again(self) -> None:
+    def _loaded(self, load: Callable[[PendingStart], T]) -> T:
+        model = load(self)
+        self.transfer = None  # it knows the memory, which is freed with the model
+        return model
+
+    def _stop_reading(self) -> None:
+        """End the read and the copies, so that their memory is free before the next ones take as much."""
+        self.reading.close()
+        if self.transfer is not None:
+            self.transfer.end()
+        self.transfer = None
+        del self.reading
+        gc.collect()
+
+    def _check_gpus(self) -> None:
+        """Read for the CPU instead, if the weights are on their way to a GPU that torch cannot use."""
+        if self.transfer is None:
+            return
+        from modelstore.load.torch_device import can_use_gpus
+
+        if not can_use_gpus():
+            logger.warning("there is a GPU, and the installed torch cannot use it: the model is loaded on the CPU")
+            self._stop_reading()
+            self.ring_bytes = 0
+            self.reading = start_reading(self.snapshot, beside=True)
+
+    def _begin_again(self, place: str | None) -> None:
         from modelstore.store import ModelStore
 
         store, model = ModelStore(self.settings.root, settings=self.settings), self.settings.model
@@ -114,24 +142,24 @@ class PendingStart:
         self.in_use = UsageMark(store.layout, fresh.key, self.settings.worker_id)
         self.timeline.commit, self.timeline.dtype = fresh.commit, fresh.dtype
         self.snapshot, self.reading = fresh, start_reading(fresh, ring_bytes=self.ring_bytes)
+        self.transfer = None if place is None else _transfer_to(place, self.reading)
 
 
 @contextmanager
-def _beside(work: Callable[[], object]) -> Iterator[list[object]]:
-    """Run the block with `work` in a thread beside it, to its end. Yields a list that then holds the result of `work`;
-    an error of it is dropped, because the caller does the same work again."""
-    result: list[object] = []
+def _beside(work: Callable[[], object]) -> Iterator[None]:
+    """Run the block with `work` in a thread beside it, to its end. An error of it is dropped, because the caller does
+    the same work again."""
 
     def run() -> None:
         with suppress(Exception):
-            result.append(work())
+            work()
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_S)
     thread = threading.Thread(target=run, name="beside", daemon=True)
     thread.start()
     try:
-        yield result
+        yield
     finally:
         thread.join()
         sys.setswitchinterval(before)
@@ -143,16 +171,18 @@ def begin(
     observer: Observer | None = None,
     timeline: Timeline | None = None,
     target: Target = "device",
-    while_filling: Callable[[Reading], object] = lambda _reading: None,
+    gpu: str = "cuda:0",
+    while_filling: Callable[[], object] = lambda: None,
     check_config: CheckConfig = check_nothing,
 ) -> PendingStart:
     """Make sure that the model is on the volume, and start to read its weights.
 
     `timeline`: that of the process by default. `target`: the place that the bytes are read for: a device, the CPU if
     there is no GPU; host memory; or memory that a server beside this process opens, which gets only the small files if
-    the host has no room for the weights. `while_filling`: a callback for the work that comes next, such as imports and
-    taking the weights that have arrived; it runs in a thread during a download or a wait, not on a hit, nor for a
-    server. `check_config`: a check before a download, of `servable.py`.
+    the host has no room for the weights. `gpu`: the device that the weights are copied to as they arrive; if there are
+    several and it has no room for them, nothing is copied yet. `while_filling`: a callback for the work that comes
+    next, such as imports; it runs in a thread during a download or a wait, not on a hit, nor for a server.
+    `check_config`: a check before a download, of `servable.py`.
 
     Raises InvalidSetting if no model is set, DoesNotFit if the GPUs or the host have no room for it, and the errors of
     `ModelStore.ensure`.
@@ -165,13 +195,14 @@ def begin(
     settings.check_allowed(settings.model)
     observer = observer or LogObserver()
     layout = Layout(settings.root)
-    gpus = memory.free_gpu_memory(settings.visible_gpus) if target == "device" else None
+    gpus = memory.free_gpu_bytes(settings.visible_gpus) if target == "device" else None
     ring_bytes = 0 if gpus is None else RING_BYTES
-    free = gpus or memory.free_host_memory()  # asked once: the read itself takes memory
+    # Asked once: the read itself takes memory.
+    free = memory.free_host_memory() if gpus is None else memory.of_gpus(gpus)
     check_fits = free.check_fits if free is not None else _fits
     mark: UsageMark | None = None
     reading: Reading | None = None
-    prefetched: object = None
+    transfer: Transfer | None = None
     try:
         for attempt in range(_LOOKS):
             with timeline.span("lookup"):
@@ -182,8 +213,16 @@ def begin(
                 store = ModelStore(settings.root, settings=settings)
                 snapshot = store.ensure(settings.model, timeline=timeline, observer=observer)
             elif snapshot is None:
-                snapshot, reading, prefetched = _made(
-                    settings, observer, timeline, check_fits, ring_bytes, while_filling, check_config
+                is_alone = gpus is not None and len(gpus) == 1
+                snapshot, reading, transfer = _made(
+                    settings,
+                    observer,
+                    timeline,
+                    check_fits,
+                    ring_bytes,
+                    gpu if is_alone else None,
+                    while_filling,
+                    check_config,
                 )
             if mark is None or mark.key != snapshot.key:
                 if mark is not None:
@@ -193,12 +232,14 @@ def begin(
                 if wait_while_evicting(layout, snapshot.key):
                     if reading is not None:
                         reading.close()
-                        reading = prefetched = None
+                        reading = transfer = None
                     continue
             try:
                 if reading is None:
                     weights = _worth_reading(snapshot, check_fits, target)
                     reading = start_reading(snapshot, beside=True, ring_bytes=ring_bytes, weights=weights)
+                    if gpus is not None and gpus[_number(gpu, gpus)] >= snapshot.weights_bytes:
+                        transfer = _transfer_to(gpu, reading)
                 break
             except SnapshotNotFound:  # evicted between the look and the open
                 if attempt + 1 == _LOOKS:
@@ -214,7 +255,7 @@ def begin(
     timeline.outcome, timeline.reason = _OUTCOMES[snapshot.status]
     if snapshot.status == "downloaded" and not snapshot.downloaded_bytes:
         timeline.outcome, timeline.reason = "copied", f"the snapshot was made from {snapshot.manifest.source.label}"
-    return PendingStart(settings, snapshot, reading, mark, timeline, observer, ring_bytes, prefetched)
+    return PendingStart(settings, snapshot, reading, mark, timeline, observer, ring_bytes, transfer)
 
 
 def _made(
@@ -223,30 +264,46 @@ def _made(
     timeline: Timeline,
     check_fits: Callable[[object, int], None],
     ring_bytes: int,
-    while_filling: Callable[[Reading], object],
+    gpu: str | None,
+    while_filling: Callable[[], object],
     check_config: CheckConfig,
-) -> tuple[Snapshot, Reading | None, object]:
-    """The snapshot, made here or waited for; its reading, if that has begun and is of use; and the result of
-    `while_filling`."""
+) -> tuple[Snapshot, Reading | None, Transfer | None]:
+    """The snapshot, made here or waited for; its reading, and the copies of its blocks to `gpu`, if those have begun
+    and are of use."""
     from modelstore.prefetch import StagingPrefetch
     from modelstore.store import ModelStore  # its imports (numpy, HTTP) are for a miss alone
 
     assert settings.model is not None
     store = ModelStore(settings.root, settings=settings)
     reading = Reading(beside=True, ring_bytes=ring_bytes)
+    transfer = None if gpu is None else _transfer_to(gpu, reading)
     keep_bytes = _KEPT_BYTES if ring_bytes else float("inf")
     following = StagingPrefetch(
         store.layout, observer, reading, keep_bytes=keep_bytes, check=check_fits, check_config=check_config
     )
     try:
-        with _beside(lambda: while_filling(reading)) as prefetched:
+        with _beside(while_filling):
             snapshot = store.ensure(settings.model, timeline=timeline, observer=following)
             check_fits(snapshot.key, snapshot.weights_bytes)
             followed = following.finish(snapshot)
     except BaseException:
         following.give_up()
         raise
-    return snapshot, followed, prefetched[0] if prefetched and followed is not None else None
+    return snapshot, followed, transfer if followed is not None else None
+
+
+def _transfer_to(gpu: str, reading: Reading) -> Transfer:
+    """Copy the blocks of a reading to a GPU as they arrive."""
+    from modelstore.load.device import open_devices
+    from modelstore.load.transfer import Transfer
+
+    return Transfer(reading, lambda: open_devices([gpu]), lambda _name: gpu)
+
+
+def _number(gpu: str, gpus: Sequence[int]) -> int:
+    """The number of a GPU among these; of the first, if it is not one of them."""
+    number = gpu.rpartition(":")[2]
+    return int(number) if number.isdigit() and int(number) < len(gpus) else 0
 
 
 def _worth_reading(snapshot: Snapshot, check_fits: Callable[[object, int], None], target: Target) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -158,3 +159,28 @@ def client(runpod: RunPod) -> Iterator[Any]:
 
     with OpenAI(base_url=f"{runpod.url}/{ENDPOINT}/openai/v1", api_key=KEY, max_retries=0) as client:
         yield client
+
+
+@pytest.fixture
+def fake_cuda(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A GPU that is memory of the host, behind the driver's interface; no violation of it passes the test."""
+    from tests.support import fake_cuda
+
+    if reason := fake_cuda.why_not():
+        pytest.skip(reason)
+    library = fake_cuda.compiled(tmp_path_factory.getbasetemp())
+    own = tmp_path / library.name
+    shutil.copy(library, own)  # each copy has counters of its own
+    fake = fake_cuda.FakeCuda(own)
+    fake_cuda.use_in(monkeypatch, fake)
+    yield fake
+    fake.check()
+
+
+@pytest.fixture
+def one_gpu(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As `fake_cuda`, and a start finds that GPU; all weights go through a ring that holds a part of them."""
+    monkeypatch.setattr("modelstore.load.memory.free_gpu_bytes", lambda _visible: [1 << 40])
+    monkeypatch.setattr("modelstore.warmstart.RING_BYTES", 1)
+    monkeypatch.setattr("modelstore.warmstart._KEPT_BYTES", 0)
+    return fake_cuda

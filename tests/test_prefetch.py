@@ -16,11 +16,9 @@ from modelstore.errors import DoesNotFit, WaitTimeout
 from modelstore.fill.observer import SILENT, Observer
 from modelstore.load.model import load_model
 from modelstore.load.reader import Reading
-from modelstore.load.tensors import Weights
 from modelstore.prefetch import StagingPrefetch
 from modelstore.reference import parse_reference
 from modelstore.store import ModelStore
-from modelstore.timeline import Timeline
 from modelstore.volume.claim import Holder
 from modelstore.volume.layout import SnapshotKey, StagingLayout
 from modelstore.volume.manifest import FileRecord
@@ -28,6 +26,7 @@ from modelstore.volume.pins import marks, users_of, volume_time
 from modelstore.volume.snapshots import Snapshot
 from modelstore.warmstart import begin
 from tests.conftest import MakeStore
+from tests.support.fake_cuda import FakeCuda
 from tests.support.hub import Hub
 from tests.support.models import MODELS, assert_equal, save
 from tests.support.readings import children
@@ -208,38 +207,26 @@ def test_memory_is_kept_within_its_limit_and_for_one_snapshot(store: ModelStore)
 
 
 @pytest.mark.parametrize("who", ["holder", "waiter"])
-def test_weights_are_on_the_device_before_the_snapshot_is_published(
-    who: str, hub: Hub, store: ModelStore, last: threading.Event, monkeypatch: pytest.MonkeyPatch
+def test_weights_are_on_the_gpu_before_the_snapshot_is_published(
+    who: str, hub: Hub, store: ModelStore, last: threading.Event, one_gpu: FakeCuda
 ) -> None:
-    """As on a GPU, but that the device is the CPU: all goes through a ring that holds a part of it."""
-    monkeypatch.setattr("modelstore.load.memory.free_gpu_bytes", lambda _visible: [1 << 40])
-    monkeypatch.setattr("modelstore.warmstart.RING_BYTES", 1)
-    monkeypatch.setattr("modelstore.warmstart._KEPT_BYTES", 0)
-    names = sorted(path.name for path in (hub.folder / "org" / "name").glob("*.safetensors"))
-    early: list[Weights] = []
-
-    def place(reading: Reading) -> Weights:
-        weights = Weights(reading, {"": torch.device("cpu")})
-        weights.start(Timeline())
-        early.append(weights)
-        return weights
-
+    files = sorted((hub.folder / "org" / "name").glob("*.safetensors"))
     settings = replace(store.settings, model=parse_reference("org/name"), worker_id="starting")
     with ThreadPoolExecutor(2) as pool:
         holder = pool.submit(store.ensure, "org/name") if who == "waiter" else None
         if holder is not None:
             wait_for_done(store, 1)
-        start = pool.submit(begin, settings, while_filling=place)
+        start = pool.submit(begin, settings)
         until = time.monotonic() + 20
-        while not (early and len(early[0].tensors) > 0 and len(early[0]._slabs) == len(names) - 1):
+        while one_gpu.state.copies <= len(files) - 1:  # and the one that tried the driver
             assert time.monotonic() < until, "nothing was moved"
             time.sleep(0.02)
         assert not start.done()
         last.set()
         pending = start.result(30)
-    assert pending.prefetched is early[0]
-    ours = load_model(pending.snapshot, "cpu", reading=pending.reading, weights=pending.prefetched)
+    ours = pending.load(lambda begun: load_model(begun.snapshot, "cpu", reading=begun.reading, transfer=begun.transfer))
     assert_equal(ours, type(ours).from_pretrained(hub.folder / "org" / "name", dtype=torch.float16))
+    assert one_gpu.state.copies == len(files) + 1, "none was read again"
     pending.in_use.end()
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import functools
+import gc
 import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -18,7 +21,6 @@ import torch
 from modelstore import warmstart
 from modelstore.errors import DigestMismatch
 from modelstore.load.model import load_model
-from modelstore.load.reader import Reading
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
@@ -28,6 +30,7 @@ from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.verify import verify_snapshot
 from modelstore.warmstart import PendingStart, begin
 from tests.conftest import MakeStore
+from tests.support.fake_cuda import FakeCuda
 from tests.support.hub import Hub
 from tests.support.models import write_model
 from tests.support.records import record
@@ -46,7 +49,7 @@ def settings_of(store: ModelStore, **changes: Any) -> Settings:
 
 
 def load(pending: PendingStart) -> dict[str, torch.Tensor]:
-    model = load_model(pending.snapshot, "cpu", reading=pending.reading)
+    model = load_model(pending.snapshot, "cpu", reading=pending.reading, transfer=pending.transfer)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -230,7 +233,7 @@ def test_the_next_work_is_done_beside_a_download_and_not_at_a_hit(hub: Hub, stor
     write_model(hub.folder / "org" / "name", seed=1)
     seen: list[int] = []
 
-    def work(_reading: Reading) -> None:
+    def work() -> None:
         until = time.monotonic() + 20
         while not hub.served.total_bytes and time.monotonic() < until:
             time.sleep(0.01)
@@ -244,3 +247,93 @@ def test_the_next_work_is_done_beside_a_download_and_not_at_a_hit(hub: Hub, stor
     assert load(pending)
     begin(settings_of(store), while_filling=work).reading.close()
     assert len(seen) == 1
+
+
+def test_weights_are_on_the_gpu_before_torch_is_imported(
+    store: ModelStore, model: Snapshot, fake_cuda: FakeCuda
+) -> None:
+    program = f"""
+import sys
+from modelstore.load import device, memory
+memory.free_gpu_bytes = lambda _visible: [1 << 40]
+device.LIBRARY = {str(fake_cuda.library)!r}
+from modelstore.settings import Settings
+from modelstore.warmstart import begin
+pending = begin(Settings.from_env())
+pending.transfer.wait()
+memory = [slab.memory for slabs in pending.transfer.slabs.values() for slab in slabs]
+print(sum(each.size_bytes for each in memory), {{each.place for each in memory}}, "torch" in sys.modules)
+"""
+    env = {**os.environ, "MODEL_ID": "org/name", "MODELSTORE_ROOT": str(store.layout.root)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    size, place, has_torch = done.stdout.split()
+    assert 0 < model.weights_bytes - int(size) < 8192 * len(model.weights), "all but the headers"
+    assert (place, has_torch) == ("{'cuda:0'}", "False")
+
+
+def test_a_damaged_model_leaves_the_gpu_before_it_comes_again(
+    hub: Hub, store: ModelStore, model: Snapshot, one_gpu: FakeCuda
+) -> None:
+    right = load(begin(settings_of(store)))
+    gc.collect()
+    size = one_gpu.state.peak
+    flip(model.path / model.weights[-1].path)
+    pending = begin(settings_of(store))
+    again = pending.load(load)
+    assert right.keys() == again.keys()
+    assert all(torch.equal(right[name], again[name]) for name in right)
+    assert one_gpu.state.peak == size, "never twice"
+    del pending
+    gc.collect()
+    one_gpu.check_released()
+
+
+def test_a_torch_that_cannot_use_the_gpu_loads_on_the_cpu(
+    store: ModelStore,
+    model: Snapshot,
+    one_gpu: FakeCuda,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("modelstore.load.torch_device.can_use_gpus", lambda: False)
+    pending = begin(settings_of(store))
+    tensors = pending.load(load)
+    assert all(torch.equal(tensor, load(begin(settings_of(store)))[name]) for name, tensor in list(tensors.items())[:2])
+    assert "the model is loaded on the CPU" in caplog.text
+    assert pending.transfer is None
+
+
+@pytest.mark.parametrize("when", ["before the load", "in the load"])
+def test_a_start_that_fails_leaves_nothing_on_the_gpu(
+    when: str, store: ModelStore, model: Snapshot, one_gpu: FakeCuda
+) -> None:
+    def fail(begun: PendingStart) -> None:
+        model = load_model(begun.snapshot, "cpu", reading=begun.reading, transfer=begun.transfer)
+        assert model.num_parameters() > 0
+        raise LookupError("no such tokenizer")
+
+    pending = begin(settings_of(store))
+    if when == "in the load":
+        with pytest.raises(LookupError):
+            pending.load(fail)
+    else:
+        pending.reading.close()
+    assert pending.transfer is not None
+    pending.transfer.end()
+    del pending
+    gc.collect()
+    one_gpu.check_released()
+
+
+def test_weights_for_several_gpus_wait_until_it_is_known_where_to(
+    store: ModelStore, model: Snapshot, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_CUDA_GPUS", "2")
+    for free, begun in (([1 << 40, 1 << 40], True), ([1000, 1 << 40], False)):
+        monkeypatch.setattr("modelstore.load.memory.free_gpu_bytes", lambda _visible, free=free: free)
+        pending = begin(settings_of(store))
+        assert (pending.transfer is not None) == begun
+        pending.reading.close()
+        if pending.transfer is not None:
+            pending.transfer.end()

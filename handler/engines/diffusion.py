@@ -82,7 +82,7 @@ class DiffusionEngine:
         if while_reading is not None:
             while_reading()
         tensors = load_tensors(
-            pending.snapshot, device, reading=pending.reading, weights=pending.prefetched, timeline=pending.timeline
+            pending.snapshot, device, reading=pending.reading, transfer=pending.transfer, timeline=pending.timeline
         )
         with pending.timeline.span("build"):
             pipeline = build_pipeline(pending.snapshot, tensors, device)

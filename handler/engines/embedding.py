@@ -71,7 +71,7 @@ class EmbeddingEngine:
         if while_reading is not None:
             while_reading()
         tensors = load_tensors(
-            snapshot, device, reading=pending.reading, weights=pending.prefetched, timeline=pending.timeline
+            snapshot, device, reading=pending.reading, transfer=pending.transfer, timeline=pending.timeline
         )
         if beside := snapshot.weights_beside:
             tensors |= load_tensors(snapshot, device, files=beside)

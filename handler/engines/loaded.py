@@ -57,12 +57,14 @@ class Loaded:
         model = load_model(
             pending.snapshot,
             device,
-            device_map="auto" if device is None and needs_several_gpus(pending.snapshot) else None,
+            device_map="auto"
+            if device is None and pending.transfer is None and needs_several_gpus(pending.snapshot)
+            else None,
             reading=pending.reading,
             timeline=pending.timeline,
             trust_remote_code=pending.trusted,
             causal=True,
-            weights=pending.prefetched,
+            transfer=pending.transfer,
             while_reading=while_reading,
         )
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)

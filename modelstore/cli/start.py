@@ -43,7 +43,9 @@ def warm(
                     settings,
                     observer=observer,
                     timeline=timeline,
-                    while_filling=lambda _reading: import_module("modelstore.load.model"),
+                    target="host" if device == "cpu" else "device",
+                    gpu="cuda:0" if device in (None, "cuda") else device,
+                    while_filling=lambda: import_module("modelstore.load.model"),
                     check_config=check_loadable,
                 )
             with timeline.span("import", "transformers"):
@@ -56,6 +58,7 @@ def warm(
                     start.snapshot,
                     device,
                     reading=start.reading,
+                    transfer=start.transfer,
                     timeline=start.timeline,
                     trust_remote_code=start.trusted,
                 )

@@ -3,7 +3,8 @@
     blocks            threads or a process: blocks into memory, each compared with its checksum
     reader            the reading of one snapshot, and the memory that it fills
     reader_process    the process that reads beside a worker
-    device            blocks from the ring to a device
+    transfer          blocks from the ring to the memory of devices
+    device            GPUs by their driver, without torch
     torch_device      devices as torch has them
     tensors           the snapshot's tensors on a device (torch)
     model             a transformers model of these tensors, as `from_pretrained` would make it (torch, transformers)

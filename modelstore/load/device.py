@@ -1,54 +1,344 @@
-"""Blocks of a reading to a device, while the next ones are read: the ring's other end. Imports no torch.
+"""NVIDIA GPUs by the driver's own library (libcuda), called with ctypes: no torch, so that weights are on a GPU before
+torch is imported.
 
-A slot goes back to the reader only when the copy out of it has ended, which for a GPU is long after it was asked for.
+    devices = open_devices(["cuda:0"])
+    memory = devices.allocate("cuda:0", size_bytes)
+    event = devices.copy([Part(memory, 0, view)])       asks for a copy; the interpreter's lock is not held meanwhile
+    devices.wait(event)
+    torch.as_tensor(memory, device="cuda:0")            the memory itself, without a copy
+
+Each GPU is used through its primary context, which torch joins later. `GpuMemory` is freed when the last reference to
+it goes, that of a tensor included, in any thread; the context is given back with the last memory and the last `Gpus`.
+Copies run on a stream of their own, out of host memory that is pinned piece by piece when its first block is copied:
+pinning a gigabyte at once would take a tenth of a second in which nothing moves.
+
+Not guaranteed: torch does not count this memory as its own (`torch.cuda.memory_allocated`), and does not use it again.
+Guaranteed by `open_devices`: before it takes this way, the driver has done each kind of call once; if one is refused,
+torch copies instead, with a line in the log.
 """
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import mmap
+import weakref
 from collections import deque
-from typing import Any, Protocol
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
-from modelstore.load.reader import LoadedBlock, Reading
+from modelstore.environment import load_kernels_lazily
+from modelstore.errors import DeviceFailed, DoesNotFit
+from modelstore.load.transfer import Device, HostMemory, Part, address_of
+from modelstore.units import size
+
+logger = logging.getLogger(__name__)
+
+LIBRARY = "libcuda.so.1"
+
+_OUT_OF_MEMORY = 2
+_PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: for the contexts of all GPUs
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the default stream
+_EVENT = 1 | 2  # CU_EVENT_BLOCKING_SYNC: a waiting thread sleeps; CU_EVENT_DISABLE_TIMING
+
+_Handle = ctypes.c_void_p
+_Out = ctypes.POINTER
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "cuInit": (ctypes.c_uint,),
+    "cuDeviceGet": (_Out(ctypes.c_int), ctypes.c_int),
+    "cuDevicePrimaryCtxRetain": (_Out(_Handle), ctypes.c_int),
+    "cuDevicePrimaryCtxRelease_v2": (ctypes.c_int,),
+    "cuCtxPushCurrent_v2": (_Handle,),
+    "cuCtxPopCurrent_v2": (_Out(_Handle),),
+    "cuCtxSynchronize": (),
+    "cuMemAlloc_v2": (_Out(ctypes.c_uint64), ctypes.c_size_t),
+    "cuMemFree_v2": (ctypes.c_uint64,),
+    "cuMemHostRegister_v2": (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint),
+    "cuMemHostUnregister": (ctypes.c_void_p,),
+    "cuMemcpyHtoDAsync_v2": (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, _Handle),
+    "cuStreamCreate": (_Out(_Handle), ctypes.c_uint),
+    "cuStreamSynchronize": (_Handle,),
+    "cuStreamDestroy_v2": (_Handle,),
+    "cuEventCreate": (_Out(_Handle), ctypes.c_uint),
+    "cuEventRecord": (_Handle, _Handle),
+    "cuEventQuery": (_Handle,),
+    "cuEventSynchronize": (_Handle,),
+    "cuEventDestroy_v2": (_Handle,),
+}
+_NOT_READY = 600
 
 
-class Device(Protocol):
-    """The receiver of the bytes. `copy` only asks for a copy; the view stays as it is until `wait` for its event
-    returns."""
+def open_devices(places: Collection[str]) -> Device:
+    """The devices of these names, as torch has them: GPUs by their driver, or if that refuses, by torch."""
+    beside_host = sorted(set(places) - {"cpu"})
+    if not beside_host:
+        return HostMemory()
+    if all(place.startswith("cuda:") for place in beside_host):
+        try:
+            return Gpus([int(place.removeprefix("cuda:")) for place in beside_host])
+        except DeviceFailed as error:
+            reason = str(error)  # the error itself would keep the GPU, if a handler keeps the record
+            logger.info("%s: torch copies the weights to the GPU instead, after it is imported", reason)
+    from modelstore.load.torch_device import TorchDevices
+
+    return TorchDevices(beside_host)
+
+
+class GpuMemory:
+    """Memory of a GPU, `place`, freed with the last reference to this object.
+
+    `__cuda_array_interface__` (version 3, docs of Numba) describes it as bytes.
+    """
+
+    def __init__(self, gpu: _Gpu, size_bytes: int) -> None:
+        self.place = gpu.place
+        self.size_bytes = size_bytes
+        self.address = gpu.allocate(max(1, size_bytes))
+        # Not at the exit of the process: torch may use it to the end, and the driver is going down by itself.
+        weakref.finalize(self, gpu.free, self.address).atexit = False
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": (self.size_bytes,),
+            "typestr": "|u1",
+            "data": (self.address, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+@dataclass(slots=True)
+class _Stream:
+    handle: ctypes.c_void_p
+    events: list[ctypes.c_void_p] = field(default_factory=list)
+    free: deque[ctypes.c_void_p] = field(default_factory=deque)  # of the events, those to be used again
+
+
+@dataclass(frozen=True, slots=True)
+class _Event:
+    gpu: _Gpu
+    handle: ctypes.c_void_p
+
+
+class Gpus:
+    """GPUs by their driver, each with a stream for copies: see `transfer.Device`. "cpu" is host memory."""
+
+    def __init__(self, numbers: Sequence[int], library: str | None = None) -> None:
+        """`numbers`: as CUDA_VISIBLE_DEVICES counts them. Raises DeviceFailed."""
+        driver = _Driver(library or LIBRARY)
+        self._host = HostMemory()
+        self._gpus = {gpu.place: gpu for gpu in (_Gpu(driver, number) for number in numbers)}
+        self._streams: dict[str, _Stream] = {}
+        self._pinned: set[int] = set()
+        try:
+            for gpu in self._gpus.values():
+                self._streams[gpu.place] = _Stream(gpu.new_stream())
+                self._try(gpu)
+        except BaseException:
+            self.close()
+            raise
+
+    def allocate(self, place: str, size_bytes: int) -> GpuMemory | memoryview:
+        """See Device."""
+        gpu = self._gpus.get(place)
+        return GpuMemory(gpu, size_bytes) if gpu is not None else self._host.allocate(place, size_bytes)
 
     def pin(self, memory: memoryview) -> None:
-        """Make copies out of this host memory as fast as they can be; called before the first."""
-
-    def copy(self, arrival: LoadedBlock, view: memoryview) -> Any:
-        """Begin to copy a block; returns an event for `wait`."""
-
-    def wait(self, event: Any) -> None:
-        """Return when the copy has ended."""
+        """See Device. If it cannot be pinned, copies out of it are only slower."""
+        try:
+            next(iter(self._gpus.values())).register(memory)
+        except DeviceFailed as error:
+            logger.warning("host memory cannot be pinned, so the model goes to the GPU more slowly: %s", error)
+        else:
+            self._pinned.add(address_of(memory))
 
     def unpin(self, memory: memoryview) -> None:
-        """No copy will come out of this memory any more."""
+        """See Device."""
+        if (address := address_of(memory)) in self._pinned:
+            self._pinned.discard(address)
+            self._finish_copies()
+            next(iter(self._gpus.values())).unregister(address)
+
+    def copy(self, parts: Sequence[Part]) -> list[_Event]:
+        """See Device."""
+        places = []
+        for part in parts:
+            if isinstance(part.memory, memoryview):
+                self._host.copy([part])
+                continue
+            stream = self._streams[part.memory.place]
+            self._gpus[part.memory.place].copy(part.memory.address + part.begin, part.view, stream.handle)
+            if part.memory.place not in places:
+                places.append(part.memory.place)
+        return [self._recorded(place) for place in places]
+
+    def is_done(self, event: list[_Event]) -> bool:
+        """See Device."""
+        if not all(each.gpu.is_done(each.handle) for each in event):
+            return False
+        self._give_back(event)
+        return True
+
+    def wait(self, event: list[_Event]) -> None:
+        """See Device."""
+        for each in event:
+            each.gpu.wait(each.handle)
+        self._give_back(event)
+
+    def close(self) -> None:
+        """See Device."""
+        self._finish_copies()
+        for place, stream in self._streams.items():
+            self._gpus[place].end_stream(stream.handle, stream.events)
+        self._streams.clear()
+
+    def _finish_copies(self) -> None:
+        """Return when no copy is under way, not even one whose event could not be recorded."""
+        for place, stream in self._streams.items():
+            self._gpus[place].finish(stream.handle)
+
+    def _recorded(self, place: str) -> _Event:
+        gpu, stream = self._gpus[place], self._streams[place]
+        if not stream.free:
+            stream.events.append(gpu.new_event())
+            stream.free.append(stream.events[-1])
+        handle = stream.free.pop()
+        gpu.record(handle, stream.handle)
+        return _Event(gpu, handle)
+
+    def _give_back(self, event: list[_Event]) -> None:
+        for each in event:
+            self._streams[each.gpu.place].free.append(each.handle)
+
+    def _try(self, gpu: _Gpu) -> None:
+        """Do one copy of a page. Raises DeviceFailed."""
+        page = memoryview(mmap.mmap(-1, mmap.PAGESIZE))
+        gpu.register(page)
+        try:
+            self.wait(self.copy([Part(GpuMemory(gpu, len(page)), 0, page)]))
+        finally:
+            self._finish_copies()
+            gpu.unregister(address_of(page))
 
 
-def transfer(reading: Reading, device: Device) -> None:
-    """Copy all blocks of weights as they arrive; returns when the last copy has ended. Raises as `Reading.wait`."""
-    pinned: dict[int, memoryview] = {}
-    under_way: deque[tuple[Any, LoadedBlock]] = deque()
-    try:
-        while True:
-            arrival = reading.next_arrival(wait=not under_way)
-            if arrival is not None:
-                if arrival.path.endswith(".safetensors"):
-                    memory = reading.memory_behind(arrival)
-                    if id(memory) not in pinned:
-                        device.pin(pinned.setdefault(id(memory), memory))
-                    under_way.append((device.copy(arrival, reading.view(arrival)), arrival))
-            elif under_way:  # nothing else to do: the reader may be waiting for the oldest slot
-                event, copied = under_way.popleft()
-                device.wait(event)
-                reading.release(copied)
-            else:
-                return
-    finally:
-        for event, _arrival in under_way:
-            device.wait(event)
-        for memory in pinned.values():
-            device.unpin(memory)
+class _Driver:
+    """The library, ready to be called."""
+
+    def __init__(self, library: str) -> None:
+        load_kernels_lazily()
+        try:
+            self._library: Any = ctypes.CDLL(library)
+            for name, types in _SIGNATURES.items():
+                getattr(self._library, name).argtypes = types
+        except (OSError, AttributeError) as error:
+            raise DeviceFailed(f"the GPU's driver is missing or too old ({error})") from error
+        self.call("cuInit", 0)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Raises DeviceFailed."""
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            raise DeviceFailed(f"the GPU's driver refuses {name}: {self._text(code)}", code)
+
+    def _text(self, code: int) -> str:
+        text = ctypes.c_char_p()
+        self._library.cuGetErrorString(code, ctypes.byref(text))
+        return f"{(text.value or b'an unknown error').decode()} ({code})"
+
+
+class _Gpu:
+    """One GPU through its primary context, which is given back with the last reference to this object."""
+
+    def __init__(self, driver: _Driver, number: int) -> None:
+        self._driver = driver
+        self.place = f"cuda:{number}"
+        device, self._context = ctypes.c_int(), ctypes.c_void_p()
+        driver.call("cuDeviceGet", ctypes.byref(device), number)
+        driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
+        weakref.finalize(self, driver.call, "cuDevicePrimaryCtxRelease_v2", device).atexit = False
+
+    @contextmanager
+    def _current(self) -> Iterator[_Driver]:
+        """The context is this thread's, inside the block."""
+        self._driver.call("cuCtxPushCurrent_v2", self._context)
+        try:
+            yield self._driver
+        finally:
+            self._driver.call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    def allocate(self, size_bytes: int) -> int:
+        address = ctypes.c_uint64()
+        with self._current() as driver:
+            try:
+                driver.call("cuMemAlloc_v2", ctypes.byref(address), size_bytes)
+            except DeviceFailed as error:
+                if error.code != _OUT_OF_MEMORY:
+                    raise
+                raise DoesNotFit(
+                    f"{self.place} has no {size(size_bytes)} free: use a larger GPU, or a smaller or quantized model"
+                ) from error
+        return address.value
+
+    def free(self, address: int) -> None:
+        """Free memory once no kernel uses it any more. Called by the collector of objects: an error is only logged."""
+        try:
+            with self._current() as driver:
+                driver.call("cuCtxSynchronize")
+                driver.call("cuMemFree_v2", address)
+        except DeviceFailed as error:
+            logger.warning("memory of %s is not freed: %s", self.place, error)
+
+    def register(self, memory: memoryview) -> None:
+        with self._current() as driver:
+            driver.call("cuMemHostRegister_v2", address_of(memory), len(memory), _PORTABLE)
+
+    def unregister(self, address: int) -> None:
+        with self._current() as driver:
+            driver.call("cuMemHostUnregister", address)
+
+    def copy(self, target: int, view: memoryview, stream: ctypes.c_void_p) -> None:
+        with self._current() as driver:
+            driver.call("cuMemcpyHtoDAsync_v2", target, address_of(view), len(view), stream)
+
+    def new_stream(self) -> ctypes.c_void_p:
+        stream = ctypes.c_void_p()
+        with self._current() as driver:
+            driver.call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
+        return stream
+
+    def finish(self, stream: ctypes.c_void_p) -> None:
+        with self._current() as driver:
+            driver.call("cuStreamSynchronize", stream)
+
+    def end_stream(self, stream: ctypes.c_void_p, events: Collection[ctypes.c_void_p]) -> None:
+        with self._current() as driver:
+            driver.call("cuStreamDestroy_v2", stream)
+            for event in events:
+                driver.call("cuEventDestroy_v2", event)
+
+    def new_event(self) -> ctypes.c_void_p:
+        event = ctypes.c_void_p()
+        with self._current() as driver:
+            driver.call("cuEventCreate", ctypes.byref(event), _EVENT)
+        return event
+
+    def record(self, event: ctypes.c_void_p, stream: ctypes.c_void_p) -> None:
+        with self._current() as driver:
+            driver.call("cuEventRecord", event, stream)
+
+    def is_done(self, event: ctypes.c_void_p) -> bool:
+        with self._current() as driver:
+            try:
+                driver.call("cuEventQuery", event)
+            except DeviceFailed as error:
+                if error.code != _NOT_READY:
+                    raise
+                return False
+        return True
+
+    def wait(self, event: ctypes.c_void_p) -> None:
+        with self._current() as driver:
+            driver.call("cuEventSynchronize", event)

@@ -6,6 +6,7 @@ The GPUs are asked through the driver's own library (NVML), because a start comp
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,8 @@ class FreeMemory:
             )
 
 
-def free_gpu_memory(visible: str | None = None) -> FreeMemory | None:
-    """The free memory of all GPUs that this process may use: see `free_gpu_bytes`."""
-    free = free_gpu_bytes(visible)
-    if free is None:
-        return None
+def of_gpus(free: Sequence[int]) -> FreeMemory:
+    """The free memory of several GPUs together, from that of each."""
     place = "the GPU has" if len(free) == 1 else f"{len(free)} GPUs have"
     return FreeMemory(sum(free), place, "larger GPUs")
 

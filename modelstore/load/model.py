@@ -27,8 +27,9 @@ from modelstore.dtypes import DTYPES
 from modelstore.errors import BadConfig, DoesNotFit, IntegrityError, NotFound, NoWeights, UsageError
 from modelstore.load.model_class import MESSAGE_CHARACTERS, config_of, generation_config_of, model_class, own_class
 from modelstore.load.reader import Reading, start_reading
-from modelstore.load.tensors import Weights, load_tensors
+from modelstore.load.tensors import Weights, begin_transfer, load_tensors
 from modelstore.load.torch_device import check_fits, ring_bytes_for, usable_device
+from modelstore.load.transfer import Transfer
 from modelstore.timeline import Timeline
 from modelstore.units import one_line, size
 from modelstore.volume.config_sizes import check_configs
@@ -53,7 +54,7 @@ def load_model(
     timeline: Timeline | None = None,
     trust_remote_code: bool = False,
     causal: bool = False,
-    weights: Weights | None = None,
+    transfer: Transfer | None = None,
     while_reading: Callable[[], None] | None = None,
 ) -> PreTrainedModel:
     """The model that the snapshot's `config.architectures` names, in eval mode, bit for bit what
@@ -65,7 +66,7 @@ def load_model(
     `device_map`: parts of the model on several devices, as accelerate understands it ("auto", or devices by module).
     `trust_remote_code`: run the code that the snapshot was stored with, even of a type that transformers has; without
     it a snapshot of another type is CodeRefused.
-    `weights`: those that `place_early` has begun to move, with their `reading`; `device` is then the GPU's.
+    `transfer`: the copies of the blocks to `device`, if they have begun with `reading`.
     `while_reading` is called once, while the last bytes are on their way.
     """
     timeline = timeline or Timeline()
@@ -77,7 +78,7 @@ def load_model(
     check_code(snapshot, trusted=trusted)
     target = usable_device(device)
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    if weights is None:
+    if transfer is None:
         check_fits(snapshot, [target] if device_map is None else gpus or [target])
     is_own_reading = reading is None
     if reading is None:
@@ -89,17 +90,16 @@ def load_model(
         config = config_of(snapshot, trusted=trusted)
         cls = (trusted and own_class(config, snapshot.path)) or model_class(config, str(snapshot.key), causal=causal)
         spread = None if device_map is None else _spread(device_map, cls, config, snapshot)
-        if weights is None:
-            weights = Weights(reading, {name: torch.device(to) for name, to in (spread or {"": target}).items()})
-            weights.complete(snapshot)
-            weights.start(timeline)
-        else:
-            weights.complete(snapshot)
+        devices = {name: torch.device(to) for name, to in (spread or {"": target}).items()}
+        if transfer is None:
+            transfer = begin_transfer(reading, devices)
+        weights = Weights(reading, transfer, timeline)
+        weights.complete(snapshot)
         with timeline.span("build"):
             model = _built_early(cls, config, snapshot, weights)
         if while_reading is not None:
             while_reading()
-        tensors = weights.wait(timeline)
+        tensors = weights.wait()
         if model is None:
             with timeline.span("build"):
                 model = _built(cls, config, snapshot, tensors, spread or {"": target})
@@ -110,6 +110,8 @@ def load_model(
     except BaseException:
         if is_own_reading:
             reading.close()
+            if transfer is not None:
+                transfer.end()
         raise
     reading.close(wait=False)
     return model

@@ -227,11 +227,15 @@ class Reading:
                 raise self._error
             return self._arrivals.popleft() if self._arrivals else None
 
-    def memory_behind(self, arrival: LoadedBlock) -> memoryview:
-        """All of the host memory that a block's bytes are in, for a device that wants it pinned."""
-        ring = self._ring if arrival.slot >= 0 else self._opened(arrival.path).memory
-        assert ring is not None
-        return ring
+    def memory_behind(self, arrival: LoadedBlock) -> tuple[memoryview, int, int]:
+        """All of the host memory that a block's bytes are in, for a device that wants it pinned; the block's place in
+        it, and the number of bytes from one block's place to the next."""
+        if arrival.slot >= 0:
+            assert self._ring is not None
+            return self._ring, arrival.slot * self._slot_bytes, self._slot_bytes
+        opened = self._opened(arrival.path)
+        assert opened.memory is not None
+        return opened.memory, arrival.offset, opened.block_bytes
 
     def record(self, path: str) -> FileRecord:
         """The record of a file that was added."""

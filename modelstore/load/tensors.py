@@ -8,26 +8,21 @@ there before their bytes are, so that a model can be built from them meanwhile.
 from __future__ import annotations
 
 import mmap
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from modelstore.errors import BadSafetensors, DigestMismatch
-from modelstore.load.device import transfer
-from modelstore.load.reader import LoadedBlock, Reading, start_reading
-from modelstore.load.torch_device import CudaDevices, HostDevice, address_of, check_fits, ring_bytes_for, usable_device
-from modelstore.timeline import Span, Timeline
+from modelstore.errors import BadSafetensors
+from modelstore.load.device import open_devices
+from modelstore.load.reader import Reading, start_reading
+from modelstore.load.torch_device import check_fits, place_of, ring_bytes_for, tensor_of, usable_device
+from modelstore.load.transfer import Transfer, address_of, check_header, place_by_module
+from modelstore.timeline import Timeline
 from modelstore.volume.header import Header, TensorInfo
 from modelstore.volume.manifest import FileRecord
 from modelstore.volume.snapshots import Snapshot
 
-Place = Callable[[str], torch.device]
-
-_SLAB_BYTES = 1 << 30
-_ALIGNMENT = 16
 _NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE: more than the machine has may be mapped, if it is never touched
 
 
@@ -60,7 +55,7 @@ def load_tensors(
     device: str | torch.device | None = None,
     *,
     reading: Reading | None = None,
-    weights: Weights | None = None,
+    transfer: Transfer | None = None,
     timeline: Timeline | None = None,
     files: Sequence[FileRecord] = (),
 ) -> dict[str, torch.Tensor]:
@@ -68,8 +63,8 @@ def load_tensors(
     the name of their folder, as in "unet/conv_in.weight".
 
     `device` is CUDA if there is one by default; on the CPU the tensors share the memory that was read into.
-    `reading`: a read of this snapshot that is in flight already; `weights`: those that `place_early` has begun with it.
-    `files`: the tensors of these alone, as of modules in folders beside a model at the top.
+    `reading`: a read of this snapshot that is in flight already; `transfer`: the copies of its blocks to the GPU, if
+    they have begun. `files`: the tensors of these alone, as of modules in folders beside a model at the top.
     Raises DigestMismatch if bytes are not those published, DoesNotFit if the GPU has no room.
     """
     target = usable_device(device)
@@ -77,146 +72,119 @@ def load_tensors(
         check_fits(snapshot, [target])
         reading = start_reading(snapshot, ring_bytes=ring_bytes_for(target), files=files)
     timeline = timeline or Timeline()
+    if transfer is None:
+        transfer = begin_transfer(reading, {"": target})
     try:
-        if weights is None:
-            weights = Weights(reading, {"": target})
-            weights.complete(snapshot, files)
-            weights.start(timeline)
-        else:
-            weights.complete(snapshot)
-        tensors = weights.wait(timeline)
+        weights = Weights(reading, transfer, timeline)
+        weights.complete(snapshot, files)
+        return weights.wait()
     finally:
         reading.close()
-    return tensors
+        if transfer is not None:
+            transfer.end()
 
 
-def place_early(reading: Reading, timeline: Timeline) -> Weights | None:
-    """Begin to move the arrived bytes of an unpublished snapshot to the GPU; hand the result to `load_model`.
-
-    None if the weights stay in host memory, or if several GPUs will have to share them.
-    """
-    if not reading.uses_ring or torch.cuda.device_count() != 1:
+def begin_transfer(reading: Reading, device_map: Mapping[str, torch.device]) -> Transfer | None:
+    """Begin to copy the blocks of a reading to devices, by the names of modules, "" for all that no other one leads to;
+    None if the bytes stay where they are."""
+    places = {name: place_of(device) for name, device in device_map.items()}
+    if not reading.uses_ring and set(places.values()) == {"cpu"}:
         return None
-    weights = Weights(reading, {"": torch.device("cuda", 0)})
-    weights.start(timeline)
-    return weights
-
-
-@dataclass(frozen=True, slots=True)
-class _Slab:
-    """One allocation on a device: the bytes `begin` to `end` of a file."""
-
-    begin: int
-    end: int
-    data: torch.Tensor
+    return Transfer(reading, lambda: open_devices(places.values()), place_by_module(places))
 
 
 class Weights:
     """The tensors of a snapshot's weights, whose bytes arrive while they are there already.
 
-    Files are prepared with `complete`, when the snapshot is known, or before that, if their bytes are to be moved,
-    as the first of them arrives. `tensors`: by their names in the checkpoint. `stand_ins`: the same as CPU tensors that
-    a model can be built from at once; on the CPU they are the tensors, else views of memory that is never touched.
-    `has_stand_ins`: whether there are any.
+    Files are prepared with `complete`, when the snapshot is known. `tensors`: by their names in the checkpoint.
+    `stand_ins`: the same as CPU tensors that a model can be built from at once; on the CPU they are the tensors, else
+    views of memory that is never touched. `has_stand_ins`: whether there are any.
     """
 
-    def __init__(self, reading: Reading, device_map: Mapping[str, torch.device]) -> None:
-        """`device_map`: devices by the names of modules, "" for all that no other one leads to."""
+    def __init__(self, reading: Reading, transfer: Transfer | None, timeline: Timeline) -> None:
+        """`transfer`: the copies of the reading's blocks to devices; None if the bytes stay where they are."""
         self._reading = reading
-        self._devices = device_map
-        self._preparing = threading.Lock()
+        self._transfer = transfer
+        self._timeline = timeline
         self._headers: dict[str, Header] = {}
         self._raw: dict[str, bytes] = {}
-        self._thread: threading.Thread | None = None
-        self._began = 0.0
-        self._error: BaseException | None = None
-        self._slabs: dict[str, list[_Slab]] = {}
+        self._slabs: dict[str, list[tuple[int, int, torch.Tensor]]] = {}
         self._bases: list[tuple[int, int, str]] = []
         self.tensors: dict[str, torch.Tensor] = {}
         self.stand_ins: dict[str, torch.Tensor] = {}
         self.has_stand_ins = True
 
     def complete(self, snapshot: Snapshot, files: Sequence[FileRecord] = ()) -> None:
-        """Prepare the rest of a snapshot's weights, or of these files, all of which were added to the reading. Raises
-        BadSafetensors and DigestMismatch as `Reading.header` does."""
+        """Prepare a snapshot's weights, or these files, all of which were added to the reading. Raises as
+        `Transfer.prepare`."""
         for file in files or snapshot.weights:
-            self._prepare(file.path)
+            if self._transfer is not None:
+                self._take_slabs(file.path, self._transfer)
+            else:
+                self._headers[file.path], self._raw[file.path] = self._reading.header(file.path)
+            self._make_stand_ins(file.path, self._headers[file.path])
 
-    def start(self, timeline: Timeline) -> None:
-        """Begin to move arriving bytes to the devices, in a thread of its own; on the CPU there is nothing to move."""
-        self._began = timeline.now()
-        if self._slabs or self._reading.uses_ring:
-            self._thread = threading.Thread(target=self._move, name="transfer", daemon=True)
-            self._thread.start()
-
-    def wait(self, timeline: Timeline) -> dict[str, torch.Tensor]:
+    def wait(self) -> dict[str, torch.Tensor]:
         """The tensors, once all bytes are in place. Raises DigestMismatch if they are not those published."""
         reading = self._reading
-        if self._thread is not None:
-            self._thread.join()
-            if self._error is not None:
-                raise self._error
-            size_bytes = sum(reading.record(path).size_bytes for path in self._slabs)
-            timeline.add(Span("transfer", self._began, timeline.now(), size_bytes))
+        if self._transfer is not None:
+            self._transfer.wait()
+            self._timeline.add(self._transfer.as_span(self._timeline))
         reading.wait_all()
-        timeline.add(reading.as_span(timeline))
-        for path, header in self._headers.items():
-            if path not in self._slabs:
-                self._check_header(path, reading.memory(path))
-                if not self.has_stand_ins:
-                    self._view_in_memory(path, header)
+        self._timeline.add(reading.as_span(self._timeline))
+        for path, raw in self._raw.items():
+            check_header(path, raw, reading.memory(path))
+            if not self.has_stand_ins:
+                self._view_in_memory(path, self._headers[path])
         return self.tensors
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a CPU tensor is a view of a stand-in."""
-        return self._found(tensor) is not None
+        return self._base_of(tensor) is not None
 
     def settled(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The tensor on the device for a view of a stand-in; None for another tensor."""
-        stand_in = self._found(tensor)
+        stand_in = self._base_of(tensor)
         if stand_in is None:
             return None
         path, offset = stand_in
         if path not in self._slabs:
             return tensor
-        slab = next(slab for slab in self._slabs[path] if slab.begin <= offset < slab.end)
-        typed = slab.data[(offset - slab.begin) % tensor.itemsize :]
+        begin, data = next((begin, data) for begin, end, data in self._slabs[path] if begin <= offset < end)
+        typed = data[(offset - begin) % tensor.itemsize :]
         typed = typed[: typed.numel() // tensor.itemsize * tensor.itemsize].view(tensor.dtype)
-        return typed.as_strided(tensor.shape, tensor.stride(), (offset - slab.begin) // tensor.itemsize)
+        return typed.as_strided(tensor.shape, tensor.stride(), (offset - begin) // tensor.itemsize)
 
-    def _found(self, tensor: torch.Tensor) -> tuple[str, int] | None:
+    def _base_of(self, tensor: torch.Tensor) -> tuple[str, int] | None:
+        """The file, and the byte of it, that a tensor's memory stands for."""
         address = tensor.data_ptr()
         for base, length, path in self._bases:
             if base <= address < base + length:
                 return path, address - base
         return None
 
-    def _prepare(self, path: str) -> None:
-        """Make room for a file's tensors, unless that was done."""
-        with self._preparing:
-            if path not in self._headers:
-                self._headers[path], self._raw[path] = self._reading.header(path)
-                self._make_room(path, self._headers[path])
+    def _take_slabs(self, path: str, transfer: Transfer) -> None:
+        """The tensors of a file as views of the memory that the transfer fills."""
+        transfer.prepare(path)
+        header = self._headers[path] = transfer.headers[path]
+        self._slabs[path] = []
+        for slab in transfer.slabs[path]:
+            data = tensor_of(slab.memory)
+            self._slabs[path].append((slab.begin, slab.end, data))
+            for tensor in slab.tensors:
+                begin = _begin(header, tensor) - slab.begin
+                flat = data[begin : begin + tensor.size_bytes].view(_dtype(tensor, path))
+                self.tensors[_named(path, tensor)] = flat.view(tensor.shape)
 
-    def _make_room(self, path: str, header: Header) -> None:
+    def _make_stand_ins(self, path: str, header: Header) -> None:
         aligned = not any(_begin(header, tensor) % _dtype(tensor, path).itemsize for tensor in header.tensors)
         self.has_stand_ins = self.has_stand_ins and aligned
-        devices = {self._place(tensor.name) for tensor in header.tensors}
-        if devices <= {torch.device("cpu")} and not self._reading.in_ring(path):
+        if path not in self._slabs:
             memory = self._reading.memory(path)
             self._bases.append((address_of(memory), len(memory), path))
             if aligned:
                 self._view_in_memory(path, header)
             return
-        self._slabs[path] = slabs = []
-        for run in _runs(header, self._place):
-            begin, end = _begin(header, run[0]), _begin(header, run[-1]) + run[-1].size_bytes
-            data = torch.empty(end - begin, dtype=torch.uint8, device=self._place(run[0].name))
-            slabs.append(_Slab(begin, end, data))
-            for tensor in run:
-                start = _begin(header, tensor) - begin
-                flat = data[start : start + tensor.size_bytes].view(_dtype(tensor, path))
-                self.tensors[_named(path, tensor)] = flat.view(tensor.shape)
         size_bytes = self._reading.record(path).size_bytes
         untouched = memoryview(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | _NO_RESERVE))
         self._bases.append((address_of(untouched), len(untouched), path))
@@ -225,59 +193,11 @@ class Weights:
                 _named(path, tensor): _view(untouched, header, tensor, path) for tensor in header.tensors
             }
 
-    def _place(self, name: str) -> torch.device:
-        """The device for a tensor's name: that of the longest module name that leads to it, else the first."""
-        while name and name not in self._devices:
-            name = name.rpartition(".")[0]
-        return self._devices.get(name) or next(iter(self._devices.values()))
-
     def _view_in_memory(self, path: str, header: Header) -> None:
         memory = self._reading.memory(path)
         for tensor in header.tensors:
             view = _view(memory, header, tensor, path)
             self.tensors[_named(path, tensor)] = self.stand_ins[_named(path, tensor)] = view
-
-    def _move(self) -> None:
-        gpus = {device for device in self._devices.values() if device.type == "cuda"}
-        try:
-            transfer(self._reading, CudaDevices(self.parts, gpus) if gpus else HostDevice(self.parts))
-        except BaseException as error:  # handed to the waiter
-            self._error = error
-
-    def parts(self, arrival: LoadedBlock, view: memoryview) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The targets of a block's bytes: pairs of a device's bytes and the host's. Compares the header on its way."""
-        self._prepare(arrival.path)
-        self._check_header(arrival.path, view, arrival.offset)
-        host = torch.frombuffer(view, dtype=torch.uint8)
-        pairs = []
-        for slab in self._slabs.get(arrival.path, ()):
-            first, last = max(slab.begin, arrival.offset), min(slab.end, arrival.offset + arrival.length)
-            if first < last:
-                source = host[first - arrival.offset : last - arrival.offset]
-                pairs.append((slab.data[first - slab.begin : last - slab.begin], source))
-        return pairs
-
-    def _check_header(self, path: str, view: memoryview, offset: int = 0) -> None:
-        """Compare the header that was read ahead of its checksum with the bytes that came with one."""
-        raw = self._raw[path][offset : offset + len(view)]
-        if raw and view[: len(raw)] != raw:
-            raise DigestMismatch(
-                f"{path} of the snapshot changed while it was read: remove the snapshot and seed the model again"
-            )
-
-
-def _runs(header: Header, place: Place) -> list[list[TensorInfo]]:
-    """The tensors that share an allocation: neighbours on one device, each aligned, of about 1 GiB together."""
-    runs: list[list[TensorInfo]] = []
-    for tensor in header.tensors:
-        if runs:
-            first = runs[-1][0]
-            aligned = (tensor.begin - first.begin) % _ALIGNMENT == 0
-            if aligned and place(first.name) == place(tensor.name) and tensor.end - first.begin <= _SLAB_BYTES:
-                runs[-1].append(tensor)
-                continue
-        runs.append([tensor])
-    return runs
 
 
 def _named(path: str, tensor: TensorInfo) -> str:

@@ -1,21 +1,20 @@
-"""Devices as torch has them: which is usable, what is free there, and how the bytes of a block get there."""
+"""Devices as torch has them: which is usable, what is free there, and how the bytes of a block get
+there if the driver itself cannot be asked."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from modelstore.errors import UsageError
 from modelstore.load.memory import FreeMemory
-from modelstore.load.reader import RING_BYTES, LoadedBlock
+from modelstore.load.reader import RING_BYTES
+from modelstore.load.transfer import HostMemory, Part, address_of
 from modelstore.volume.snapshots import Snapshot
-
-Parts = Callable[[LoadedBlock, memoryview], list[tuple[torch.Tensor, torch.Tensor]]]
-"""The targets of a block's bytes: pairs of a device's bytes and the host's."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +32,16 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"this machine has no {target}: torch sees {torch.cuda.device_count()} GPUs; use cpu")
     return target
+
+
+def place_of(device: torch.device) -> str:
+    """A device's name with its number, as `transfer.Place` gives it."""
+    return f"cuda:{torch.cuda.current_device()}" if device.type == "cuda" and device.index is None else str(device)
+
+
+def can_use_gpus() -> bool:
+    """Whether this torch was built for GPUs, and the driver is new enough for it."""
+    return torch.cuda.is_available()
 
 
 def check_fits(snapshot: Snapshot, devices: Sequence[torch.device]) -> None:
@@ -60,34 +69,28 @@ def ring_bytes_for(device: torch.device) -> int:
     return 0 if device.type == "cpu" else RING_BYTES
 
 
-class HostDevice:
-    """Takes the bytes of the ring to memory of the CPU."""
+class TorchDevices:
+    """GPUs by torch, if their driver cannot be asked directly: see `transfer.Device`. "cpu" is host memory."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-
-    def pin(self, memory: memoryview) -> None: ...
-
-    def unpin(self, memory: memoryview) -> None: ...
-
-    def wait(self, event: Any) -> None: ...
-
-    def copy(self, arrival: LoadedBlock, view: memoryview) -> None:
-        for target, source in self._parts(arrival, view):
-            target.copy_(source)
-
-
-class CudaDevices:
-    """Copies on streams of their own, out of memory that is pinned meanwhile."""
-
-    def __init__(self, parts: Parts, devices: set[torch.device]) -> None:
-        self._parts = parts
+    def __init__(self, places: Sequence[str]) -> None:
         make: Any = torch.cuda.Stream
-        self._streams = {device: make(device) for device in devices}
+        self._host = HostMemory()
+        self._streams = {device: make(device) for device in map(torch.device, places) if device.type == "cuda"}
         self._pinned: set[int] = set()
-        self._begun: set[str] = set()
+
+    def allocate(self, place: str, size_bytes: int) -> torch.Tensor | memoryview:
+        """See Device."""
+        if place == "cpu":
+            return self._host.allocate(place, size_bytes)
+        memory = torch.empty(size_bytes, dtype=torch.uint8, device=place)
+        if (stream := self._streams.get(memory.device)) is not None:
+            stream.wait_stream(torch.cuda.current_stream(memory.device))  # its former owner has to be done with it
+        return memory
 
     def pin(self, memory: memoryview) -> None:
+        """See Device. If it cannot be pinned, copies out of it are only slower."""
+        if not self._streams:
+            return
         if _cudart("cudaHostRegister", address_of(memory), len(memory), _FOR_EVERY_DEVICE):
             self._pinned.add(address_of(memory))
             return
@@ -97,20 +100,21 @@ class CudaDevices:
             torch.zeros(1, device=next(iter(self._streams)))
 
     def unpin(self, memory: memoryview) -> None:
-        if address_of(memory) in self._pinned:
-            _cudart("cudaHostUnregister", address_of(memory))
+        """See Device."""
+        if (address := address_of(memory)) in self._pinned:
+            self._pinned.discard(address)
+            _cudart("cudaHostUnregister", address)
 
-    def copy(self, arrival: LoadedBlock, view: memoryview) -> list[torch.cuda.Event]:
+    def copy(self, parts: Sequence[Part]) -> list[torch.cuda.Event]:
+        """See Device."""
         events = []
-        parts = self._parts(arrival, view)
-        if arrival.path not in self._begun:
-            self._begun.add(arrival.path)
-            for device, stream in self._streams.items():
-                # The former owner of this memory has to be done with it.
-                stream.wait_stream(torch.cuda.current_stream(device))
-        for target, source in parts:
-            stream = self._streams.get(target.device)
-            if stream is None:
+        for part in parts:
+            if isinstance(part.memory, memoryview):
+                self._host.copy([part])
+                continue
+            source = torch.frombuffer(part.view, dtype=torch.uint8)
+            target = part.memory[part.begin : part.begin + len(source)]
+            if (stream := self._streams.get(target.device)) is None:
                 target.copy_(source)
                 continue
             with torch.cuda.stream(stream):
@@ -118,20 +122,31 @@ class CudaDevices:
                 events.append(stream.record_event())
         return events
 
+    def is_done(self, event: list[torch.cuda.Event]) -> bool:
+        """See Device."""
+        return all(each.query() for each in event)  # type: ignore[no-untyped-call]
+
     def wait(self, event: list[torch.cuda.Event]) -> None:
+        """See Device."""
         for each in event:
             each.synchronize()
+
+    def close(self) -> None: ...
+
+
+def tensor_of(memory: Any) -> torch.Tensor:
+    """Memory that a `transfer.Device` allocated, as a tensor of bytes that keeps it; nothing is copied."""
+    if isinstance(memory, torch.Tensor):
+        return memory
+    if isinstance(memory, memoryview):
+        return torch.frombuffer(memory, dtype=torch.uint8)
+    return torch.as_tensor(memory, device=memory.place)
 
 
 def _cudart(function: str, *arguments: int) -> bool:
     """Call the CUDA runtime; returns whether it succeeded."""
     cudart: Any = torch.cuda.cudart
     return int(getattr(cudart(), function)(*arguments)) == 0
-
-
-def address_of(memory: memoryview) -> int:
-    """The address of host memory."""
-    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import io
 import json
 import threading
@@ -23,12 +24,11 @@ from handler.jobs import Limits
 from handler.worker import Worker
 from modelstore import ModelStore, load_tensors
 from modelstore.errors import BadSafetensors, NoWeights, Refused
-from modelstore.load.tensors import Weights
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
-from modelstore.timeline import Timeline
 from modelstore.volume.verify import verify_snapshot
 from modelstore.warmstart import begin
+from tests.support.fake_cuda import FakeCuda
 from tests.support.hub import Hub
 from tests.support.workers import RecordedChannel
 
@@ -123,28 +123,20 @@ def test_it_draws_the_picture_of_diffusers(engine: Any, hub: Hub) -> None:
     assert len(set(ours.tobytes())) > 10, "it is not one colour"
 
 
-def test_bytes_moved_before_publishing_are_drawn_with(
-    settings: Settings, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a first run on a GPU, but that the device is the CPU: one taker gets all blocks."""
+def test_bytes_on_the_gpu_before_publishing_are_drawn_with(settings: Settings, hub: Hub, one_gpu: FakeCuda) -> None:
     from handler.engines.diffusion import DiffusionEngine
 
-    monkeypatch.setattr("modelstore.load.memory.free_gpu_bytes", lambda _visible: [1 << 40])
-    monkeypatch.setattr("modelstore.warmstart.RING_BYTES", 1)
-    monkeypatch.setattr("modelstore.warmstart._KEPT_BYTES", 0)
-
-    def place(reading: Any) -> Weights:
-        weights = Weights(reading, {"": torch.device("cpu")})
-        weights.start(Timeline())
-        return weights
-
-    pending = begin(settings, while_filling=place)
-    assert pending.prefetched is not None
+    pending = begin(settings)
+    assert pending.transfer is not None
     engine = pending.load(DiffusionEngine.load)
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(hub.folder / "org" / "name", dtype=torch.float16)
     for key, tensor in theirs.unet.state_dict().items():
         assert torch.equal(engine._pipeline.unet.state_dict()[key], tensor), key
+    assert one_gpu.state.allocated > sum(tensor.nbytes for tensor in theirs.unet.state_dict().values())
     engine.close()
+    del engine, pending
+    gc.collect()
+    one_gpu.check_released()
 
 
 def test_weights_are_those_of_from_pretrained_bit_for_bit(engine: Any, hub: Hub) -> None:

@@ -120,7 +120,8 @@ def test_through_a_ring_any_size_needs_the_same_memory(tmp_path: Path, beside: b
     memories = set()
     while (arrival := reading.next_arrival(wait=True)) is not None:
         got[arrival.path][arrival.offset : arrival.offset + arrival.length] = reading.view(arrival)
-        memories.add((id(reading.memory_behind(arrival)), len(reading.memory_behind(arrival))))
+        memory, _offset, _block_bytes = reading.memory_behind(arrival)
+        memories.add((id(memory), len(memory)))
         reading.release(arrival)
     reading.wait_all()
     for path, data in got.items():
