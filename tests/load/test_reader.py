@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from modelstore.errors import DigestMismatch, SnapshotNotFound
 from modelstore.load import blocks
-from modelstore.load.blocks import MOST_AT_ONCE, ReadConcurrency
+from modelstore.load.blocks import MOST_AT_ONCE, CachedPages, ReadConcurrency
 from modelstore.load.reader import Reading
 from modelstore.volume.manifest import FileRecord
 from tests.support.readings import BLOCK, MB, children, start, write
@@ -69,7 +70,8 @@ def test_a_cold_file_is_read_past_the_page_cache(tmp_path: Path, beside: bool, s
     assert reading.wait("x") == data
     reading.close()
     fd = os.open(tmp_path / "x", os.O_RDONLY)
-    cached = [blocks._PageCache().holds(fd, offset, min(MB, size - offset)) for offset in range(0, size, MB)]
+    pages = CachedPages(fd, size)
+    cached = [pages.hold(offset, min(MB, size - offset)) for offset in range(0, size, MB)]
     os.close(fd)
     assert not any(cached), "bytes that a direct read brings are not in the page cache"
 
@@ -285,6 +287,18 @@ time.sleep(60)
         time.sleep(0.01)
 
 
+def test_a_reader_that_breaks_is_an_error_and_not_a_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_arguments: object) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(blocks.BlockReader, "_read", broken)
+    monkeypatch.setattr(threading, "excepthook", lambda _arguments: None)
+    reading = start(tmp_path, [write(tmp_path, "x", 3 * MB, MB)], MB)
+    with pytest.raises(OSError, match="Input/output error"):
+        reading.wait("x")
+    reading.close()
+
+
 def rates(pace: ReadConcurrency, rate_of: dict[int, float], *, seconds: float) -> list[int]:
     """What `pace` asks for over time, on a volume that gives `rate_of[reads at once]` blocks of 1 MB a second."""
     now, seen = 0.0, [pace.readers]
@@ -302,3 +316,33 @@ def test_more_reads_at_once_as_long_as_that_is_faster() -> None:
     one_disk = dict.fromkeys((1, 2, 4, 8, 16), 300.0)
     assert rates(ReadConcurrency(4), one_disk, seconds=2) == [4, 8, 4], "it was tried, and taken back"
     assert rates(ReadConcurrency(4), one_disk, seconds=30).count(8) > 1, "and tried again later"
+
+
+def test_blocks_of_the_page_cache_are_copied_by_all_processors_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for processors, readers in ((2, 4), (12, 12), (64, MOST_AT_ONCE)):
+        monkeypatch.setattr("os.cpu_count", lambda processors=processors: processors)
+        pace = ReadConcurrency(4)
+        assert pace.copy() == (readers != 4)
+        assert pace.readers == readers
+        assert not pace.copy(), "once"
+        full = dict.fromkeys(range(1, MOST_AT_ONCE + 1), 3000.0)
+        assert max(rates(pace, full, seconds=10)) <= MOST_AT_ONCE
+
+
+def test_the_page_cache_is_asked_for_each_block(tmp_path: Path) -> None:
+    file = write(tmp_path, "0.safetensors", 5 * MB + 100, MB)
+    fd = os.open(tmp_path / "0.safetensors", os.O_RDONLY)
+    try:
+        pages = CachedPages(fd, file.size_bytes)
+        assert pages.hold(0, 5 * MB)
+        assert pages.hold(5 * MB, 100), "also of a page that the file does not fill"
+        evict(tmp_path / "0.safetensors")
+        assert not any(pages.hold(n * MB, MB) for n in range(5))
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        os.pread(fd, 2 * MB, MB)
+        assert [pages.hold(n * MB, MB) for n in range(5)] == [False, True, True, False, False]
+        assert pages.hold(MB, 2 * MB)
+        assert not pages.hold(MB, 3 * MB)
+    finally:
+        os.close(fd)
+    assert not CachedPages(-1, MB).hold(0, MB), "no, if it cannot be told"
