@@ -44,7 +44,8 @@ RUN /opt/venv/bin/pip uninstall --yes --quiet hf-xet uvloop watchfiles fastapi-c
         -exec rm -r {} + \
     && find /opt/venv -name '*.so*' -type f -not -path '*/torch/*' -not -path '*/numpy*' -exec strip --strip-unneeded {} +
 WORKDIR /tmp
-# A start with a tiny random model: it shows that the image works, and leaves the byte-code of all that a start imports
+# A start with a tiny random model: it shows that the image works, and leaves the byte-code of all that a start imports.
+# A second one records the files that it opens: a later start asks the kernel for them ahead (handler/readahead.py)
 RUN if [ "${EXTRA}" = vllm ]; then \
         exec /opt/venv/bin/python -c "import handler.engines.vllm_engine, handler.worker, runpod, modelstore.store"; \
     fi; \
@@ -52,6 +53,7 @@ RUN if [ "${EXTRA}" = vllm ]; then \
         make_checkpoint(Path('/tmp/tiny'), 2_000_000, 'float16')" \
     && MODEL_ID=file:///tmp/tiny MODELSTORE_ROOT=/tmp/store /opt/venv/bin/python -m handler \
         --test_input '{"input": {"prompt": "a", "max_tokens": 2}}' \
+    && MODEL_ID=file:///tmp/tiny MODELSTORE_ROOT=/tmp/store /opt/venv/bin/python -m handler.readahead \
     && /opt/venv/bin/python -c "import jinja2.ext, jinja2.sandbox, transformers.utils.chat_template_utils" \
     && rm -rf /tmp/tiny /tmp/store
 

@@ -14,6 +14,7 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from handler import readahead, sdk
 from handler.engines import ENGINES, engine_for
 from handler.privileges import become_owner_of
 from handler.redaction import VolumePaths
@@ -39,6 +40,7 @@ logger = logging.getLogger("handler")
 
 def main() -> int:
     log_to_stderr(logging.INFO, "%(levelname)s %(name)s: %(message)s")
+    readahead.begin()
     try:
         with gc_paused():
             serve = start()
@@ -107,7 +109,7 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
 
     def import_sdk() -> None:
         with timeline.span("import", "runpod"):
-            import_module("runpod")  # last, because nothing before needs it
+            sdk.import_sdk()  # last, because nothing before needs it
 
     def while_filling() -> None:
         import_engine(settings.engine or "text")  # the engine is known only with the model's own index
