@@ -20,7 +20,19 @@ from itertools import pairwise
 from typing import Any, Literal, get_args
 
 SpanName = Literal[
-    "lookup", "wait", "download", "verify", "convert", "publish", "read", "import", "transfer", "build", "ready"
+    "lookup",
+    "wait",
+    "download",
+    "verify",
+    "convert",
+    "publish",
+    "read",
+    "import",
+    "transfer",
+    "build",
+    "pause",
+    "warmup",
+    "ready",
 ]
 Outcome = Literal["hit", "downloaded", "copied", "resumed", "waited"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -57,7 +69,9 @@ SPAN_KINDS: Mapping[str, SpanKind] = {
         SpanKind("read", "reading the weights from the volume", "#2b8a3e"),
         SpanKind("import", "importing {}", "#1971c2", "importing libraries"),
         SpanKind("build", "building the model", "#7048e8"),
-        SpanKind("transfer", "moving the weights to the GPU", "#0b8494"),
+        SpanKind("transfer", "moving weights {}", "#0b8494", "moving the weights to the GPU"),
+        SpanKind("pause", "letting running answers end, and exchanging the models", "#a85d3a"),
+        SpanKind("warmup", "answering a first small job", "#ae3ec9"),
         SpanKind("ready", "ready", "#c2255c"),
     )
 }

@@ -172,6 +172,7 @@ def begin(
     timeline: Timeline | None = None,
     target: Target = "device",
     gpu: str = "cuda:0",
+    spare_bytes: int = 0,
     while_filling: Callable[[], object] = lambda: None,
     check_config: CheckConfig = check_nothing,
 ) -> PendingStart:
@@ -180,7 +181,8 @@ def begin(
     `timeline`: that of the process by default. `target`: the place that the bytes are read for: a device, the CPU if
     there is no GPU; host memory; or memory that a server beside this process opens, which gets only the small files if
     the host has no room for the weights. `gpu`: the device that the weights are copied to as they arrive; if there are
-    several and it has no room for them, nothing is copied yet. `while_filling`: a callback for the work that comes
+    several and it has no room for them, nothing is copied yet. `spare_bytes`: memory that has to stay free besides.
+    `while_filling`: a callback for the work that comes
     next, such as imports; it runs in a thread during a download or a wait, not on a hit, nor for a server.
     `check_config`: a check before a download, of `servable.py`.
 
@@ -199,7 +201,7 @@ def begin(
     ring_bytes = 0 if gpus is None else RING_BYTES
     # Asked once: the read itself takes memory.
     free = memory.free_host_memory() if gpus is None else memory.of_gpus(gpus)
-    check_fits = free.check_fits if free is not None else _fits
+    check_fits = free.less(spare_bytes).check_fits if free is not None else _fits
     mark: UsageMark | None = None
     reading: Reading | None = None
     transfer: Transfer | None = None

@@ -25,20 +25,34 @@ from handler.jobs import JobContext, TextRequest
 from handler.prompts import Prompt
 from handler.sampling import Sampling
 from handler.text_jobs import text_answer
-from modelstore.errors import IntegrityError, Refused
-from modelstore.load.torch_device import check_room
+from modelstore.errors import DoesNotFit, IntegrityError, Refused
+from modelstore.load.torch_device import check_room, place_of, spare_bytes
 from modelstore.reference import parse_reference
 from modelstore.servable import check_generates_text
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.volume.layout import Layout
 from modelstore.volume.snapshots import Catalog
-from modelstore.warmstart import PendingStart, begin
+from modelstore.warmstart import PendingStart, Target, begin
 
 logger = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 0.02
 _ENCODE_S = 60.0  # for one job's prompts: a million characters take a slow tokenizer half a minute
+
+
+class _Serving:
+    """A model that answers, with its batcher and the number of its running answers."""
+
+    def __init__(self, loaded: Loaded, settings: Settings) -> None:
+        self.loaded = loaded
+        self.answering = 0
+        self.batcher = Batcher(
+            loaded.model,
+            limit=settings.max_concurrency,
+            pad_token_id=pad_token_id(loaded),
+            tokenizer_end=loaded.tokenizer.eos_token_id,
+        )
 
 
 class TextEngine:
@@ -49,7 +63,7 @@ class TextEngine:
 
     def __init__(self, loaded: Loaded, settings: Settings, renderer: Renderer | None = None) -> None:
         """`renderer`: of chat templates, one that others use too; by default the engine has its own."""
-        self._loaded = loaded
+        self._serving = _Serving(loaded, settings)
         self._renderer = renderer or Renderer()
         self._own_renderer = renderer is None
         self._offload = Offload()
@@ -57,11 +71,9 @@ class TextEngine:
         self._asked_for = str(settings.model)
         self._kept: Loaded | None = None
         self._device = loaded.model.device
-        self._batcher = self._batcher_for(loaded)
         self._swapping = threading.Lock()
         self._turns = threading.Condition()
-        self._answering = 0
-        self._exchanging = False
+        self._paused = False
 
     @classmethod
     def load(
@@ -69,6 +81,10 @@ class TextEngine:
     ) -> TextEngine:
         """The engine from a start whose bytes are in flight; `while_reading` is called before the last of them."""
         return cls(Loaded.from_start(pending, while_reading=while_reading), pending.settings, renderer)
+
+    @property
+    def _loaded(self) -> Loaded:
+        return self._serving.loaded
 
     @property
     def model(self) -> str:
@@ -82,7 +98,7 @@ class TextEngine:
     @property
     def broken(self) -> str:
         """See Engine."""
-        return self._batcher.broken or self._offload.stuck
+        return self._serving.batcher.broken or self._offload.stuck
 
     def check(self) -> None:
         """See Engine."""
@@ -116,11 +132,11 @@ class TextEngine:
 
         Raises JobError for errors that the sender can mend. Requests may overlap.
         """
-        while not self._begin_answer():
+        while (serving := self._begin_answer()) is None:
             await asyncio.sleep(_LOOK_AGAIN_S)
         rows: list[ActiveSequence] = []
         try:
-            loaded, batcher = self._loaded, self._batcher
+            loaded, batcher = serving.loaded, serving.batcher
             if request.model is not None and not self.serves(request.model):
                 raise not_served(request.model, self.model, *self._settings.served_names)
             pieces = _Pieces(asyncio.get_running_loop())
@@ -142,79 +158,70 @@ class TextEngine:
         finally:
             for row in rows:
                 row.cancel()
-            self._end_answer()
+            self._end_answer(serving)
 
     def swap(self, reference: str) -> Timeline:
         """Serve another model from now on; returns the record of its start, in seconds since this call.
 
-        It is looked up or made, read and built in host memory while the current one answers; then, when running answers
-        ended, they change places. With MODELSTORE_KEEP_PREVIOUS the one before stays in host memory, and to swap back
-        is a memory copy. Raises the errors of a start; the current model then goes on.
+        It is looked up or made, read and built while the current one answers: on the GPU, if both have room there. From
+        then on new answers are its own, and running ones come to their end. If they have no room together, it waits in
+        host memory until running answers ended, and they change places in a pause. With MODELSTORE_KEEP_PREVIOUS the
+        one before stays in host memory, and to swap back is a memory copy. Raises the errors of a start; the current
+        model then goes on.
         """
         with self._swapping:
+            if hasattr(self._loaded.model, "hf_device_map"):
+                raise Refused(f"{self.model} lies on several GPUs and cannot be exchanged: restart the worker instead")
             settings = replace(self._settings, model=parse_reference(reference))
             timeline = Timeline(
                 worker=settings.worker_id, model=str(settings.model), kind="swap", began=time.monotonic()
             )
             loaded = self._in_memory(settings, timeline)
             if loaded is None:
-                pending = begin(settings, timeline=timeline, target="host", check_config=check_generates_text)
-                try:
-                    loaded = pending.load(partial(Loaded.from_start, device="cpu"))
-                    self._exchange(loaded, timeline)
-                except BaseException:
-                    pending.in_use.end()
-                    raise
+                self._load_and_exchange(settings, timeline)
             elif loaded is not self._loaded:
-                self._exchange(loaded, timeline)
+                self._exchange(loaded, timeline, is_beside=self._moved_beside(loaded, timeline))
+            else:
+                timeline.mark("ready")
             self._asked_for = reference
-            timeline.mark("ready")
             return timeline
 
     def close(self) -> None:
         """See Engine."""
-        self._batcher.close()
+        self._serving.batcher.close()
         if self._own_renderer:
             self._renderer.close()
         for loaded in (self._loaded, self._kept):
             if loaded is not None:
                 loaded.in_use.end()
         self._kept = None
-        del self._loaded, self._batcher, loaded
+        del self._serving, loaded
         free_memory()
 
-    def _batcher_for(self, loaded: Loaded) -> Batcher:
-        return Batcher(
-            loaded.model,
-            limit=self._settings.max_concurrency,
-            pad_token_id=pad_token_id(loaded),
-            tokenizer_end=loaded.tokenizer.eos_token_id,
-        )
-
-    def _begin_answer(self) -> bool:
-        """Count an answer as begun; False while models change places."""
+    def _begin_answer(self) -> _Serving | None:
+        """The model for an answer, which is counted as begun; None while models change places."""
         with self._turns:
-            if self._exchanging:
-                return False
-            self._answering += 1
-            return True
+            if self._paused:
+                return None
+            self._serving.answering += 1
+            return self._serving
 
-    def _end_answer(self) -> None:
+    def _end_answer(self, serving: _Serving) -> None:
         with self._turns:
-            self._answering -= 1
+            serving.answering -= 1
             self._turns.notify_all()
 
     @contextmanager
     def _answers_paused(self) -> Iterator[None]:
         """Let running answers come to their end, and no new ones begin."""
         with self._turns:
-            self._exchanging = True
-            self._turns.wait_for(lambda: not self._answering)
+            self._paused = True
+            self._turns.wait_for(lambda: not self._serving.answering)
         try:
             yield
         finally:
             with self._turns:
-                self._exchanging = False
+                self._paused = False
 
     def _in_memory(self, settings: Settings, timeline: Timeline) -> Loaded | None:
         """The model that serves, or the one that was kept, if the volume's records name it for these settings."""
@@ -229,20 +236,69 @@ class TextEngine:
                 return loaded
         return None
 
-    def _exchange(self, loaded: Loaded, timeline: Timeline) -> None:
-        """Go on with another model on the same device, once running answers have ended."""
-        before = self._loaded
-        if hasattr(before.model, "hf_device_map"):
-            raise Refused(f"{self.model} lies on several GPUs and cannot be exchanged: restart the worker instead")
-        with self._answers_paused(), timeline.span("transfer"):
-            if self._device.type != "cpu":
-                check_room(loaded.model, self._device, besides=before.model)
-            self._batcher.close()  # a row that was cancelled may be in its last step
+    def _load_and_exchange(self, settings: Settings, timeline: Timeline) -> None:
+        """Load a model beside the current one, on the GPU if there is room for both, else in host memory; then go on
+        with it."""
+        free_memory()  # memory that torch keeps for itself would count as taken
+        is_on_cpu = self._device.type == "cpu"
+        targets: tuple[Target, ...] = ("host",) if is_on_cpu else ("device", "host")
+        for target in targets:
+            device = self._device if target == "device" else torch.device("cpu")
             try:
-                self._move(loaded, before)
-                self._loaded = loaded
-            finally:
-                self._batcher = self._batcher_for(self._loaded)
+                pending = begin(
+                    settings,
+                    timeline=timeline,
+                    target=target,
+                    gpu=place_of(device),
+                    spare_bytes=spare_bytes(device),
+                    check_config=check_generates_text,
+                )
+                try:
+                    loaded = pending.load(partial(Loaded.from_start, device=device))
+                    self._exchange(loaded, timeline, is_beside=is_on_cpu or target == "device")
+                    return
+                except BaseException:
+                    pending.in_use.end()
+                    raise
+            except DoesNotFit:
+                if target == "host":
+                    raise
+                logger.info("%s has no room beside %s: it is loaded in host memory first", settings.model, self.model)
+
+    def _moved_beside(self, loaded: Loaded, timeline: Timeline) -> bool:
+        """Move a model from host memory to the GPU, if there is room for it beside the current one; whether that was
+        done, or there is nothing to move."""
+        if self._device.type == "cpu":
+            return True
+        try:
+            check_room(loaded.model, self._device, spare=spare_bytes(self._device))
+            with timeline.span("transfer"):
+                loaded.model.to(self._device)
+        except (DoesNotFit, torch.OutOfMemoryError):
+            loaded.model.to("cpu")
+            free_memory()
+            return False
+        return True
+
+    def _exchange(self, loaded: Loaded, timeline: Timeline, *, is_beside: bool) -> None:
+        """Go on with another model. `is_beside`: it is on the device already, beside the current one; else the two
+        change places in a pause."""
+        before = self._serving.loaded
+        if is_beside:
+            self._serve_from_now_on(loaded, timeline)
+            if self._settings.keep_previous:
+                before.model.to("cpu")
+        else:
+            with timeline.span("pause"), self._answers_paused():
+                check_room(loaded.model, self._device, besides=before.model)
+                self._serving.batcher.close()  # a row that was cancelled may be in its last step
+                try:
+                    self._change_places(loaded, before, timeline)
+                    self._serving = _Serving(loaded, self._settings)
+                except BaseException:
+                    self._serving = _Serving(before, self._settings)
+                    raise
+            timeline.mark("ready")
         dropped = [self._kept, None if self._settings.keep_previous else before]
         self._kept = before if self._settings.keep_previous else None
         for loaded_before in dropped:
@@ -251,14 +307,23 @@ class TextEngine:
         del before, dropped
         free_memory()
 
-    def _move(self, loaded: Loaded, before: Loaded) -> None:
+    def _serve_from_now_on(self, loaded: Loaded, timeline: Timeline) -> None:
+        """Give new answers to another model at once, and return when the running ones have ended."""
+        before, serving = self._serving, _Serving(loaded, self._settings)
+        with self._turns:
+            self._serving = serving
+            timeline.mark("ready")
+            self._turns.wait_for(lambda: not before.answering)
+        before.batcher.close()
+
+    def _change_places(self, loaded: Loaded, before: Loaded, timeline: Timeline) -> None:
         """Put a model on the device in the place of another; if that fails, the other is back."""
-        if self._device.type == "cpu":
-            return
         try:
-            before.model.to("cpu")
-            free_memory()
-            loaded.model.to(self._device)
+            with timeline.span("transfer", "to host memory"):
+                before.model.to("cpu")
+                free_memory()
+            with timeline.span("transfer"):
+                loaded.model.to(self._device)
         except BaseException:
             loaded.model.to("cpu")
             before.model.to(self._device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ class FreeMemory:
     free_bytes: int
     place: str
     larger: str = "a larger GPU"
+
+    def less(self, spare_bytes: int) -> FreeMemory:
+        """The same, without memory that is for others."""
+        return replace(self, free_bytes=max(0, self.free_bytes - spare_bytes))
 
     def check_fits(self, label: object, needed_bytes: int) -> None:
         """Raise DoesNotFit if less is free than `label` needs."""

@@ -18,6 +18,7 @@ from modelstore.volume.snapshots import Snapshot
 
 logger = logging.getLogger(__name__)
 
+_SPARE = 0.1  # of a GPU's memory
 _FOR_EVERY_DEVICE = 1  # cudaHostRegisterPortable
 
 
@@ -57,11 +58,21 @@ def needs_several_gpus(snapshot: Snapshot) -> bool:
     return torch.cuda.device_count() > 1 and snapshot.weights_bytes > _free_bytes(torch.device("cuda", 0))
 
 
-def check_room(model: torch.nn.Module, device: torch.device, *, besides: torch.nn.Module) -> None:
-    """Raise DoesNotFit if a GPU has no room for a model once another one has left it."""
-    needed, leaving = (sum(p.numel() * p.itemsize for p in each.parameters()) for each in (model, besides))
-    free = FreeMemory(_free_bytes(device) + leaving, f"{device}, without the model before, has")
+def check_room(
+    model: torch.nn.Module, device: torch.device, *, besides: torch.nn.Module | None = None, spare: int = 0
+) -> None:
+    """Raise DoesNotFit if a GPU has no room for a model and `spare` bytes, once the model `besides` has left it."""
+    needed, leaving = (
+        sum(p.numel() * p.itemsize for p in each.parameters()) if each is not None else 0 for each in (model, besides)
+    )
+    without = ", without the model before," if besides is not None else ""
+    free = FreeMemory(_free_bytes(device) + leaving - spare, f"{device}{without} has")
     free.check_fits("the model", needed)
+
+
+def spare_bytes(device: torch.device) -> int:
+    """The memory of a GPU that a second model leaves to the answers of the first."""
+    return 0 if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[1] * _SPARE)
 
 
 def ring_bytes_for(device: torch.device) -> int:
