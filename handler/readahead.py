@@ -8,9 +8,9 @@ Python environment (see `record_path`), a line for each range: offset, length, a
 root. It names whole files of byte-code, and of shared libraries only the ranges that were touched: those of CUDA have
 gigabytes.
 
-The reader is a process of its own, with the standard library alone: threads would wait for the interpreter's lock, which
-the imports hold. If the first files are in the page cache already, it ends at once. Nothing depends on it: without a
-record, or on a system that refuses anything, a start only takes its time.
+The reader is a process of its own, with the standard library alone: threads would wait for the interpreter's lock,
+which the imports hold. If the first files are in the page cache already, it ends at once. Nothing depends on it:
+without a record, or on a system that refuses anything, a start only takes its time.
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ class Settings:
     allow_pickle: bool = False
     trust_remote_code: bool = False
     keep_previous: bool = False
+    warm_up: bool | None = None
     max_concurrency: int = 16
     max_tokens: int = 2048
     max_prompt_characters: int = 1_000_000
@@ -347,6 +348,12 @@ FIELDS = (
         "keep_previous",
         _switch,
         "`1`: a worker that swaps models keeps the one before in host memory",
+    ),
+    Field(
+        "MODELSTORE_WARM_UP",
+        "warm_up",
+        _switch,
+        "`1` or `0`: whether a worker answers one small job of its own before it takes others; by default on a GPU",
     ),
     Field(
         "ENGINE",

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -86,7 +86,8 @@ class EngineEntry:
     `module`: below `handler.engines`. `libraries`: the packages that the import takes its time for, the last of them
     with the module itself. `extra`: of the distribution. `can_serve`: whether a model with this config and these files
     is served by it if ENGINE is not set. `target`: the place that the bytes are read to, see `warmstart.begin`.
-    `check_config`: whether it serves a model, told before a download.
+    `check_config`: whether it serves a model, told before a download. `warm_up_jobs`: inputs of small jobs; an engine
+    is warmed up by the first one that it takes.
     """
 
     module: str
@@ -95,6 +96,7 @@ class EngineEntry:
     can_serve: Callable[[Mapping[str, Any], Collection[str]], bool]
     target: Target = "device"
     check_config: CheckConfig = check_nothing
+    warm_up_jobs: Sequence[Mapping[str, Any]] = ()
 
 
 def _is_pipeline(_config: Mapping[str, Any], files: Collection[str]) -> bool:
@@ -102,9 +104,20 @@ def _is_pipeline(_config: Mapping[str, Any], files: Collection[str]) -> bool:
 
 
 ENGINES: Mapping[EngineName, EngineEntry] = {  # the first that can serve a snapshot is taken
-    "diffusion": EngineEntry("diffusion", ("torch", "diffusers"), "diffusion", _is_pipeline),
+    "diffusion": EngineEntry(
+        "diffusion",
+        ("torch", "diffusers"),
+        "diffusion",
+        _is_pipeline,
+        warm_up_jobs=({"prompt": "a", "num_inference_steps": 1},),
+    ),
     "embedding": EngineEntry(
-        "embedding", ("torch", "sentence_transformers"), "embedding", is_encoder, check_config=check_encodes
+        "embedding",
+        ("torch", "sentence_transformers"),
+        "embedding",
+        is_encoder,
+        check_config=check_encodes,
+        warm_up_jobs=({"texts": ["a"]}, {"query": "a", "documents": ["a"]}),
     ),
     "vllm": EngineEntry("vllm_engine", ("aiohttp",), "vllm", lambda _config, _files: False, target="shared"),
     "text": EngineEntry(
@@ -113,6 +126,7 @@ ENGINES: Mapping[EngineName, EngineEntry] = {  # the first that can serve a snap
         "worker",
         lambda _config, _files: True,
         check_config=check_generates_text,
+        warm_up_jobs=({"prompt": "a", "max_tokens": 2},),
     ),
 }
 

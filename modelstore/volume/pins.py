@@ -36,6 +36,7 @@ from modelstore.volume.layout import Layout, SnapshotKey, key_from_parts
 
 IN_USE_S = 300.0
 _TOUCH_EVERY_S = 60.0
+_LOOK_EVERY_S = 5.0
 _OLD_S = 24 * 3600.0
 _MOST_MARKS = 64
 _MARK = re.compile(r"[^/]+\.[0-9a-f]{8}")
@@ -89,8 +90,11 @@ class UsageMark:
                 self._remove_old_marks()
             except (ModelStoreError, OSError) as error:  # five minutes are long enough to get through once
                 logger.warning("the mark of use was not refreshed: %s", error)
-            if self._over.wait(_TOUCH_EVERY_S):
-                return
+            touched_at = time.time()
+            # Also if only the wall clock has gone on: FlashBoot freezes a process, and thaws it minutes later.
+            while abs(time.time() - touched_at) < _TOUCH_EVERY_S:
+                if self._over.wait(min(_LOOK_EVERY_S, _TOUCH_EVERY_S)):
+                    return
 
     def _remove_old_marks(self) -> None:
         """Remove marks of workers that were killed: all that are a day old, and the oldest of more than a few that

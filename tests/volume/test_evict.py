@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -88,6 +89,27 @@ def test_a_worker_says_every_minute_that_it_is_there(
             time.sleep(0.02)
     now = pins.volume_time(store.layout)
     assert pins.users_of(pins.recent_marks(store.layout, snapshot.key, now), now) == ("worker-1",)
+    use.end()
+
+
+def test_a_worker_that_was_frozen_says_at_once_that_it_is_there(
+    hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As FlashBoot leaves a process: only the wall clock has gone on."""
+    (snapshot,) = seeded(hub, store, "a")
+    ahead = [0.0]
+    monkeypatch.setattr(pins, "_LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(pins, "time", SimpleNamespace(time=lambda: time.time() + ahead[0]))
+    use = pins.UsageMark(store.layout, snapshot.key, "worker-1")
+    (mark,) = [path for path in store.layout.used(snapshot.key).iterdir() if path.name.startswith("worker-1")]
+    for jump in (600.0, -600.0):
+        time.sleep(0.1)  # the thread waits again
+        os.utime(mark, (0, mark.stat().st_mtime - 1000))
+        ahead[0] += jump
+        deadline = time.monotonic() + 10
+        while time.time() - mark.stat().st_mtime > 500:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
     use.end()
 
 
