@@ -37,8 +37,18 @@ NEEDS = {
     "instanttensor": "instanttensor",
     "volume_cache": "runpod",
 }
-_CUDA_ONLY = ("instanttensor",)
-_PACKAGES = ("torch", "transformers", "safetensors", "runpod", "runai-model-streamer", "fastsafetensors", "numpy")
+_CUDA_ONLY = ("instanttensor", "safetensors_prefetch")
+_CPU_ONLY = ("safetensors_copied",)  # on a GPU every loader's tensors are held
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "runpod",
+    "runai-model-streamer",
+    "fastsafetensors",
+    "instanttensor",
+    "numpy",
+)
 _TIMES = 7  # the space of the benchmark, by the size of the model
 
 
@@ -129,6 +139,8 @@ def load_contenders(
         missing = "" if find_spec(needs) else f"{needs} is not installed"
         if name in _CUDA_ONLY and device == "cpu":
             missing = "for CUDA alone"
+        elif name == "safetensors_prefetch" and not missing and not _can_prefetch():
+            missing = f"safetensors {version('safetensors')} has none"
         touched = (folder, folder.parent / ".cache") if name == "volume_cache" else (folder,)
         run = f"load_{name}"
         return Entrant(label, lambda: run_contender(run, folder, device, prefix), touched if cold else (), missing)
@@ -138,16 +150,25 @@ def load_contenders(
     if device != "cpu":
         entrants.append(contender("floor_to_device", "floor: pinned memory to the GPU", snapshot))
     for name, label in LOAD.items():
-        entrants.append(contender(name, label, snapshot if name == "modelstore" else checkpoint))
+        if device == "cpu" or name not in _CPU_ONLY:
+            entrants.append(contender(name, label, snapshot if name == "modelstore" else checkpoint))
     return entrants
+
+
+def _can_prefetch() -> bool:
+    from safetensors import safe_open
+
+    return hasattr(safe_open, "prefetch")
 
 
 def run_contender(name: str, folder: Path, device: str, prefix: Sequence[str] = ()) -> Sample:
     """One run in a process of its own. Raises ModelStoreError with its last line if it fails."""
+    device = "cuda:0" if device == "cuda" else device  # some loaders want the number
     command = [*prefix, sys.executable, "-m", "modelstore.bench.loaders", name, device, str(folder)]
     process = subprocess.run(command, env=without_secrets(), capture_output=True, text=True, check=False)
     if process.returncode:
-        raise ProcessFailed(f"{name} failed: {process.stderr.strip()[-400:]}")
+        lines = process.stderr.strip().splitlines() or [f"it exited with {process.returncode}"]
+        raise ProcessFailed(f"{name} failed: {lines[-1][-400:]}")
     record = json.loads(process.stdout.strip().splitlines()[-1])
     return Sample(record["seconds"], record["peak_bytes"], record.get("spans", ()))
 

@@ -27,7 +27,7 @@ from modelstore.bench.race import (
 )
 from modelstore.cli import main
 from modelstore.errors import InvalidSetting, ModelStoreError
-from modelstore.load.blocks import _PageCache
+from modelstore.load.blocks import CachedPages
 
 pytestmark = pytest.mark.slow
 
@@ -110,7 +110,7 @@ def test_cold_is_cold_and_warm_is_warm(checkpoint: Path) -> None:
     def cached() -> bool:
         fd = os.open(path, os.O_RDONLY)
         try:
-            return _PageCache().holds(fd, 0, path.stat().st_size)
+            return CachedPages(fd, path.stat().st_size).hold(0, path.stat().st_size)
         finally:
             os.close(fd)
 
