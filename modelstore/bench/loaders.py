@@ -106,7 +106,8 @@ def load_runai(folder: Path, device: str) -> Loaded:
     def load() -> Iterable[Any]:
         with SafetensorsStreamer() as streamer:
             streamer.stream_files([str(path) for path in _weights(folder)], device=device)
-            return [tensor for _name, tensor in streamer.get_tensors()]
+            # Without a copy on the CPU its buffers cannot be used again, and it takes twice as long (measured).
+            return [t.clone() if device == "cpu" else t for _name, t in streamer.get_tensors()]
 
     return _timed(load)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -58,7 +61,21 @@ def test_a_checkpoint_is_a_model_of_the_size_that_was_asked_for(tmp_path: Path) 
 def test_every_contender_loads(checkpoint: Path, snapshot: Path) -> None:
     run_contender("prepare_volume_cache", checkpoint, "cpu")
     results = race(load_contenders(snapshot, checkpoint, device="cpu", cold=True), 0, lambda _line: None)
-    assert {result.label: result.missing for result in results if result.missing} == {"InstantTensor": "for CUDA alone"}
+    missing = {result.label: result.missing for result in results if result.missing}
+    assert missing == dict.fromkeys(("InstantTensor", "safetensors `prefetch`"), "for CUDA alone")
+
+
+def test_on_a_gpu_the_pinned_rate_is_a_floor_and_a_row_that_cannot_be_says_why(
+    checkpoint: Path, snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entrants = {each.label: each for each in load_contenders(snapshot, checkpoint, device="cuda", cold=False)}
+    assert [label.partition(":")[0] for label in entrants][:2] == ["floor", "floor"]
+    assert "safetensors `load_file`, and a copy to hold" not in entrants
+    if not hasattr(safe_open, "prefetch"):
+        assert re.fullmatch(r"safetensors \S+ has none", entrants["safetensors `prefetch`"].missing)
+    assert entrants["InstantTensor"].missing in ("", "instanttensor is not installed")
+    with pytest.raises(ModelStoreError, match=r"^load_safetensors failed: [^\n]*(CUDA|cuda)"):
+        run_contender("load_safetensors", checkpoint, "cuda" if not torch.cuda.is_available() else "cuda:99")
 
 
 def test_a_worker_starts_and_answers(checkpoint: Path, snapshot: Path) -> None:
