@@ -40,7 +40,6 @@ logger = logging.getLogger("handler")
 
 def main() -> int:
     log_to_stderr(logging.INFO, "%(levelname)s %(name)s: %(message)s")
-    readahead.begin()
     try:
         with gc_paused():
             serve = start()
@@ -74,7 +73,8 @@ def start() -> Callable[[], None]:
 
 def _started(settings: Settings) -> Callable[[], None]:
     forget_hub_tokens()
-    become_owner_of(settings.root)
+    become_owner_of(settings.root)  # forks, so no thread may run before
+    readahead.begin()
     timeline = Timeline(worker=settings.worker_id, model=str(settings.model or ""), dtype=settings.dtype or "")
     layout = Layout(settings.root)
     try:

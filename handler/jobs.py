@@ -70,12 +70,13 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class JobContext:
     """What an engine is told of a job besides its input. `own_names`: further names of the worker's own model;
-    `models`: all names that a job may give."""
+    `models`: all names that a job may give. `may_upload`: whether its pictures go into the bucket, if there is one."""
 
     id: str
     limits: Limits
     own_names: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
+    may_upload: bool = True
     created: int = field(default_factory=lambda: int(time.time()))
 
     def model_of(self, data: Mapping[str, Any]) -> str | None:

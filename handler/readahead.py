@@ -9,7 +9,7 @@ root. It names whole files of byte-code, and of shared libraries only the ranges
 gigabytes.
 
 The reader is a process of its own, with the standard library alone: threads would wait for the interpreter's lock,
-which the imports hold. If the first files are in the page cache already, it ends at once. Nothing depends on it:
+which the imports hold. If a few of the files are in the page cache already, it ends at once. Nothing depends on it:
 without a record, or on a system that refuses anything, a start only takes its time.
 """
 
@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 
 _RECORD = "share/modelstore/start-files"
 _THREADS = 8
-_FIRST_FILES = 20
+_PROBED_FILES = 20
 _GAP_PAGES = 64  # between two touched ranges of a library: to leave it out would not be worth a request
 _PRESENT = 1 << 63  # of a page, in /proc/PID/pagemap
 
@@ -131,10 +131,13 @@ def touched_parts(maps: str, pagemap: str) -> Iterator[Range]:
             entries.seek(first * 8)
             touched = np.flatnonzero(np.frombuffer(entries.read((last - first) * 8), "<u8") & np.uint64(_PRESENT))
             file_offset, path = int(fields[2], 16), fields[5].rstrip("\n")
+            end_of_file = os.path.getsize(path) if os.path.exists(path) else 0
             for run in np.split(touched, np.flatnonzero(np.diff(touched) > _GAP_PAGES) + 1):
                 if len(run):
                     begin, end = int(run[0]) * mmap.PAGESIZE, (int(run[-1]) + 1) * mmap.PAGESIZE
-                    yield file_offset + begin, end - begin, path
+                    length = min(file_offset + end, end_of_file) - file_offset - begin
+                    if length > 0:
+                        yield file_offset + begin, length, path
 
 
 def record_start() -> None:
@@ -153,7 +156,7 @@ def record_start() -> None:
 def main() -> None:
     try:
         ranges, folder = read_record(sys.argv[1]), os.path.dirname(sys.argv[1]).removesuffix(os.path.dirname(_RECORD))
-        if not are_cached(ranges[:_FIRST_FILES], folder):
+        if not are_cached(ranges[-_PROBED_FILES:], folder):  # byte-code, which was read as a whole
             ask_for(ranges, folder)
     except (OSError, ValueError):
         sys.exit(1)

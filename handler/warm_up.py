@@ -6,6 +6,7 @@ It goes the way of every job. If it fails, the start goes on, with a line in the
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,8 +28,9 @@ def warm_up(engine: Engine, settings: Settings, timeline: Timeline) -> None:
     is_wanted = device != "cpu" if settings.warm_up is None else settings.warm_up
     if is_wanted and ENGINES[name].warm_up_jobs:
         with timeline.span("warmup"):
-            error = asyncio.run(_answered(Worker(engine, settings), ENGINES[name].warm_up_jobs))
+            error = asyncio.run(_answered(Worker(engine, settings, may_upload=False), ENGINES[name].warm_up_jobs))
         if error is not None:
+            gc.collect()  # the collector is paused in a start, and what it then finds stays for good
             logger.warning("the model could not be warmed up, so the first job takes longer: %s", error)
 
 

@@ -43,14 +43,16 @@ class Worker:
         *,
         channel: JobChannel | None = None,
         timeline: Mapping[str, Any] | None = None,
+        may_upload: bool = True,
     ) -> None:
-        """`timeline`: the record of this worker's start, for its status."""
+        """`timeline`: the record of this worker's start, for its status. `may_upload`: see JobContext."""
         self._engine = engine
         self._settings = settings
         self._limits = Limits.of(settings)
         self._paths = VolumePaths(settings.root)
         self._channel = channel or JobChannel()
         self._timeline = timeline
+        self._may_upload = may_upload
         self._replace_because = ""
         self.config: dict[str, Any] = {}
         self._began = time.monotonic()
@@ -128,7 +130,13 @@ class Worker:
             return self.status()
         allowed = map(str, self._settings.allowed_models)
         names = (self._engine.model, *self._settings.served_names, *allowed)
-        context = JobContext(str(job.get("id")), self._limits, self._settings.served_names, tuple(dict.fromkeys(names)))
+        context = JobContext(
+            str(job.get("id")),
+            self._limits,
+            self._settings.served_names,
+            tuple(dict.fromkeys(names)),
+            may_upload=self._may_upload,
+        )
         pieces, responder = await self._engine.answer(data, context)
         return await delivery.run(pieces, responder)
 

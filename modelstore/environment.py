@@ -33,10 +33,12 @@ def server_environment() -> dict[str, str]:
     return kept | {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 
 
-def load_kernels_lazily() -> None:
-    """Let CUDA load a kernel when it is first used, unless the variable is set: a driver before 12.2 would load all
-    kernels of each library at once. To be called before the driver is."""
+def prepare_for_cuda() -> None:
+    """Set the variables that the driver reads once, when it is first called, unless they are set: load a kernel when it
+    is first used (before 12.2, all kernels of each library at once), and count GPUs as NVML does, which says what is
+    free."""
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
 
 def forget_hub_tokens() -> None:

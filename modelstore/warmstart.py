@@ -85,12 +85,12 @@ class PendingStart:
             self._check_gpus()
             return self._loaded(load)
         except (KeyboardInterrupt, SystemExit):
-            self.reading.close()
+            self._end_copies()
             raise
         except BaseException as error:  # a damaged tokenizer can raise anything in its parser
             mismatch = error if isinstance(error, DigestMismatch) else self.reading.damage()
             if mismatch is None:
-                self.reading.close()
+                self._end_copies()
                 raise
             damage = str(mismatch)
             del mismatch  # its traceback holds the buffers
@@ -110,12 +110,13 @@ class PendingStart:
 
     def _stop_reading(self) -> None:
         """End the read and the copies, so that their memory is free before the next ones take as much."""
-        self.reading.close()
-        if self.transfer is not None:
-            self.transfer.end()
-        self.transfer = None
+        self._end_copies()
         del self.reading
         gc.collect()
+
+    def _end_copies(self) -> None:
+        _end(self.reading, self.transfer)
+        self.transfer = None
 
     def _check_gpus(self) -> None:
         """Read for the CPU instead, if the weights are on their way to a GPU that torch cannot use."""
@@ -232,15 +233,14 @@ def begin(
                 mark = UsageMark(layout, snapshot.key, settings.worker_id)
                 # A mark that stood before an eviction was announced is seen by it: only a new one has to look.
                 if wait_while_evicting(layout, snapshot.key):
-                    if reading is not None:
-                        reading.close()
-                        reading = transfer = None
+                    _end(reading, transfer)
+                    reading = transfer = None
                     continue
             try:
                 if reading is None:
                     weights = _worth_reading(snapshot, check_fits, target)
                     reading = start_reading(snapshot, beside=True, ring_bytes=ring_bytes, weights=weights)
-                    if gpus is not None and gpus[_number(gpu, gpus)] >= snapshot.weights_bytes:
+                    if gpus is not None and gpus[_number(gpu, gpus)] >= snapshot.weights_bytes + spare_bytes:
                         transfer = _transfer_to(gpu, reading)
                 break
             except SnapshotNotFound:  # evicted between the look and the open
@@ -249,6 +249,7 @@ def begin(
         else:
             raise SnapshotNotFound(f"{settings.model} is evicted again and again: pin it, or raise MODELSTORE_QUOTA")
     except BaseException:
+        _end(reading, transfer)
         if mark is not None:
             mark.end()
         raise
@@ -290,8 +291,12 @@ def _made(
             followed = following.finish(snapshot)
     except BaseException:
         following.give_up()
+        _end(reading, transfer)
         raise
-    return snapshot, followed, transfer if followed is not None else None
+    if followed is None:
+        _end(reading, transfer)
+        transfer = None
+    return snapshot, followed, transfer
 
 
 def _transfer_to(gpu: str, reading: Reading) -> Transfer:
@@ -300,6 +305,14 @@ def _transfer_to(gpu: str, reading: Reading) -> Transfer:
     from modelstore.load.transfer import Transfer
 
     return Transfer(reading, lambda: open_devices([gpu]), lambda _name: gpu)
+
+
+def _end(reading: Reading | None, transfer: Transfer | None) -> None:
+    """Stop a read and its copies, and give their memory back."""
+    if reading is not None:
+        reading.close()
+    if transfer is not None:
+        transfer.end()
 
 
 def _number(gpu: str, gpus: Sequence[int]) -> int:

@@ -19,10 +19,11 @@ import pytest
 import torch
 
 from modelstore import warmstart
-from modelstore.errors import DigestMismatch
+from modelstore.errors import DigestMismatch, DoesNotFit
 from modelstore.load.model import load_model
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
+from modelstore.startup import gc_paused
 from modelstore.store import ModelStore
 from modelstore.volume import pins
 from modelstore.volume.evict import evict
@@ -314,13 +315,13 @@ def test_a_start_that_fails_leaves_nothing_on_the_gpu(
         raise LookupError("no such tokenizer")
 
     pending = begin(settings_of(store))
+    assert pending.transfer is not None
     if when == "in the load":
         with pytest.raises(LookupError):
             pending.load(fail)
     else:
         pending.reading.close()
-    assert pending.transfer is not None
-    pending.transfer.end()
+        pending.transfer.end()
     del pending
     gc.collect()
     one_gpu.check_released()
@@ -337,3 +338,34 @@ def test_weights_for_several_gpus_wait_until_it_is_known_where_to(
         pending.reading.close()
         if pending.transfer is not None:
             pending.transfer.end()
+
+
+def test_a_gpu_that_fills_up_meanwhile_is_an_error_and_not_a_wait(
+    hub: Hub, store: ModelStore, one_gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A miss: the weights fill the ring before the small files are read, which a load waits for first."""
+    write_model(hub.folder / "org" / "name", seed=1)
+    monkeypatch.setenv("FAKE_CUDA_BYTES", "10000")
+    pending = begin(settings_of(store))
+    with pytest.raises(DoesNotFit, match="cuda:0 has no"):
+        pending.load(load)
+    del pending
+    gc.collect()
+    one_gpu.check_released()
+
+
+def test_copies_for_a_snapshot_that_is_looked_up_again_give_their_memory_back(
+    hub: Hub, store: ModelStore, one_gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, because a start runs without the collector, and freezes what is there at its end."""
+    write_model(hub.folder / "org" / "name", seed=1)
+    evicting = iter([True, False])
+    monkeypatch.setattr("modelstore.warmstart.wait_while_evicting", lambda *_arguments: next(evicting))
+    with gc_paused():
+        pending = begin(settings_of(store))
+        tensors = pending.load(load)
+    assert tensors
+    assert one_gpu.state.peak <= 2 * sum(tensor.nbytes for tensor in tensors.values())
+    del pending
+    gc.collect()
+    one_gpu.check_released()

@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -72,7 +72,7 @@ class DiffusionEngine:
         self.call = PipelineCall(type(pipeline).__name__, arguments_of(type(pipeline)))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draw")
         self._lost_gpu = ""
-        self._left: dict[asyncio.Future[Images], float] = {}  # drawings without a waiting job, and since when
+        self._left: dict[Future[Images], float] = {}  # drawings without a waiting job, and since when
 
     @classmethod
     def load(cls, pending: PendingStart, *, while_reading: Callable[[], None] | None = None) -> DiffusionEngine:
@@ -106,7 +106,7 @@ class DiffusionEngine:
             raise invalid(f"this worker draws with {self.model}: send a prompt alone")
         request = parse_image(data, job.limits, self.call)
         pieces = self.draw(replace(request, model=job.model_of(data)))
-        if self._settings.bucket_endpoint is not None:
+        if self._settings.bucket_endpoint is not None and job.may_upload:
             pieces = with_addresses(pieces, job.id)
         return pieces, ImageAnswer(request)
 
@@ -132,10 +132,11 @@ class DiffusionEngine:
         def ended(drawing: asyncio.Future[Images]) -> None:
             if not drawing.cancelled():
                 drawing.exception()  # without a waiting job the error would never be retrieved
-            self._left.pop(drawing, None)
             steps.put_nowait(None)
 
-        drawing = loop.run_in_executor(self._thread, self._draw, request, step, is_wanted)
+        work = self._thread.submit(self._draw, request, step, is_wanted)
+        work.add_done_callback(lambda done: self._left.pop(done, None))  # the loop may have ended by then
+        drawing = asyncio.wrap_future(work)
         drawing.add_done_callback(ended)
         try:
             while (done := await steps.get()) is not None:
@@ -143,8 +144,10 @@ class DiffusionEngine:
             yield await drawing
         finally:
             is_wanted.clear()
-            if not drawing.done():
-                self._left[drawing] = time.monotonic()
+            if not work.done():
+                self._left[work] = time.monotonic()
+                if work.done():
+                    self._left.pop(work, None)
 
     def _draw(self, request: ImageRequest, step: Any, is_wanted: threading.Event) -> Images:
         if not is_wanted.is_set():  # cancelled while it waited for its turn

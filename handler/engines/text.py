@@ -42,10 +42,12 @@ _ENCODE_S = 60.0  # for one job's prompts: a million characters take a slow toke
 
 
 class _Serving:
-    """A model that answers, with its batcher and the number of its running answers."""
+    """A model that answers, with its batcher and the number of its running answers. `asked_for`: the reference that it
+    was loaded by."""
 
-    def __init__(self, loaded: Loaded, settings: Settings) -> None:
+    def __init__(self, loaded: Loaded, settings: Settings, asked_for: str) -> None:
         self.loaded = loaded
+        self.asked_for = asked_for
         self.answering = 0
         self.batcher = Batcher(
             loaded.model,
@@ -53,6 +55,10 @@ class _Serving:
             pad_token_id=pad_token_id(loaded),
             tokenizer_end=loaded.tokenizer.eos_token_id,
         )
+
+    def serves(self, name: str) -> bool:
+        """Whether a job may call the model so."""
+        return name in (self.loaded.key.repo_id, self.asked_for)
 
 
 class TextEngine:
@@ -63,12 +69,12 @@ class TextEngine:
 
     def __init__(self, loaded: Loaded, settings: Settings, renderer: Renderer | None = None) -> None:
         """`renderer`: of chat templates, one that others use too; by default the engine has its own."""
-        self._serving = _Serving(loaded, settings)
+        self._serving = _Serving(loaded, settings, str(settings.model))
+        self._leaving: _Serving | None = None
         self._renderer = renderer or Renderer()
         self._own_renderer = renderer is None
         self._offload = Offload()
         self._settings = settings
-        self._asked_for = str(settings.model)
         self._kept: Loaded | None = None
         self._device = loaded.model.device
         self._swapping = threading.Lock()
@@ -93,12 +99,13 @@ class TextEngine:
 
     def serves(self, name: str) -> bool:
         """Whether a job may call the model so without loading another."""
-        return name in (self.model, self._asked_for)
+        return self._serving.serves(name)
 
     @property
     def broken(self) -> str:
         """See Engine."""
-        return self._serving.batcher.broken or self._offload.stuck
+        leaving = self._leaving
+        return self._serving.batcher.broken or (leaving.batcher.broken if leaving else "") or self._offload.stuck
 
     def check(self) -> None:
         """See Engine."""
@@ -137,8 +144,8 @@ class TextEngine:
         rows: list[ActiveSequence] = []
         try:
             loaded, batcher = serving.loaded, serving.batcher
-            if request.model is not None and not self.serves(request.model):
-                raise not_served(request.model, self.model, *self._settings.served_names)
+            if request.model is not None and not serving.serves(request.model):
+                raise not_served(request.model, loaded.key.repo_id, *self._settings.served_names)
             pieces = _Pieces(asyncio.get_running_loop())
             try:
                 encode = partial(_rows, request, loaded, pieces, self._renderer)
@@ -178,24 +185,26 @@ class TextEngine:
             )
             loaded = self._in_memory(settings, timeline)
             if loaded is None:
-                self._load_and_exchange(settings, timeline)
+                self._load_and_exchange(settings, reference, timeline)
             elif loaded is not self._loaded:
-                self._exchange(loaded, timeline, is_beside=self._moved_beside(loaded, timeline))
+                self._exchange(loaded, reference, timeline, is_beside=self._moved_beside(loaded, timeline))
             else:
+                self._serving.asked_for = reference
                 timeline.mark("ready")
-            self._asked_for = reference
             return timeline
 
     def close(self) -> None:
         """See Engine."""
-        self._serving.batcher.close()
+        for serving in (self._leaving, self._serving):
+            if serving is not None:
+                serving.batcher.close()
         if self._own_renderer:
             self._renderer.close()
         for loaded in (self._loaded, self._kept):
             if loaded is not None:
                 loaded.in_use.end()
         self._kept = None
-        del self._serving, loaded
+        del self._serving, serving, loaded
         free_memory()
 
     def _begin_answer(self) -> _Serving | None:
@@ -236,34 +245,36 @@ class TextEngine:
                 return loaded
         return None
 
-    def _load_and_exchange(self, settings: Settings, timeline: Timeline) -> None:
+    def _load_and_exchange(self, settings: Settings, reference: str, timeline: Timeline) -> None:
         """Load a model beside the current one, on the GPU if there is room for both, else in host memory; then go on
         with it."""
-        free_memory()  # memory that torch keeps for itself would count as taken
-        is_on_cpu = self._device.type == "cpu"
-        targets: tuple[Target, ...] = ("host",) if is_on_cpu else ("device", "host")
-        for target in targets:
-            device = self._device if target == "device" else torch.device("cpu")
+        if self._device.type != "cpu":
+            free_memory()  # memory that torch keeps for itself would count as taken
             try:
-                pending = begin(
-                    settings,
-                    timeline=timeline,
-                    target=target,
-                    gpu=place_of(device),
-                    spare_bytes=spare_bytes(device),
-                    check_config=check_generates_text,
-                )
-                try:
-                    loaded = pending.load(partial(Loaded.from_start, device=device))
-                    self._exchange(loaded, timeline, is_beside=is_on_cpu or target == "device")
-                    return
-                except BaseException:
-                    pending.in_use.end()
-                    raise
-            except DoesNotFit:
-                if target == "host":
-                    raise
+                self._load_on(self._device, "device", settings, reference, timeline)
+                return
+            except (DoesNotFit, torch.OutOfMemoryError):
                 logger.info("%s has no room beside %s: it is loaded in host memory first", settings.model, self.model)
+            free_memory()
+        self._load_on(torch.device("cpu"), "host", settings, reference, timeline)
+
+    def _load_on(
+        self, device: torch.device, target: Target, settings: Settings, reference: str, timeline: Timeline
+    ) -> None:
+        pending = begin(
+            settings,
+            timeline=timeline,
+            target=target,
+            gpu=place_of(device),
+            spare_bytes=spare_bytes(device),
+            check_config=check_generates_text,
+        )
+        try:
+            loaded = pending.load(partial(Loaded.from_start, device=device))
+            self._exchange(loaded, reference, timeline, is_beside=device.type == self._device.type)
+        except BaseException:
+            pending.in_use.end()
+            raise
 
     def _moved_beside(self, loaded: Loaded, timeline: Timeline) -> bool:
         """Move a model from host memory to the GPU, if there is room for it beside the current one; whether that was
@@ -280,54 +291,61 @@ class TextEngine:
             return False
         return True
 
-    def _exchange(self, loaded: Loaded, timeline: Timeline, *, is_beside: bool) -> None:
+    def _exchange(self, loaded: Loaded, reference: str, timeline: Timeline, *, is_beside: bool) -> None:
         """Go on with another model. `is_beside`: it is on the device already, beside the current one; else the two
-        change places in a pause."""
-        before = self._serving.loaded
+        change places in a pause. Once it serves, nothing is raised any more."""
+        before = self._loaded
         if is_beside:
-            self._serve_from_now_on(loaded, timeline)
-            if self._settings.keep_previous:
-                before.model.to("cpu")
+            self._serve_from_now_on(_Serving(loaded, self._settings, reference), timeline)
         else:
             with timeline.span("pause"), self._answers_paused():
                 check_room(loaded.model, self._device, besides=before.model)
-                self._serving.batcher.close()  # a row that was cancelled may be in its last step
-                try:
-                    self._change_places(loaded, before, timeline)
-                    self._serving = _Serving(loaded, self._settings)
-                except BaseException:
-                    self._serving = _Serving(before, self._settings)
-                    raise
+                self._change_places(loaded, reference, timeline)
             timeline.mark("ready")
-        dropped = [self._kept, None if self._settings.keep_previous else before]
-        self._kept = before if self._settings.keep_previous else None
-        for loaded_before in dropped:
-            if loaded_before is not None and loaded_before is not loaded:
-                loaded_before.in_use.end()
-        del before, dropped
+        self._keep_or_drop(before)
+        del before
         free_memory()
 
-    def _serve_from_now_on(self, loaded: Loaded, timeline: Timeline) -> None:
+    def _serve_from_now_on(self, serving: _Serving, timeline: Timeline) -> None:
         """Give new answers to another model at once, and return when the running ones have ended."""
-        before, serving = self._serving, _Serving(loaded, self._settings)
+        before = self._serving
         with self._turns:
-            self._serving = serving
+            self._leaving, self._serving = before, serving
             timeline.mark("ready")
             self._turns.wait_for(lambda: not before.answering)
         before.batcher.close()
+        self._leaving = None
 
-    def _change_places(self, loaded: Loaded, before: Loaded, timeline: Timeline) -> None:
-        """Put a model on the device in the place of another; if that fails, the other is back."""
+    def _change_places(self, loaded: Loaded, reference: str, timeline: Timeline) -> None:
+        """Put a model on the device in the place of the current one; if that fails, the current one is back."""
+        before = self._serving
+        before.batcher.close()  # a row that was cancelled may be in its last step
         try:
             with timeline.span("transfer", "to host memory"):
-                before.model.to("cpu")
+                before.loaded.model.to("cpu")
                 free_memory()
             with timeline.span("transfer"):
                 loaded.model.to(self._device)
+            self._serving = _Serving(loaded, self._settings, reference)
         except BaseException:
             loaded.model.to("cpu")
-            before.model.to(self._device)
+            before.loaded.model.to(self._device)
+            self._serving = _Serving(before.loaded, self._settings, before.asked_for)
             raise
+
+    def _keep_or_drop(self, before: Loaded) -> None:
+        """Keep the model before in host memory, if that is set, and drop the one that was kept."""
+        kept = before if self._settings.keep_previous else None
+        if kept is not None:
+            try:
+                kept.model.to("cpu")
+            except (MemoryError, RuntimeError) as error:
+                logger.warning("%s is not kept in host memory: %s", kept.key.repo_id, error)
+                kept = None
+        for dropped in (self._kept, before):
+            if dropped is not None and dropped is not kept and dropped is not self._loaded:
+                dropped.in_use.end()
+        self._kept = kept
 
 
 class _Pieces:

@@ -99,7 +99,7 @@ class ReadConcurrency:
         if self._copies:
             return False
         self._copies = True
-        before, self.readers = self.readers, max(self.readers, min(self._most, os.cpu_count() or 1))
+        before, self.readers = self.readers, max(self.readers, min(self._most, _processors()))
         return self.readers != before
 
     def read(self, size_bytes: int, now: float) -> bool:
@@ -141,7 +141,8 @@ class BlockReader:
         self._pace = pace or ReadConcurrency()
         self._changed = threading.Condition()
         self._files: list[File] = []
-        self._blocks: deque[tuple[File, int]] = deque()
+        self._own: deque[tuple[File, int]] = deque()  # blocks of files with memory of their own
+        self._through_ring: deque[tuple[File, int]] = deque()
         self._ring: memoryview | None = None
         self._slot_bytes = 0
         self._free: deque[int] = deque()
@@ -165,7 +166,8 @@ class BlockReader:
         """Begin to read a file, beside those that were added before."""
         with self._changed:
             self._files.append(file)
-            self._blocks.extend((file, number) for number in range(file.blocks))
+            blocks = self._through_ring if file.memory is None else self._own
+            blocks.extend((file, number) for number in range(file.blocks))
             self._start_threads()
             self._changed.notify_all()
 
@@ -199,15 +201,15 @@ class BlockReader:
     def _work(self, number: int) -> None:
         while (work := self._take(number)) is not None:
             file, block, slot, view = work
-            is_cached = self._is_cached(file, block)
-            if is_cached:
-                with self._changed:
-                    if self._pace.copy():
-                        self._start_threads()
-                        self._changed.notify_all()
-                if slot < 0:
-                    _make_pages(view)
             try:
+                is_cached = self._is_cached(file, block)
+                if is_cached:
+                    with self._changed:
+                        if self._pace.copy():
+                            self._start_threads()
+                            self._changed.notify_all()
+                    if slot < 0:
+                        _make_pages(view)
                 kind, detail = self._read(file, block, slot, view, None if is_cached else file.direct)
             except BaseException:  # a bug, or no memory: without a report the caller would wait for ever
                 self._report(FAILED, file.index, block, errno.EIO, time.monotonic())
@@ -231,14 +233,15 @@ class BlockReader:
         """The next block and its memory; None when there will be none."""
         with self._changed:
             while True:
-                if self._stopped or (self._complete and not self._blocks):
+                if self._stopped or (self._complete and not self._own and not self._through_ring):
                     self._changed.notify_all()
                     return None
-                has_room = bool(self._blocks) and (self._blocks[0][0].memory is not None or bool(self._free))
-                if has_room and number < self._pace.readers:
+                # A full ring holds up no small file: its user may need that first.
+                ready = self._own or (self._through_ring if self._free else None)
+                if ready and number < self._pace.readers:
                     break
                 self._changed.wait()
-            file, block = self._blocks.popleft()
+            file, block = ready.popleft()
             offset = block * file.block_bytes
             length = rounded(min(file.block_bytes, file.size_bytes - offset))
             if file.memory is not None:
@@ -305,6 +308,17 @@ class CachedPages:
         return not self._mincore(self._address + offset, length, pages) and b"\0" not in pages.raw
 
 
+def _processors(quota: str = "/sys/fs/cgroup/cpu.max") -> int:
+    """The processors that this process may use; a container has a share of its host's."""
+    count = len(os.sched_getaffinity(0))
+    try:
+        with open(quota) as file:
+            limit, period = file.read().split()
+        return max(1, min(count, round(int(limit) / int(period))))
+    except (OSError, ValueError):  # no such file, or "max"
+        return count
+
+
 def _make_pages(view: memoryview) -> None:
     """Have the kernel make the pages of new memory at once: one by one, as a copy comes to them, takes a tenth longer
     (measured). A kernel before 5.14 refuses, and nothing is lost."""
@@ -358,7 +372,10 @@ def _serve(sock: socket.socket) -> None:
 
     def report(kind: int, file: int, block: int, detail: int, now: float) -> None:
         with sending:
-            sock.sendall(REPORT.pack(kind, file, block, detail, now))
+            try:
+                sock.sendall(REPORT.pack(kind, file, block, detail, now))
+            except OSError:  # the parent has closed the reading, or ended
+                os._exit(0)
 
     reader = BlockReader(report)
     while True:

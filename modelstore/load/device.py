@@ -22,6 +22,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import mmap
+import sys
 import weakref
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
@@ -29,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from modelstore.environment import load_kernels_lazily
+from modelstore.environment import prepare_for_cuda
 from modelstore.errors import DeviceFailed, DoesNotFit
 from modelstore.load.transfer import Device, HostMemory, Part, address_of
 from modelstore.units import size
@@ -228,7 +229,7 @@ class _Driver:
     """The library, ready to be called."""
 
     def __init__(self, library: str) -> None:
-        load_kernels_lazily()
+        prepare_for_cuda()
         try:
             self._library: Any = ctypes.CDLL(library)
             for name, types in _SIGNATURES.items():
@@ -270,16 +271,25 @@ class _Gpu:
             self._driver.call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     def allocate(self, size_bytes: int) -> int:
+        try:
+            return self._allocated(size_bytes)
+        except DeviceFailed as error:
+            if error.code != _OUT_OF_MEMORY:
+                raise
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # memory that it keeps for itself, and would give up for a tensor of its own
+        try:
+            return self._allocated(size_bytes)
+        except DeviceFailed as error:
+            raise DoesNotFit(
+                f"{self.place} has no {size(size_bytes)} free: use a larger GPU, or a smaller or quantized model"
+            ) from error
+
+    def _allocated(self, size_bytes: int) -> int:
         address = ctypes.c_uint64()
         with self._current() as driver:
-            try:
-                driver.call("cuMemAlloc_v2", ctypes.byref(address), size_bytes)
-            except DeviceFailed as error:
-                if error.code != _OUT_OF_MEMORY:
-                    raise
-                raise DoesNotFit(
-                    f"{self.place} has no {size(size_bytes)} free: use a larger GPU, or a smaller or quantized model"
-                ) from error
+            driver.call("cuMemAlloc_v2", ctypes.byref(address), size_bytes)
         return address.value
 
     def free(self, address: int) -> None:

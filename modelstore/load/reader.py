@@ -269,6 +269,8 @@ class Reading:
             return error
         except OSError as error:
             return DigestMismatch(f"{self._files[0].folder} cannot be read ({error.strerror}): check the volume")
+        except Exception as error:  # of the copies to a device: the bytes are not at fault
+            logger.debug("the reading was ended by %s", error)
         return None
 
     def close(self, *, wait: bool = True) -> None:

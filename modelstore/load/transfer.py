@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from modelstore.errors import DigestMismatch
+from modelstore.errors import DeviceFailed, DigestMismatch
 from modelstore.load.reader import LoadedBlock, Reading
 from modelstore.timeline import Span, Timeline
 from modelstore.volume.header import Header, TensorInfo
@@ -147,8 +147,12 @@ class Transfer:
             raise self._error
 
     def end(self) -> None:
-        """Return when nothing is copied any more; if the reading was closed, that is at once."""
+        """Return when nothing is copied any more, which is at once if the reading was closed. From then on the memory
+        is its users' alone."""
         self._thread.join()
+        # The error's traceback knows this object: the collector may be paused, and what it freezes stays.
+        self._error = self._device = None
+        self.slabs.clear()
 
     def as_span(self, timeline: Timeline) -> Span:
         """The copies as a span of a start, from the first to the end of the last, once they have ended."""
@@ -172,9 +176,10 @@ class Transfer:
             finally:
                 self._device.close()
                 self._ended = time.monotonic()
-        except BaseException as error:  # handed to the waiter
+        except BaseException as error:  # handed to the waiter, and to those that wait for other files
             self._error = error
             self._opened.set()
+            self.reading.failed(error if isinstance(error, Exception) else DeviceFailed(f"the copies ended: {error}"))
 
     def _copy_all(self, device: Device) -> None:
         pinned = _Pinned(device)

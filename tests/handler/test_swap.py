@@ -260,6 +260,42 @@ def test_on_a_gpu_with_room_for_both_the_next_model_comes_beside_the_current_one
     one_gpu.check_released()
 
 
+def test_on_a_gpu_that_fills_up_meanwhile_the_next_model_waits_in_host_memory(
+    settings: Settings, hub: Hub, one_gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = begin(settings).load(TextEngine.load)
+    monkeypatch.setattr(engine, "_device", Gpu("cpu"))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _device: (10**9, 10**9))
+    monkeypatch.setattr("modelstore.load.torch_device._free_bytes", lambda _device: 10**9)
+    monkeypatch.setenv("FAKE_CUDA_BYTES", str(one_gpu.state.allocated + 10_000))
+    timeline = engine.swap("org/other")
+    names = [span.name for span in timeline.spans]
+    assert names.count("pause") == 1
+    assert names.count("transfer") >= 2, "out of the GPU, and onto it"
+    assert generated(engine) == answer_of(hub, "other")
+    engine.close()
+    del timeline
+    gc.collect()
+    one_gpu.check_released()
+
+
+def test_a_model_before_that_cannot_be_kept_is_dropped(
+    engine_for: Engines, settings: Settings, hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_for(replace(settings, keep_previous=True))
+    before = engine._loaded.key
+
+    def full(self: Any, device: Any) -> Any:
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(tf.LlamaForCausalLM, "to", full)
+    engine.swap("org/other")
+    assert engine._kept is None
+    assert users(store, before) == ()
+    assert users(store, engine._loaded.key), "the one that serves stays marked"
+    assert generated(engine) == answer_of(hub, "other")
+
+
 def test_ten_swaps_leave_no_memory_and_no_thread_behind(
     engine_for: Engines, settings: Settings, tmp_path: Path
 ) -> None:

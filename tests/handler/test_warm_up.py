@@ -11,7 +11,7 @@ import pytest
 from handler.answers import TextDelta
 from handler.engines import ENGINES
 from handler.engines.text import TextEngine
-from handler.jobs import TextRequest
+from handler.jobs import JobContext, TextRequest
 from handler.warm_up import warm_up
 from modelstore import ModelStore
 from modelstore.reference import parse_reference
@@ -68,6 +68,25 @@ def test_a_model_is_warmed_up_on_a_gpu_or_as_it_is_set(
     assert [request.sampling.max_tokens for request in asked] == [2] * expected, "a first token, and one after it"
     assert [span.name for span in timeline.spans] == ["warmup"] * expected
     assert not [each for each in caplog.records if each.levelname == "WARNING"]
+
+
+def test_a_picture_of_the_warm_up_goes_into_no_bucket(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts: list[JobContext] = []
+
+    class Engine:
+        model = "org/name"
+        broken = ""
+        beside_the_prompt = 1000
+
+        def status(self) -> dict[str, Any]:
+            return {"engine": "diffusion", "memory": {"device": "cuda"}}
+
+        async def answer(self, _data: Any, job: JobContext) -> Any:
+            contexts.append(job)
+            raise LookupError("no picture")
+
+    warm_up(Engine(), settings, Timeline())  # type: ignore[arg-type]
+    assert [job.may_upload for job in contexts] == [False]
 
 
 def test_a_job_that_fails_leaves_the_start_alone(
