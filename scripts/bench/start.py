@@ -124,7 +124,9 @@ def draw(results: dict[str, list[Measured]], path: Path) -> None:
     mpl.rcParams |= {"svg.hashsalt": "modelstore", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
-    colours = {name: SPAN_KINDS[name].colour for name in ("import", "read", "build", "lookup")}
+    drawn = {span["name"] for measured in results.values() for result in measured for span in result.spans}
+    names = ("import", "read", "transfer", "build", "warmup", "lookup")
+    colours = {name: SPAN_KINDS[name].colour for name in names if name in drawn}
     figure, axes = pyplot.subplots(len(results), 1, figsize=(9, 2.6 * len(results)), squeeze=False)
     for (title, measured), axis in zip(results.items(), axes[:, 0], strict=True):
         shown = [result for result in measured[2:] if "ready" in result.label or "plain" in result.label]
@@ -148,12 +150,13 @@ def _draw_start(axis: Any, row: int, result: Measured, colours: dict[str, str]) 
     """Spans that overlap lie above each other in their bar: the read runs beside the rest."""
     for span in result.spans:
         if span["name"] in colours:
-            beside = span["name"] == "read" and any(
+            below = {"read": 0.3, "transfer": 0.55}.get(span["name"], 0.0)
+            beside = below and any(
                 other is not span and other["start"] < span["end"] and span["start"] < other["end"]
                 for other in result.spans
             )
             axis.barh(
-                row - 0.2 if beside else row + 0.1,
+                row + 0.1 - (below if beside else 0.0),
                 span["end"] - span["start"],
                 left=span["start"],
                 height=0.25,

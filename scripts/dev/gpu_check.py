@@ -17,12 +17,11 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,9 +36,10 @@ from modelstore.environment import without_secrets  # noqa: E402
 from modelstore.errors import DigestMismatch, DoesNotFit, ModelStoreError  # noqa: E402
 from modelstore.reference import parse_reference  # noqa: E402
 from modelstore.settings import Settings, parse_size  # noqa: E402
-from modelstore.timeline import Timeline  # noqa: E402
+from modelstore.timeline import Timeline, waterfall  # noqa: E402
 from scripts.bench import throttled  # noqa: E402
 from scripts.bench.sections import write_section  # noqa: E402
+from scripts.bench.start import draw  # noqa: E402
 
 SUITE = [
     "tests/load",
@@ -52,6 +52,7 @@ SUITE = [
     "tests/handler/test_main.py",
 ]
 DEVICE = "cuda:0"
+CHART = HERE / "docs" / "benchmarks" / "gpu.svg"
 SWAPPED_BYTES = 2_000_000_000
 SWAPS = 10
 JOB = {"input": {"prompt": "a", "max_tokens": 1, "temperature": 0}}
@@ -99,7 +100,7 @@ def main() -> None:
         check.run("tensors, bit for bit safetensors'", lambda: same_tensors(folder, checkpoint))
         check.run("logits, bit for bit `from_pretrained`'s", lambda: same_logits(folder))
         tables = loads(check, snapshot, checkpoint, options.runs)
-        starts(check, folder, checkpoint, size_bytes)
+        tables += ["", *starts(check, folder, checkpoint, size_bytes, options.runs)]
         swaps(check, folder)
         check.run("a flipped bit in a start", lambda: healed(folder))
         check.run("a model that does not fit", lambda: refused(folder, snapshot))
@@ -229,42 +230,36 @@ def loads(check: Check, snapshot: Path, checkpoint: Path, runs: int) -> list[str
     return race.table(results, stored, floors=2) if results else []
 
 
-def starts(check: Check, folder: Path, checkpoint: Path, size_bytes: int) -> None:
-    """Whole starts: to the last byte on the GPU, to ready, and to the first token, against a plain handler."""
+def starts(check: Check, folder: Path, checkpoint: Path, size_bytes: int, runs: int) -> list[str]:
+    """Whole starts, to the last byte on the GPU, to ready and to the first answer, against a plain handler; the table,
+    the waterfall, and the chart beside the document."""
     root, model = folder / "modelstore", f"file://{checkpoint}"
-
-    def worker(prefix: tuple[str, ...] = (), **settings: str) -> tuple[dict[str, Any], float]:
-        """The record of a start, and the seconds to its first answer."""
-        environment = [f"{name}={value}" for name, value in settings.items()]
-        ready, answered = race.run_worker(root, model, (*prefix, "env", *environment))
-        return {"spans": list(ready.spans), "ready": ready.seconds}, answered.seconds
-
-    def ends(record: dict[str, Any], name: str, detail: str | None = None) -> float:
-        return max(
-            (span["end"] for span in record["spans"] if span["name"] == name and detail in (None, span.get("detail"))),
-            default=float("nan"),
-        )
+    lines: list[str] = []
 
     def warm() -> str:
-        floor = statistics.median(race.run_contender("start_floor", checkpoint, DEVICE).seconds for _ in range(2))
-        plain = statistics.median(race.run_contender("start_plain", checkpoint, DEVICE).seconds for _ in range(2))
-        records = [worker() for _ in range(2)]
-        record, answered = min(records, key=lambda each: each[1])
-        cold_kernels, first = worker(MODELSTORE_WARM_UP="0")
+        entrants = race.start_contenders(root, {"float16": checkpoint}, device=DEVICE)
+        entrants = [replace(entrant, cold=()) for entrant in entrants]
+        results = race.race(entrants, runs, lambda line: print(line, file=sys.stderr, flush=True))
+        _read, imports, ready, answered, plain = results
+        if ready.missing or plain.missing:
+            raise ModelStoreError(ready.missing or plain.missing)
+        stored = sum(path.stat().st_size for path in snapshot_of(root).glob("*.safetensors"))
+        lines.extend([*race.table(results, stored, floors=2), "", "```", waterfall(ready.spans, width=100), "```"])
+        if find_spec("matplotlib"):
+            draw({f"{gpu()}, {stored / 1e9:.1f} GB in the page cache": results}, CHART)
+        _ready, cold = race.run_worker(root, model, ("env", "MODELSTORE_WARM_UP=0"))
         return (
-            f"last byte on the GPU {ends(record, 'transfer'):.1f} s, torch imported "
-            f"{ends(record, 'import', 'torch'):.1f} s, ready {record['ready']:.1f} s ({record['ready'] / floor:.2f} of "
-            f"the imports' {floor:.1f} s), answered and ended {answered:.1f} s ({answered / plain:.2f} of a plain "
-            f"handler's first forward, {plain:.1f} s); without a warm-up ready {cold_kernels['ready']:.1f} s, answered "
-            f"and ended {first:.1f} s; warm-up {_length(record, 'warmup'):.2f} s"
+            f"last byte on the GPU {_end(ready, 'transfer'):.1f} s, torch imported "
+            f"{_end(ready, 'import', 'torch'):.1f} s, ready {ready.median:.1f} s "
+            f"({ready.median / imports.median:.2f} of the imports'), answered and ended {answered.median:.1f} s "
+            f"({answered.median / plain.median:.2f} of a plain handler's first forward), "
+            f"{cold.seconds:.1f} s without the warm-up"
         )
 
     check.run("a start, page cache warm", warm)
-    for line in _waterfall(worker):
-        print(line)
     if reason := throttled.why_not():
         check.run("a start on a volume of 1 GB/s", lambda: f"not measured ({reason})")
-        return
+        return lines
 
     def slow() -> str:
         with throttled.throttled(2 * size_bytes + (4 << 30), (1000 << 20,), folder) as volume:
@@ -277,16 +272,13 @@ def starts(check: Check, folder: Path, checkpoint: Path, size_bytes: int) -> Non
             return f"ready {ready.seconds:.1f} s, {ready.seconds / floor:.2f} of reading once ({floor:.1f} s)"
 
     check.run("a start on a volume of 1 GB/s", slow)
+    return lines
 
 
-def _length(record: dict[str, Any], name: str) -> float:
-    return sum(span["end"] - span["start"] for span in record["spans"] if span["name"] == name)
-
-
-def _waterfall(worker: Callable[[], tuple[dict[str, Any], float]]) -> Iterator[str]:
-    from modelstore.timeline import waterfall
-
-    yield waterfall(worker()[0]["spans"], width=100)
+def _end(result: race.Measured, name: str, detail: str | None = None) -> float:
+    """The end of a kind of span in the last run, in seconds since the process began."""
+    ends = [each["end"] for each in result.spans if each["name"] == name and detail in (None, each.get("detail"))]
+    return max(ends, default=float("nan"))
 
 
 def swaps(check: Check, folder: Path) -> None:
