@@ -134,6 +134,7 @@ class Gpus:
         self._gpus = {gpu.place: gpu for gpu in (_Gpu(driver, number) for number in numbers)}
         self._streams: dict[str, _Stream] = {}
         self._pinned: set[int] = set()
+        self._may_pin = True
         try:
             for gpu in self._gpus.values():
                 self._streams[gpu.place] = _Stream(gpu.new_stream())
@@ -148,10 +149,13 @@ class Gpus:
         return GpuMemory(gpu, size_bytes) if gpu is not None else self._host.allocate(place, size_bytes)
 
     def pin(self, memory: memoryview) -> None:
-        """See Device. If it cannot be pinned, copies out of it are only slower."""
+        """See Device. If it cannot be pinned, copies out of it are only slower; that is logged once."""
+        if not self._may_pin:
+            return
         try:
             next(iter(self._gpus.values())).register(memory)
         except DeviceFailed as error:
+            self._may_pin = False
             logger.warning("host memory cannot be pinned, so the model goes to the GPU more slowly: %s", error)
         else:
             self._pinned.add(address_of(memory))

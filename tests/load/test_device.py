@@ -157,11 +157,12 @@ def test_memory_that_cannot_be_pinned_is_copied_all_the_same(
 ) -> None:
     device = Gpus([0])
     monkeypatch.setenv("FAKE_CUDA_REFUSE", "cuMemHostRegister_v2")
+    monkeypatch.setattr("modelstore.load.transfer._PIN_BYTES", 1)
     reading = start_reading(snapshot, ring_bytes=1)
     transfer = Transfer(reading, lambda: device, lambda _name: "cuda:0")
     tensors = load_tensors(snapshot, "cpu", reading=reading, transfer=transfer)
     assert torch.equal(*(each["model.norm.weight"] for each in (tensors, load_tensors(snapshot, "cpu"))))
-    assert "cannot be pinned" in caplog.text
+    assert caplog.text.count("cannot be pinned") == 1
 
 
 def test_a_gpu_that_is_too_small_is_named(
