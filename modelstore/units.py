@@ -53,9 +53,9 @@ def clock(seconds: float) -> str:
 
 
 def span(seconds: float) -> str:
-    """A length of time for a person."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
+    """A length of time for a person, in the largest unit that it rounds to one of."""
+    for unit, length, smaller in (("d", 86400, 3600), ("h", 3600, 60), ("min", 60, 1)):
+        if round(seconds / smaller) * smaller >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s"
 
