@@ -33,7 +33,7 @@ sys.path.insert(0, str(HERE))
 from modelstore.bench import race  # noqa: E402
 from modelstore.bench.checkpoints import make_checkpoint, seeded, snapshot_of  # noqa: E402
 from modelstore.environment import without_secrets  # noqa: E402
-from modelstore.errors import DigestMismatch, DoesNotFit, ModelStoreError  # noqa: E402
+from modelstore.errors import DigestMismatch, DoesNotFit, ProcessFailed  # noqa: E402
 from modelstore.reference import parse_reference  # noqa: E402
 from modelstore.settings import Settings, parse_size  # noqa: E402
 from modelstore.timeline import Timeline, waterfall  # noqa: E402
@@ -159,7 +159,7 @@ def run_suite() -> str:
     lines = done.stdout.strip().splitlines() or [done.stderr.strip()]
     names = [line.split(" - ")[0].removeprefix("FAILED ") for line in lines if line.startswith("FAILED ")]
     if done.returncode:
-        raise ModelStoreError(f"{lines[-1]}: {', '.join(names)}")
+        raise ProcessFailed(f"{lines[-1]}: {', '.join(names)}")
     return lines[-1]
 
 
@@ -175,10 +175,10 @@ def same_tensors(folder: Path, checkpoint: Path) -> str:
     for path in sorted(checkpoint.glob("*.safetensors")):
         for name, tensor in load_file(path, DEVICE).items():
             if not torch.equal(ours[name], tensor):
-                raise ModelStoreError(f"{name} differs")
+                raise ProcessFailed(f"{name} differs")
             count += 1
     if count != len(ours):
-        raise ModelStoreError(f"{len(ours)} tensors instead of {count}")
+        raise ProcessFailed(f"{len(ours)} tensors instead of {count}")
     return f"{count} tensors equal"
 
 
@@ -196,7 +196,7 @@ def same_logits(folder: Path) -> str:
     tokens = torch.arange(64, device=DEVICE)[None]
     with torch.inference_mode():
         if not torch.equal(ours(tokens).logits, theirs(tokens).logits):
-            raise ModelStoreError("they differ")
+            raise ProcessFailed("they differ")
     return "equal"
 
 
@@ -217,7 +217,7 @@ def loads(check: Check, snapshot: Path, checkpoint: Path, runs: int) -> list[str
         ours = next(each for each in results if each.label == "modelstore `load_tensors`")
         pinned = next(each for each in results if "pinned" in each.label)
         if ours.missing:
-            raise ModelStoreError(ours.missing)
+            raise ProcessFailed(ours.missing)
         others = [each for each in results[2:] if not each.missing and not each.label.startswith("modelstore")]
         best = min(others, key=lambda each: each.median)
         return (
@@ -242,7 +242,7 @@ def starts(check: Check, folder: Path, checkpoint: Path, size_bytes: int, runs: 
         results = race.race(entrants, runs, lambda line: print(line, file=sys.stderr, flush=True))
         _read, imports, ready, answered, plain = results
         if ready.missing or plain.missing:
-            raise ModelStoreError(ready.missing or plain.missing)
+            raise ProcessFailed(ready.missing or plain.missing)
         stored = sum(path.stat().st_size for path in snapshot_of(root).glob("*.safetensors"))
         lines.extend([*race.table(results, stored, floors=2), "", "```", waterfall(ready.spans, width=100), "```"])
         if find_spec("matplotlib"):
@@ -334,7 +334,7 @@ def healed(folder: Path) -> str:
         file.write(bytes([byte ^ 1]))
     try:
         load_tensors(_snapshot(folder, "small-store"), DEVICE)
-        raise ModelStoreError("the load took it")
+        raise ProcessFailed("the load took it")
     except DigestMismatch:
         pass
     ready, _answered = race.run_worker(root, f"file://{folder}/small")
@@ -356,7 +356,7 @@ def refused(folder: Path, snapshot: Path) -> str:
     try:
         pending = begin(replace(settings, worker_id="gpu-check"), timeline=Timeline())
         pending.reading.close()
-        raise ModelStoreError(f"the start of {record.get('repo_id')} took it")
+        raise ProcessFailed(f"the start of {record.get('repo_id')} took it")
     except DoesNotFit as error:
         return f"DoesNotFit: {error}"
     finally:
