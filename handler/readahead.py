@@ -42,10 +42,11 @@ def begin() -> None:
     record = record_path()
     if not os.path.exists(record):
         return
+    from modelstore.environment import bare_environment  # not above: the reader has the standard library alone
+
     program = [sys.executable, "-I", "-S", __file__, record]
-    environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     with contextlib.suppress(OSError):  # nothing depends on it
-        pid = os.posix_spawn(sys.executable, program, environment)
+        pid = os.posix_spawn(sys.executable, program, bare_environment())
         threading.Thread(target=os.waitpid, args=(pid, 0), name="readahead", daemon=True).start()
 
 
