@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from traceback import clear_frames
 from typing import Any, Protocol
 
 from modelstore.errors import DeviceFailed, DigestMismatch
@@ -150,7 +151,9 @@ class Transfer:
         """Return when nothing is copied any more, which is at once if the reading was closed. From then on the memory
         is its users' alone."""
         self._thread.join()
-        # The error's traceback knows this object: the collector may be paused, and what it freezes stays.
+        # The reading keeps the error, whose traceback knows the device and this object: the collector may be paused.
+        if self._error is not None:
+            clear_frames(self._error.__traceback__)
         self._error = self._device = None
         self.slabs.clear()
 

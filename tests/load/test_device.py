@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,23 @@ def test_a_wrong_block_frees_the_memory(fake_cuda: FakeCuda, snapshot: Snapshot)
     del reading  # it keeps the error, whose traceback keeps the frames
     gc.collect()
     fake_cuda.check_released()
+
+
+def test_a_read_that_is_closed_keeps_nothing_of_the_gpu(fake_cuda: FakeCuda, tmp_path: Path) -> None:
+    """Though it keeps the error that ended the copies; a start runs without the collector."""
+    files = [weights_file(tmp_path, "0.safetensors", 4 * MB, MB)]
+    reading = Reading(ring_bytes=4 * MB)
+    reading.add(tmp_path, files, block_bytes=MB)  # and never `no_more`
+    transfer = on_gpus(reading)
+    while fake_cuda.state.copies < 4:
+        time.sleep(0.001)
+    gc.disable()
+    try:
+        reading.close()
+        transfer.end()
+        fake_cuda.check_released()
+    finally:
+        gc.enable()
 
 
 def test_each_tensor_goes_to_the_gpu_of_its_module(
