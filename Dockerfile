@@ -47,7 +47,7 @@ WORKDIR /tmp
 # A start with a tiny random model: it shows that the image works, and leaves the byte-code of all that a start imports.
 # A second one records the files that it opens: a later start asks the kernel for them ahead (handler/readahead.py)
 RUN if [ "${EXTRA}" = vllm ]; then \
-        exec /opt/venv/bin/python -c "import handler.engines.vllm_engine, handler.worker, runpod, modelstore.store"; \
+        exec /opt/venv/bin/python -c "import handler.engines.vllm_start, handler.worker, runpod, modelstore.store"; \
     fi; \
     /opt/venv/bin/python -c "from pathlib import Path; from modelstore.bench.checkpoints import make_checkpoint; \
         make_checkpoint(Path('/tmp/tiny'), 2_000_000, 'float16')" \
@@ -67,6 +67,11 @@ ENV PATH=/opt/venv/bin:$PATH \
 # The interpreter that has vLLM, in the base image
 ARG VLLM_PYTHON=
 ENV MODELSTORE_VLLM_PYTHON=${VLLM_PYTHON}
+# The base image has no byte-code of vLLM and its libraries, and a worker may write none: each of vLLM's processes would
+# compile for 7 s what it imports. Some files of libraries are no Python of this version, which compileall reports
+RUN [ -z "${VLLM_PYTHON}" ] || PYTHONDONTWRITEBYTECODE='' "${VLLM_PYTHON}" -m compileall -q -j 0 \
+        "$("${VLLM_PYTHON}" -c 'import importlib.util as u; print(u.find_spec("vllm").submodule_search_locations[0])')/.." \
+    || true
 WORKDIR /worker
 COPY --from=build /opt/venv /opt/venv
 COPY handler/test_input.json .

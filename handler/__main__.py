@@ -10,16 +10,17 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from handler import readahead, sdk
-from handler.engines import ENGINES, engine_for
+from handler.engines import ENGINES, engine_for, vllm_choice
 from handler.privileges import become_owner_of
 from handler.redaction import VolumePaths
 from handler.start_failure import tell_waiting_jobs
-from modelstore.environment import forget_hub_tokens
+from modelstore.environment import forget_secrets
 from modelstore.errors import ModelStoreError, not_installed
 from modelstore.logs import LINE_CHARACTERS, log_to_stderr, take_library_logs
 from modelstore.settings import EngineName, Settings, ineffective
@@ -28,7 +29,7 @@ from modelstore.timeline import Timeline
 from modelstore.units import one_line
 from modelstore.volume import history
 from modelstore.volume.layout import Layout
-from modelstore.warmstart import begin
+from modelstore.warmstart import begin, find_or_make
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -72,7 +73,7 @@ def start() -> Callable[[], None]:
 
 
 def _started(settings: Settings) -> Callable[[], None]:
-    forget_hub_tokens()
+    forget_secrets()
     become_owner_of(settings.root)  # forks, so no thread may run before
     readahead.begin()
     timeline = Timeline(worker=settings.worker_id, model=str(settings.model or ""), dtype=settings.dtype or "")
@@ -121,7 +122,12 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
     def check_config(config: Mapping[str, Any], files: Collection[str], label: str) -> None:
         ENGINES[settings.engine or engine_for(config, files)].check_config(config, files, label)
 
-    name = settings.engine
+    name, reason = settings.engine, "as set by ENGINE"
+    if name is None and vllm_choice.is_possible(settings):
+        name, reason = _chosen(settings, timeline)
+        if name == "vllm":  # which understands more variables
+            token, key = settings.hf_token, settings.engine_cache_key  # the environment has them no more
+            settings = replace(Settings.from_env(engine="vllm"), hf_token=token, engine_cache_key=key)
     target = ENGINES[name].target if name else "device"
     loader: Loader | None = None
     if name and target == "shared":
@@ -131,8 +137,8 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
             settings, timeline=timeline, target=target, while_filling=while_filling, check_config=check_config
         )
         try:
-            reason = "as set by ENGINE" if name else "by the model"
-            name = name or engine_for(pending.snapshot.config(), pending.snapshot.manifest.paths)
+            if name is None:
+                name, reason = engine_for(pending.snapshot.config(), pending.snapshot.manifest.paths), "by the model"
             logger.info("the engine is %s: %s", name, reason)
             loader = loader or import_engine(name).Loader(settings)
             return loader.load(pending, import_sdk)
@@ -143,6 +149,16 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
         if loader is not None:
             loader.cancel()
         raise
+
+
+def _chosen(settings: Settings, timeline: Timeline) -> tuple[EngineName, str]:
+    """The engine for the model, which is put on the volume first, and why: vLLM reads to another place."""
+    snapshot = find_or_make(settings, timeline)
+    config = snapshot.config()
+    name = engine_for(config, snapshot.manifest.paths)
+    if name == "text" and (architecture := vllm_choice.architecture_served(settings, config)):
+        return "vllm", f"it is installed, there is a GPU, and it has {architecture}; ENGINE=text takes transformers"
+    return name, "by the model"
 
 
 def _failed(reason: str, code: int) -> int:

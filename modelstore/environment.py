@@ -5,14 +5,21 @@ No child needs a token of the Hub; a process that runs foreign code gets next to
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from modelstore.settings import FIELDS, HUB_TOKENS
+from modelstore.settings import ENGINE_CACHE_KEY, FIELDS, HUB_TOKENS
 
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|^AWS_ACCESS_KEY|^RUNPOD_.*API_KEY$")
+WEIGHTS_SOURCE = "MODELSTORE_WEIGHTS"
+
+_OF_COMPILERS = re.compile(
+    r"(VLLM|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|INDUCTOR|ATEN|ONEDNN|DNNL|OMP|MKL|NCCL|CUDA|CUBLAS|CUDNN|FLASHINFER|DG)_"
+    r"(?!.*(API_KEY|HOST_IP|PORT$|LOGGING|VISIBLE_DEVICES))"
+)
+_SECRET = re.compile(rf"TOKEN|SECRET|PASSWORD|^AWS_ACCESS_KEY|^RUNPOD_.*API_KEY$|^{ENGINE_CACHE_KEY}$")
 
 
 def bare_environment() -> dict[str, str]:
@@ -33,6 +40,41 @@ def server_environment() -> dict[str, str]:
     return kept | {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 
 
+def with_plugin(folder: str, name: str) -> dict[str, str]:
+    """The variables with which vLLM finds a plug-in in `folder`, also if the plug-ins that it may load are listed."""
+    variables = {"PYTHONPATH": os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))}
+    listed = os.environ.get("VLLM_PLUGINS")
+    return variables if listed is None else variables | {"VLLM_PLUGINS": f"{listed},{name}".lstrip(",")}
+
+
+def weights_source(record: Mapping[str, str] | None = None) -> Mapping[str, str]:
+    """The process that serves a model's weights to this one, as this environment names it: its `socket`, and if it was
+    asked for one by name, the `reference`, the `folder` and the `dtype`. Empty if there is none. `record`: a new one,
+    for this process and its children."""
+    if record is not None:
+        os.environ[WEIGHTS_SOURCE] = json.dumps(record)
+    return dict(json.loads(os.environ.get(WEIGHTS_SOURCE, "{}")))
+
+
+def compiling_into(folder: Path) -> dict[str, str]:
+    """The variables with which engines keep the code that they compile below `folder`, and vLLM what it found out about
+    a GPU's memory."""
+    places = {
+        "VLLM_CACHE_ROOT": "vllm",
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+        "TRITON_CACHE_DIR": "triton",
+        "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+        "DG_JIT_CACHE_DIR": "deep_gemm",
+        "CUDA_CACHE_PATH": "cuda",
+    }
+    return {name: str(folder / place) for name, place in places.items()} | {"VLLM_ENABLE_STARTUP_PLAN": "1"}
+
+
+def of_compilers() -> dict[str, str]:
+    """The variables of this environment that compiled code may depend on."""
+    return {name: value for name, value in server_environment().items() if _OF_COMPILERS.match(name)}
+
+
 def prepare_for_cuda() -> None:
     """Set the variables that the driver reads once, when it is first called, unless they are set: load a kernel when it
     is first used (before 12.2, all kernels of each library at once), and count GPUs as NVML does, which says what is
@@ -41,10 +83,11 @@ def prepare_for_cuda() -> None:
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
 
-def forget_hub_tokens() -> None:
-    """Take the Hub's tokens out of this process's environment, after the settings were read: no child needs them, nor
-    a model's own code. A program that can read this process's memory finds them still."""
-    values = [value for name in HUB_TOKENS if (value := os.environ.pop(name, ""))]
+def forget_secrets() -> None:
+    """Take the Hub's tokens and the key of engines' caches out of this process's environment, after the settings were
+    read: no child needs them, nor a model's own code. A program that can read this process's memory finds them still.
+    """
+    values = [value for name in (*HUB_TOKENS, ENGINE_CACHE_KEY) if (value := os.environ.pop(name, ""))]
     if values:
         _overwrite_in_first_environment(values)
 

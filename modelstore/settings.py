@@ -26,10 +26,12 @@ from modelstore.reference import DEFAULT_REVISION, Reference, parse_reference, p
 from modelstore.units import truth
 
 EngineName = Literal["text", "diffusion", "embedding", "vllm"]
+EngineCacheMode = Literal["off", "read", "write"]
 
 HUB = "https://huggingface.co"
 
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # the Hub's library reads the second, too
+ENGINE_CACHE_KEY = "MODELSTORE_ENGINE_CACHE_KEY"
 _DTYPE_NAMES = "{}` or `{}".format("`, `".join([*DTYPES][:-1]), [*DTYPES][-1])
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,8 @@ class Settings:
     engine: EngineName | None = None
     vllm_python: Path | None = None
     vllm_args: tuple[str, ...] = ()
+    engine_cache: EngineCacheMode = "off"
+    engine_cache_key: str | None = field(default=None, repr=False)
     max_job_s: float = 600.0
     hf_token: str | None = field(default=None, repr=False)
     hf_endpoint: str = HUB
@@ -74,15 +78,21 @@ class Settings:
 
     @classmethod
     def from_env(
-        cls, env: Mapping[str, str] | None = None, *, root: Path | None = None, mounts: str | None = None
+        cls,
+        env: Mapping[str, str] | None = None,
+        *,
+        root: Path | None = None,
+        mounts: str | None = None,
+        engine: EngineName | None = None,
     ) -> Settings:
-        """Read every variable from `env`, by default the process's; `root` overrides MODELSTORE_ROOT.
+        """Read every variable from `env`, by default the process's; `root` overrides MODELSTORE_ROOT, `engine` ENGINE.
 
         `mounts` is the text of the mount table, /proc/mounts by default.
 
         Raises InvalidSetting with the name of the first variable that cannot be used.
         """
         env = os.environ if env is None else env
+        env = {**env, "ENGINE": engine} if engine is not None else env
         is_vllm = _is_vllm(env)
         env = worker_vllm.understood(env) if is_vllm else env
         values: dict[str, Any] = {"root": _root(env, mounts) if root is None else root.absolute()}
@@ -224,6 +234,21 @@ def _switch(variable: str, text: str) -> bool:
     return value
 
 
+def _engine_cache(variable: str, text: str) -> EngineCacheMode:
+    if text.strip().lower() == "read":
+        return "read"
+    value = truth(text)
+    if value is None:
+        raise InvalidSetting(f"{variable}={text.strip()[:40]!r} is not usable: use 1, read or 0")
+    return "write" if value else "off"
+
+
+def _secret(variable: str, text: str) -> str:
+    if len(text.strip()) < 16:
+        raise InvalidSetting(f"{variable} is too short: give at least 16 random characters (it is not shown here)")
+    return text.strip()
+
+
 def _token(_variable: str, text: str) -> str:
     token = text.strip()
     if any(not 33 <= ord(c) < 127 for c in token):
@@ -359,7 +384,8 @@ FIELDS = (
         "ENGINE",
         "engine",
         _engine,
-        "the engine: `text`, `diffusion`, `embedding` or `vllm`; without it one of the first three, by the model",
+        "the engine: `text`, `diffusion`, `embedding` or `vllm`; without it by the model, vLLM if it is installed, has "
+        "the model's class, and there is a GPU",
     ),
     Field(
         "MODELSTORE_VLLM_PYTHON",
@@ -372,6 +398,20 @@ FIELDS = (
         "vllm_args",
         _words,
         "options for `vllm serve`, such as `--max-model-len 8192 --enforce-eager`",
+    ),
+    Field(
+        "MODELSTORE_ENGINE_CACHE",
+        "engine_cache",
+        _engine_cache,
+        "`1`: keep the code that vLLM compiles on the volume for the next worker, and use what is there; `read`: only "
+        "use it; it is code that runs in the worker, from a volume that others may write (docs/security.md)",
+        "0",
+    ),
+    Field(
+        ENGINE_CACHE_KEY,
+        "engine_cache_key",
+        _secret,
+        "a secret of at least 16 characters: only compiled code that was signed with it is used",
     ),
     Field(
         "MAX_CONCURRENCY",

@@ -191,7 +191,7 @@ def begin(
     `ModelStore.ensure`.
     """
     if settings.model is None:
-        raise InvalidSetting("MODEL_ID is not set: name the model to serve, as in MODEL_ID=org/name")
+        raise _no_model()
     timeline = timeline or Timeline(
         worker=settings.worker_id, model=str(settings.model or ""), dtype=settings.dtype or ""
     )
@@ -259,6 +259,26 @@ def begin(
     if snapshot.status == "downloaded" and not snapshot.downloaded_bytes:
         timeline.outcome, timeline.reason = "copied", f"the snapshot was made from {snapshot.manifest.source.label}"
     return PendingStart(settings, snapshot, reading, mark, timeline, observer, ring_bytes, transfer)
+
+
+def find_or_make(settings: Settings, timeline: Timeline) -> Snapshot:
+    """The snapshot of the model, which is made if it is not on the volume; nothing of it is read yet. Raises as
+    `begin`."""
+    if settings.model is None:
+        raise _no_model()
+    settings.check_allowed(settings.model)
+    with timeline.span("lookup"):
+        snapshot = Catalog(Layout(settings.root)).find(settings.model, settings.dtype, worker=settings.worker_id)
+    if snapshot is not None:
+        return snapshot
+    from modelstore.store import ModelStore
+
+    store = ModelStore(settings.root, settings=settings)
+    return store.ensure(settings.model, timeline=timeline, observer=LogObserver())
+
+
+def _no_model() -> InvalidSetting:
+    return InvalidSetting("MODEL_ID is not set: name the model to serve, as in MODEL_ID=org/name")
 
 
 def _made(

@@ -39,12 +39,13 @@ GROUND = {
     "model_types",
     "servable",
 }
-ALONE = {"store": "store", "prefetch": "start", "warmstart": "start"}
+ALONE = {"store": "store", "prefetch": "start", "warmstart": "start", "serve_weights": "start"}
 
 HEAVY = {"torch", "transformers", "runpod", "accelerate"}
 # pickles and loaders are programs of their own: nothing that imports them imports torch.
 MAY_IMPORT_HEAVY = {
     "modelstore.load.tensors": {"torch"},
+    "modelstore.load.views": {"torch"},
     "modelstore.load.torch_device": {"torch"},
     "modelstore.load.model": {"torch", "transformers", "accelerate"},
     "modelstore.load.model_class": {"transformers"},

@@ -3,7 +3,7 @@
     text.py, multi.py      transformers: one model that can be exchanged, and several of them in one worker
     diffusion.py           diffusers
     embedding.py           sentence-transformers
-    vllm_engine.py         vLLM, a server in a process of its own (server.py), which has OpenAI's routes itself
+    vllm_engine.py         vLLM, a server in a process of its own (server.py, vllm_start.py), with OpenAI's routes
 
 `ENGINES` is the table of them. A new engine is a line there, its name in `settings.EngineName`, and a module with a
 `Loader`; another server with OpenAI's routes takes `server.py` as vLLM does.
@@ -119,7 +119,7 @@ ENGINES: Mapping[EngineName, EngineEntry] = {  # the first that can serve a snap
         check_config=check_encodes,
         warm_up_jobs=({"texts": ["a"]}, {"query": "a", "documents": ["a"]}),
     ),
-    "vllm": EngineEntry("vllm_engine", ("aiohttp",), "vllm", lambda _config, _files: False, target="shared"),
+    "vllm": EngineEntry("vllm_start", ("aiohttp",), "vllm", lambda _config, _files: False, target="shared"),
     "text": EngineEntry(
         "multi",
         ("torch", "transformers"),

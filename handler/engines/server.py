@@ -1,9 +1,4 @@
-"""An engine's server in a process of its own: how it is run, how it is asked, and how it gets its weights.
-
-A server such as vLLM brings a loader of its own, which maps the files: over a network volume that is the slow way.
-It is given a folder of links instead, whose weights lead to the memory that they were read into at the volume's rate,
-and verified on the way. Once it has loaded, the links lead to the volume, and the memory is free.
-"""
+"""An engine's server in a process of its own: how it is run, and how it is asked."""
 
 from __future__ import annotations
 
@@ -12,15 +7,17 @@ import collections
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import aiohttp
@@ -29,10 +26,9 @@ from handler.errors import Code, JobError
 from handler.jobs import ServerFields
 from modelstore.environment import server_environment
 from modelstore.errors import ServerFailed
-from modelstore.load.reader import Reading
 from modelstore.logs import LINE_CHARACTERS
+from modelstore.timeline import Span, Timeline
 from modelstore.units import one_line
-from modelstore.volume.snapshots import Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +40,33 @@ _URL = "http://server"
 _BAD_REQUESTS = (400, 404, 405, 413, 422)
 
 
+@dataclass(frozen=True, slots=True)
+class Milestone:
+    """A line of a server's log that ends a part of its boot. `part`: the name of the part."""
+
+    pattern: re.Pattern[str]
+    part: str
+
+
 class Server:
     """A server of OpenAI's routes in a process of its own, reached over a socket file.
 
     Its output goes to our log, and the last lines are kept: they say why it ended.
     """
 
-    def __init__(self, name: str, command: Sequence[str], *, hint: str) -> None:
-        """`name`: for logs and errors; `command`: a program that reads one line, a JSON list of arguments, and serves;
-        `hint`: the remedy if it does not. It is started at once, so that it imports meanwhile."""
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        hint: str,
+        environment: dict[str, str],
+        milestones: Sequence[Milestone] = (),
+    ) -> None:
+        """`name`: for logs and errors; `command`: a program that prints one line, a JSON object about its versions,
+        reads one line, a JSON list of arguments, and serves; `hint`: the remedy if it does not. `environment`: what it
+        gets besides `server_environment`; `milestones`: in their order. It is started at once, so that it imports
+        meanwhile."""
         self._name = name
         self._hint = hint
         self._end_reason = ""
@@ -60,12 +74,17 @@ class Server:
         self._folder = tempfile.TemporaryDirectory(prefix="modelstore-server-")
         self.socket = str(Path(self._folder.name) / "socket")
         self._last_lines: collections.deque[str] = collections.deque(maxlen=200)
+        self._milestones = collections.deque(milestones)
+        self._began = time.monotonic()
+        self._parts: list[tuple[str, float]] = []
+        self._versions: dict[str, str] = {}
+        self._has_versions = threading.Event()
         self._process = subprocess.Popen(
             list(command),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=server_environment(),
+            env=server_environment() | environment,
             text=True,
             errors="replace",
             start_new_session=True,
@@ -73,13 +92,28 @@ class Server:
         self._listener = threading.Thread(target=self._listen, name="server-log", daemon=True)
         self._listener.start()
 
-    def serve(self, arguments: list[str]) -> None:
-        """Hand over the arguments, the socket as the last; returns when the server answers. Raises ServerFailed."""
+    def versions(self) -> Mapping[str, str]:
+        """The versions of what it serves with, by name; empty if it has ended."""
+        self._has_versions.wait()
+        return self._versions
+
+    def begin(self, arguments: list[str]) -> None:
+        """Hand over the arguments, the socket as the last."""
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # `_answers` says why it has ended
+        with suppress(BrokenPipeError):  # `wait` says why it has ended
             self._process.stdin.write(json.dumps([*arguments, self.socket]) + "\n")
             self._process.stdin.flush()
-        asyncio.run(self._answers())
+
+    def wait(self, check: Callable[[], None]) -> None:
+        """Return when the server answers. Raises ServerFailed, and what `check` raises, which is called meanwhile."""
+        asyncio.run(self._answers(check))
+
+    def add_spans(self, timeline: Timeline) -> None:
+        """Record its boot, until now, in its parts."""
+        begin = self._began - timeline.began
+        for part, at in [*self._parts, ("API", time.monotonic())]:
+            timeline.add(Span("engine", begin, at - timeline.began, detail=part))
+            begin = at - timeline.began
 
     @property
     def ended(self) -> str:
@@ -120,12 +154,29 @@ class Server:
     def _listen(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
+            if not self._has_versions.is_set() and line.startswith("{"):
+                self._versions = json.loads(line)
+                self._has_versions.set()
+                continue
+            self._note_part(line)
             self._last_lines.append(line.strip()[:2000])
             print(f"{self._name.lower()}: {one_line(line, LINE_CHARACTERS)}", file=sys.stderr, flush=True)
 
-    async def _answers(self) -> None:
+        self._has_versions.set()
+
+    def _note_part(self, line: str) -> None:
+        """End the part of the boot that this line of the log ends, with those before it that had no line."""
+        for count, milestone in enumerate(self._milestones, 1):
+            if milestone.pattern.search(line):
+                self._parts.append((milestone.part, time.monotonic()))
+                for _passed in range(count):
+                    self._milestones.popleft()
+                return
+
+    async def _answers(self, check: Callable[[], None]) -> None:
         async with self.session() as session:
             while not (ended := self.ended):
+                check()
                 with suppress(aiohttp.ClientError):
                     async with session.get(f"{_URL}/health") as response:
                         if response.status == 200:
@@ -193,46 +244,6 @@ class Server:
         if response.status in _BAD_REQUESTS:
             raise JobError(Code.MODEL_NOT_ALLOWED if "does not exist" in message else Code.INVALID_INPUT, message)
         raise JobError(Code.INTERNAL_ERROR, message)
-
-
-class MemoryBackedSnapshot:
-    """A folder like the snapshot's, made of links, for processes of the same user on this host."""
-
-    def __init__(self, snapshot: Snapshot, reading: Reading) -> None:
-        """Returns once everything that was read has arrived.
-
-        Raises DigestMismatch if a file does not match the manifest, OSError if the volume fails.
-        """
-        reading.wait_all()
-        self._snapshot = snapshot
-        self._reading = reading
-        self._folder = TemporaryDirectory(prefix="modelstore-")
-        self.path = Path(self._folder.name)
-        self._link(self._in_memory)
-
-    def release_memory(self) -> None:
-        """Let the links lead to the volume, and free the memory once no process maps it."""
-        self._link(self._on_volume)
-        self._reading.close()
-
-    def close(self) -> None:
-        """Remove the folder."""
-        self._folder.cleanup()
-
-    def _on_volume(self, path: str) -> Path:
-        return self._snapshot.path / path
-
-    def _in_memory(self, path: str) -> Path:
-        read = path.endswith(".safetensors") and self._reading.holds(path)
-        fd = self._reading.descriptor(path) if read else -1
-        return self._on_volume(path) if fd < 0 else Path(f"/proc/{os.getpid()}/fd/{fd}")
-
-    def _link(self, target: Callable[[str], Path]) -> None:
-        for file in self._snapshot.manifest.files:
-            link = self.path / file.path
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.unlink(missing_ok=True)
-            link.symlink_to(target(file.path))
 
 
 def _fields_of(schema: Mapping[str, Any]) -> dict[str, frozenset[str]]:

@@ -1,8 +1,7 @@
 """vLLM, by its own command and its own routes.
 
-`vllm serve` runs in a process of its own, started before the snapshot is looked up, so that it imports while the bytes
-are read; it then loads them from this process's memory (handler.engines.server). Jobs go to it over a socket file, each
-prompt as a request that it batches with all others; OpenAI's routes are passed on as they are.
+`vllm serve` runs in a process of its own (vllm_start.py). Jobs go to it over a socket file, each prompt as a request
+that it batches with all others; OpenAI's routes are passed on as they are.
 """
 
 from __future__ import annotations
@@ -10,29 +9,23 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
-import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
-from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from handler import openai_routes
 from handler.answers import Answer, TextAnswer, TextDelta, TokenLogprob
 from handler.engines import LARGE, MANY
-from handler.engines.server import MemoryBackedSnapshot, Server, error_message
+from handler.engines.server import Server, error_message
 from handler.errors import Code, JobError, invalid, not_served
 from handler.jobs import JobContext, TextRequest, parse_text
 from handler.prompts import Prompt
-from modelstore.dtypes import DTYPES
-from modelstore.errors import IntegrityError, NotFound, Refused
+from modelstore.errors import IntegrityError, Refused
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.volume.layout import Layout
-from modelstore.volume.snapshots import Catalog, Snapshot, check_code
+from modelstore.volume.snapshots import Catalog, Snapshot
 from modelstore.warmstart import PendingStart
 
 logger = logging.getLogger(__name__)
@@ -54,37 +47,13 @@ class VllmEngine:
     jobs_at_once = MANY
     beside_the_prompt = LARGE  # a conversation may hold pictures
 
-    def __init__(self, server: Server, folder: MemoryBackedSnapshot, pending: PendingStart) -> None:
+    def __init__(self, server: Server, pending: PendingStart, *, close: Callable[[], None]) -> None:
+        """`close`: ends the server, and removes its files."""
         self._server = server
-        self._folder = folder
+        self._close = close
         self._snapshot: Snapshot = pending.snapshot
         self._settings: Settings = pending.settings
         self._in_use = pending.in_use
-
-    @classmethod
-    def load(cls, server: Server, pending: PendingStart) -> VllmEngine:
-        """Have the server load a snapshot whose bytes are in flight."""
-        snapshot, timeline = pending.snapshot, pending.timeline
-        reading = pending.reading
-        folder = MemoryBackedSnapshot(snapshot, reading)
-        timeline.add(reading.as_span(timeline))
-        engine = cls(server, folder, pending)
-        names = dict.fromkeys((snapshot.key.repo_id, str(pending.settings.model), *pending.settings.served_names))
-        dtype = DTYPES[snapshot.key.dtype].torch_name or "auto"
-        check_code(snapshot, trusted=pending.trusted)
-        arguments = [str(folder.path), "--served-model-name", *names, "--dtype", dtype]
-        arguments += ["--trust-remote-code"] if pending.trusted else []
-        limits = {"max_new_tokens": pending.settings.max_tokens}  # if a request names no length, and at most
-        arguments += ["--override-generation-config", json.dumps(limits)]
-        arguments += ["--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
-        try:
-            with timeline.span("build"):
-                server.serve(["serve", *arguments, *pending.settings.vllm_args, "--uds"])
-        except BaseException:
-            folder.close()
-            raise
-        folder.release_memory()
-        return engine
 
     @property
     def model(self) -> str:
@@ -117,8 +86,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """See Engine."""
-        self._server.end()
-        self._folder.close()
+        self._close()
         self._in_use.end()
 
     async def answer(self, data: Mapping[str, Any], job: JobContext) -> Answer:
@@ -236,34 +204,3 @@ def _logprobs(logprobs: Mapping[str, Any] | None) -> tuple[TokenLogprob, ...]:
         TokenLogprob(token, logprob, tuple((top or {}).items()))
         for token, logprob, top in zip(logprobs["tokens"], logprobs["token_logprobs"], alternatives, strict=True)
     )
-
-
-class Loader:
-    """See `handler.engines.Loader`. The server starts at once: it imports vLLM while the snapshot is read."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._server = Server(
-            "vLLM",
-            _command(settings.vllm_python),
-            hint="mend MODELSTORE_VLLM_ARGS, or the variable that became the option, or use ENGINE=text",
-        )
-
-    def load(self, pending: PendingStart, import_sdk: Callable[[], None]) -> VllmEngine:
-        """See `handler.engines.Loader`."""
-        import_sdk()
-        return pending.load(partial(VllmEngine.load, self._server))
-
-    def cancel(self) -> None:
-        """See `handler.engines.Loader`."""
-        self._server.end()
-
-
-def _command(python: Path | None) -> list[str]:
-    """The program that serves with vLLM. `python`: the interpreter of the environment that has it, by default this one.
-
-    Raises NotFound if that does not exist.
-    """
-    if find_spec("vllm") is None if python is None else not os.access(python, os.X_OK):
-        place = "in this environment" if python is None else f"under {python}"
-        raise NotFound(f"there is no vLLM {place}: let MODELSTORE_VLLM_PYTHON name the interpreter that has it")
-    return [str(python or sys.executable), str(Path(__file__).with_name("vllm_server.py"))]

@@ -28,6 +28,7 @@ from modelstore.operate import inventory
 from modelstore.operate.inventory import find_key, find_snapshot
 from modelstore.store import ModelStore
 from modelstore.units import ago, counted, size, span
+from modelstore.volume import engine_caches
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.unfinished import unfinished as unfinished_downloads
 from modelstore.volume.verify import Position, parse_sample, save_position, save_result, saved_position, verify_folder
@@ -74,6 +75,10 @@ def list_models(
             users = sum(bool(model["in_use_by"]) for model in models)
             total = size(sum(model["bytes"] for model in models))
             console.print(f"{counted(len(models), 'model')}, {total}, {users} in use")
+            caches = [cache for model in models for cache in model["engine_caches"]]
+            if caches:
+                code = size(sum(cache["bytes"] for cache in caches))
+                console.print(f"{counted(len(caches), 'cache')} of engines' compiled code, {code}")
         elif downloads:
             pass
         elif unfinished or having is not None:
@@ -121,6 +126,7 @@ def du(context: Context) -> None:
 
 _KINDS = {
     "staging": "staging: unfinished downloads, see `modelstore ls`",
+    "engine-caches": "engine-caches: code that engines have compiled",
     "quarantine": "quarantine: damaged snapshots",
     "trash": "trash: removals that were cut short",
     "promised": "promised to downloads that run",
@@ -214,7 +220,9 @@ def show(
     revision: REVISION = None,
 ) -> None:
     """Show one snapshot: its files, sizes and digests, and its source."""
-    snapshot = find_snapshot(context.store(), reference, revision, dtype)
+    store = context.store()
+    snapshot = find_snapshot(store, reference, revision, dtype)
+    caches = engine_caches.records(store.layout, snapshot.key)
     source = snapshot.manifest.source
     record = without_status(snapshot) | {
         "created_at": snapshot.manifest.created_at,
@@ -223,8 +231,9 @@ def show(
         "file_list": [
             {"path": file.path, "bytes": file.size_bytes, "sha256": file.sha256} for file in snapshot.manifest.files
         ],
+        "engine_caches": caches,
     }
-    context.print(record, lambda console: print_snapshot(console, snapshot))
+    context.print(record, lambda console: print_snapshot(console, snapshot, caches))
 
 
 def path(

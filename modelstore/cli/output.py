@@ -110,7 +110,8 @@ def _outcome(how: str, record: Mapping[str, Any]) -> str:
     return f"{how}: {model}, {counted(record['files'], 'file')}, {size(record['bytes'])}"
 
 
-def print_snapshot(console: Console, snapshot: Snapshot) -> None:
+def print_snapshot(console: Console, snapshot: Snapshot, caches: Sequence[Mapping[str, Any]] = ()) -> None:
+    """`caches`: the records of the code that engines have compiled for it."""
     source = snapshot.manifest.source
     console.print(f"{snapshot.repo_id} at {snapshot.commit} as {snapshot.dtype}")
     origin = f"hub {source.location} {source.revision}" if source.kind == "hub" else source.label
@@ -121,6 +122,8 @@ def print_snapshot(console: Console, snapshot: Snapshot) -> None:
         console.print(f"stored unchanged: {snapshot.manifest.stored_unchanged}")
     for file in snapshot.manifest.files:
         console.print(f"{file.size_bytes:>15,}  {file.sha256[:12]}  {file.path}")
+    for cache in caches:
+        console.print(f"{cache['bytes']:>15,}  {cache['key'][:12]}  (compiled code of an engine)")
 
 
 def print_collected(console: Console, record: Mapping[str, Any]) -> None:

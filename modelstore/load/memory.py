@@ -6,13 +6,15 @@ The GPUs are asked through the driver's own library (NVML), because a start comp
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from modelstore.errors import DoesNotFit
 from modelstore.units import size
+
+T = TypeVar("T")
 
 _UNLIMITED = 1 << 60
 _DRIVER = "/dev/nvidiactl"
@@ -57,6 +59,34 @@ def free_gpu_bytes(visible: str | None = None) -> list[int] | None:
 
     `visible`: CUDA_VISIBLE_DEVICES, if it is set; numbers only.
     """
+    import ctypes
+
+    def free_bytes(nvml: Any, handle: Any) -> int | None:
+        memory = (ctypes.c_ulonglong * 3)()  # total, free, used
+        return None if nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) else int(memory[1])
+
+    free = _asked_of_gpus(visible, free_bytes)
+    return None if not free or None in free else [amount for amount in free if amount is not None]
+
+
+def gpus(visible: str | None = None) -> list[str]:
+    """Name, compute capability and driver of each GPU that this process may use; empty if there is none, or the driver
+    does not say. `visible`: see `free_gpu_bytes`."""
+    import ctypes
+
+    def described(nvml: Any, handle: Any) -> str:
+        name, driver = (ctypes.create_string_buffer(96) for _ in range(2))
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        nvml.nvmlDeviceGetName(handle, name, len(name))
+        nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
+        nvml.nvmlSystemGetDriverVersion(driver, len(driver))
+        return f"{name.value.decode()}, {major.value}.{minor.value}, driver {driver.value.decode()}"
+
+    return _asked_of_gpus(visible, described) or []
+
+
+def _asked_of_gpus(visible: str | None, ask: Callable[[Any, Any], T]) -> list[T] | None:
+    """What `ask` returns for each GPU, from the driver's library and the GPU's handle in it; None if there is none."""
     if not os.path.exists(_DRIVER):
         return None
     if visible is not None and not all(part.strip().isdigit() for part in visible.split(",")):
@@ -74,15 +104,13 @@ def free_gpu_bytes(visible: str | None = None) -> list[int] | None:
         if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
             return None
         numbers = range(count.value) if visible is None else [int(part) for part in visible.split(",")]
-        free = []
+        answers = []
         for number in numbers:
-            handle, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()  # total, free, used
+            handle = ctypes.c_void_p()
             if nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(number), ctypes.byref(handle)) != 0:
                 return None
-            if nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) != 0:
-                return None
-            free.append(int(memory[1]))
-        return free or None
+            answers.append(ask(nvml, handle))
+        return answers
     finally:
         nvml.nvmlShutdown()
 

@@ -55,12 +55,25 @@ class _Opened:
     memory: memoryview | None
     memory_fd: int = -1
     blocks_left: int = field(init=False)
+    first_blocks: int = 0  # without a gap from the first on
+    others: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.blocks_left = -(-self.record.size_bytes // self.block_bytes)
 
     def length(self, block: int) -> int:
         return min(self.block_bytes, self.record.size_bytes - block * self.block_bytes)
+
+    def arrived(self, block: int) -> None:
+        self.blocks_left -= 1
+        self.others.add(block)
+        while self.first_blocks in self.others:
+            self.others.remove(self.first_blocks)
+            self.first_blocks += 1
+
+    @property
+    def first_bytes(self) -> int:
+        return min(self.first_blocks * self.block_bytes, self.record.size_bytes)
 
 
 class Reading:
@@ -144,7 +157,7 @@ class Reading:
             self._files.append(opened)
             for block in range(opened.blocks_left):
                 self._arrivals.append(LoadedBlock(record.path, block * block_bytes, opened.length(block), -1))
-            opened.blocks_left = 0
+                opened.arrived(block)
             self._changed.notify_all()
 
     def no_more(self) -> None:
@@ -192,6 +205,11 @@ class Reading:
         self._until(lambda: not opened.blocks_left)
         return self.memory(path)
 
+    def shared_descriptor(self, path: str) -> int:
+        """A descriptor of the memory that a file's bytes arrive in, for another process, until this reading is closed;
+        -1 if no other process can see that memory. It is a little longer than the file."""
+        return self._opened(path).memory_fd
+
     def descriptor(self, path: str) -> int:
         """A descriptor of the memory that holds one file, all of it and nothing else, once it has arrived: another
         process may open it as /proc/PID/fd/N until this reading is closed. -1 if no such process can see the memory.
@@ -203,6 +221,18 @@ class Reading:
             self.wait(path)
             os.ftruncate(opened.memory_fd, opened.record.size_bytes)  # its memory is a little longer
         return opened.memory_fd
+
+    def wait_beyond(self, path: str, size_bytes: int) -> int:
+        """The number of a file's bytes that have arrived without a gap from its first on, once there are more than
+        `size_bytes`. Raises as `wait` does."""
+        opened = self._opened(path)
+        self._until(lambda: opened.first_bytes > size_bytes)
+        return opened.first_bytes
+
+    def check(self) -> None:
+        """Raise the error that has ended the reading, if there is one."""
+        if self._error is not None:
+            raise self._error
 
     def wait_small_files(self, snapshot: Snapshot) -> None:
         """Return when all files but the weights have arrived: a config is parsed only once its bytes are known to be
@@ -311,7 +341,7 @@ class Reading:
         with self._changed:
             opened = self._files[index]
             if kind == blocks.ARRIVED:
-                opened.blocks_left -= 1
+                opened.arrived(block)
                 offset = block * opened.block_bytes
                 self._arrivals.append(LoadedBlock(opened.record.path, offset, opened.length(block), detail))
                 self._end_if_done(now)

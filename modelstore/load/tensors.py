@@ -9,45 +9,20 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
-from modelstore.errors import BadSafetensors
 from modelstore.load.device import open_devices
 from modelstore.load.reader import Reading, start_reading
 from modelstore.load.torch_device import check_fits, place_of, ring_bytes_for, tensor_of, usable_device
 from modelstore.load.transfer import Transfer, address_of, check_header, place_by_module
+from modelstore.load.views import dtype_of, view_of
 from modelstore.timeline import Timeline
 from modelstore.volume.header import Header, TensorInfo
 from modelstore.volume.manifest import FileRecord
 from modelstore.volume.snapshots import Snapshot
 
 _NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE: more than the machine has may be mapped, if it is never touched
-
-
-_TORCH = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}
-if hasattr(torch, "float8_e8m0fnu"):
-    _TORCH["F8_E8M0"] = torch.float8_e8m0fnu
 
 
 def load_tensors(
@@ -173,11 +148,11 @@ class Weights:
             self._slabs[path].append((slab.begin, slab.end, data))
             for tensor in slab.tensors:
                 begin = _begin(header, tensor) - slab.begin
-                flat = data[begin : begin + tensor.size_bytes].view(_dtype(tensor, path))
+                flat = data[begin : begin + tensor.size_bytes].view(dtype_of(tensor, path))
                 self.tensors[_named(path, tensor)] = flat.view(tensor.shape)
 
     def _make_stand_ins(self, path: str, header: Header) -> None:
-        aligned = not any(_begin(header, tensor) % _dtype(tensor, path).itemsize for tensor in header.tensors)
+        aligned = not any(_begin(header, tensor) % dtype_of(tensor, path).itemsize for tensor in header.tensors)
         self.has_stand_ins = self.has_stand_ins and aligned
         if path not in self._slabs:
             memory = self._reading.memory(path)
@@ -190,13 +165,13 @@ class Weights:
         self._bases.append((address_of(untouched), len(untouched), path))
         if aligned:
             self.stand_ins |= {
-                _named(path, tensor): _view(untouched, header, tensor, path) for tensor in header.tensors
+                _named(path, tensor): view_of(untouched, header, tensor, path) for tensor in header.tensors
             }
 
     def _view_in_memory(self, path: str, header: Header) -> None:
         memory = self._reading.memory(path)
         for tensor in header.tensors:
-            view = _view(memory, header, tensor, path)
+            view = view_of(memory, header, tensor, path)
             self.tensors[_named(path, tensor)] = self.stand_ins[_named(path, tensor)] = view
 
 
@@ -208,22 +183,3 @@ def _named(path: str, tensor: TensorInfo) -> str:
 
 def _begin(header: Header, tensor: TensorInfo) -> int:
     return header.data_start + tensor.begin
-
-
-def _dtype(tensor: TensorInfo, path: str) -> torch.dtype:
-    dtype = _TORCH.get(tensor.dtype)
-    if dtype is None:
-        raise BadSafetensors(f"{path} holds {tensor.dtype} tensors, which this version of torch does not know")
-    return dtype
-
-
-def _view(memory: memoryview, header: Header, tensor: TensorInfo, path: str) -> torch.Tensor:
-    """A tensor in the memory of its file; a copy if it does not lie as its dtype wants it."""
-    dtype, begin = _dtype(tensor, path), _begin(header, tensor)
-    if tensor.size_bytes == 0:
-        return torch.empty(tensor.shape, dtype=dtype)
-    buffer: Any = memory
-    if begin % dtype.itemsize:
-        buffer, begin = bytearray(memory[begin : begin + tensor.size_bytes]), 0
-    flat = torch.frombuffer(buffer, dtype=dtype, count=tensor.size_bytes // dtype.itemsize, offset=begin)
-    return flat.view(tensor.shape)

@@ -15,7 +15,7 @@ from modelstore.errors import SnapshotNotFound
 from modelstore.reference import Reference, is_cut_commit, parse_reference, repo_id_of
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
-from modelstore.volume import aliases, durable, pins, refs, tree
+from modelstore.volume import aliases, durable, engine_caches, pins, refs, tree
 from modelstore.volume.claim import ClaimRecord, current_record
 from modelstore.volume.evict import survey
 from modelstore.volume.garbage import GRACE_S
@@ -31,7 +31,7 @@ _Seen = tuple[SnapshotKey, durable.Contents | None, set[str] | None, tuple[pins.
 
 
 def models(layout: Layout) -> list[dict[str, Any]]:
-    """The snapshots, by repo and commit: size, last use, pin, aliases, and the workers that use them now.
+    """The snapshots, by repo and commit: size, last use, pin, aliases, compiled code, and the workers that use them.
 
     `complete` is false if a file that the manifest names is not there, or the manifest cannot be read; `problem` is
     what the last `verify`, which compares sizes and bytes, found wrong.
@@ -41,6 +41,7 @@ def models(layout: Layout) -> list[dict[str, Any]]:
     now = pins.volume_time(layout) if keys else 0.0
     aliased, pinned, marked = aliases.targets(layout).known, pins.pinned(layout), pins.marked_repos(layout)
     verified = frozenset(tree.names(layout.root / "verified"))
+    cached = frozenset(tree.names(layout.engine_caches))
 
     records = []
     # Files are parsed after all were read: a thread that computes holds up those that read.
@@ -62,6 +63,7 @@ def models(layout: Layout) -> list[dict[str, Any]]:
                 "pinned": key in pinned,
                 "aliases": list(aliased.get(key, ())),
                 "in_use_by": list(pins.users_of(marks, now)),
+                "engine_caches": engine_caches.records(layout, key) if key.parts[0] in cached else [],
             }
         )
     return records
@@ -88,7 +90,7 @@ def space(layout: Layout, settings: Settings) -> dict[str, Any]:
     candidates = survey(layout)
     counted: set[tuple[int, int]] = set()
     folders = {"models": layout.models, "staging": layout.root / "staging"}
-    folders |= {"quarantine": layout.quarantine, "trash": layout.trash}
+    folders |= {"engine-caches": layout.engine_caches, "quarantine": layout.quarantine, "trash": layout.trash}
     kinds = {kind: tree.tree_bytes(folder, counted) for kind, folder in folders.items()}
     taken = Space(layout, settings).taken()
     kinds["promised"] = max(taken - sum(kinds.values()), 0)  # to downloads that run

@@ -20,6 +20,7 @@ _SHOWN_STARTS = 40
 NO_STARTS = "No start has been recorded yet: start a worker with this volume, or run `modelstore warm REF`."
 _NO_MODELS = "No models are on the volume: run modelstore seed org/name."
 _KINDS = {
+    "engine-caches": ("engines' compiled code", "#7048e8"),
     "staging": ("unfinished downloads", "#b08900"),
     "quarantine": ("damaged snapshots, in quarantine", "#d63939"),
     "trash": ("trash", "#8a8f98"),

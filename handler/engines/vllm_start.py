@@ -1,0 +1,230 @@
+"""vLLM's boot, beside the read of its weights.
+
+`vllm serve` is started before the snapshot is looked up, and told the model as soon as the small files are there. It
+takes the weights out of this process's memory while they arrive (`modelstore/load/vllm_plugin.py`), from a folder that
+has the same path on every worker. A block that is damaged is read again from the mended snapshot, while vLLM waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from handler.engines.compiled_code import CompiledCode
+from handler.engines.server import Milestone, Server
+from handler.engines.vllm_engine import VllmEngine
+from handler.errors import JobError
+from modelstore.dtypes import DTYPES
+from modelstore.environment import WEIGHTS_SOURCE, with_plugin
+from modelstore.errors import NotFound, ServerFailed
+from modelstore.load import vllm_plugin
+from modelstore.load.model_folder import ModelFolder, runtime_folder
+from modelstore.load.weights_socket import WeightsServer, shared_files
+from modelstore.settings import Settings
+from modelstore.volume.snapshots import check_code
+from modelstore.warmstart import PendingStart
+
+logger = logging.getLogger(__name__)
+
+_READY_S = 24 * 3600  # it waits for its engine, which waits for the read: RunPod has a limit of its own
+_FIRST_REQUEST = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+_MILESTONES = [
+    Milestone(re.compile(pattern), part)
+    for pattern, part in (
+        (r"non-default args", "imports"),
+        (r"Initializing a V1 LLM engine", "configuration"),
+        (r"Starting to load model", "processes"),
+        (r"Loading weights took", "weights"),
+        (r"torch\.compile (and initial profiling/warmup )?(took|takes)|Warming up done", "compilation"),
+        (r"Available KV cache memory|KV cache size", "profiling"),
+        (r"init engine \(", "graphs"),
+    )
+]
+# In a config of the model that says how to generate: what vLLM takes from the model's own config without one
+_GENERATION = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "eos_token_id", "bos_token_id")
+
+
+class Loader:
+    """See `handler.engines.Loader`. The server starts at once: it imports vLLM while the snapshot is looked up."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._command = _command(settings.vllm_python)
+        self._place = TemporaryDirectory(prefix="vllm-", dir=runtime_folder())
+        vllm_plugin.lend(Path(self._place.name))
+        self._socket = Path(self._place.name) / "weights"
+        self._code = CompiledCode(settings) if settings.engine_cache != "off" else None
+        self._server = self._started()
+        self._arguments: list[str] = []
+        self._weights: WeightsServer | None = None
+        self._folder: ModelFolder | None = None
+
+    def load(self, pending: PendingStart, import_sdk: Callable[[], None]) -> VllmEngine:
+        """See `handler.engines.Loader`."""
+        imports = [import_sdk]
+
+        def load(pending: PendingStart) -> VllmEngine:
+            self._give(pending)
+            while imports:
+                imports.pop()()
+            self._wait(pending)
+            return self._finished(pending)
+
+        return pending.load(load)
+
+    def cancel(self) -> None:
+        """See `handler.engines.Loader`."""
+        self._server.end()
+        if self._weights is not None:
+            self._weights.close()
+        for folder in (self._folder, self._code):
+            if folder is not None:
+                folder.close()
+        self._place.cleanup()
+
+    def _started(self) -> Server:
+        return Server(
+            "vLLM",
+            self._command,
+            hint="mend MODELSTORE_VLLM_ARGS, or the variable that became the option, or use ENGINE=text",
+            environment=with_plugin(self._place.name, vllm_plugin.NAME)
+            | (self._code.environment if self._code is not None else {})
+            | {WEIGHTS_SOURCE: json.dumps({"socket": str(self._socket)}), "VLLM_ENGINE_READY_TIMEOUT_S": str(_READY_S)},
+            milestones=_MILESTONES,
+        )
+
+    def _give(self, pending: PendingStart) -> None:
+        """Tell the server the model, and have it load what the reading reads; called again with another reading if
+        bytes of the first were damaged."""
+        snapshot, reading = pending.snapshot, pending.reading
+        check_code(snapshot, trusted=pending.trusted)
+        if not self._arguments:
+            if self._folder is not None:  # bytes of the first reading were damaged before it came that far
+                self._folder.close()
+            self._folder = ModelFolder(snapshot, reading)
+            self._folder.write("generation_config.json", _generation_config(pending))
+            files = shared_files(snapshot, reading)
+            if _has_own_loader(pending.settings):
+                self._folder.link_to_memory(reading)
+            elif files and self._weights is None:
+                self._weights = WeightsServer(self._socket, self._folder.path)
+            options = _options(pending, ours=self._weights is not None)
+            if self._code is not None:
+                facts = {"engine": "vLLM", "versions": self._server.versions(), "arguments": options}
+                self._code.restore(snapshot.key, {**facts, "path": str(self._folder.path)})
+            self._arguments = [
+                "serve",
+                str(self._folder.path),
+                *options,
+                *_names(pending),
+                "--uds",
+            ]
+            self._server.begin(self._arguments)
+        if self._weights is not None:
+            self._weights.serve(reading, shared_files(snapshot, reading))
+
+    def _wait(self, pending: PendingStart) -> None:
+        """Return when vLLM answers; if it runs code that another worker compiled, as it did there. Raises ServerFailed,
+        and what ended the reading."""
+        code = self._code
+        failure: ServerFailed | None = None
+        try:
+            self._server.wait(pending.reading.check)
+        except ServerFailed as error:
+            if code is None or not code.is_restored:
+                raise
+            failure = error
+        if code is None:
+            return
+        answer = "" if failure is not None else self._answer(pending)
+        if failure is not None or not code.is_right(answer):
+            logger.warning("vLLM starts again without the compiled code: %s", failure or f"it answers {answer!r}")
+            self._server.end()
+            code.forget()
+            if failure is None:
+                code.quarantine()
+            self._server = self._started()
+            self._server.begin(self._arguments)
+            self._server.wait(pending.reading.check)
+            if failure is not None:  # which was not for another reason
+                code.quarantine()
+            answer = self._answer(pending)
+        code.publish(answer)
+
+    def _answer(self, pending: PendingStart) -> str:
+        """What vLLM answers to a fixed prompt; empty if it answers none."""
+        body = _FIRST_REQUEST | {"model": pending.snapshot.key.repo_id}
+
+        async def ask() -> str:
+            async for answer in self._server.answer("/v1/completions", body):
+                if isinstance(answer, dict):
+                    return str(answer["choices"][0]["text"])
+            return ""
+
+        try:
+            return asyncio.run(ask())
+        except (JobError, LookupError) as error:  # a model that does not generate text
+            logger.info("vLLM does not answer a prompt: %s", error)
+            return ""
+
+    def _finished(self, pending: PendingStart) -> VllmEngine:
+        assert self._folder is not None
+        self._server.add_spans(pending.timeline)
+        pending.reading.wait_all()
+        pending.timeline.add(pending.reading.as_span(pending.timeline))
+        if self._weights is not None:
+            self._weights.close()
+        self._folder.link_to_volume()
+        pending.reading.close()
+        return VllmEngine(self._server, pending, close=self.cancel)
+
+
+def _options(pending: PendingStart, *, ours: bool) -> list[str]:
+    """The options of `vllm serve` that what it compiles may depend on. `ours`: with our load format."""
+    options = ["--dtype", DTYPES[pending.snapshot.key.dtype].torch_name or "auto"]
+    options += ["--load-format", vllm_plugin.NAME] if ours else []
+    options += ["--trust-remote-code"] if pending.trusted else []
+    return [*options, *pending.settings.vllm_args]
+
+
+def _names(pending: PendingStart) -> list[str]:
+    """The other options."""
+    settings = pending.settings
+    names = dict.fromkeys((pending.snapshot.key.repo_id, str(settings.model), *settings.served_names))
+    return ["--served-model-name", *names, "--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
+
+
+def _has_own_loader(settings: Settings) -> bool:
+    """Whether the options name another load format than ours."""
+    words = [word for argument in settings.vllm_args for word in argument.split("=", 1)]
+    named = [after for word, after in pairwise(words) if word.replace("_", "-") == "--load-format"]
+    return bool(named) and named[-1] != vllm_plugin.NAME
+
+
+def _generation_config(pending: PendingStart) -> bytes:
+    """The model's generation_config.json, with the most tokens that a job may ask for. vLLM takes it for the default
+    and the limit of each request; as an option it would be part of the key of what is compiled."""
+    config = pending.snapshot.config("generation_config.json")
+    if not config:
+        config = {name: value for name, value in pending.snapshot.config().items() if name in _GENERATION}
+    return json.dumps(config | {"max_new_tokens": pending.settings.max_tokens}, indent=2).encode()
+
+
+def _command(python: Path | None) -> list[str]:
+    """The program that serves with vLLM. `python`: the interpreter of the environment that has it, by default this one.
+
+    Raises NotFound if that does not exist.
+    """
+    if find_spec("vllm") is None if python is None else not os.access(python, os.X_OK):
+        place = "in this environment" if python is None else f"under {python}"
+        raise NotFound(f"there is no vLLM {place}: let MODELSTORE_VLLM_PYTHON name the interpreter that has it")
+    return [str(python or sys.executable), str(Path(__file__).with_name("vllm_server.py"))]

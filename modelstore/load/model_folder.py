@@ -1,0 +1,124 @@
+"""A snapshot as a folder for a server on this host, at a path that is the same on every worker.
+
+    <temporary folder>/modelstore-<user id>/<org>--<name>/<commit>.<dtype>
+
+Servers keep compiled code by the path of the model, so a path that changed would lose it at each start. A lock says
+which process a folder belongs to: one that finds it locked takes the next (`<commit>.<dtype>.2`), the lock of a process
+that was killed is free again, and only the owner clears its folder up. The folder holds the small files, with the
+bytes that were read and compared, and links to the weights on the volume, or in the memory of the process that read
+them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from modelstore.errors import Refused
+from modelstore.load.reader import Reading
+from modelstore.volume.snapshots import Snapshot
+
+
+def runtime_folder() -> Path:
+    """This user's folder for what processes of one host share while they run. Raises Refused if it is not this user's
+    alone."""
+    folder = Path(tempfile.gettempdir()) / f"modelstore-{os.geteuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    state = folder.lstat()
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid() or state.st_mode & 0o077:
+        raise Refused(f"{folder} is not this user's alone: remove it, or let TMPDIR name another folder")
+    return folder
+
+
+class OwnedFolder:
+    """An empty folder of this process alone, at the first of a row of fixed paths that no other process has."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        for number in count(1):
+            self.path = path if number == 1 else path.with_name(f"{path.name}.{number}")
+            self._lock = FileLock(f"{self.path}.lock", thread_local=False)
+            try:
+                self._lock.acquire(blocking=False)
+                break
+            except Timeout:
+                continue
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove all that the folder holds."""
+        if self.path.is_symlink():
+            self.path.unlink()
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(mode=0o700)
+
+    def close(self) -> None:
+        """Remove the folder, and let others have its path."""
+        if self._lock.is_locked:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self._lock.release()
+
+
+class ModelFolder:
+    """A snapshot's folder for a server. `path` is there, with the small files, when this returns."""
+
+    def __init__(self, snapshot: Snapshot, reading: Reading) -> None:
+        """`reading`: of the snapshot, in flight. Raises DigestMismatch if a small file does not match the manifest,
+        OSError if the volume fails, Refused if the folder would not be this user's alone."""
+        self._snapshot = snapshot
+        self._owned = OwnedFolder(runtime_folder().joinpath(*snapshot.key.parts))
+        self.path = self._owned.path
+        try:
+            for file in snapshot.manifest.files:
+                path = self.path / file.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if not file.path.endswith(".safetensors"):
+                    with path.open("wb") as copied:
+                        copied.write(reading.wait(file.path))
+            self._link_weights(self._on_volume)
+        except BaseException:
+            self._owned.close()
+            raise
+
+    def write(self, name: str, data: bytes) -> None:
+        """Give a small file other contents than the snapshot's."""
+        with (self.path / name).open("wb") as file:
+            file.write(data)
+
+    def link_to_memory(self, reading: Reading) -> None:
+        """Let the weights' links lead to the memory that they are read into, once all have arrived: for a server whose
+        loader maps files. Raises as the reading does."""
+        reading.wait_all()
+
+        def in_memory(path: str) -> Path:
+            fd = reading.descriptor(path) if reading.holds(path) else -1
+            return self._on_volume(path) if fd < 0 else Path(f"/proc/{os.getpid()}/fd/{fd}")
+
+        self._link_weights(in_memory)
+
+    def link_to_volume(self) -> None:
+        """Let the weights' links lead to the volume."""
+        self._link_weights(self._on_volume)
+
+    def close(self) -> None:
+        """Remove the folder."""
+        self._owned.close()
+
+    def _on_volume(self, path: str) -> Path:
+        return self._snapshot.path / path
+
+    def _link_weights(self, target: Callable[[str], Path]) -> None:
+        weights = (*self._snapshot.weights, *self._snapshot.weights_beside)
+        for file in weights:
+            link = self.path / file.path
+            link.unlink(missing_ok=True)
+            link.symlink_to(target(file.path))

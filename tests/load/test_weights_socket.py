@@ -1,0 +1,178 @@
+"""Weights for other processes: as they arrive, from one memory, and only what was compared."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from modelstore.errors import DigestMismatch, ProcessFailed
+from modelstore.load.reader import Reading, start_reading
+from modelstore.load.weights_socket import Weights, WeightsServer, connect, shared_files
+from modelstore.store import ModelStore
+from modelstore.volume.snapshots import Snapshot
+from tests.support.checkpoints import write_repo
+from tests.support.readings import children, start, weights_file
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path) -> Snapshot:
+    write_repo(tmp_path / "source", shards=3)
+    return ModelStore(tmp_path / "store").ensure(f"file://{tmp_path}/source")
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[WeightsServer]:
+    server = WeightsServer(tmp_path / "socket", tmp_path / "folder")
+    yield server
+    server.close()
+
+
+def taken(weights: Weights) -> dict[str, bytes]:
+    """All bytes of all files, waited for in small steps."""
+    for file in weights.files:
+        for end in range(1, file.size_bytes + 1, max(1, file.size_bytes // 7)):
+            weights.wait(file, end)
+        weights.wait(file, file.size_bytes)
+    return {file.path: bytes(file.memory) for file in weights.files}
+
+
+def on_volume(snapshot: Snapshot) -> dict[str, bytes]:
+    return {file.path: (snapshot.path / file.path).read_bytes() for file in snapshot.weights}
+
+
+def test_every_byte_arrives_in_each_process_from_one_memory(
+    snapshot: Snapshot, server: WeightsServer, tmp_path: Path
+) -> None:
+    reading = start_reading(snapshot, beside=True)
+    server.serve(reading, shared_files(snapshot, reading))
+    with connect(tmp_path / "socket") as first, connect(tmp_path / "socket") as second:
+        assert first.folder == str(tmp_path / "folder")
+        assert taken(first) == taken(second) == on_volume(snapshot)
+        maps = Path("/proc/self/maps").read_text()
+        mapped = Counter(re.findall(r" (\d+) +/memfd:modelstore", maps))
+        assert list(mapped.values()).count(3) == len(first.files), "by the reader and by each client"
+        first.files[0].memory[:4] = b"mine"
+        assert bytes(second.files[0].memory) == on_volume(snapshot)[second.files[0].path]
+    reading.close()
+
+
+def test_a_client_is_told_the_files_before_they_arrive(
+    snapshot: Snapshot, server: WeightsServer, tmp_path: Path
+) -> None:
+    before = set(children())
+    reading = start_reading(snapshot, beside=True)
+    (reader,) = set(children()) - before
+    os.kill(int(reader), signal.SIGSTOP)
+    server.serve(reading, shared_files(snapshot, reading))
+    with connect(tmp_path / "socket") as weights:
+        assert [file.path for file in weights.files] == [file.path for file in snapshot.weights]
+        threading.Timer(0.2, os.kill, (int(reader), signal.SIGCONT)).start()
+        assert taken(weights) == on_volume(snapshot)
+    reading.close()
+
+
+def test_a_client_that_is_there_first_waits_for_the_reading(
+    snapshot: Snapshot, server: WeightsServer, tmp_path: Path
+) -> None:
+    reading = start_reading(snapshot, beside=True)
+    threading.Timer(0.2, server.serve, (reading, shared_files(snapshot, reading))).start()
+    with connect(tmp_path / "socket") as weights:
+        assert taken(weights) == on_volume(snapshot)
+    reading.close()
+
+
+def test_bytes_that_are_wrong_come_from_the_next_reading(
+    snapshot: Snapshot, server: WeightsServer, tmp_path: Path
+) -> None:
+    right = on_volume(snapshot)
+    intact = tmp_path / "intact"
+    shutil.copytree(snapshot.path, intact)
+    path = snapshot.path / snapshot.weights[1].path
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    reading = start_reading(snapshot, beside=True)
+    server.serve(reading, shared_files(snapshot, reading))
+    with connect(tmp_path / "socket") as weights:
+        with pytest.raises(DigestMismatch):
+            reading.wait_all()
+        following = start_reading(Snapshot(intact, snapshot.manifest), beside=True)
+        threading.Timer(0.2, server.serve, (following, shared_files(snapshot, following))).start()
+        assert taken(weights) == right
+    reading.close()
+    following.close()
+
+
+def test_a_client_learns_why_nothing_more_comes(snapshot: Snapshot, server: WeightsServer, tmp_path: Path) -> None:
+    path = snapshot.path / snapshot.weights[0].path
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    reading = start_reading(snapshot, beside=True)
+    server.serve(reading, shared_files(snapshot, reading))
+    with connect(tmp_path / "socket") as weights:
+        threading.Timer(0.2, server.close).start()
+        with pytest.raises(ProcessFailed, match="differs from the published bytes"):
+            taken(weights)
+    reading.close()
+
+
+def test_more_files_than_one_message_has_room_for(server: WeightsServer, tmp_path: Path) -> None:
+    files = [weights_file(tmp_path, f"{number}.safetensors", 100) for number in range(150)]
+    reading = start(tmp_path, files, beside=True)
+    server.serve(reading, files)
+    with connect(tmp_path / "socket") as weights:
+        assert taken(weights) == {file.path: (tmp_path / file.path).read_bytes() for file in files}
+    reading.close()
+
+
+def test_the_owner_is_told_when_each_rank_has_loaded(snapshot: Snapshot, tmp_path: Path) -> None:
+    told = threading.Semaphore(0)
+    groups = []
+
+    def loaded(ranks: int) -> None:
+        groups.append(ranks)
+        told.release()
+
+    server = WeightsServer(tmp_path / "socket", tmp_path, loaded=loaded)
+    reading = start_reading(snapshot, beside=True)
+    server.serve(reading, shared_files(snapshot, reading))
+    for _rank in range(2):
+        with connect(tmp_path / "socket") as weights:
+            taken(weights)
+            weights.tell_loaded(2)
+            assert told.acquire(timeout=5)
+    with connect(tmp_path / "socket") as weights:
+        taken(weights)
+    assert groups == [2, 2]
+    server.close()
+    reading.close()
+
+
+def test_nobody_serves_after_the_end(snapshot: Snapshot, server: WeightsServer, tmp_path: Path) -> None:
+    server.close()
+    with pytest.raises(OSError, match="No such file"), connect(tmp_path / "socket"):
+        pass
+
+
+def test_memory_that_no_other_process_sees_is_not_offered(snapshot: Snapshot) -> None:
+    for how in ({"beside": False}, {"beside": True, "weights": False}):
+        reading = start_reading(snapshot, **how)
+        assert shared_files(snapshot, reading) == []
+        reading.close()
+
+
+def test_the_first_bytes_count_without_gaps(tmp_path: Path) -> None:
+    reading = Reading()
+    file = weights_file(tmp_path, "a.safetensors", 10 * 4096)
+    reading.adopt(tmp_path, file, memoryview((tmp_path / file.path).read_bytes()), block_bytes=4096)
+    assert reading.wait_beyond(file.path, 0) == file.size_bytes
+    reading.close()
