@@ -11,8 +11,8 @@
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS build
-# What to serve with: worker (text), worker,diffusion, worker,embedding, or vllm, whose base image has vLLM in an
-# environment of its own
+# What to serve with: worker (text), worker,adapters (text with LoRA), worker,diffusion, worker,embedding, or vllm, whose
+# base image has vLLM in an environment of its own
 ARG EXTRA=worker
 # An index, a folder of wheels and a certificate for pip; without them its own defaults
 ARG PIP_INDEX_URL

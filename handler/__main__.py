@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -21,7 +21,7 @@ from handler.privileges import become_owner_of
 from handler.redaction import VolumePaths
 from handler.start_failure import tell_waiting_jobs
 from modelstore.environment import forget_secrets
-from modelstore.errors import ModelStoreError, not_installed
+from modelstore.errors import InvalidSetting, ModelStoreError, not_installed
 from modelstore.logs import LINE_CHARACTERS, log_to_stderr, take_library_logs
 from modelstore.settings import EngineName, Settings, ineffective
 from modelstore.startup import gc_paused
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from handler.engines import Engine, Loader
 
 logger = logging.getLogger("handler")
+
+_WITH_ADAPTERS: Sequence[EngineName] = ("text", "vllm")
 
 
 def main() -> int:
@@ -140,6 +142,10 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
             if name is None:
                 name, reason = engine_for(pending.snapshot.config(), pending.snapshot.manifest.paths), "by the model"
             logger.info("the engine is %s: %s", name, reason)
+            if settings.adapters and name not in _WITH_ADAPTERS:
+                raise InvalidSetting(
+                    f"MODEL_ADAPTERS is set, and the engine {name} serves none: unset it, or use {_WITH_ADAPTERS[0]}"
+                )
             loader = loader or import_engine(name).Loader(settings)
             return loader.load(pending, import_sdk)
         except BaseException:

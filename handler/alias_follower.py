@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from handler.engines import Engine
+from handler.engines import Engine, ServesAdapters
 from modelstore.errors import Refused
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
@@ -21,17 +21,13 @@ LOOK_EVERY_S = 2.0
 _TRY_AGAIN_S = 30.0
 
 
-class AliasFollower:
-    """Looks up the target of MODEL_ID's alias every two seconds, in a thread of its own, and swaps `engine` to it."""
+class Follower:
+    """Looks up the target of an alias every two seconds, in a thread of its own, and has it served if it has moved."""
 
-    def __init__(self, engine: Engine, settings: Settings, replace_worker: Callable[[str], None]) -> None:
-        """`replace_worker` is called with the reason if only a new process can serve the alias's model."""
-        assert settings.model is not None
-        self._engine = engine
-        self._name = settings.model.name
+    def __init__(self, alias: str, settings: Settings) -> None:
+        self._name = alias
         self._layout = Layout(settings.root)
         self._worker = settings.worker_id
-        self._replace_worker = replace_worker
         self._failed: tuple[SnapshotKey, float] | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="follow-alias", daemon=True)
@@ -53,21 +49,15 @@ class AliasFollower:
 
     def look(self) -> None:
         """Swap if the alias has moved. Raises if the volume cannot be read."""
-        pointed_to, serving = aliases.target(self._layout, self._name, worker=self._worker), self._engine.status()
-        if (pointed_to.repo_id, pointed_to.commit, pointed_to.dtype) == (
-            serving["model"],
-            serving["commit"],
-            serving["dtype"],
-        ):
+        pointed_to = aliases.target(self._layout, self._name, worker=self._worker)
+        if pointed_to == self._served():
             return
         if self._failed and self._failed[0] == pointed_to and time.monotonic() - self._failed[1] < _TRY_AGAIN_S:
             return
         logger.info("@%s points to %s now: swapping", self._name, pointed_to)
         began = time.monotonic()
         try:
-            timeline = self._engine.swap(f"@{self._name}")
-        except Refused as error:
-            self._replace_worker(str(error))
+            timeline = self._swap()
         except BaseException as error:  # a tokenizer's panic too: the model that serves goes on
             logger.warning("@%s cannot be served: %s: %s", self._name, type(error).__name__, error)
             self._failed = pointed_to, time.monotonic()
@@ -81,6 +71,53 @@ class AliasFollower:
             )
             failed.mark("ready")
             history.add(self._layout, failed, error=f"{type(error).__name__}: {error}")
-        else:
+            return
+        if timeline is not None:
             logger.info("@%s: %s", self._name, timeline.log_line())
             history.add(self._layout, timeline)
+
+    def _served(self) -> SnapshotKey:
+        """The snapshot that serves for the alias."""
+        raise NotImplementedError
+
+    def _swap(self) -> Timeline | None:
+        """Serve the alias's target; returns the record, None if that takes a new process."""
+        raise NotImplementedError
+
+
+class AliasFollower(Follower):
+    """Follows the alias of MODEL_ID."""
+
+    def __init__(self, engine: Engine, settings: Settings, replace_worker: Callable[[str], None]) -> None:
+        """`replace_worker` is called with the reason if only a new process can serve the alias's model."""
+        assert settings.model is not None
+        super().__init__(settings.model.name, settings)
+        self._engine = engine
+        self._replace_worker = replace_worker
+
+    def _served(self) -> SnapshotKey:
+        status = self._engine.status()
+        return SnapshotKey(status["model"], status["commit"], status["dtype"])
+
+    def _swap(self) -> Timeline | None:
+        try:
+            return self._engine.swap(f"@{self._name}")
+        except Refused as error:
+            self._replace_worker(str(error))
+            return None
+
+
+class AdapterFollower(Follower):
+    """Follows the alias of an adapter in MODEL_ADAPTERS."""
+
+    def __init__(self, engine: ServesAdapters, settings: Settings, adapter: str) -> None:
+        """`adapter`: its name in jobs."""
+        super().__init__(settings.adapters[adapter].name, settings)
+        self._engine = engine
+        self._adapter = adapter
+
+    def _served(self) -> SnapshotKey:
+        return self._engine.adapter(self._adapter)
+
+    def _swap(self) -> Timeline:
+        return self._engine.swap_adapter(self._adapter)

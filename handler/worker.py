@@ -21,9 +21,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from handler import openai_routes
-from handler.alias_follower import AliasFollower
+from handler.alias_follower import AdapterFollower, AliasFollower
 from handler.delivery import Delivery, Job, JobChannel, RunPodChannel
-from handler.engines import Engine
+from handler.engines import Engine, ServesAdapters
 from handler.errors import Code, JobError, is_out_of_memory, shown
 from handler.jobs import JobContext, Limits, input_of
 from handler.redaction import VolumePaths
@@ -129,7 +129,7 @@ class Worker:
                 raise JobError(Code.INVALID_INPUT, f"{others[0][:100]} is not served beside op: leave it out")
             return self.status()
         allowed = map(str, self._settings.allowed_models)
-        names = (self._engine.model, *self._settings.served_names, *allowed)
+        names = (self._engine.model, *self._settings.served_names, *self._settings.adapters, *allowed)
         context = JobContext(
             str(job.get("id")),
             self._limits,
@@ -184,6 +184,10 @@ def serve(engine: Engine, settings: Settings, timeline: Mapping[str, Any]) -> No
 
     if settings.model is not None and settings.model.kind == "alias":
         AliasFollower(engine, settings, worker.replace).start()
+    if isinstance(engine, ServesAdapters):
+        for name, reference in settings.adapters.items():
+            if reference.kind == "alias":
+                AdapterFollower(engine, settings, name).start()
 
     termination = Termination(lambda: worker.is_idle, engine.close)
 

@@ -30,6 +30,10 @@ def check_loadable(config: Mapping[str, Any], files: Collection[str], label: str
         raise NotServable(
             f"{label} is a {str(config['_class_name'])[:80]}, a part of a Diffusers pipeline: name the pipeline"
         )
+    if "adapter_config.json" in files and "config.json" not in files:
+        raise NotServable(
+            f"{label} is an adapter and no model by itself: name its model in MODEL_ID, and it in MODEL_ADAPTERS"
+        )
     if "config.json" not in files:
         raise NotServable(f"{label} has no config.json, which names its class: load it with load_tensors")
     name = config.get("model_type")

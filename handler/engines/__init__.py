@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from handler.answers import Answer
 from handler.jobs import JobContext
 from modelstore.servable import CheckConfig, check_encodes, check_generates_text, check_nothing, is_encoder
 from modelstore.settings import EngineName
 from modelstore.timeline import Timeline
+from modelstore.volume.layout import SnapshotKey
 from modelstore.warmstart import PendingStart, Target
 
 
@@ -62,6 +63,18 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Finish running requests, then release the model."""
+
+
+@runtime_checkable
+class ServesAdapters(Protocol):
+    """An engine with the adapters of MODEL_ADAPTERS."""
+
+    def adapter(self, name: str) -> SnapshotKey:
+        """The snapshot of the adapter that has this name now."""
+
+    def swap_adapter(self, name: str) -> Timeline:
+        """Serve the adapter that the name's reference leads to now; returns the record of the exchange. Running answers
+        end with the one before."""
 
 
 MANY = 1 << 30  # jobs: as many as the settings allow

@@ -15,8 +15,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers import (
@@ -38,6 +39,10 @@ from handler.engines.generation_defaults import GenerationDefaults, generation_d
 from handler.engines.token_processors import processors_of
 from handler.errors import Code, JobError, invalid, is_gpu_lost, is_out_of_memory
 from handler.sampling import Sampling
+
+if TYPE_CHECKING:
+    from handler.engines.adapters import Adapters
+    from modelstore.adapters import Adapter
 
 JOIN_EVERY = 16  # tokens; joining sooner would pay the pass over the tokens so far too often
 _SAY_EVERY = 32
@@ -76,11 +81,15 @@ class ActiveSequence:
         beginning: str = "",
         scores_prompt: bool = False,
         text_of: Callable[[int, Sequence[int]], str] = lambda token, _before: str(token),
+        adapter: str | None = None,
     ) -> None:
         """Without `every_token` the receiver gets a piece now and then, for its progress alone. `ends`: tokens that end
         the text besides the model's own. `beginning`: the prompt, if the text repeats it. `scores_prompt`: whether
         the log probabilities of its tokens are told too.
-        `text_of`: a token's text behind the first tokens of a character, for log probabilities."""
+        `text_of`: a token's text behind the first tokens of a character, for log probabilities. `adapter`: the name of
+        the one that it is generated with."""
+        self.adapter = adapter
+        self.adapter_key = ""
         self.tokens = list(prompt)
         self.prompt_tokens = len(self.tokens)
         self.sampling = sampling
@@ -169,10 +178,19 @@ class Batcher:
     """Generates for all rows that were submitted, `limit` at once. Call `close` at the end."""
 
     def __init__(
-        self, model: PreTrainedModel, *, limit: int, pad_token_id: int | None, tokenizer_end: int | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        limit: int,
+        pad_token_id: int | None,
+        tokenizer_end: int | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
-        """`limit`: the rows of one batch. `tokenizer_end`: the tokenizer's end token."""
+        """`limit`: the rows of one batch. `tokenizer_end`: the tokenizer's end token. `adapters`: beside the model."""
         self._model = model
+        self._adapters = adapters
+        self._exchanges: deque[tuple[Adapter, Future[None]]] = deque()
+        self._retired: list[str] = []  # keys of adapters that were exchanged
         self._most = self._room = limit
         vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 1 << 60
         own_defaults = model.generation_config
@@ -202,10 +220,23 @@ class Batcher:
     def submit(self, rows: Sequence[ActiveSequence]) -> None:
         """Generate for these, beside each other if there is room."""
         with self._changed:
+            for row in rows:
+                row.adapter_key = self._adapters.key_of(row.adapter) if self._adapters is not None else ""
             self._waiting.extend(rows)
             self._changed.notify_all()
         if not self._thread.is_alive():
             self._fail_all(RuntimeError(self._broken or "the engine has ended"))
+
+    def exchange(self, adapter: Adapter) -> None:
+        """Return when rows that are submitted from now on have this adapter by its name; those with the one before end
+        with that. Raises NotServable if it does not fit the model."""
+        done: Future[None] = Future()
+        with self._changed:
+            self._exchanges.append((adapter, done))
+            self._changed.notify_all()
+        if not self._thread.is_alive():
+            self._fail_all(RuntimeError(self._broken or "the engine has ended"))
+        done.result()
 
     def close(self) -> None:
         """Return when all that was submitted has ended."""
@@ -237,13 +268,18 @@ class Batcher:
             rows = [*self._running, *self._waiting]
             self._running.clear()
             self._waiting.clear()
+            exchanges = list(self._exchanges)
+            self._exchanges.clear()
         for row in rows:
             row.fail(error)
+        for _adapter, done in exchanges:
+            done.set_exception(error)
 
     def _next(self) -> list[ActiveSequence] | None:
         """The rows to go on with; None when there will be none."""
-        with self._changed:
-            while True:
+        while True:
+            self._exchange_adapters()
+            with self._changed:
                 self._running = [row for row in self._running if not row.ended]
                 while self._waiting and len(self._running) < self._room:
                     row = self._waiting.popleft()
@@ -255,11 +291,33 @@ class Batcher:
                 self._room = self._most
                 if self._closed:
                     return None
-                self._changed.wait()
+                if not self._exchanges and not self._retired:
+                    self._changed.wait()
+
+    def _exchange_adapters(self) -> None:
+        """Add the adapters that wait for it, and remove those that no row has any more."""
+        while self._exchanges and self._adapters is not None:
+            adapter, done = self._exchanges.popleft()
+            before = self._adapters.key_of(adapter.name)
+            try:
+                self._adapters.add(adapter)
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                self._retired.append(before)
+                done.set_result(None)
+        if self._retired and self._adapters is not None:
+            with self._changed:
+                rows = (*self._running, *self._waiting)
+                used = {row.adapter_key for row in rows if not row.ended}
+            for key in [key for key in self._retired if key not in used]:
+                self._adapters.remove(key)
+                self._retired.remove(key)
 
     def _wanted(self) -> bool:
-        """Whether a request waits that could join. An encoder's state cannot be extended, only computed again."""
-        return (
+        """Whether a request waits that could join, or an adapter. An encoder's state cannot be extended, only computed
+        again."""
+        return bool(self._exchanges) or (
             not self._model.config.is_encoder_decoder
             and bool(self._waiting)
             and (sum(not row.ended for row in self._running) < self._room)
@@ -286,7 +344,8 @@ class Batcher:
         device = self._model.device
         ends = [row.ends(self._defaults.ends) for row in rows]
         with torch.inference_mode(), _generation_config(self._model, self._defaults.config):
-            self._model.generate(
+            self._call_generate(
+                rows,
                 tokens.to(device),
                 attention_mask=mask.to(device),
                 generation_config=config,
@@ -294,11 +353,19 @@ class Batcher:
                 stopping_criteria=StoppingCriteriaList([_StopTracker(rows, ends, self._wanted, self._context)]),
             )
 
+    def _call_generate(self, rows: Sequence[ActiveSequence], tokens: torch.Tensor, **options: Any) -> None:
+        if self._adapters is None:
+            self._model.generate(tokens, **options)
+        else:
+            self._adapters.generate(tokens, keys=[row.adapter_key for row in rows], **options)
+
     def _score_prompt(self, row: ActiveSequence) -> None:
         """Note the log probabilities of a prompt's tokens, by one pass over them."""
         tokens = torch.tensor([row.tokens], device=self._model.device)
         with torch.inference_mode():
-            logits = self._model(tokens).logits[0]
+            adapters = self._adapters
+            output = self._model(tokens) if adapters is None else adapters.forward(tokens, keys=[row.adapter_key])
+            logits = output.logits[0]
             row.tell(row.tokens[0], None, ())
             for begin in range(0, len(row.tokens) - 1, _SCORED_AT_ONCE):
                 following = row.tokens[begin + 1 : begin + 1 + _SCORED_AT_ONCE]

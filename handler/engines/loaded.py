@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +26,9 @@ from modelstore.volume.pins import UsageMark
 from modelstore.volume.snapshots import Snapshot, check_code
 from modelstore.warmstart import PendingStart
 
+if TYPE_CHECKING:
+    from handler.engines.adapters import Adapters
+
 _MESSAGE_CHARACTERS = 500  # of an error of a tokenizer
 
 
@@ -39,6 +42,7 @@ class Loaded:
     kinds: TokenKinds
     context: int | None
     in_use: UsageMark
+    adapters: Adapters | None = None
 
     @classmethod
     def from_start(
@@ -69,11 +73,27 @@ class Loaded:
         )
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         known = context if isinstance(context, int) and context > 0 else None
-        return cls(pending.snapshot, model, tokenizer, TokenKinds(tokenizer), known, pending.in_use)
+        adapters = _adapters_of(pending, model) if pending.settings.adapters else None
+        return cls(pending.snapshot, model, tokenizer, TokenKinds(tokenizer), known, pending.in_use, adapters)
+
+    def end_use(self) -> None:
+        """The snapshots are no longer in use by this worker."""
+        self.in_use.end()
+        for adapter in self.adapters.current.values() if self.adapters is not None else ():
+            adapter.in_use.end()
 
     @property
     def key(self) -> SnapshotKey:
         return self.snapshot.key
+
+
+def _adapters_of(pending: PendingStart, model: PreTrainedModel) -> Adapters:
+    """The adapters of MODEL_ADAPTERS, beside the model. Raises NotServable if one does not fit it."""
+    from handler.engines.adapters import Adapters
+    from modelstore.adapters import find_or_make
+
+    settings, key, timeline = pending.settings, pending.snapshot.key, pending.timeline
+    return Adapters(model, [find_or_make(settings, name, key, timeline) for name in settings.adapters])
 
 
 def _tokenizer_of(pending: PendingStart) -> PreTrainedTokenizerBase:

@@ -28,6 +28,7 @@ from modelstore.reference import parse_reference
 from modelstore.servable import check_generates_text
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
+from modelstore.volume.layout import SnapshotKey
 from modelstore.warmstart import PendingStart, begin
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,14 @@ class MultiModelEngine:
         """See Engine."""
         return self._own.engine.swap(reference)
 
+    def adapter(self, name: str) -> SnapshotKey:
+        """See ServesAdapters."""
+        return self._own.engine.adapter(name)
+
+    def swap_adapter(self, name: str) -> Timeline:
+        """See ServesAdapters."""
+        return self._own.engine.swap_adapter(name)
+
     def serves(self, name: str) -> bool:
         """See TextEngine."""
         return any(resident.engine.serves(name) for resident in self._all())
@@ -98,7 +107,7 @@ class MultiModelEngine:
     async def generate(self, request: TextRequest) -> AsyncIterator[TextDelta]:
         """The pieces of all the request's prompts, as they come. A job may name other models than the worker's own if
         MODELSTORE_ALLOWED_MODELS lists them."""
-        if request.model is not None:
+        if request.model is not None and request.model not in self._settings.adapters:
             request = replace(request, model=self._normal(request.model))
         while True:
             resident = await self._resident(request.model)
@@ -175,7 +184,8 @@ class MultiModelEngine:
 
     def _not_served(self, name: str) -> JobError:
         settings = self._settings
-        return not_served(name, self.model, *settings.served_names, *map(str, settings.allowed_models))
+        others = map(str, settings.allowed_models)
+        return not_served(name, self.model, *settings.served_names, *settings.adapters, *others)
 
     def _all(self) -> list[_Resident]:
         return [self._own, *self._others.values()]
@@ -242,6 +252,7 @@ class Loader:
 
     def _load_another(self, settings: Settings) -> TextEngine:
         free_memory()  # memory that torch keeps for itself would count as taken
+        settings = replace(settings, adapters={})  # those of the worker's own model
         pending = begin(settings, timeline=Timeline(), check_config=check_generates_text)
         try:
             return pending.load(partial(TextEngine.load, renderer=self._renderer))

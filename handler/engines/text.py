@@ -16,6 +16,7 @@ import torch
 
 from handler.answers import Answer, TextDelta, TokenLogprob
 from handler.engines import MANY, NUMBERS
+from handler.engines.adapter_gate import exchange_begun, exchange_ended, shown
 from handler.engines.batcher import ActiveSequence, Batcher, free_memory
 from handler.engines.chat_template import Renderer
 from handler.engines.loaded import Loaded, check_token_ids, encode, ends_of, fitted, pad_token_id
@@ -25,13 +26,14 @@ from handler.jobs import JobContext, TextRequest
 from handler.prompts import Prompt
 from handler.sampling import Sampling
 from handler.text_jobs import text_answer
+from modelstore.adapters import find_or_make
 from modelstore.errors import DoesNotFit, IntegrityError, Refused
 from modelstore.load.torch_device import check_room, place_of, spare_bytes
 from modelstore.reference import parse_reference
 from modelstore.servable import check_generates_text
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
-from modelstore.volume.layout import Layout
+from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.snapshots import Catalog
 from modelstore.warmstart import PendingStart, Target, begin
 
@@ -54,11 +56,16 @@ class _Serving:
             limit=settings.max_concurrency,
             pad_token_id=pad_token_id(loaded),
             tokenizer_end=loaded.tokenizer.eos_token_id,
+            adapters=loaded.adapters,
         )
+
+    def has_adapter(self, name: str | None) -> bool:
+        """Whether a job that names this model is answered with an adapter."""
+        return self.loaded.adapters is not None and name in self.loaded.adapters.names
 
     def serves(self, name: str) -> bool:
         """Whether a job may call the model so."""
-        return name in (self.loaded.key.repo_id, self.asked_for)
+        return name in (self.loaded.key.repo_id, self.asked_for) or self.has_adapter(name)
 
 
 class TextEngine:
@@ -128,6 +135,7 @@ class TextEngine:
             "dtype": loaded.key.dtype,
             "context": loaded.context,
             "memory": memory,
+            **shown(loaded.adapters.current if loaded.adapters is not None else {}),
         }
 
     async def answer(self, data: Mapping[str, Any], job: JobContext) -> Answer:
@@ -145,10 +153,13 @@ class TextEngine:
         try:
             loaded, batcher = serving.loaded, serving.batcher
             if request.model is not None and not serving.serves(request.model):
-                raise not_served(request.model, loaded.key.repo_id, *self._settings.served_names)
+                raise not_served(
+                    request.model, loaded.key.repo_id, *self._settings.served_names, *self._settings.adapters
+                )
+            name = request.model if serving.has_adapter(request.model) else None
             pieces = _Pieces(asyncio.get_running_loop())
             try:
-                encode = partial(_rows, request, loaded, pieces, self._renderer)
+                encode = partial(_rows, request, loaded, pieces, self._renderer, name)
                 rows = await self._offload.run(encode, limit_s=_ENCODE_S)
             except TimeoutError as error:
                 reason = f"the tokenizer of {self.model} did not end within {_ENCODE_S:g} s: send a shorter prompt"
@@ -161,7 +172,7 @@ class TextEngine:
                 counted = piece.finish_reason and not piece.index % request.choices
                 prompt_tokens = lengths[piece.index] if counted else 0
                 remaining -= piece.finish_reason is not None
-                yield replace(piece, prompt_tokens=prompt_tokens, model=loaded.key.repo_id)
+                yield replace(piece, prompt_tokens=prompt_tokens, model=name or loaded.key.repo_id)
         finally:
             for row in rows:
                 row.cancel()
@@ -193,6 +204,29 @@ class TextEngine:
                 timeline.mark("ready")
             return timeline
 
+    def adapter(self, name: str) -> SnapshotKey:
+        """See ServesAdapters."""
+        assert self._loaded.adapters is not None
+        return self._loaded.adapters.current[name].snapshot.key
+
+    def swap_adapter(self, name: str) -> Timeline:
+        """See ServesAdapters."""
+        with self._swapping:
+            serving = self._serving
+            adapters = serving.loaded.adapters
+            assert adapters is not None
+            timeline = exchange_begun(self._settings, name)
+            before = adapters.current[name]
+            adapter = find_or_make(self._settings, name, serving.loaded.key, timeline)
+            try:
+                with timeline.span("build"):
+                    serving.batcher.exchange(adapter)
+            except BaseException:
+                adapter.in_use.end()
+                raise
+            before.in_use.end()
+            return exchange_ended(timeline, adapter)
+
     def close(self) -> None:
         """See Engine."""
         for serving in (self._leaving, self._serving):
@@ -202,7 +236,7 @@ class TextEngine:
             self._renderer.close()
         for loaded in (self._loaded, self._kept):
             if loaded is not None:
-                loaded.in_use.end()
+                loaded.end_use()
         self._kept = None
         del self._serving, serving, loaded
         free_memory()
@@ -344,7 +378,7 @@ class TextEngine:
                 kept = None
         for dropped in (self._kept, before):
             if dropped is not None and dropped is not kept and dropped is not self._loaded:
-                dropped.in_use.end()
+                dropped.end_use()
         self._kept = kept
 
 
@@ -382,7 +416,9 @@ class _Receiver:
         self.pieces.put(error)
 
 
-def _rows(request: TextRequest, loaded: Loaded, pieces: _Pieces, renderer: Renderer) -> list[ActiveSequence]:
+def _rows(
+    request: TextRequest, loaded: Loaded, pieces: _Pieces, renderer: Renderer, adapter: str | None
+) -> list[ActiveSequence]:
     rows: list[ActiveSequence] = []
     if request.echo and request.sampling.logprobs is not None and loaded.model.config.is_encoder_decoder:
         raise invalid(f"echo with logprobs is not served: {loaded.key.repo_id} continues no prompt, it answers it")
@@ -407,6 +443,7 @@ def _rows(request: TextRequest, loaded: Loaded, pieces: _Pieces, renderer: Rende
                 beginning=_beginning(prompt, sampling, loaded) if request.echo else "",
                 scores_prompt=request.echo and sampling.logprobs is not None and not prompt.messages,
                 text_of=loaded.kinds.text_of,
+                adapter=adapter,
             )
         )
     return rows

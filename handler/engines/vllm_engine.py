@@ -10,21 +10,23 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import replace
 from typing import Any
 
 from handler import openai_routes
 from handler.answers import Answer, TextAnswer, TextDelta, TokenLogprob
 from handler.engines import LARGE, MANY
+from handler.engines.adapter_gate import AdapterGate, exchange_begun, exchange_ended, shown
 from handler.engines.server import Server, error_message
 from handler.errors import Code, JobError, invalid, not_served
 from handler.jobs import JobContext, TextRequest, parse_text
 from handler.prompts import Prompt
+from modelstore.adapters import Adapter, find_or_make
 from modelstore.errors import IntegrityError, Refused
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
-from modelstore.volume.layout import Layout
+from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.snapshots import Catalog, Snapshot
 from modelstore.warmstart import PendingStart
 
@@ -47,8 +49,12 @@ class VllmEngine:
     jobs_at_once = MANY
     beside_the_prompt = LARGE  # a conversation may hold pictures
 
-    def __init__(self, server: Server, pending: PendingStart, *, close: Callable[[], None]) -> None:
-        """`close`: ends the server, and removes its files."""
+    def __init__(
+        self, server: Server, pending: PendingStart, adapters: dict[str, Adapter], *, close: Callable[[], None]
+    ) -> None:
+        """`adapters`: those that the server has, by their names; `close`: ends the server, and removes its files."""
+        self._adapters = adapters
+        self._gate = AdapterGate()
         self._server = server
         self._close = close
         self._snapshot: Snapshot = pending.snapshot
@@ -62,7 +68,7 @@ class VllmEngine:
 
     def serves(self, name: str) -> bool:
         """Whether a job may call the model so."""
-        return name in (self.model, str(self._settings.model))
+        return name in (self.model, str(self._settings.model)) or name in self._adapters
 
     @property
     def broken(self) -> str:
@@ -78,11 +84,36 @@ class VllmEngine:
     def status(self) -> dict[str, Any]:
         """See Engine."""
         key = self._snapshot.key
-        return {"engine": "vllm", "model": key.repo_id, "commit": key.commit, "dtype": key.dtype}
+        status = {"engine": "vllm", "model": key.repo_id, "commit": key.commit, "dtype": key.dtype}
+        return status | shown(self._adapters)
 
     def swap(self, reference: str) -> Timeline:
         """See Engine."""
         raise Refused(f"vLLM serves one model in its life: {reference} takes a new worker")
+
+    def adapter(self, name: str) -> SnapshotKey:
+        """See ServesAdapters."""
+        return self._adapters[name].snapshot.key
+
+    def swap_adapter(self, name: str) -> Timeline:
+        """See ServesAdapters."""
+        timeline = exchange_begun(self._settings, name)
+        adapter = find_or_make(self._settings, name, self._snapshot.key, timeline)
+        body = {"lora_name": name, "lora_path": str(adapter.snapshot.path), "load_inplace": True}
+
+        async def load() -> None:
+            async with self._server.request("POST", "/v1/load_lora_adapter", body) as response:
+                await response.read()
+
+        try:
+            with timeline.span("pause"), self._gate.exchanging(name):
+                asyncio.run(load())
+        except BaseException:
+            adapter.in_use.end()
+            raise
+        self._adapters[name].in_use.end()
+        self._adapters[name] = adapter
+        return exchange_ended(timeline, adapter)
 
     def close(self) -> None:
         """See Engine."""
@@ -95,16 +126,30 @@ class VllmEngine:
         if openai_routes.is_request(data):
             path, body = openai_routes.parse_request(*openai_routes.route_and_body(data), job.limits)
             fields.check(body or {}, path.removeprefix("/v1/"))
-            return self._server.answer(path, body), openai_routes.PassedAnswer()
+            return self._passed_on(path, body), openai_routes.PassedAnswer()
         request = parse_text(data, job.limits, fields)
         if request.passed.get("tools"):  # vLLM tells a call apart from the text, and a native output has a text alone
             raise invalid("tools are served on OpenAI's routes by this vLLM: send them to /v1/chat/completions")
         return self.generate(replace(request, model=job.model_of(data))), TextAnswer(request)
 
+    async def _passed_on(self, path: str, body: Mapping[str, Any] | None) -> AsyncIterator[str | dict[str, Any]]:
+        async with self._with_adapter((body or {}).get("model")), aclosing(self._server.answer(path, body)) as events:  # type: ignore[type-var]
+            async for event in events:
+                yield event
+
+    def _with_adapter(self, name: object) -> AbstractAsyncContextManager[None]:
+        return self._gate.answering(name) if isinstance(name, str) and name in self._adapters else nullcontext()
+
     async def generate(self, request: TextRequest) -> AsyncIterator[TextDelta]:
         """The pieces of all the request's prompts, as they come."""
         if request.model is not None and not self.serves(request.model):
-            raise not_served(request.model, self.model, *self._settings.served_names)
+            raise not_served(request.model, self.model, *self._settings.served_names, *self._adapters)
+        name = request.model if request.model in self._adapters else self.model
+        async with self._with_adapter(name), aclosing(self._generated(replace(request, model=name))) as pieces:  # type: ignore[type-var]
+            async for piece in pieces:
+                yield piece
+
+    async def _generated(self, request: TextRequest) -> AsyncIterator[TextDelta]:
         pieces: asyncio.Queue[TextDelta | BaseException] = asyncio.Queue()
 
         async def run(index: int, prompt: Prompt) -> None:
@@ -138,6 +183,7 @@ class VllmEngine:
     async def _continued(self, index: int, prompt: Prompt, request: TextRequest) -> AsyncIterator[TextDelta]:
         """The pieces of one prompt."""
         body_fields = await self._fitted(index, prompt, request)
+        model = request.model or self.model
         route = "chat/completions" if prompt.messages else "completions"
         counted = {"include_usage": True, "continuous_usage_stats": True}
         tokens_so_far = 0
@@ -157,7 +203,7 @@ class VllmEngine:
                     if text or reason or logprobs:
                         new, tokens_so_far = usage["completion_tokens"] - tokens_so_far, usage["completion_tokens"]
                         prompt_tokens = usage["prompt_tokens"] if reason else 0
-                        yield TextDelta(index, text or "", new, reason, prompt_tokens, self.model, logprobs)
+                        yield TextDelta(index, text or "", new, reason, prompt_tokens, model, logprobs)
 
     async def _fitted(self, index: int, prompt: Prompt, request: TextRequest) -> dict[str, Any]:
         """The body of a prompt's request; if the job names no max_tokens, with the room that the context leaves."""
@@ -166,7 +212,7 @@ class VllmEngine:
             source: dict[str, Any] = {"messages": list(prompt.messages)}
         else:
             source = {"prompt": list(prompt.tokens) if prompt.tokens else prompt.text}
-        body = {"model": self.model, **source, **sampling.parameters, **request.passed}
+        body = {"model": request.model, **source, **sampling.parameters, **request.passed}
         if sampling.seed is not None:
             body["seed"] = sampling.seed + index % request.choices
         if not prompt.messages and sampling.logprobs is not None:

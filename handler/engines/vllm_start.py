@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ from handler.engines.compiled_code import CompiledCode
 from handler.engines.server import Milestone, Server
 from handler.engines.vllm_engine import VllmEngine
 from handler.errors import JobError
+from modelstore.adapters import Adapter, find_or_make
 from modelstore.dtypes import DTYPES
 from modelstore.environment import WEIGHTS_SOURCE, with_plugin
 from modelstore.errors import NotFound, ServerFailed
@@ -36,6 +37,7 @@ from modelstore.warmstart import PendingStart
 logger = logging.getLogger(__name__)
 
 _READY_S = 24 * 3600  # it waits for its engine, which waits for the read: RunPod has a limit of its own
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes for a limit
 _FIRST_REQUEST = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
 _MILESTONES = [
     Milestone(re.compile(pattern), part)
@@ -62,6 +64,7 @@ class Loader:
         self._place = TemporaryDirectory(prefix="vllm-", dir=runtime_folder())
         vllm_plugin.lend(Path(self._place.name))
         self._socket = Path(self._place.name) / "weights"
+        self._adapters: dict[str, Adapter] = {}
         self._code = CompiledCode(settings) if settings.engine_cache != "off" else None
         self._server = self._started()
         self._arguments: list[str] = []
@@ -86,10 +89,16 @@ class Loader:
         self._server.end()
         if self._weights is not None:
             self._weights.close()
+        for adapter in self._adapters.values():
+            adapter.in_use.end()
         for folder in (self._folder, self._code):
             if folder is not None:
                 folder.close()
         self._place.cleanup()
+
+    @property
+    def _may_exchange_adapters(self) -> bool:
+        return any(reference.kind == "alias" for reference in self._settings.adapters.values())
 
     def _started(self) -> Server:
         return Server(
@@ -98,6 +107,7 @@ class Loader:
             hint="mend MODELSTORE_VLLM_ARGS, or the variable that became the option, or use ENGINE=text",
             environment=with_plugin(self._place.name, vllm_plugin.NAME)
             | (self._code.environment if self._code is not None else {})
+            | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if self._may_exchange_adapters else {})
             | {WEIGHTS_SOURCE: json.dumps({"socket": str(self._socket)}), "VLLM_ENGINE_READY_TIMEOUT_S": str(_READY_S)},
             milestones=_MILESTONES,
         )
@@ -117,7 +127,9 @@ class Loader:
                 self._folder.link_to_memory(reading)
             elif files and self._weights is None:
                 self._weights = WeightsServer(self._socket, self._folder.path)
-            options = _options(pending, ours=self._weights is not None)
+            for name in (name for name in pending.settings.adapters if name not in self._adapters):
+                self._adapters[name] = find_or_make(pending.settings, name, snapshot.key, pending.timeline)
+            options = _options(pending, self._adapters.values(), ours=self._weights is not None)
             if self._code is not None:
                 facts = {"engine": "vLLM", "versions": self._server.versions(), "arguments": options}
                 self._code.restore(snapshot.key, {**facts, "path": str(self._folder.path)})
@@ -125,7 +137,7 @@ class Loader:
                 "serve",
                 str(self._folder.path),
                 *options,
-                *_names(pending),
+                *_names(pending, self._adapters.values()),
                 "--uds",
             ]
             self._server.begin(self._arguments)
@@ -185,22 +197,27 @@ class Loader:
             self._weights.close()
         self._folder.link_to_volume()
         pending.reading.close()
-        return VllmEngine(self._server, pending, close=self.cancel)
+        return VllmEngine(self._server, pending, self._adapters, close=self.cancel)
 
 
-def _options(pending: PendingStart, *, ours: bool) -> list[str]:
+def _options(pending: PendingStart, adapters: Collection[Adapter], *, ours: bool) -> list[str]:
     """The options of `vllm serve` that what it compiles may depend on. `ours`: with our load format."""
     options = ["--dtype", DTYPES[pending.snapshot.key.dtype].torch_name or "auto"]
     options += ["--load-format", vllm_plugin.NAME] if ours else []
     options += ["--trust-remote-code"] if pending.trusted else []
+    if adapters:
+        rank = next((each for each in _RANKS if each >= max(adapter.rank for adapter in adapters)), _RANKS[-1])
+        options += ["--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", str(rank)]
     return [*options, *pending.settings.vllm_args]
 
 
-def _names(pending: PendingStart) -> list[str]:
+def _names(pending: PendingStart, adapters: Collection[Adapter]) -> list[str]:
     """The other options."""
     settings = pending.settings
+    modules = [json.dumps({"name": each.name, "path": str(each.snapshot.path)}) for each in adapters]
     names = dict.fromkeys((pending.snapshot.key.repo_id, str(settings.model), *settings.served_names))
-    return ["--served-model-name", *names, "--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
+    lora = ["--lora-modules", *modules] if modules else []
+    return [*lora, "--served-model-name", *names, "--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
 
 
 def _has_own_loader(settings: Settings) -> bool:

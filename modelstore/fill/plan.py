@@ -80,6 +80,7 @@ def select(request: FillRequest, read: ReadFile, settings: Settings) -> tuple[tu
         pickles=settings.allow_pickle,
         code=request.code,
         variant=DTYPES[request.dtype].file_variant,
+        adapter=request.dtype == "keep",
     )
     return files, selection
 

@@ -30,6 +30,7 @@ from modelstore.fill.storage_policy import QUANTIZATION_FILES
 from modelstore.fill.unservable import missing_weights
 from modelstore.volume.layout import check_file_name, check_file_names
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's
 _SAFETENSORS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _PICKLES = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 _EXPLICIT = "transformers_weights"
@@ -76,9 +77,11 @@ def select_files(
     pickles: bool = False,
     code: bool = False,
     variant: str = "",
+    adapter: bool = False,
 ) -> Selection:
     """Choose a snapshot's files; `read` gives the bytes of a small one. `pickles`, `code`: whether they are allowed;
-    `variant`: the infix of a pipeline's own files that are preferred, such as `fp16`.
+    `variant`: the infix of a pipeline's own files that are preferred, such as `fp16`; `adapter`: whether the repo of an
+    adapter will do.
 
     Raises NoWeights or PickleRefused if a folder that has weights lacks safetensors, UnsafeName for a name that leaves
     the folder, and BadSafetensors for an index that names files the repo does not have.
@@ -98,6 +101,8 @@ def select_files(
             continue
         preferred = variant if part.named_by == PIPELINE_INDEX else ""
         chosen = _weights_of(part, in_folder, read, preferred=preferred, pickles=pickles)
+        if chosen is None and adapter and ADAPTER_CONFIG in in_folder and ADAPTER_WEIGHTS in in_folder:
+            chosen = _Weights((in_folder[ADAPTER_WEIGHTS],))
         if chosen is None:
             convertible = _weights_of(part, in_folder, read, preferred=preferred, pickles=True) is not None
             raise missing_weights(part, by_path, read, repo_id=repo_id, convertible=convertible)

@@ -69,7 +69,8 @@ def missing_weights(
 def _adapter(label: str, config: Mapping[str, object]) -> NoWeights:
     kind = str(config.get("peft_type") or "LoRA").replace("LORA", "LoRA")[:40]
     base = config.get("base_model_name_or_path")
-    remedy = f"name {base}, or a repo with the two merged" if base else "name a repo with the two merged"
+    beside = f"{base}, with this in MODEL_ADAPTERS" if kind == "LoRA" else base
+    remedy = f"name {beside}, or a repo with the two merged" if base else "name a repo with the two merged"
     return NoWeights(f"{label} is a {kind} adapter of {base or 'another model'}: it is no model by itself; {remedy}")
 
 

@@ -431,6 +431,18 @@ def test_licences_that_differ_in_case_alone_do_not_refuse_a_model(names: tuple[s
         select({"config.json": CONFIG, "Config.json": CONFIG, WEIGHTS: None})
 
 
+ADAPTER = {"adapter_config.json": {"peft_type": "LORA"}, "adapter_model.safetensors": None}
+
+
+def test_an_adapter_is_stored_if_it_is_asked_for_as_one() -> None:
+    chosen = select({**ADAPTER, "tokenizer.json": None, "optimizer.bin": None, "README.md": None}, adapter=True)
+    assert chosen.paths == {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    both = select({**ADAPTER, "config.json": CONFIG, WEIGHTS: None}, adapter=True)
+    assert [file.path for file in both.weights] == [WEIGHTS]
+    with pytest.raises(NoWeights):
+        select({"adapter_config.json": {}, "adapter_model.bin": None}, adapter=True)
+
+
 # What cannot be stored
 
 NO_MODEL: dict[str, tuple[dict[str, Any], type[ModelStoreError], str]] = {
@@ -440,7 +452,7 @@ NO_MODEL: dict[str, tuple[dict[str, Any], type[ModelStoreError], str]] = {
             "adapter_model.safetensors": None,
         },
         NoWeights,
-        r"is a LoRA adapter of org/base: .* name org/base",
+        r"is a LoRA adapter of org/base: .* name org/base, with this in MODEL_ADAPTERS",
     ),
     "a pickled adapter": (
         {"adapter_config.json": {"peft_type": "IA3"}, "adapter_model.bin": None},

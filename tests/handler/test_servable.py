@@ -74,7 +74,8 @@ KINDS: dict[str, tuple[Callable[[Path], None], bool, int, str]] = {
         adapter,
         False,
         3,
-        "org/name is a LoRA adapter of org/base: it is no model by itself; name org/base, or a repo with the two merged",
+        "org/name is a LoRA adapter of org/base: it is no model by itself; name org/base, with this in MODEL_ADAPTERS, or "
+        "a repo with the two merged",
     ),
     "GGUF": (
         gguf,

@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from openai import BadRequestError, NotFoundError
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from handler.fields import FIELDS
+from modelstore.store import ModelStore
 from modelstore.worker_vllm import VARIABLES
 from scripts.dev.field_table import in_vllm
+from tests.support.adapters import write_adapter
 from tests.support.runpod_api import RunPod
-from tests.support.vllm import GREEDY, NAME, PYTHON, QUESTION, environment, needs_vllm, processes_of
+from tests.support.vllm import GREEDY, MODEL, NAME, PYTHON, QUESTION, environment, needs_vllm, processes_of
 from tests.support.workers import serving
 
 
@@ -42,7 +47,20 @@ def volume(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A volume with SmolLM2 on it; the environment of a worker that serves it with vLLM."""
     folder = tmp_path_factory.mktemp("vllm")
     (folder / "volume").mkdir()
-    return environment(folder)
+    env = environment(folder)
+    for seed, name in enumerate(("one", "two")):
+        write_adapter(folder / name, MODEL, seed=seed, base="HuggingFaceTB/SmolLM2-135M-Instruct", std=0.04)
+    ModelStore(env["MODELSTORE_ROOT"]).set_alias("style", f"file://{folder}/one", dtype="keep")
+    return env | {"MODEL_ADAPTERS": f"style=@style,other=file://{folder}/two"}
+
+
+def by_peft(folder: Path, prompt: str, tokens: int) -> str:
+    """The answer of transformers and peft by themselves."""
+    plain = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float16)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    made = PeftModel.from_pretrained(plain, folder).generate(input_ids=ids, max_new_tokens=tokens, do_sample=False)
+    return str(tokenizer.decode(made[0][ids.shape[1] :], skip_special_tokens=True))
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +89,30 @@ def test_it_answers_and_says_how_it_started(endpoint: Any) -> None:
     engine = [span["detail"] for span in spans if span["name"] == "engine"]
     assert engine == ["imports", "configuration", "processes", "weights", "profiling", "graphs", "API"]
     assert read[0]["start"] < next(span["end"] for span in spans if span.get("detail") == "imports")
+
+
+@needs_vllm
+def test_an_adapter_answers_by_its_name_and_follows_its_alias(
+    endpoint: Any, client: Any, volume: dict[str, str]
+) -> None:
+    folder = Path(volume["TMPDIR"]).parent
+    prompt, tokens = "The capital of France is", 4  # later ones differ by rounding: vLLM has adapters in float16
+    right = {name: by_peft(folder / name, prompt, tokens) for name in ("one", "two")}
+    job = {"prompt": prompt, "temperature": 0, "max_tokens": tokens}
+    outputs = [endpoint.run_sync(job | {"model": name}, timeout=60) for name in ("style", "other", NAME)]
+    assert [output["generated_text"] for output in outputs[:2]] == [right["one"], right["two"]]
+    assert [output["model"] for output in outputs] == ["style", "other", NAME]
+    assert outputs[2]["generated_text"].startswith(" Paris")
+    assert {model.id for model in client.models.list()} >= {"style", "other", NAME}
+    running = endpoint.run({"input": job | {"model": "style", "max_tokens": 200, "ignore_eos": True, "stream": True}})
+    ModelStore(volume["MODELSTORE_ROOT"]).set_alias("style", f"file://{folder}/two", dtype="keep")
+    deadline = time.monotonic() + 60
+    text = ""
+    while text != right["two"] and time.monotonic() < deadline:
+        text = client.completions.create(model="style", prompt=prompt, temperature=0, max_tokens=tokens).choices[0].text
+    assert text == right["two"]
+    assert "".join(chunk["token"] for chunk in running.stream()).startswith(right["one"]), "it ended with its own"
+    assert endpoint.run_sync({"op": "status"})["adapters"]["style"].startswith("local/two@")
 
 
 @needs_vllm

@@ -1,0 +1,77 @@
+"""The adapters of a running engine: their exchange, and the answers that are made with them meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+from modelstore.adapters import Adapter
+from modelstore.settings import Settings
+from modelstore.timeline import Timeline
+
+_LOOK_AGAIN_S = 0.02
+
+
+class AdapterGate:
+    """Counts the answers with each adapter, and holds new ones back while it is exchanged: for a server that has one
+    adapter by a name."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._answering: Counter[str] = Counter()
+        self._closed: set[str] = set()
+
+    @asynccontextmanager
+    async def answering(self, name: str) -> AsyncIterator[None]:
+        """An answer with this adapter, for the time of the block; it begins when no exchange is under way."""
+        while not self._enter(name):
+            await asyncio.sleep(_LOOK_AGAIN_S)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._answering[name] -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def exchanging(self, name: str) -> Iterator[None]:
+        """No answer with this adapter runs inside the block."""
+        with self._changed:
+            self._closed.add(name)
+            self._changed.wait_for(lambda: not self._answering[name])
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._closed.discard(name)
+
+    def _enter(self, name: str) -> bool:
+        with self._changed:
+            if name in self._closed:
+                return False
+            self._answering[name] += 1
+            return True
+
+
+def exchange_begun(settings: Settings, name: str) -> Timeline:
+    """The record of an adapter's exchange, which begins now."""
+    model = str(settings.adapters[name])
+    return Timeline(worker=settings.worker_id, model=model, kind="swap", began=time.monotonic())
+
+
+def exchange_ended(timeline: Timeline, adapter: Adapter) -> Timeline:
+    """The same record, once the adapter serves."""
+    timeline.commit, timeline.dtype = adapter.snapshot.commit, adapter.snapshot.dtype
+    timeline.outcome, timeline.reason = "hit", "the snapshot was on the volume"
+    timeline.mark("ready")
+    return timeline
+
+
+def shown(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+    """The adapters in an engine's status."""
+    return {"adapters": {name: str(each.snapshot.key) for name, each in adapters.items()}} if adapters else {}
