@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from handler.engines import Engine, ServesAdapters
-from modelstore.errors import Refused
+from modelstore.errors import NotServable, Refused
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.volume import aliases, history
@@ -110,14 +110,23 @@ class AliasFollower(Follower):
 class AdapterFollower(Follower):
     """Follows the alias of an adapter in MODEL_ADAPTERS."""
 
-    def __init__(self, engine: ServesAdapters, settings: Settings, adapter: str) -> None:
-        """`adapter`: its name in jobs."""
+    def __init__(
+        self, engine: ServesAdapters, settings: Settings, adapter: str, replace_worker: Callable[[str], None]
+    ) -> None:
+        """`adapter`: its name in jobs. `replace_worker`: see AliasFollower."""
         super().__init__(settings.adapters[adapter].name, settings)
         self._engine = engine
+        self._replace_worker = replace_worker
         self._adapter = adapter
 
     def _served(self) -> SnapshotKey:
         return self._engine.adapter(self._adapter)
 
-    def _swap(self) -> Timeline:
-        return self._engine.swap_adapter(self._adapter)
+    def _swap(self) -> Timeline | None:
+        try:
+            return self._engine.swap_adapter(self._adapter)
+        except NotServable:
+            raise
+        except Refused as error:
+            self._replace_worker(str(error))
+            return None

@@ -187,7 +187,7 @@ def serve(engine: Engine, settings: Settings, timeline: Mapping[str, Any]) -> No
     if isinstance(engine, ServesAdapters):
         for name, reference in settings.adapters.items():
             if reference.kind == "alias":
-                AdapterFollower(engine, settings, name).start()
+                AdapterFollower(engine, settings, name, worker.replace).start()
 
     termination = Termination(lambda: worker.is_idle, engine.close)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from modelstore.errors import NotServable
@@ -17,13 +17,14 @@ from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.volume import durable
 from modelstore.volume.layout import SnapshotKey
-from modelstore.volume.pins import UsageMark
+from modelstore.volume.pins import UsageMark, wait_while_evicting
 from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.verify import verify_snapshot
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "adapter_config.json"
+MOST_RANK = 512  # vLLM's
 _LOCAL = "local/"  # the repo ids of models that came from a folder
 
 
@@ -46,15 +47,21 @@ def find_or_make(settings: Settings, name: str, base: SnapshotKey, timeline: Tim
     """
     from modelstore.store import ModelStore  # its imports are for a start with adapters alone
 
-    store = ModelStore(settings.root, settings=settings)
+    store = ModelStore(settings.root, settings=replace(settings, allowed_models=()))  # the operator has named it
     reference: Reference = settings.adapters[name]
     with timeline.span("adapter", name):
         snapshot = store.ensure(reference, dtype="keep")
-        if not verify_snapshot(snapshot).intact:
-            snapshot = store.ensure(reference, dtype="keep", damaged=snapshot)
-        config = _config_of(snapshot)
-        rank = _checked(config, str(snapshot.key), base)
-    return Adapter(name, snapshot, config, rank, UsageMark(store.layout, snapshot.key, settings.worker_id))
+        mark = UsageMark(store.layout, snapshot.key, settings.worker_id)
+        try:
+            gone = wait_while_evicting(store.layout, snapshot.key)
+            if gone or not verify_snapshot(snapshot).intact:
+                snapshot = store.ensure(reference, dtype="keep", damaged=None if gone else snapshot)
+            config = _config_of(snapshot)
+            rank = _checked(config, str(snapshot.key), base)
+        except BaseException:
+            mark.end()
+            raise
+    return Adapter(name, snapshot, config, rank, mark)
 
 
 def _config_of(snapshot: Snapshot) -> Mapping[str, Any]:
@@ -70,7 +77,7 @@ def _config_of(snapshot: Snapshot) -> Mapping[str, Any]:
 def _checked(config: Mapping[str, Any], label: str, base: SnapshotKey) -> int:
     """The rank of a LoRA adapter for this model. Raises NotServable."""
     kind, rank = config.get("peft_type"), config.get("r")
-    if kind != "LORA" or not isinstance(rank, int) or not 0 < rank <= 1 << 16:
+    if kind != "LORA" or not isinstance(rank, int) or rank < 1:
         raise NotServable(f"{label} is an adapter of type {str(kind)[:40]!r}: only LoRA adapters are served")
     patterns = config.get("rank_pattern")
     ranks = [
@@ -87,4 +94,6 @@ def _checked(config: Mapping[str, Any], label: str, base: SnapshotKey) -> int:
             )
     else:
         logger.warning("%s does not say which model it is an adapter of: it is used with %s", label, base.repo_id)
+    if max(ranks) > MOST_RANK:
+        raise NotServable(f"{label} has rank {max(ranks)}: adapters are served up to {MOST_RANK}")
     return max(ranks)

@@ -111,6 +111,7 @@ class Settings:
                 values["allowed_models"] = _allowed_models(variable, text, values.get("model"))
             elif setting.parse is not None:
                 values[setting.attribute] = setting.parse(variable, text)
+        _check_adapter_names(values)
         values["worker_id"] = env.get("RUNPOD_POD_ID") or socket.gethostname()
         return cls(**values)
 
@@ -242,6 +243,16 @@ def _adapters(variable: str, text: str) -> dict[str, Reference]:
             raise InvalidSetting(f"{variable} gives two adapters the name {name}: rename one")
         adapters[name] = _reference(variable, reference, None)
     return adapters
+
+
+def _check_adapter_names(values: Mapping[str, Any]) -> None:
+    """Raise InvalidSetting if an adapter has a name that means something else in a job."""
+    model = values.get("model")
+    models = [each for each in (model, *values.get("allowed_models", ())) if each is not None]
+    others = {*values.get("served_names", ()), *(each.name for each in models), *map(str, models)}
+    for name in values.get("adapters", {}):
+        if name in others:
+            raise InvalidSetting(f"MODEL_ADAPTERS gives an adapter the name {name}, which a model has: choose another")
 
 
 def _switch(variable: str, text: str) -> bool:

@@ -76,6 +76,7 @@ def test_damage_is_mended(adapter: Path, store: ModelStore) -> None:
         ({"peft_type": "IA3"}, "org/name", "of type 'IA3': only LoRA adapters are served"),
         ({"peft_type": None}, "org/name", "only LoRA adapters"),
         ({"r": 0}, "org/name", "only LoRA adapters"),
+        ({"r": 513}, "org/name", "has rank 513"),
         ({"r": "many"}, "org/name", "only LoRA adapters"),
     ],
     ids=str,
@@ -122,6 +123,18 @@ def test_an_adapter_is_no_model(adapter: Path, store: ModelStore) -> None:
 def test_a_setting_that_names_none_says_so(tmp_path: Path, text: str, problem: str) -> None:
     with pytest.raises(InvalidSetting, match=problem):
         Settings.from_env({"MODEL_ADAPTERS": text}, root=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["org/name", "chat", "org/other"])
+def test_a_name_that_a_model_has_is_refused(tmp_path: Path, name: str) -> None:
+    env = {
+        "MODEL_ID": "org/name@v1",
+        "SERVED_MODEL_NAME": "chat",
+        "MODELSTORE_ALLOWED_MODELS": "org/name,org/other",
+        "MODEL_ADAPTERS": f"{name}=org/style",
+    }
+    with pytest.raises(InvalidSetting, match="which a model has"):
+        Settings.from_env(env, root=tmp_path)
 
 
 def test_the_setting_names_them(tmp_path: Path) -> None:

@@ -6,15 +6,18 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from modelstore.adapters import Adapter
+from modelstore.errors import WaitTimeout
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 
 _LOOK_AGAIN_S = 0.02
+_DRAIN_S = 600.0  # until answers have ended, for an exchange
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class AdapterGate:
@@ -43,8 +46,10 @@ class AdapterGate:
         """No answer with this adapter runs inside the block."""
         with self._changed:
             self._closed.add(name)
-            self._changed.wait_for(lambda: not self._answering[name])
+            is_idle = self._changed.wait_for(lambda: not self._answering[name], timeout=_DRAIN_S)
         try:
+            if not is_idle:
+                raise WaitTimeout(f"answers with the adapter {name} have not ended for {_DRAIN_S:g} s: it stays")
             yield
         finally:
             with self._changed:
@@ -70,6 +75,12 @@ def exchange_ended(timeline: Timeline, adapter: Adapter) -> Timeline:
     timeline.outcome, timeline.reason = "hit", "the snapshot was on the volume"
     timeline.mark("ready")
     return timeline
+
+
+def most_rank(adapters: Collection[Adapter]) -> int:
+    """The limit that vLLM gets for the ranks of adapters: the next that it takes; 0 without adapters."""
+    largest = max((adapter.rank for adapter in adapters), default=0)
+    return next(rank for rank in (0, *_RANKS) if rank >= largest)
 
 
 def shown(adapters: Mapping[str, Adapter]) -> dict[str, Any]:

@@ -41,8 +41,7 @@ from handler.errors import Code, JobError, invalid, is_gpu_lost, is_out_of_memor
 from handler.sampling import Sampling
 
 if TYPE_CHECKING:
-    from handler.engines.adapters import Adapters
-    from modelstore.adapters import Adapter
+    from handler.engines.adapters import Adapters, PreparedAdapter
 
 JOIN_EVERY = 16  # tokens; joining sooner would pay the pass over the tokens so far too often
 _SAY_EVERY = 32
@@ -189,7 +188,7 @@ class Batcher:
         """`limit`: the rows of one batch. `tokenizer_end`: the tokenizer's end token. `adapters`: beside the model."""
         self._model = model
         self._adapters = adapters
-        self._exchanges: deque[tuple[Adapter, Future[None]]] = deque()
+        self._exchanges: deque[tuple[PreparedAdapter, Future[None]]] = deque()
         self._retired: list[str] = []  # keys of adapters that were exchanged
         self._most = self._room = limit
         vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 1 << 60
@@ -227,16 +226,16 @@ class Batcher:
         if not self._thread.is_alive():
             self._fail_all(RuntimeError(self._broken or "the engine has ended"))
 
-    def exchange(self, adapter: Adapter) -> None:
+    def exchange(self, adapter: PreparedAdapter) -> None:
         """Return when rows that are submitted from now on have this adapter by its name; those with the one before end
         with that. Raises NotServable if it does not fit the model."""
-        done: Future[None] = Future()
+        exchanged: Future[None] = Future()
         with self._changed:
-            self._exchanges.append((adapter, done))
+            self._exchanges.append((adapter, exchanged))
             self._changed.notify_all()
         if not self._thread.is_alive():
             self._fail_all(RuntimeError(self._broken or "the engine has ended"))
-        done.result()
+        exchanged.result()
 
     def close(self) -> None:
         """Return when all that was submitted has ended."""
@@ -272,8 +271,8 @@ class Batcher:
             self._exchanges.clear()
         for row in rows:
             row.fail(error)
-        for _adapter, done in exchanges:
-            done.set_exception(error)
+        for _adapter, exchanged in exchanges:
+            exchanged.set_exception(error)
 
     def _next(self) -> list[ActiveSequence] | None:
         """The rows to go on with; None when there will be none."""
@@ -290,38 +289,42 @@ class Batcher:
                     return [row for row in self._running if row.alone][:1] or self._running
                 self._room = self._most
                 if self._closed:
-                    return None
+                    break
                 if not self._exchanges and not self._retired:
                     self._changed.wait()
+        self._fail_all(RuntimeError("the engine has ended"))
+        return None
 
     def _exchange_adapters(self) -> None:
         """Add the adapters that wait for it, and remove those that no row has any more."""
         while self._exchanges and self._adapters is not None:
-            adapter, done = self._exchanges.popleft()
-            before = self._adapters.key_of(adapter.name)
+            adapter, exchanged = self._exchanges.popleft()
+            before = self._adapters.key_of(adapter.adapter.name)
             try:
                 self._adapters.add(adapter)
             except BaseException as error:
-                done.set_exception(error)
+                exchanged.set_exception(error)
             else:
                 self._retired.append(before)
-                done.set_result(None)
+                exchanged.set_result(None)
         if self._retired and self._adapters is not None:
             with self._changed:
                 rows = (*self._running, *self._waiting)
                 used = {row.adapter_key for row in rows if not row.ended}
             for key in [key for key in self._retired if key not in used]:
-                self._adapters.remove(key)
                 self._retired.remove(key)
+                try:
+                    self._adapters.remove(key)
+                except Exception as error:
+                    logger.warning("an adapter that no job has any more stays in memory: %s", error)
 
     def _wanted(self) -> bool:
         """Whether a request waits that could join, or an adapter. An encoder's state cannot be extended, only computed
         again."""
-        return bool(self._exchanges) or (
-            not self._model.config.is_encoder_decoder
-            and bool(self._waiting)
-            and (sum(not row.ended for row in self._running) < self._room)
-        )
+        if self._model.config.is_encoder_decoder:
+            return False
+        has_room = sum(not row.ended for row in self._running) < self._room
+        return bool(self._exchanges) or (bool(self._waiting) and has_room)
 
     def _generate(self, rows: list[ActiveSequence]) -> None:
         """Generate until all have ended, or a request joins."""

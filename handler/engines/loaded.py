@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from handler.errors import Code, JobError, TemplateTimeout, invalid
 from handler.jobs import TextRequest
 from handler.prompts import Prompt
 from handler.sampling import Sampling
+from modelstore.adapters import Adapter, find_or_make
 from modelstore.errors import NotServable
 from modelstore.load.model import load_model
 from modelstore.load.torch_device import needs_several_gpus
@@ -58,22 +60,25 @@ class Loaded:
         check_generates_text(snapshot.config(), snapshot.manifest.paths, str(snapshot.key))
         with pending.timeline.span("import"):
             tokenizer = _tokenizer_of(pending)
-        model = load_model(
-            pending.snapshot,
-            device,
-            device_map="auto"
-            if device is None and pending.transfer is None and needs_several_gpus(pending.snapshot)
-            else None,
-            reading=pending.reading,
-            timeline=pending.timeline,
-            trust_remote_code=pending.trusted,
-            causal=True,
-            transfer=pending.transfer,
-            while_reading=while_reading,
-        )
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        known = context if isinstance(context, int) and context > 0 else None
-        adapters = _adapters_of(pending, model) if pending.settings.adapters else None
+        with ExitStack() as stack:
+            found = _adapters_of(pending, stack)
+            model = load_model(
+                pending.snapshot,
+                device,
+                device_map="auto"
+                if device is None and pending.transfer is None and needs_several_gpus(pending.snapshot)
+                else None,
+                reading=pending.reading,
+                timeline=pending.timeline,
+                trust_remote_code=pending.trusted,
+                causal=True,
+                transfer=pending.transfer,
+                while_reading=while_reading,
+            )
+            context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            known = context if isinstance(context, int) and context > 0 else None
+            adapters = _beside(model, found)
+            stack.pop_all()
         return cls(pending.snapshot, model, tokenizer, TokenKinds(tokenizer), known, pending.in_use, adapters)
 
     def end_use(self) -> None:
@@ -87,13 +92,22 @@ class Loaded:
         return self.snapshot.key
 
 
-def _adapters_of(pending: PendingStart, model: PreTrainedModel) -> Adapters:
-    """The adapters of MODEL_ADAPTERS, beside the model. Raises NotServable if one does not fit it."""
-    from handler.engines.adapters import Adapters
-    from modelstore.adapters import find_or_make
+def _adapters_of(pending: PendingStart, stack: ExitStack) -> list[Adapter]:
+    """The adapters of MODEL_ADAPTERS, in use until `stack` ends. Raises NotServable if one is for another model."""
+    found = []
+    for name in pending.settings.adapters:
+        found.append(find_or_make(pending.settings, name, pending.snapshot.key, pending.timeline))
+        stack.callback(found[-1].in_use.end)
+    return found
 
-    settings, key, timeline = pending.settings, pending.snapshot.key, pending.timeline
-    return Adapters(model, [find_or_make(settings, name, key, timeline) for name in settings.adapters])
+
+def _beside(model: PreTrainedModel, adapters: Sequence[Adapter]) -> Adapters | None:
+    """The adapters beside the model; None without any. Raises NotServable if one does not fit it."""
+    if not adapters:
+        return None
+    from handler.engines.adapters import Adapters
+
+    return Adapters(model, adapters)
 
 
 def _tokenizer_of(pending: PendingStart) -> PreTrainedTokenizerBase:

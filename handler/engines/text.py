@@ -51,6 +51,8 @@ class _Serving:
         self.loaded = loaded
         self.asked_for = asked_for
         self.answering = 0
+        parameters = (*loaded.model.parameters(), *loaded.model.buffers())
+        self.weights_bytes = sum(each.numel() * each.itemsize for each in parameters)
         self.batcher = Batcher(
             loaded.model,
             limit=settings.max_concurrency,
@@ -123,8 +125,7 @@ class TextEngine:
     def status(self) -> dict[str, Any]:
         """See Engine."""
         loaded = self._loaded
-        weights = sum(p.numel() * p.itemsize for p in (*loaded.model.parameters(), *loaded.model.buffers()))
-        memory = {"weights_bytes": weights, "device": str(loaded.model.device)}
+        memory = {"weights_bytes": self._serving.weights_bytes, "device": str(loaded.model.device)}
         if torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
             memory |= {"gpu_free_bytes": free, "gpu_total_bytes": total}
@@ -220,7 +221,7 @@ class TextEngine:
             adapter = find_or_make(self._settings, name, serving.loaded.key, timeline)
             try:
                 with timeline.span("build"):
-                    serving.batcher.exchange(adapter)
+                    serving.batcher.exchange(adapters.prepare(adapter))
             except BaseException:
                 adapter.in_use.end()
                 raise
@@ -303,10 +304,13 @@ class TextEngine:
             spare_bytes=spare_bytes(device),
             check_config=check_generates_text,
         )
+        loaded: Loaded | None = None
         try:
             loaded = pending.load(partial(Loaded.from_start, device=device))
             self._exchange(loaded, reference, timeline, is_beside=device.type == self._device.type)
         except BaseException:
+            if loaded is not None:
+                loaded.end_use()
             pending.in_use.end()
             raise
 

@@ -41,10 +41,10 @@ def _package(python: Path | None) -> Path | None:
         return Path(next(iter(places))) if places else None
     code = "from importlib.util import find_spec; print(find_spec('vllm').submodule_search_locations[0])"
     try:
-        done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=_ASK_S, check=True)
+        process = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=_ASK_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return Path(done.stdout.strip())
+    return Path(process.stdout.strip())
 
 
 def _architectures(package: Path) -> frozenset[str]:

@@ -17,13 +17,13 @@ from typing import Any
 from handler import openai_routes
 from handler.answers import Answer, TextAnswer, TextDelta, TokenLogprob
 from handler.engines import LARGE, MANY
-from handler.engines.adapter_gate import AdapterGate, exchange_begun, exchange_ended, shown
+from handler.engines.adapter_gate import AdapterGate, exchange_begun, exchange_ended, most_rank, shown
 from handler.engines.server import Server, error_message
 from handler.errors import Code, JobError, invalid, not_served
 from handler.jobs import JobContext, TextRequest, parse_text
 from handler.prompts import Prompt
 from modelstore.adapters import Adapter, find_or_make
-from modelstore.errors import IntegrityError, Refused
+from modelstore.errors import IntegrityError, NotServable, Refused
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.volume.layout import Layout, SnapshotKey
@@ -33,6 +33,7 @@ from modelstore.warmstart import PendingStart
 logger = logging.getLogger(__name__)
 
 
+_EXCHANGE_S = 300.0  # for vLLM to load an adapter
 # What a conversation's tokens depend on besides its messages
 _OF_TOKENIZE = (
     "add_generation_prompt",
@@ -50,10 +51,19 @@ class VllmEngine:
     beside_the_prompt = LARGE  # a conversation may hold pictures
 
     def __init__(
-        self, server: Server, pending: PendingStart, adapters: dict[str, Adapter], *, close: Callable[[], None]
+        self,
+        server: Server,
+        pending: PendingStart,
+        adapters: dict[str, Adapter],
+        *,
+        path_of: Callable[[Adapter], str],
+        close: Callable[[], None],
     ) -> None:
-        """`adapters`: those that the server has, by their names; `close`: ends the server, and removes its files."""
+        """`adapters`: those that the server has, by their names; `path_of`: the place that it reads one from; `close`:
+        ends the server, and removes its files."""
         self._adapters = adapters
+        self._path_of = path_of
+        self._most_rank = most_rank(adapters.values())
         self._gate = AdapterGate()
         self._server = server
         self._close = close
@@ -97,23 +107,37 @@ class VllmEngine:
 
     def swap_adapter(self, name: str) -> Timeline:
         """See ServesAdapters."""
-        timeline = exchange_begun(self._settings, name)
+        timeline, before = exchange_begun(self._settings, name), self._adapters[name]
         adapter = find_or_make(self._settings, name, self._snapshot.key, timeline)
-        body = {"lora_name": name, "lora_path": str(adapter.snapshot.path), "load_inplace": True}
-
-        async def load() -> None:
-            async with self._server.request("POST", "/v1/load_lora_adapter", body) as response:
-                await response.read()
-
         try:
+            if adapter.rank > self._most_rank:
+                raise Refused(f"{adapter.snapshot.key} has rank {adapter.rank}: vLLM takes it with a new worker alone")
             with timeline.span("pause"), self._gate.exchanging(name):
-                asyncio.run(load())
+                try:
+                    asyncio.run(self._load_adapter(adapter))
+                except BaseException:
+                    asyncio.run(self._load_adapter(before))
+                    raise
         except BaseException:
             adapter.in_use.end()
             raise
-        self._adapters[name].in_use.end()
+        before.in_use.end()
         self._adapters[name] = adapter
         return exchange_ended(timeline, adapter)
+
+    async def _load_adapter(self, adapter: Adapter) -> None:
+        """Have the server load an adapter in the place of the one with its name. Not by its option `load_inplace`: with
+        that, vLLM 0.32 reads the adapter again at each step."""
+        paths = {"unload": {}, "load": {"lora_path": self._path_of(adapter)}}
+        async with asyncio.timeout(_EXCHANGE_S):
+            for action, fields in paths.items():
+                body = {"lora_name": adapter.name, **fields}
+                try:
+                    async with self._server.request("POST", f"/v1/{action}_lora_adapter", body) as response:
+                        await response.read()
+                except JobError as error:
+                    if action == "load":
+                        raise NotServable(f"vLLM does not take the adapter {adapter.snapshot.key}: {error}") from error
 
     def close(self) -> None:
         """See Engine."""

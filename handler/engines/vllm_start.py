@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from handler.engines.adapter_gate import most_rank
 from handler.engines.compiled_code import CompiledCode
 from handler.engines.server import Milestone, Server
 from handler.engines.vllm_engine import VllmEngine
@@ -26,7 +27,7 @@ from handler.errors import JobError
 from modelstore.adapters import Adapter, find_or_make
 from modelstore.dtypes import DTYPES
 from modelstore.environment import WEIGHTS_SOURCE, with_plugin
-from modelstore.errors import NotFound, ServerFailed
+from modelstore.errors import InvalidSetting, NotFound, ServerFailed
 from modelstore.load import vllm_plugin
 from modelstore.load.model_folder import ModelFolder, runtime_folder
 from modelstore.load.weights_socket import WeightsServer, shared_files
@@ -37,7 +38,6 @@ from modelstore.warmstart import PendingStart
 logger = logging.getLogger(__name__)
 
 _READY_S = 24 * 3600  # it waits for its engine, which waits for the read: RunPod has a limit of its own
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes for a limit
 _FIRST_REQUEST = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
 _MILESTONES = [
     Milestone(re.compile(pattern), part)
@@ -59,6 +59,11 @@ class Loader:
     """See `handler.engines.Loader`. The server starts at once: it imports vLLM while the snapshot is looked up."""
 
     def __init__(self, settings: Settings) -> None:
+        words = {word.partition("=")[0].replace("_", "-") for word in settings.vllm_args}
+        if settings.adapters and (other := words & {"--lora-modules", "--no-enable-lora"}):
+            raise InvalidSetting(
+                f"{min(other)} stands beside MODEL_ADAPTERS: name all adapters there, and leave it out"
+            )
         self._settings = settings
         self._command = _command(settings.vllm_python)
         self._place = TemporaryDirectory(prefix="vllm-", dir=runtime_folder())
@@ -129,7 +134,7 @@ class Loader:
                 self._weights = WeightsServer(self._socket, self._folder.path)
             for name in (name for name in pending.settings.adapters if name not in self._adapters):
                 self._adapters[name] = find_or_make(pending.settings, name, snapshot.key, pending.timeline)
-            options = _options(pending, self._adapters.values(), ours=self._weights is not None)
+            options = _options(pending, self._adapters.values(), is_shared=self._weights is not None)
             if self._code is not None:
                 facts = {"engine": "vLLM", "versions": self._server.versions(), "arguments": options}
                 self._code.restore(snapshot.key, {**facts, "path": str(self._folder.path)})
@@ -137,7 +142,7 @@ class Loader:
                 "serve",
                 str(self._folder.path),
                 *options,
-                *_names(pending, self._adapters.values()),
+                *_names(pending, self._adapters.values(), self._path_of),
                 "--uds",
             ]
             self._server.begin(self._arguments)
@@ -197,24 +202,32 @@ class Loader:
             self._weights.close()
         self._folder.link_to_volume()
         pending.reading.close()
-        return VllmEngine(self._server, pending, self._adapters, close=self.cancel)
+        return VllmEngine(self._server, pending, self._adapters, path_of=self._path_of, close=self.cancel)
+
+    def _path_of(self, adapter: Adapter) -> str:
+        """The path of an adapter for vLLM, which shows it in its list of models: not the volume's own."""
+        link = Path(self._place.name) / "adapters" / "--".join(adapter.snapshot.key.parts)
+        link.parent.mkdir(exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(adapter.snapshot.path)
+        return str(link)
 
 
-def _options(pending: PendingStart, adapters: Collection[Adapter], *, ours: bool) -> list[str]:
-    """The options of `vllm serve` that what it compiles may depend on. `ours`: with our load format."""
+def _options(pending: PendingStart, adapters: Collection[Adapter], *, is_shared: bool) -> list[str]:
+    """The options of `vllm serve` that what it compiles may depend on. `is_shared`: the weights are at a socket."""
     options = ["--dtype", DTYPES[pending.snapshot.key.dtype].torch_name or "auto"]
-    options += ["--load-format", vllm_plugin.NAME] if ours else []
+    options += ["--load-format", vllm_plugin.NAME] if is_shared else []
     options += ["--trust-remote-code"] if pending.trusted else []
     if adapters:
-        rank = next((each for each in _RANKS if each >= max(adapter.rank for adapter in adapters)), _RANKS[-1])
-        options += ["--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", str(rank)]
+        rank = str(most_rank(adapters))
+        options += ["--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", rank]
     return [*options, *pending.settings.vllm_args]
 
 
-def _names(pending: PendingStart, adapters: Collection[Adapter]) -> list[str]:
+def _names(pending: PendingStart, adapters: Collection[Adapter], path_of: Callable[[Adapter], str]) -> list[str]:
     """The other options."""
     settings = pending.settings
-    modules = [json.dumps({"name": each.name, "path": str(each.snapshot.path)}) for each in adapters]
+    modules = [json.dumps({"name": each.name, "path": path_of(each)}) for each in adapters]
     names = dict.fromkeys((pending.snapshot.key.repo_id, str(settings.model), *settings.served_names))
     lora = ["--lora-modules", *modules] if modules else []
     return [*lora, "--served-model-name", *names, "--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from handler.alias_follower import AdapterFollower
@@ -26,7 +27,7 @@ from modelstore.errors import ModelStoreError, NotServable
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
-from modelstore.volume import history
+from modelstore.volume import history, pins
 from modelstore.warmstart import begin
 from tests.support.adapters import change_config, write_adapter
 from tests.support.hub import Hub
@@ -137,7 +138,7 @@ def test_an_alias_that_is_repointed_changes_new_answers_and_no_running_one(
     settings = replace(settings, adapters={"style": parse_reference("@style")})
     engine = start(settings, started)
     assert isinstance(engine, ServesAdapters)
-    follower = AdapterFollower(engine, settings, "style")
+    follower = AdapterFollower(engine, settings, "style", pytest.fail)
     follower.look()
     long = 40
     right = {name: (expected(hub, name, long).strip(), "style") for name in ("one", "two")}
@@ -171,34 +172,67 @@ def test_an_adapter_that_does_not_fit_leaves_the_one_before(
     store.set_alias("style", "org/one", dtype="keep")
     settings = replace(settings, adapters={"style": parse_reference("@style")})
     engine = start(settings, started)
-    change_config(hub.folder / "org" / "three", target_modules=["no_such_module"])
+    rewrite(hub.folder / "org" / "three", lambda tensors: tensors.update({A: torch.ones(4, 7)}))
     store.set_alias("style", "org/three", dtype="keep")
-    AdapterFollower(engine, settings, "style").look()
+    AdapterFollower(engine, settings, "style", pytest.fail).look()
     assert together(engine, "style") == [(expected(hub, "one").strip(), "style")]
     (record,) = [each for each in history.starts(store.layout, limit=9) if each["kind"] == "swap"]
     assert "does not fit the model" in record["error"]
 
 
-def break_it(folder: Path, how: str) -> None:
-    if how == "other modules":
-        change_config(folder, target_modules=["no_such_module"])
-    elif how == "fewer modules":
-        change_config(folder, target_modules=["q_proj"])
-    elif how == "DoRA":
-        change_config(folder, use_dora=True)
-    elif how == "another base":
-        change_config(folder, base_model_name_or_path="org/other")
-    elif how == "another rank":
-        change_config(folder, r=7)
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
 
 
-@pytest.mark.parametrize("how", ["other modules", "fewer modules", "DoRA", "another base", "another rank"])
-def test_a_start_with_an_adapter_that_does_not_fit_says_so(
-    hub: Hub, settings: Settings, started: list[TextEngine], how: str
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+BROKEN: dict[str, Callable[[Path], None]] = {
+    "another base": lambda folder: change_config(folder, base_model_name_or_path="org/other"),
+    "DoRA": lambda folder: change_config(folder, use_dora=True),
+    "layers of its own": lambda folder: change_config(folder, modules_to_save=["norm"]),
+    "biases": lambda folder: change_config(folder, bias="all"),
+    "weights beside a changed model": lambda folder: change_config(folder, init_lora_weights="pissa"),
+    "an aLoRA": lambda folder: change_config(folder, alora_invocation_tokens=[1, 2]),
+    "a rank too large": lambda folder: change_config(folder, rank_pattern={"q_proj": 1 << 20}),
+    "a pattern that does not end": lambda folder: change_config(folder, alpha_pattern={"(a+)+$": 8}),
+    "no factor": lambda folder: change_config(folder, lora_alpha="8"),
+    "a missing matrix": lambda folder: rewrite(folder, lambda tensors: tensors.pop(A)),
+    "another layer": lambda folder: rewrite(
+        folder, lambda tensors: tensors.update({A.replace("q_proj", "no_proj"): tensors[A].clone()})
+    ),
+    "other sizes": lambda folder: rewrite(folder, lambda tensors: tensors.update({A: torch.ones(4, 7)})),
+    "another rank on one side": lambda folder: rewrite(folder, lambda tensors: tensors.update({A: torch.ones(3, 32)})),
+    "a weight of the model": lambda folder: rewrite(
+        folder, lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(12, 32)})
+    ),
+    "a layer under peft": lambda folder: rewrite(
+        folder, lambda tensors: tensors.update({A.replace("lora_A", "base_layer"): torch.ones(32, 32)})
+    ),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_start_with_an_adapter_that_cannot_be_mixed_says_so(
+    hub: Hub, store: ModelStore, settings: Settings, started: list[TextEngine], how: str
 ) -> None:
-    break_it(hub.folder / "org" / "one", how)
+    BROKEN[how](hub.folder / "org" / "one")
     with pytest.raises(NotServable, match="org/one"):
         start(settings, started)
+    (key,) = [key for key in store.catalog.keys() if key.repo_id == "org/one"]  # noqa: SIM118
+    assert not pins.users(store.layout, key, pins.volume_time(store.layout)), "it is in use by nobody"
+
+
+def test_ranks_and_factors_of_single_layers_are_pefts(hub: Hub, settings: Settings, started: list[TextEngine]) -> None:
+    folder = hub.folder / "org" / "one"
+    options = {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"up_proj": 16}, "use_rslora": True}
+    write_adapter(folder, hub.folder / "org" / "name", seed=9, **options)
+    engine = start(settings, started)
+    assert together(engine, "one", None) == [
+        (expected(hub, "one").strip(), "one"),
+        (expected(hub, None).strip(), "org/name"),
+    ]
 
 
 def test_only_what_says_what_it_is_is_taken_from_its_config(
@@ -207,7 +241,7 @@ def test_only_what_says_what_it_is_is_taken_from_its_config(
     right = expected(hub, "one").strip()
     change_config(
         hub.folder / "org" / "one",
-        init_lora_weights="pissa",
+        target_modules="(a+)+$",
         megatron_config={"a": 1},
         megatron_core="antigravity",
         auto_mapping={"base_model_class": "x", "parent_library": "antigravity"},
@@ -216,6 +250,25 @@ def test_only_what_says_what_it_is_is_taken_from_its_config(
     engine = start(settings, started)
     assert together(engine, "one") == [(right, "one")]
     assert "antigravity" not in sys.modules
+
+
+def test_a_call_that_fails_leaves_nothing_in_the_layers(settings: Settings, started: list[TextEngine]) -> None:
+    engine = start(settings, started)
+    before = together(engine, "one")
+    adapters = engine._loaded.adapters
+    assert adapters is not None
+    for _time in range(3):
+        with pytest.raises((RuntimeError, IndexError)):
+            adapters.forward(torch.full((1, 4), 1 << 20), keys=["a0"])  # no ids of tokens
+    assert adapters._layers
+    assert not any(layer._forward_pre_hooks for layer in adapters._layers)
+    assert together(engine, "one") == before
+
+
+def test_the_operator_need_not_allow_what_it_names(hub: Hub, settings: Settings, started: list[TextEngine]) -> None:
+    settings = replace(settings, allowed_models=(parse_reference("org/name"),))
+    engine = start(settings, started)
+    assert together(engine, "two") == [(expected(hub, "two").strip(), "two")]
 
 
 def test_without_peft_the_start_names_the_extra(

@@ -113,6 +113,14 @@ def test_an_adapter_answers_by_its_name_and_follows_its_alias(
     assert text == right["two"]
     assert "".join(chunk["token"] for chunk in running.stream()).startswith(right["one"]), "it ended with its own"
     assert endpoint.run_sync({"op": "status"})["adapters"]["style"].startswith("local/two@")
+    (weights,) = Path(volume["MODELSTORE_ROOT"]).glob("models/local--two/*/adapter_model.safetensors")
+    weights.rename(weights.with_name("aside"))  # vLLM does not read it again
+    try:
+        again = client.completions.create(model="style", prompt=prompt, temperature=0, max_tokens=tokens)
+        assert again.choices[0].text == right["two"]
+    finally:
+        weights.with_name("aside").rename(weights)
+    assert volume["MODELSTORE_ROOT"] not in client.models.list().model_dump_json()
 
 
 @needs_vllm
