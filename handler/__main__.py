@@ -29,12 +29,13 @@ from modelstore.timeline import Timeline
 from modelstore.units import one_line
 from modelstore.volume import history
 from modelstore.volume.layout import Layout
-from modelstore.warmstart import begin, find_or_make
+from modelstore.warmstart import begin, find_or_make, note_outcome
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from handler.engines import Engine, Loader
+    from modelstore.volume.snapshots import Snapshot
 
 logger = logging.getLogger("handler")
 
@@ -125,8 +126,10 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
         ENGINES[settings.engine or engine_for(config, files)].check_config(config, files, label)
 
     name, reason = settings.engine, "as set by ENGINE"
+    chosen: Snapshot | None = None
     if name is None and vllm_choice.is_possible(settings):
-        name, reason = _chosen(settings, timeline)
+        chosen = find_or_make(settings, timeline, check_config)  # vLLM reads to another place than the others
+        name, reason = _engine_of(chosen, settings)
         if name == "vllm":  # which understands more variables
             token, key = settings.hf_token, settings.engine_cache_key  # the environment has them no more
             settings = replace(Settings.from_env(engine="vllm"), hf_token=token, engine_cache_key=key)
@@ -138,6 +141,8 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
         pending = begin(
             settings, timeline=timeline, target=target, while_filling=while_filling, check_config=check_config
         )
+        if chosen is not None and chosen.key == pending.snapshot.key:
+            note_outcome(timeline, chosen)
         try:
             if name is None:
                 name, reason = engine_for(pending.snapshot.config(), pending.snapshot.manifest.paths), "by the model"
@@ -157,9 +162,8 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
         raise
 
 
-def _chosen(settings: Settings, timeline: Timeline) -> tuple[EngineName, str]:
-    """The engine for the model, which is put on the volume first, and why: vLLM reads to another place."""
-    snapshot = find_or_make(settings, timeline)
+def _engine_of(snapshot: Snapshot, settings: Settings) -> tuple[EngineName, str]:
+    """The engine for a snapshot if ENGINE is not set and vLLM is possible, and why."""
     config = snapshot.config()
     name = engine_for(config, snapshot.manifest.paths)
     if name == "text" and (architecture := vllm_choice.architecture_served(settings, config)):

@@ -3,7 +3,7 @@
     python -m modelstore.serve_weights org/name
 
 Finds the snapshot on the volume or makes it, prints a line of JSON (the folder, the socket, the dtype) once the small
-files are there, and reads on. The memory is given back when every rank has loaded; the snapshot stays in use, and the
+files are there, and reads on. The memory is given back when all ranks have loaded; the snapshot stays in use, and the
 folder in place, until standard input ends, as it does with the process that has started this one.
 """
 
@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +33,8 @@ from modelstore.volume import history
 from modelstore.volume.layout import Layout
 from modelstore.warmstart import PendingStart, begin
 
-logger = logging.getLogger(__name__)
+_IDLE_S = 10.0  # without a rank, after one has loaded: several engines of one server start beside each other
+_LOOK_EVERY_S = 0.5
 
 
 def main() -> int:
@@ -42,8 +44,12 @@ def main() -> int:
     try:
         settings = replace(Settings.from_env(), model=parse_reference(sys.argv[1]))
         timeline = Timeline(worker=settings.worker_id, model=sys.argv[1], dtype=settings.dtype or "")
-        with _Served(begin(settings, timeline=timeline, target="shared")):
-            threading.Event().wait()
+        served = _Served(begin(settings, timeline=timeline, target="shared"))
+        try:
+            served.run()
+            threading.Event().wait()  # the snapshot stays in use
+        finally:
+            served.close()
     except ModelStoreError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
@@ -55,54 +61,54 @@ class _Served:
 
     def __init__(self, pending: PendingStart) -> None:
         """Raises what ended the reading, if the damage cannot be mended."""
-        snapshot = pending.snapshot
         self._in_use = pending.in_use
         self._timeline, self._layout = pending.timeline, Layout(pending.settings.root)
         self._reading: Reading | None = pending.reading
-        self._loaded = 0
         self._folder: ModelFolder | None = None
+        self._server: WeightsServer | None = None
         self._place = TemporaryDirectory(prefix="weights-", dir=runtime_folder())
         try:
-            self._folder = ModelFolder(snapshot, pending.reading)
-            socket = Path(self._place.name) / "socket"
-            self._server = WeightsServer(socket, self._folder.path, loaded=self._take_loaded)
-            dtype = DTYPES[snapshot.key.dtype].torch_name
-            print(json.dumps({"folder": str(self._folder.path), "socket": str(socket), "dtype": dtype}), flush=True)
             pending.load(self._read)
         except BaseException:
-            self._close()
+            self.close()
             raise
-        self._in_use = pending.in_use
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_error: object) -> None:
+    def run(self) -> None:
+        """Return when all have loaded, and their memory is theirs alone."""
+        assert self._server is not None
+        while not (self._server.is_idle and time.monotonic() - self._server.idle_since > _IDLE_S):
+            time.sleep(_LOOK_EVERY_S)
         self._server.close()
-        self._close()
-
-    def _read(self, pending: PendingStart) -> None:
-        """Serve the start's reading until all has arrived; called again with another if that was damaged."""
-        self._reading = pending.reading
-        self._server.serve(pending.reading, shared_files(pending.snapshot, pending.reading))
-        pending.reading.wait_all()
-        self._timeline.add(pending.reading.as_span(self._timeline))
-
-    def _take_loaded(self, ranks: int) -> None:
-        self._loaded += 1
-        if self._loaded == ranks and self._reading is not None:
-            self._server.close()
+        if self._reading is not None:
             self._reading.close()
-            self._reading = None  # its memory is free when the last rank has let go of it
-            self._timeline.mark("ready")
-            history.add(self._layout, self._timeline)
+        self._reading = None
+        self._timeline.mark("ready")
+        history.add(self._layout, self._timeline)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Remove the folder, and give the rest back."""
+        if self._server is not None:
+            self._server.close()
         if self._reading is not None:
             self._reading.close()
         self._place.cleanup()
         if self._folder is not None:
             self._folder.close()
         self._in_use.end()
+
+    def _read(self, pending: PendingStart) -> None:
+        """Serve the start's reading until all has arrived; called again with another if that was damaged."""
+        snapshot = pending.snapshot
+        self._reading, self._in_use = pending.reading, pending.in_use
+        if self._server is None:
+            self._folder = ModelFolder(snapshot, pending.reading)
+            socket = Path(self._place.name) / "socket"
+            self._server = WeightsServer(socket, self._folder.path)
+            dtype = DTYPES[snapshot.key.dtype].torch_name
+            print(json.dumps({"folder": str(self._folder.path), "socket": str(socket), "dtype": dtype}), flush=True)
+        self._server.serve(pending.reading, shared_files(snapshot, pending.reading))
+        pending.reading.wait_all()
+        self._timeline.add(pending.reading.as_span(self._timeline))
 
 
 def _end_with_parent() -> None:

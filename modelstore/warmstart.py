@@ -14,10 +14,10 @@ import gc
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from modelstore.errors import DigestMismatch, DoesNotFit, InvalidSetting, ModelStoreError, SnapshotNotFound
 from modelstore.fill.observer import LogObserver, Observer
@@ -27,7 +27,7 @@ from modelstore.servable import CheckConfig, check_nothing
 from modelstore.settings import Settings
 from modelstore.timeline import Outcome, Timeline
 from modelstore.volume.config_sizes import check_configs
-from modelstore.volume.layout import Layout
+from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.pins import UsageMark, wait_while_evicting
 from modelstore.volume.snapshots import Catalog, Snapshot, Status
 
@@ -96,9 +96,10 @@ class PendingStart:
             del mismatch  # its traceback holds the buffers
         logger.warning("%s; comparing it again", damage)
         place = self.transfer.place_of("") if self.transfer is not None else None
+        has_weights = any(self.reading.holds(file.path) for file in self.snapshot.weights)
         self._stop_reading()
         try:
-            self._begin_again(place)
+            self._begin_again(place, has_weights=has_weights)
         except ModelStoreError as error:
             raise DigestMismatch(f"{damage}; it could not be made again: {error}") from error
         return self._loaded(load)
@@ -130,7 +131,7 @@ class PendingStart:
             self.ring_bytes = 0
             self.reading = start_reading(self.snapshot, beside=True)
 
-    def _begin_again(self, place: str | None) -> None:
+    def _begin_again(self, place: str | None, *, has_weights: bool) -> None:
         from modelstore.store import ModelStore
 
         store, model = ModelStore(self.settings.root, settings=self.settings), self.settings.model
@@ -142,7 +143,8 @@ class PendingStart:
         self.in_use.end()
         self.in_use = UsageMark(store.layout, fresh.key, self.settings.worker_id)
         self.timeline.commit, self.timeline.dtype = fresh.commit, fresh.dtype
-        self.snapshot, self.reading = fresh, start_reading(fresh, ring_bytes=self.ring_bytes)
+        self.snapshot = fresh
+        self.reading = start_reading(fresh, beside=True, ring_bytes=self.ring_bytes, weights=has_weights)
         self.transfer = None if place is None else _transfer_to(place, self.reading)
 
 
@@ -254,16 +256,24 @@ def begin(
             mark.end()
         raise
     assert mark is not None
-    timeline.commit, timeline.dtype = snapshot.commit, snapshot.dtype
-    timeline.outcome, timeline.reason = _OUTCOMES[snapshot.status]
-    if snapshot.status == "downloaded" and not snapshot.downloaded_bytes:
-        timeline.outcome, timeline.reason = "copied", f"the snapshot was made from {snapshot.manifest.source.label}"
+    note_outcome(timeline, snapshot)
     return PendingStart(settings, snapshot, reading, mark, timeline, observer, ring_bytes, transfer)
 
 
-def find_or_make(settings: Settings, timeline: Timeline) -> Snapshot:
-    """The snapshot of the model, which is made if it is not on the volume; nothing of it is read yet. Raises as
-    `begin`."""
+class _CheckedFill(LogObserver):
+    """Logs a fill that the config of the model may stop."""
+
+    def __init__(self, check_config: CheckConfig) -> None:
+        super().__init__()
+        self._check_config = check_config
+
+    def described(self, key: SnapshotKey, config: Mapping[str, Any], files: Collection[str]) -> None:
+        self._check_config(config, files, key.repo_id)
+
+
+def find_or_make(settings: Settings, timeline: Timeline, check_config: CheckConfig) -> Snapshot:
+    """The snapshot of the model, which is made if it is not on the volume; nothing of it is read yet. Arguments and
+    errors are those of `begin`."""
     if settings.model is None:
         raise _no_model()
     settings.check_allowed(settings.model)
@@ -274,7 +284,15 @@ def find_or_make(settings: Settings, timeline: Timeline) -> Snapshot:
     from modelstore.store import ModelStore
 
     store = ModelStore(settings.root, settings=settings)
-    return store.ensure(settings.model, timeline=timeline, observer=LogObserver())
+    return store.ensure(settings.model, timeline=timeline, observer=_CheckedFill(check_config))
+
+
+def note_outcome(timeline: Timeline, snapshot: Snapshot) -> None:
+    """Record how a start came to its snapshot."""
+    timeline.commit, timeline.dtype = snapshot.commit, snapshot.dtype
+    timeline.outcome, timeline.reason = _OUTCOMES[snapshot.status]
+    if snapshot.status == "downloaded" and not snapshot.downloaded_bytes:
+        timeline.outcome, timeline.reason = "copied", f"the snapshot was made from {snapshot.manifest.source.label}"
 
 
 def _no_model() -> InvalidSetting:

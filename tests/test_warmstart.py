@@ -21,6 +21,7 @@ import torch
 from modelstore import warmstart
 from modelstore.errors import DigestMismatch, DoesNotFit
 from modelstore.load.model import load_model
+from modelstore.load.weights_socket import shared_files
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
 from modelstore.startup import gc_paused
@@ -338,6 +339,26 @@ def test_weights_for_several_gpus_wait_until_it_is_known_where_to(
         pending.reading.close()
         if pending.transfer is not None:
             pending.transfer.end()
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_server_gets_the_mended_weights_as_it_got_the_first(
+    store: ModelStore, model: Snapshot, monkeypatch: pytest.MonkeyPatch, has_room: bool
+) -> None:
+    monkeypatch.setattr("modelstore.load.memory.free_host_bytes", lambda: 1 << 40 if has_room else 1)
+    damaged = "model.safetensors" if has_room else "config.json"
+    flip(model.path / damaged)
+    given = []
+
+    def serve(pending: PendingStart) -> None:
+        given.append(len(shared_files(pending.snapshot, pending.reading)))
+        pending.reading.wait_all()
+
+    pending = begin(settings_of(store), target="shared")
+    pending.load(serve)
+    assert set(given) == {int(has_room)}
+    pending.reading.close()
+    pending.in_use.end()
 
 
 def test_a_gpu_that_fills_up_meanwhile_is_an_error_and_not_a_wait(

@@ -22,7 +22,7 @@ from typing import Any
 
 from modelstore.environment import compiling_into, of_compilers
 from modelstore.errors import ModelStoreError
-from modelstore.load.memory import gpus
+from modelstore.load.memory import gpus, has_driver
 from modelstore.load.model_folder import OwnedFolder, runtime_folder
 from modelstore.settings import Settings
 from modelstore.units import size
@@ -52,6 +52,17 @@ class CompiledCode:
         self._expected: str | None = None
         self._may_publish = settings.engine_cache == "write"
 
+    @classmethod
+    def of(cls, settings: Settings) -> CompiledCode | None:
+        """That of a start with these settings; None if they do not want it, or this host has no room for it."""
+        if settings.engine_cache == "off":
+            return None
+        try:
+            return cls(settings)
+        except OSError as error:
+            logger.warning("compiled code is neither restored nor published: %s", error)
+            return None
+
     @property
     def environment(self) -> dict[str, str]:
         """The variables of the engine's process."""
@@ -65,6 +76,10 @@ class CompiledCode:
     def restore(self, snapshot: SnapshotKey, facts: Mapping[str, Any]) -> None:
         """Put the code for these facts in place, if it is on the volume and right. `facts`: those of the engine."""
         self._snapshot = snapshot
+        if has_driver() and not gpus(self._settings.visible_gpus):
+            logger.info("no compiled code is restored or published: the driver does not say which GPU this is")
+            self._may_publish = False
+            return
         self._facts = {**facts, **_machine(self._settings), "folder": str(self._folder.path), "model": str(snapshot)}
         key, began = engine_caches.key_of(self._facts), time.monotonic()
         try:
@@ -115,7 +130,7 @@ class CompiledCode:
             is_first = engine_caches.publish(
                 self._layout, self._snapshot, cache, self._settings.worker_id, self._settings.engine_cache_key
             )
-        except (ModelStoreError, OSError) as error:
+        except (ModelStoreError, OSError, MemoryError) as error:
             logger.warning("compiled code is not published: %s", error)
             return
         took_s = time.monotonic() - began

@@ -155,9 +155,10 @@ class Server:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if not self._has_versions.is_set() and line.startswith("{"):
-                self._versions = json.loads(line)
-                self._has_versions.set()
-                continue
+                with suppress(ValueError):
+                    self._versions = json.loads(line)
+                    self._has_versions.set()
+                    continue
             self._note_part(line)
             self._last_lines.append(line.strip()[:2000])
             print(f"{self._name.lower()}: {one_line(line, LINE_CHARACTERS)}", file=sys.stderr, flush=True)

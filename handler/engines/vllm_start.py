@@ -38,6 +38,7 @@ from modelstore.warmstart import PendingStart
 logger = logging.getLogger(__name__)
 
 _READY_S = 24 * 3600  # it waits for its engine, which waits for the read: RunPod has a limit of its own
+_ANSWER_S = 120.0  # for the answer to it
 _FIRST_REQUEST = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
 _MILESTONES = [
     Milestone(re.compile(pattern), part)
@@ -70,9 +71,10 @@ class Loader:
         vllm_plugin.lend(Path(self._place.name))
         self._socket = Path(self._place.name) / "weights"
         self._adapters: dict[str, Adapter] = {}
-        self._code = CompiledCode(settings) if settings.engine_cache != "off" else None
+        self._code = CompiledCode.of(settings)
         self._server = self._started()
         self._arguments: list[str] = []
+        self._first_answer = ""
         self._weights: WeightsServer | None = None
         self._folder: ModelFolder | None = None
 
@@ -153,44 +155,56 @@ class Loader:
         """Return when vLLM answers; if it runs code that another worker compiled, as it did there. Raises ServerFailed,
         and what ended the reading."""
         code = self._code
-        failure: ServerFailed | None = None
+        failure = ""  # in words: the error would keep the reading's memory
         try:
             self._server.wait(pending.reading.check)
         except ServerFailed as error:
             if code is None or not code.is_restored:
                 raise
-            failure = error
-        if code is None:
+            failure = str(error)
+        if code is None or (not failure and self._is_right(code, pending)):
             return
-        answer = "" if failure is not None else self._answer(pending)
-        if failure is not None or not code.is_right(answer):
-            logger.warning("vLLM starts again without the compiled code: %s", failure or f"it answers {answer!r}")
-            self._server.end()
-            code.forget()
-            if failure is None:
-                code.quarantine()
-            self._server = self._started()
-            self._server.begin(self._arguments)
-            self._server.wait(pending.reading.check)
-            if failure is not None:  # which was not for another reason
-                code.quarantine()
-            answer = self._answer(pending)
-        code.publish(answer)
+        logger.warning(
+            "vLLM starts again without the compiled code: %s", failure or f"it answers {self._first_answer!r}"
+        )
+        self._server.end()
+        code.forget()
+        if not failure:
+            code.quarantine()
+        self._server = self._started()
+        self._server.begin(self._arguments)
+        self._server.wait(pending.reading.check)
+        if failure:  # which was not for another reason
+            code.quarantine()
+        self._first_answer = self._answer(pending)
+
+    def _is_right(self, code: CompiledCode, pending: PendingStart) -> bool:
+        """Whether vLLM answers as it did where its code was compiled; asked twice, because one request may fail."""
+        for _try in range(2):
+            self._first_answer = self._answer(pending)
+            if code.is_right(self._first_answer):
+                return True
+        return False
 
     def _answer(self, pending: PendingStart) -> str:
         """What vLLM answers to a fixed prompt; empty if it answers none."""
         body = _FIRST_REQUEST | {"model": pending.snapshot.key.repo_id}
 
         async def ask() -> str:
-            async for answer in self._server.answer("/v1/completions", body):
-                if isinstance(answer, dict):
-                    return str(answer["choices"][0]["text"])
+            async with asyncio.timeout(_ANSWER_S):
+                async for answer in self._server.answer("/v1/completions", body):
+                    if isinstance(answer, dict):
+                        return str(answer["choices"][0]["text"])
             return ""
 
         try:
             return asyncio.run(ask())
-        except (JobError, LookupError) as error:  # a model that does not generate text
-            logger.info("vLLM does not answer a prompt: %s", error)
+        except (
+            JobError,
+            LookupError,
+            TimeoutError,
+        ) as error:  # a model that does not generate text, or code that hangs
+            logger.info("vLLM does not answer a prompt: %s", str(error) or type(error).__name__)
             return ""
 
     def _finished(self, pending: PendingStart) -> VllmEngine:
@@ -202,6 +216,8 @@ class Loader:
             self._weights.close()
         self._folder.link_to_volume()
         pending.reading.close()
+        if self._code is not None:
+            self._code.publish(self._first_answer)
         return VllmEngine(self._server, pending, self._adapters, path_of=self._path_of, close=self.cancel)
 
     def _path_of(self, adapter: Adapter) -> str:

@@ -69,6 +69,11 @@ def free_gpu_bytes(visible: str | None = None) -> list[int] | None:
     return None if not free or None in free else [amount for amount in free if amount is not None]
 
 
+def has_driver() -> bool:
+    """Whether this host has NVIDIA's driver."""
+    return os.path.exists(_DRIVER)
+
+
 def gpus(visible: str | None = None) -> list[str]:
     """Name, compute capability and driver of each GPU that this process may use; empty if there is none, or the driver
     does not say. `visible`: see `free_gpu_bytes`."""
@@ -87,7 +92,7 @@ def gpus(visible: str | None = None) -> list[str]:
 
 def _asked_of_gpus(visible: str | None, ask: Callable[[Any, Any], T]) -> list[T] | None:
     """What `ask` returns for each GPU, from the driver's library and the GPU's handle in it; None if there is none."""
-    if not os.path.exists(_DRIVER):
+    if not has_driver():
         return None
     if visible is not None and not all(part.strip().isdigit() for part in visible.split(",")):
         return None

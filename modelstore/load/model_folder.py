@@ -12,6 +12,7 @@ them.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -56,9 +57,12 @@ class OwnedFolder:
 
     def clear(self) -> None:
         """Remove all that the folder holds."""
-        if self.path.is_symlink():
-            self.path.unlink()
-        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(FileNotFoundError):  # not removed in its place: a process that was left behind may write into it
+            before = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}")
+            self.path.rename(before)
+            if before.is_symlink():
+                before.unlink()
+            shutil.rmtree(before, ignore_errors=True)
         self.path.mkdir(mode=0o700)
 
     def close(self) -> None:

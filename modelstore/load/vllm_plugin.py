@@ -18,10 +18,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from modelstore.environment import weights_source
@@ -67,7 +66,7 @@ def _loader_class() -> type:
         """vLLM's own loader, and its check that no weight is missing; only the bytes come by another way."""
 
         def _get_weights_iterator(self, source: Any) -> Iterator[tuple[str, Any]]:
-            weights = _connected(source.model_or_path) if self._encoder_only_lm_prefixes is None else None
+            weights = _connected(source) if self._encoder_only_lm_prefixes is None else None
             if weights is None:
                 logger.warning("vLLM's own loader reads %s: no process serves it", source.model_or_path)
                 self.load_config = copy.copy(self.load_config)
@@ -80,36 +79,38 @@ def _loader_class() -> type:
 
 
 class _Connection:
-    """The weights of a folder, until they are closed."""
+    """The weights of a source, by the files that vLLM's own loader would take, until they are closed."""
 
-    def __init__(self, stack: ExitStack, weights: Weights) -> None:
+    def __init__(self, stack: ExitStack, weights: Weights, files: Sequence[SharedFile]) -> None:
         self.weights = weights
+        self.files = files
         self.close = stack.close
 
 
-def _connected(folder: str) -> _Connection | None:
-    """The weights of the model in this folder, from the process that reads them; None if none does."""
+def _connected(source: Any) -> _Connection | None:
+    """The weights of a source, from the process that reads them; None if no process does."""
     socket = weights_source().get("socket")
     if socket is None:
         return None
     stack = ExitStack()
     try:
         weights = stack.enter_context(connect(Path(socket)))
-        if Path(weights.folder) == Path(folder) and weights.files:
-            return _Connection(stack, weights)
-    except OSError as error:  # it has ended, as after a reload of the weights
+        files = _selected(weights.files, source)
+        if Path(weights.folder) == Path(source.model_or_path) and files:
+            return _Connection(stack, weights, files)
+    except (OSError, ProcessFailed) as error:  # it has ended, as after a reload of the weights
         logger.info("nobody serves at %s any more: %s", socket, error)
     stack.close()
     return None
 
 
 def _tensors(connection: _Connection, source: Any, expert_ids: set[int] | None) -> Iterator[tuple[str, Any]]:
-    """The tensors of the files that vLLM's own loader would take, by their names, in the order of the files."""
+    """The tensors of a source by their names, in the order of its files."""
     from modelstore.load.views import view_of
 
     weights = connection.weights
     try:
-        for file in _selected(weights.files, source):
+        for file in connection.files:
             weights.wait(file, LENGTH_BYTES)
             length = header_length(file.memory[:LENGTH_BYTES], file_bytes=file.size_bytes, where=file.path)
             weights.wait(file, LENGTH_BYTES + length)
@@ -120,17 +121,27 @@ def _tensors(connection: _Connection, source: Any, expert_ids: set[int] | None) 
                     continue
                 weights.wait(file, header.data_start + tensor.end)
                 yield source.prefix + tensor.name, view_of(file.memory, header, tensor, file.path)
-        weights.tell_loaded(_ranks())
+        weights.tell_loaded()
     finally:
         connection.close()
 
 
-def _selected(files: list[SharedFile], source: Any) -> Iterator[SharedFile]:
-    patterns = source.allow_patterns_overrides or ("*.safetensors",)
-    for file in files:
-        folder, _slash, name = file.path.rpartition("/")
-        if folder == (source.subfolder or "") and any(fnmatch(name, pattern) for pattern in patterns):
-            yield file
+def _selected(files: Sequence[SharedFile], source: Any) -> list[SharedFile]:
+    """The files of a source, as `DefaultModelLoader` takes them: those of the first pattern that has any."""
+    folder = f"{source.subfolder}/" if source.subfolder else ""
+    inside = {file.path.removeprefix(folder): file for file in files if file.path.startswith(folder)}
+    for pattern in source.allow_patterns_overrides or ("*.safetensors",):
+        matching = [
+            file for name, file in inside.items() if PurePosixPath(name).match(pattern) and _depth(name, pattern)
+        ]
+        if matching:
+            return matching if pattern.endswith(".safetensors") else []
+    return []
+
+
+def _depth(name: str, pattern: str) -> bool:
+    """Whether a name lies as deep as a pattern says: as for glob, its asterisks cross no slash."""
+    return name.count("/") == pattern.count("/")
 
 
 def _is_skipped(name: str, source: Any, expert_ids: set[int] | None) -> bool:
@@ -143,14 +154,6 @@ def _is_skipped(name: str, source: Any, expert_ids: set[int] | None) -> bool:
     from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 
     return bool(should_skip_weight(name, expert_ids))
-
-
-def _ranks() -> int:
-    """The number of processes that load the model on all hosts."""
-    from vllm.config import get_current_vllm_config
-
-    parallel = get_current_vllm_config().parallel_config
-    return int(parallel.world_size * parallel.data_parallel_size)
 
 
 def _after_lookup(method: Any) -> Any:

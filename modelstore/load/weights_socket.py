@@ -20,7 +20,8 @@ import mmap
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 _FILES_IN_MESSAGE = 64  # the kernel passes 253 descriptors at most, and a packet is to stay below its buffer
 _MESSAGE_BYTES = 1 << 17
 _LOADED = b"loaded"
+_ACCEPT_AGAIN_S = 0.1
 
 
 def shared_files(snapshot: Snapshot, reading: Reading) -> list[FileRecord]:
@@ -52,17 +54,19 @@ class WeightsServer:
     If a reading fails, its clients wait for another one with the same files, in which they go on.
     """
 
-    def __init__(self, path: Path, folder: Path, *, loaded: Callable[[int], None] = lambda _ranks: None) -> None:
+    def __init__(self, path: Path, folder: Path) -> None:
         """`path`: of at most 107 bytes, in a folder that is this user's alone. `folder`: the model's, which a client
-        compares with the one that it was asked to load. `loaded`: called in a thread when a client has loaded all
-        weights, with the number of clients that its group has."""
+        compares with the one that it was asked to load."""
         self._path = path
         self._folder = folder
-        self._loaded = loaded
         self._changed = threading.Condition()
         self._reading: Reading | None = None
         self._files: Sequence[FileRecord] = ()
+        self._number = 0
+        self._clients = 0
         self._closed = False
+        self.has_loaded = False
+        self.idle_since = 0.0
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         path.unlink(missing_ok=True)
         self._listening.bind(str(path))
@@ -73,6 +77,7 @@ class WeightsServer:
         """Serve these files of a reading from now on."""
         with self._changed:
             self._reading, self._files = reading, files
+            self._number += 1
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -86,36 +91,55 @@ class WeightsServer:
         self._listening.close()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closed:
             try:
                 client, _address = self._listening.accept()
-            except OSError:  # closed
-                return
+            except OSError as error:  # it is closed, or this process has too many descriptors just now
+                if not self._closed:
+                    logger.warning("a process that wants the weights is not served: %s", error)
+                    time.sleep(_ACCEPT_AGAIN_S)
+                continue
             threading.Thread(target=self._serve, args=(client,), name="weights", daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        reading: Reading | None = None
-        error: Exception | None = None
-        with client, suppress(ConnectionError):
-            while (reading := self._next_reading(reading)) is not None:
-                try:
-                    self._send_all(client, reading)
-                    break
-                except ConnectionError:
-                    raise
-                except Exception as failed:  # of the reading
-                    error = failed
-            else:
-                _send(client, {"error": f"{type(error).__name__}: {error}" if error else "the server was closed"})
-                return
-            if answer := client.recv(_MESSAGE_BYTES):
-                self._loaded(int(answer.removeprefix(_LOADED)))
-
-    def _next_reading(self, failed: Reading | None) -> Reading | None:
-        """The reading to serve after this one; None if the server is closed before there is one."""
+        number, error = 0, "the server was closed"
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._reading is not failed)
-            return self._reading
+            self._clients += 1
+        with client, suppress(ConnectionError):
+            while (number := self._next_reading(number)) and (failed := self._sent(client)):
+                error = failed
+            if not number:
+                _send(client, {"error": error})
+            elif client.recv(_MESSAGE_BYTES) == _LOADED:
+                self.has_loaded = True
+        with self._changed:
+            self._clients -= 1
+            self.idle_since = time.monotonic()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a client has loaded all weights, and none is connected."""
+        return self.has_loaded and not self._clients
+
+    def _sent(self, client: socket.socket) -> str:
+        """Send all of the reading to a client; returns why the reading failed, in words: an error would keep memory.
+        Raises ConnectionError if the client has gone."""
+        reading = self._reading
+        if reading is None:
+            return "the server was closed"
+        try:
+            self._send_all(client, reading)
+        except ConnectionError:
+            raise
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def _next_reading(self, number: int) -> int:
+        """The number of the next reading after this one, once there is one; 0 if the server is closed before."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._number > number)
+            return self._number if self._number > number and self._reading is not None else 0
 
     def _send_all(self, client: socket.socket, reading: Reading) -> None:
         for begin in range(0, max(len(self._files), 1), _FILES_IN_MESSAGE):
@@ -159,10 +183,12 @@ class Weights:
         while file.arrived < end:
             self._take_message()
 
-    def tell_loaded(self, ranks: int) -> None:
-        """Tell that this process, one of `ranks`, has loaded all weights."""
+    def tell_loaded(self) -> None:
+        """Tell that this process has loaded all weights that it wants."""
+        for file in self.files:  # the server tells of each to its end
+            self.wait(file, file.size_bytes)
         with suppress(ConnectionError):
-            self._connection.send(_LOADED + str(ranks).encode())
+            self._connection.send(_LOADED)
 
     def _take_message(self) -> bool:
         """Take one message; whether it was the last with files."""
@@ -177,6 +203,8 @@ class Weights:
             return False
         self.folder = message["folder"]
         known = {file.path: file for file in self.files}
+        if not message["files"] and known:
+            raise ProcessFailed("the weights do not arrive: the model was read again without them")
         for (path, size_bytes), fd in zip(message["files"], descriptors, strict=True):
             memory = _mapped(fd, size_bytes)
             if path in known:  # another reading, in other memory

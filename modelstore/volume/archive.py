@@ -42,6 +42,8 @@ def pack(folder: Path) -> bytes:
             info.size, info.mtime = state.st_size, state.st_mtime
             with path.open("rb") as file:
                 tar.addfile(info, file)
+            if packed.tell() > ARCHIVE_BYTES:
+                break
     if packed.tell() > ARCHIVE_BYTES:
         raise NoSpace(f"{folder} takes {size(packed.tell())} as an archive: it is not stored")
     return packed.getvalue()

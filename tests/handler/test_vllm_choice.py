@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from handler.__main__ import _chosen
+from handler.__main__ import _engine_of
 from handler.engines import vllm_choice
+from modelstore.errors import NotServable
 from modelstore.reference import parse_reference
+from modelstore.servable import check_nothing
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.timeline import Timeline
+from modelstore.warmstart import find_or_make
 from tests.support.hub import Hub
 from tests.support.models import write_model
 from tests.support.vllm import PYTHON, needs_vllm
@@ -103,10 +106,21 @@ def test_a_model_is_put_on_the_volume_and_gets_its_engine(
     write_model(hub.folder / "org" / "name", seed=1, architecture=architecture)
     chosen = replace(store.settings, model=parse_reference("org/name"), vllm_python=python)
     timeline = Timeline()
-    name, reason = _chosen(chosen, timeline)
+    name, reason = _engine_of(find_or_make(chosen, timeline, check_nothing), chosen)
     assert name == engine
     assert "LlamaForCausalLM" in reason if engine == "vllm" else reason == "by the model"
     assert {"download", "publish"} <= {span.name for span in timeline.spans}
     hub.served.reset()
-    assert _chosen(chosen, Timeline())[0] == engine
+    assert _engine_of(find_or_make(chosen, Timeline(), check_nothing), chosen)[0] == engine
     assert hub.served.requests == []
+
+
+def test_a_model_that_cannot_be_served_is_told_before_its_download(hub: Hub, store: ModelStore) -> None:
+    write_model(hub.folder / "org" / "name", seed=1)
+
+    def refuse(_config: object, _files: object, label: str) -> None:
+        raise NotServable(f"{label} cannot be served")
+
+    with pytest.raises(NotServable):
+        find_or_make(replace(store.settings, model=parse_reference("org/name")), Timeline(), refuse)
+    assert not any("safetensors" in str(request) for request in hub.served.requests)

@@ -7,8 +7,9 @@ import re
 import shutil
 import signal
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -134,26 +135,43 @@ def test_more_files_than_one_message_has_room_for(server: WeightsServer, tmp_pat
     reading.close()
 
 
-def test_the_owner_is_told_when_each_rank_has_loaded(snapshot: Snapshot, tmp_path: Path) -> None:
-    told = threading.Semaphore(0)
-    groups = []
-
-    def loaded(ranks: int) -> None:
-        groups.append(ranks)
-        told.release()
-
-    server = WeightsServer(tmp_path / "socket", tmp_path, loaded=loaded)
+def test_it_is_idle_when_those_that_came_have_loaded(snapshot: Snapshot, server: WeightsServer, tmp_path: Path) -> None:
     reading = start_reading(snapshot, beside=True)
     server.serve(reading, shared_files(snapshot, reading))
-    for _rank in range(2):
-        with connect(tmp_path / "socket") as weights:
-            taken(weights)
-            weights.tell_loaded(2)
-            assert told.acquire(timeout=5)
+    with connect(tmp_path / "socket") as first, connect(tmp_path / "socket") as second:
+        taken(first)
+        assert not server.is_idle
+        second.tell_loaded()  # it has wanted a part alone
+        first.tell_loaded()
+    wait_until(lambda: server.is_idle)
     with connect(tmp_path / "socket") as weights:
+        assert not server.is_idle
         taken(weights)
-    assert groups == [2, 2]
-    server.close()
+    wait_until(lambda: server.is_idle)
+    reading.close()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+def test_a_client_is_told_if_another_reading_has_no_weights(
+    snapshot: Snapshot, server: WeightsServer, tmp_path: Path
+) -> None:
+    before = set(children())
+    reading = start_reading(snapshot, beside=True)
+    (reader,) = set(children()) - before
+    os.kill(int(reader), signal.SIGSTOP)
+    server.serve(reading, shared_files(snapshot, reading))
+    with connect(tmp_path / "socket") as weights:
+        os.kill(int(reader), signal.SIGCONT)
+        reading.failed(DigestMismatch("damaged"))
+        server.serve(start_reading(snapshot), [])
+        with pytest.raises(ProcessFailed, match="without them"):
+            weights.wait(weights.files[-1], weights.files[-1].size_bytes)
     reading.close()
 
 

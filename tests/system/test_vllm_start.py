@@ -123,6 +123,9 @@ def test_vllms_own_command_finds_or_makes_the_snapshot(volume: dict[str, str], t
             (reader,) = [
                 pid for pid in processes_of(vllm.pid) if b"serve_weights" in Path(f"/proc/{pid}/cmdline").read_bytes()
             ]
+            deadline = time.monotonic() + 30
+            while "memfd" in Path(f"/proc/{reader}/maps").read_text() and time.monotonic() < deadline:
+                time.sleep(0.2)
             assert "memfd" not in Path(f"/proc/{reader}/maps").read_text(), "its memory went back"
             assert list(root.glob("used/*/*/*")), "the snapshot is in use"
         finally:
