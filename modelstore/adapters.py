@@ -9,9 +9,9 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from modelstore.errors import NotServable
+from modelstore.errors import IntegrityError, NotServable
 from modelstore.reference import Reference, is_repo_id
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
@@ -20,6 +20,9 @@ from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.pins import UsageMark, wait_while_evicting
 from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.verify import verify_snapshot
+
+if TYPE_CHECKING:
+    from modelstore.store import ModelStore
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +58,21 @@ def find_or_make(settings: Settings, name: str, base: SnapshotKey, timeline: Tim
         try:
             gone = wait_while_evicting(store.layout, snapshot.key)
             if gone or not verify_snapshot(snapshot).intact:
-                snapshot = store.ensure(reference, dtype="keep", damaged=None if gone else snapshot)
+                snapshot = _mended(store, reference, None if gone else snapshot)
             config = _config_of(snapshot)
             rank = _checked(config, str(snapshot.key), base)
         except BaseException:
             mark.end()
             raise
     return Adapter(name, snapshot, config, rank, mark)
+
+
+def _mended(store: ModelStore, reference: Reference, damaged: Snapshot | None) -> Snapshot:
+    """Raises NotServable if an adapter cannot be made again: the model's own bytes are not at fault."""
+    try:
+        return store.ensure(reference, dtype="keep", damaged=damaged)
+    except IntegrityError as error:
+        raise NotServable(f"the adapter {reference} is damaged, and cannot be made again: {error}") from error
 
 
 def _config_of(snapshot: Snapshot) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from modelstore.dtypes import DTYPES
-from modelstore.errors import ModelStoreError
+from modelstore.errors import ModelStoreError, ProcessFailed
 from modelstore.load.model_folder import ModelFolder, runtime_folder
 from modelstore.load.reader import Reading
 from modelstore.load.weights_socket import WeightsServer, shared_files
@@ -30,10 +30,11 @@ from modelstore.reference import parse_reference
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.volume import history
-from modelstore.volume.layout import Layout
+from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.warmstart import PendingStart, begin
 
 _IDLE_S = 10.0  # without a rank, after one has loaded: several engines of one server start beside each other
+_UNUSED_S = 600.0  # without a rank that has loaded: vLLM reads the weights by itself
 _LOOK_EVERY_S = 0.5
 
 
@@ -64,6 +65,7 @@ class _Served:
         self._in_use = pending.in_use
         self._timeline, self._layout = pending.timeline, Layout(pending.settings.root)
         self._reading: Reading | None = pending.reading
+        self._key: SnapshotKey | None = None
         self._folder: ModelFolder | None = None
         self._server: WeightsServer | None = None
         self._place = TemporaryDirectory(prefix="weights-", dir=runtime_folder())
@@ -76,11 +78,15 @@ class _Served:
     def run(self) -> None:
         """Return when all have loaded, and their memory is theirs alone."""
         assert self._server is not None
-        while not (self._server.is_idle and time.monotonic() - self._server.idle_since > _IDLE_S):
+        read_at = time.monotonic()
+        while time.monotonic() - max(self._server.idle_since, read_at) < (
+            _IDLE_S if self._server.is_idle else _UNUSED_S
+        ):
             time.sleep(_LOOK_EVERY_S)
         self._server.close()
         if self._reading is not None:
             self._reading.close()
+            self._reading.release_memory()
         self._reading = None
         self._timeline.mark("ready")
         history.add(self._layout, self._timeline)
@@ -99,6 +105,9 @@ class _Served:
     def _read(self, pending: PendingStart) -> None:
         """Serve the start's reading until all has arrived; called again with another if that was damaged."""
         snapshot = pending.snapshot
+        if self._key not in (None, snapshot.key):
+            raise ProcessFailed(f"{self._key} was damaged, and its name leads to {snapshot.key} now: start vLLM again")
+        self._key = snapshot.key
         self._reading, self._in_use = pending.reading, pending.in_use
         if self._server is None:
             self._folder = ModelFolder(snapshot, pending.reading)

@@ -19,7 +19,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from modelstore.errors import DigestMismatch, DoesNotFit, InvalidSetting, ModelStoreError, SnapshotNotFound
+from modelstore.errors import (
+    DigestMismatch,
+    DoesNotFit,
+    InvalidSetting,
+    ModelStoreError,
+    ServerFailed,
+    SnapshotNotFound,
+)
 from modelstore.fill.observer import LogObserver, Observer
 from modelstore.load import memory
 from modelstore.load.reader import RING_BYTES, Reading, start_reading
@@ -88,6 +95,11 @@ class PendingStart:
             self._end_copies()
             raise
         except BaseException as error:  # a damaged tokenizer can raise anything in its parser
+            if isinstance(
+                error, ServerFailed
+            ):  # which was told of wrong bytes by its weights; else they are not at fault
+                self._end_copies()
+                raise
             mismatch = error if isinstance(error, DigestMismatch) else self.reading.damage()
             if mismatch is None:
                 self._end_copies()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from modelstore.environment import compiling_into, of_compilers
-from modelstore.errors import ModelStoreError
+from modelstore.errors import IntegrityError, ModelStoreError
 from modelstore.load.memory import gpus, has_driver
 from modelstore.load.model_folder import OwnedFolder, runtime_folder
 from modelstore.settings import Settings
@@ -34,6 +34,7 @@ from modelstore.volume.space import Space
 
 logger = logging.getLogger(__name__)
 
+_OF_THIS_HOST = re.compile(r"gpu_p2p_access_cache.*")  # what vLLM found out about the links between its GPUs
 _INSTRUCTION_SET = re.compile(
     r"abm|adx|aes|amx|asimd|avx|bf16|bmi|crc32|f16c|fma|gfni|i8mm|movbe|neon|pclmul|popcnt|rd(rnd|seed)|sha|sse|ssse3|sve|v(aes|pclmul)"
 )
@@ -88,10 +89,11 @@ class CompiledCode:
                 logger.info("no compiled code for this engine is on the volume (%s)", key)
                 return
             unpack(cache.archive, self._folder.path)
-        except (ModelStoreError, OSError) as error:
+        except (ModelStoreError, OSError, MemoryError) as error:
             logger.warning("compiled code on the volume is not used: %s", error)
-            self._may_publish = False
-            self._folder.clear()
+            self._clear()
+            if self._may_publish and isinstance(error, IntegrityError):  # else it would be in the way for ever
+                self.quarantine()
             return
         self._expected, self._may_publish = cache.answer, False
         took_s = time.monotonic() - began
@@ -105,7 +107,7 @@ class CompiledCode:
         """Begin again without the code that was restored; the engine must have ended."""
         self._expected = None
         self._may_publish = self._settings.engine_cache == "write"
-        self._folder.clear()
+        self._clear()
 
     def quarantine(self) -> None:
         """Move the code on the volume that was restored out of the way."""
@@ -124,7 +126,7 @@ class CompiledCode:
             return
         began = time.monotonic()
         try:
-            archive = pack(self._folder.path)
+            archive = pack(self._folder.path, without=_OF_THIS_HOST)
             self._check_room(len(archive))
             cache = EngineCache(self._facts, answer, archive)
             is_first = engine_caches.publish(
@@ -136,6 +138,13 @@ class CompiledCode:
         took_s = time.monotonic() - began
         how = "published" if is_first else "another worker had published compiled code before"
         logger.info("%s: %s in %.2f s", how, size(len(archive)), took_s)
+
+    def _clear(self) -> None:
+        try:
+            self._folder.clear()
+        except OSError as error:
+            logger.warning("the folder of compiled code cannot be emptied: %s", error)
+            self._may_publish = False
 
     def close(self) -> None:
         """Remove the folder."""

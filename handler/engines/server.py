@@ -75,7 +75,7 @@ class Server:
         self.socket = str(Path(self._folder.name) / "socket")
         self._last_lines: collections.deque[str] = collections.deque(maxlen=200)
         self._milestones = collections.deque(milestones)
-        self._began = time.monotonic()
+        self._began = self.begun_at = time.monotonic()
         self._parts: list[tuple[str, float]] = []
         self._versions: dict[str, str] = {}
         self._has_versions = threading.Event()
@@ -99,6 +99,7 @@ class Server:
 
     def begin(self, arguments: list[str]) -> None:
         """Hand over the arguments, the socket as the last."""
+        self.begun_at = time.monotonic()
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # `wait` says why it has ended
             self._process.stdin.write(json.dumps([*arguments, self.socket]) + "\n")

@@ -41,7 +41,9 @@ def _package(python: Path | None) -> Path | None:
         return Path(next(iter(places))) if places else None
     code = "from importlib.util import find_spec; print(find_spec('vllm').submodule_search_locations[0])"
     try:
-        process = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=_ASK_S, check=True)
+        process = subprocess.run(
+            [python, "-c", code], cwd="/", capture_output=True, text=True, timeout=_ASK_S, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return Path(process.stdout.strip())

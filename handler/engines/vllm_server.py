@@ -44,7 +44,8 @@ def _versions() -> dict[str, str]:
 
 
 def main() -> int:
-    sys.path.pop(0)  # our own files, whose names are not for vLLM to find
+    own_folder = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [path for path in sys.path if path != own_folder]  # its names are not for vLLM to find
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:

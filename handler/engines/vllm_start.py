@@ -8,12 +8,16 @@ has the same path on every worker. A block that is damaged is read again from th
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -30,14 +34,17 @@ from modelstore.environment import WEIGHTS_SOURCE, with_plugin
 from modelstore.errors import InvalidSetting, NotFound, ServerFailed
 from modelstore.load import vllm_plugin
 from modelstore.load.model_folder import ModelFolder, runtime_folder
+from modelstore.load.reader import Reading
 from modelstore.load.weights_socket import WeightsServer, shared_files
 from modelstore.settings import Settings
+from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.snapshots import check_code
 from modelstore.warmstart import PendingStart
 
 logger = logging.getLogger(__name__)
 
 _READY_S = 24 * 3600  # it waits for its engine, which waits for the read: RunPod has a limit of its own
+_RESTORED_S = 900.0  # from the last byte to ready, with restored code
 _ANSWER_S = 120.0  # for the answer to it
 _FIRST_REQUEST = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
 _MILESTONES = [
@@ -75,6 +82,8 @@ class Loader:
         self._server = self._started()
         self._arguments: list[str] = []
         self._first_answer = ""
+        self._key: SnapshotKey | None = None
+        self._is_suspect = False  # the code that was restored: vLLM ended, or hung, with it
         self._weights: WeightsServer | None = None
         self._folder: ModelFolder | None = None
 
@@ -93,15 +102,16 @@ class Loader:
 
     def cancel(self) -> None:
         """See `handler.engines.Loader`."""
-        self._server.end()
-        if self._weights is not None:
-            self._weights.close()
-        for adapter in self._adapters.values():
-            adapter.in_use.end()
-        for folder in (self._folder, self._code):
-            if folder is not None:
-                folder.close()
-        self._place.cleanup()
+        with ExitStack() as stack:  # each step is taken, whichever fails
+            stack.callback(self._place.cleanup)
+            for folder in (self._folder, self._code):
+                if folder is not None:
+                    stack.callback(folder.close)
+            for adapter in self._adapters.values():
+                stack.callback(adapter.in_use.end)
+            if self._weights is not None:
+                stack.callback(self._weights.close)
+            stack.callback(self._server.end)
 
     @property
     def _may_exchange_adapters(self) -> bool:
@@ -124,6 +134,12 @@ class Loader:
         bytes of the first were damaged."""
         snapshot, reading = pending.snapshot, pending.reading
         check_code(snapshot, trusted=pending.trusted)
+        if self._key not in (None, snapshot.key):  # an alias, or a branch, leads to another model meanwhile
+            self._server.end()
+            if self._weights is not None:
+                self._weights.close()
+            self._server, self._weights, self._arguments = self._started(), None, []
+        self._key = snapshot.key
         if not self._arguments:
             if self._folder is not None:  # bytes of the first reading were damaged before it came that far
                 self._folder.close()
@@ -138,7 +154,8 @@ class Loader:
                 self._adapters[name] = find_or_make(pending.settings, name, snapshot.key, pending.timeline)
             options = _options(pending, self._adapters.values(), is_shared=self._weights is not None)
             if self._code is not None:
-                facts = {"engine": "vLLM", "versions": self._server.versions(), "arguments": options}
+                digest = hashlib.sha256("\0".join(options).encode()).hexdigest()  # an option may hold a secret
+                facts = {"engine": "vLLM", "versions": self._server.versions(), "arguments": digest}
                 self._code.restore(snapshot.key, {**facts, "path": str(self._folder.path)})
             self._arguments = [
                 "serve",
@@ -157,26 +174,35 @@ class Loader:
         code = self._code
         failure = ""  # in words: the error would keep the reading's memory
         try:
-            self._server.wait(pending.reading.check)
+            self._server.wait(partial(self._check, pending.reading))
         except ServerFailed as error:
             if code is None or not code.is_restored:
                 raise
-            failure = str(error)
-        if code is None or (not failure and self._is_right(code, pending)):
+            failure, self._is_suspect = str(error), True
+        if code is None:
             return
-        logger.warning(
-            "vLLM starts again without the compiled code: %s", failure or f"it answers {self._first_answer!r}"
-        )
-        self._server.end()
-        code.forget()
-        if not failure:
+        if failure or not self._is_right(code, pending):
+            reason = failure or f"it answers {self._first_answer!r}"
+            logger.warning("vLLM starts again without the compiled code: %s", reason)
+            self._server.end()
+            code.forget()
+            if not failure:
+                code.quarantine()
+            self._server = self._started()
+            self._server.begin(self._arguments)
+            self._server.wait(partial(self._check, pending.reading))
+            self._first_answer = self._answer(pending)
+        if self._is_suspect:  # and without it vLLM has started
             code.quarantine()
-        self._server = self._started()
-        self._server.begin(self._arguments)
-        self._server.wait(pending.reading.check)
-        if failure:  # which was not for another reason
-            code.quarantine()
-        self._first_answer = self._answer(pending)
+            self._is_suspect = False
+
+    def _check(self, reading: Reading) -> None:
+        """Raise what ended the reading; ServerFailed if restored code hangs."""
+        reading.check()
+        if self._code is None or not self._code.is_restored or reading.ended is None:
+            return
+        if time.monotonic() - max(reading.ended, self._server.begun_at) > _RESTORED_S:
+            raise ServerFailed(f"vLLM has not started within {_RESTORED_S:g} s with compiled code of another worker")
 
     def _is_right(self, code: CompiledCode, pending: PendingStart) -> bool:
         """Whether vLLM answers as it did where its code was compiled; asked twice, because one request may fail."""
@@ -216,6 +242,7 @@ class Loader:
             self._weights.close()
         self._folder.link_to_volume()
         pending.reading.close()
+        pending.reading.release_memory()  # before the code is packed, which takes memory
         if self._code is not None:
             self._code.publish(self._first_answer)
         return VllmEngine(self._server, pending, self._adapters, path_of=self._path_of, close=self.cancel)
@@ -245,8 +272,10 @@ def _names(pending: PendingStart, adapters: Collection[Adapter], path_of: Callab
     settings = pending.settings
     modules = [json.dumps({"name": each.name, "path": path_of(each)}) for each in adapters]
     names = dict.fromkeys((pending.snapshot.key.repo_id, str(settings.model), *settings.served_names))
-    lora = ["--lora-modules", *modules] if modules else []
-    return [*lora, "--served-model-name", *names, "--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
+    others = ["--lora-modules", *modules] if modules else []
+    if any(word.replace("_", "-").startswith("--generation-config") for word in settings.vllm_args):
+        others += ["--override-generation-config", json.dumps({"max_new_tokens": settings.max_tokens})]
+    return [*others, "--served-model-name", *names, "--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
 
 
 def _has_own_loader(settings: Settings) -> bool:

@@ -63,6 +63,8 @@ class OwnedFolder:
             if before.is_symlink():
                 before.unlink()
             shutil.rmtree(before, ignore_errors=True)
+        for aside in self.path.parent.glob(f"{self.path.name}.{'[0-9a-f]' * 8}"):  # of a process that was killed
+            shutil.rmtree(aside, ignore_errors=True)
         self.path.mkdir(mode=0o700)
 
     def close(self) -> None:

@@ -327,6 +327,13 @@ class Reading:
                         os.close(fd)
                 opened.fd = opened.memory_fd = -1
 
+    def release_memory(self) -> None:
+        """Hold the memory no more, once closed: it is its views' alone."""
+        with self._changed:
+            for opened in self._files:
+                opened.memory = None
+            self._ring = None
+
     def _opened(self, path: str) -> _Opened:
         return next(opened for opened in self._files if opened.record.path == path)
 

@@ -66,7 +66,8 @@ def _loader_class() -> type:
         """vLLM's own loader, and its check that no weight is missing; only the bytes come by another way."""
 
         def _get_weights_iterator(self, source: Any) -> Iterator[tuple[str, Any]]:
-            weights = _connected(source) if self._encoder_only_lm_prefixes is None else None
+            own_way = self._encoder_only_lm_prefixes or self.load_config.safetensors_load_strategy == "torchao"
+            weights = None if own_way else _connected(source)
             if weights is None:
                 logger.warning("vLLM's own loader reads %s: no process serves it", source.model_or_path)
                 self.load_config = copy.copy(self.load_config)
@@ -98,7 +99,7 @@ def _connected(source: Any) -> _Connection | None:
         files = _selected(weights.files, source)
         if Path(weights.folder) == Path(source.model_or_path) and files:
             return _Connection(stack, weights, files)
-    except (OSError, ProcessFailed) as error:  # it has ended, as after a reload of the weights
+    except OSError as error:  # it has ended, as before a reload of the weights
         logger.info("nobody serves at %s any more: %s", socket, error)
     stack.close()
     return None
@@ -183,9 +184,8 @@ def _look_up(args: Any) -> None:
 
 def _started(reference: str) -> Mapping[str, str]:
     """What the process says that reads the model. It ends with this one, whose end of a pipe it watches."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "modelstore.serve_weights", reference], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    command = [sys.executable, "-P", "-m", "modelstore.serve_weights", reference]  # nothing of this folder is imported
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:

@@ -102,19 +102,27 @@ class WeightsServer:
             threading.Thread(target=self._serve, args=(client,), name="weights", daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        number, error = 0, "the server was closed"
         with self._changed:
             self._clients += 1
-        with client, suppress(ConnectionError):
-            while (number := self._next_reading(number)) and (failed := self._sent(client)):
-                error = failed
-            if not number:
-                _send(client, {"error": error})
-            elif client.recv(_MESSAGE_BYTES) == _LOADED:
-                self.has_loaded = True
-        with self._changed:
-            self._clients -= 1
-            self.idle_since = time.monotonic()
+        try:
+            with client, suppress(ConnectionError):
+                self._serve_readings(client)
+        except OSError as error:  # of the connection: too many descriptors are on their way, for example
+            logger.warning("a process that loads the weights is not served any more: %s", error)
+        finally:
+            with self._changed:
+                self._clients -= 1
+                self.idle_since = time.monotonic()
+
+    def _serve_readings(self, client: socket.socket) -> None:
+        """Send the reading, and if it fails, the next one, to its end."""
+        number, failure = 0, ""
+        while (number := self._next_reading(number)) and (failure := self._sent(client)):
+            pass
+        if not number and failure:
+            _send(client, {"error": failure})
+        elif number and client.recv(_MESSAGE_BYTES) == _LOADED:
+            self.has_loaded = True
 
     @property
     def is_idle(self) -> bool:
@@ -123,7 +131,7 @@ class WeightsServer:
 
     def _sent(self, client: socket.socket) -> str:
         """Send all of the reading to a client; returns why the reading failed, in words: an error would keep memory.
-        Raises ConnectionError if the client has gone."""
+        Raises OSError if the connection failed."""
         reading = self._reading
         if reading is None:
             return "the server was closed"
@@ -131,8 +139,12 @@ class WeightsServer:
             self._send_all(client, reading)
         except ConnectionError:
             raise
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
+        except Exception:
+            try:
+                reading.check()
+            except Exception as failed:
+                return f"{type(failed).__name__}: {failed}"
+            raise
         return ""
 
     def _next_reading(self, number: int) -> int:
@@ -193,6 +205,8 @@ class Weights:
     def _take_message(self) -> bool:
         """Take one message; whether it was the last with files."""
         data, descriptors, _flags, _address = socket.recv_fds(self._connection, _MESSAGE_BYTES, _FILES_IN_MESSAGE)
+        if not data and not self.files:
+            raise ConnectionResetError("the process that reads the weights has ended")
         if not data:
             raise ProcessFailed("the process that reads the weights has ended: its last lines in the log say why")
         message = json.loads(data)

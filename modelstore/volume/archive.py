@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +24,9 @@ _LEVEL = 3
 _FILE_MODE = 0o600
 
 
-def pack(folder: Path) -> bytes:
-    """The regular files of a folder as an archive. Raises NoSpace if they are more than an archive may hold."""
+def pack(folder: Path, without: re.Pattern[str] | None = None) -> bytes:
+    """The regular files of a folder as an archive, but for those whose name `without` matches. Raises NoSpace if they
+    are more than an archive may hold."""
     import zstandard
 
     packed = io.BytesIO()
@@ -33,7 +35,8 @@ def pack(folder: Path) -> bytes:
         zstandard.ZstdCompressor(_LEVEL, threads=-1).stream_writer(packed, closefd=False) as compressed,
         tarfile.open(fileobj=compressed, mode="w|", format=tarfile.PAX_FORMAT) as tar,
     ):
-        for count, path in enumerate(_regular_files(folder)):
+        files = (path for path in _regular_files(folder) if without is None or not without.fullmatch(path.name))
+        for count, path in enumerate(files):
             state = path.lstat()
             total += state.st_size
             if count >= FILES or total > UNPACKED_BYTES:
@@ -65,7 +68,7 @@ def unpack(archive: bytes, folder: Path) -> None:
                 if not info.isreg() or count >= FILES or total > UNPACKED_BYTES:
                     raise IntegrityError(f"an archive is refused: {info.name[:120]!r} is no file, or it holds too much")
                 _write(tar, info, folder / check_file_name(info.name))
-    except (tarfile.TarError, zstandard.ZstdError, UnsafeName, EOFError, ValueError) as error:
+    except (tarfile.TarError, zstandard.ZstdError, UnsafeName, EOFError, ValueError, OverflowError) as error:
         raise IntegrityError(f"an archive cannot be unpacked: {error}") from error
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from modelstore.errors import IntegrityError, ModelStoreError
-from modelstore.volume import durable, history, tree
+from modelstore.volume import durable, tree
 from modelstore.volume.archive import ARCHIVE_BYTES
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.snapshots import keyed_folders
@@ -54,6 +54,8 @@ def read(layout: Layout, snapshot: SnapshotKey, key: str, secret: str | None) ->
     folder = layout.engine_caches_of(snapshot) / key
     tree.check_no_links(layout.root, folder)
     data = durable.read_record(folder / _MANIFEST)
+    if data is None and tree.exists(folder):
+        raise IntegrityError(f"{folder} has no manifest")
     if data is None:
         return None
     manifest = _parsed(data, folder, secret)
@@ -110,7 +112,6 @@ def quarantine(layout: Layout, snapshot: SnapshotKey, key: str) -> None:
     except FileNotFoundError:
         return
     durable.touch_folder(aside)
-    history.record_event(layout, "quarantined", snapshot)
     logger.warning("an engine's cache for %s is not right: moved to %s", snapshot, aside)
 
 

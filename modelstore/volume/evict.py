@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from modelstore.errors import ModelStoreError
 from modelstore.volume import aliases, durable, engine_caches, history, pins, tree
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.snapshots import Catalog
@@ -54,7 +55,8 @@ def survey(layout: Layout, keys: Sequence[SnapshotKey] | None = None) -> tuple[C
         marks = pins.marks(layout, key)
         touched_at = marks[0].touched_at if marks else tree.newest_mtime(folder)
         users = pins.users_of(marks, now)
-        size, pinned = tree.tree_bytes(folder, unshared=True), pins.is_pinned(layout, key)
+        size = tree.tree_bytes(folder, unshared=True) + tree.tree_bytes(layout.engine_caches_of(key))
+        pinned = pins.is_pinned(layout, key)
         candidates.append(Candidate(key, size, now - touched_at, pinned, users, aliased.keeping(key)))
     return tuple(sorted(candidates, key=lambda candidate: -candidate.idle_s))
 
@@ -102,7 +104,10 @@ def evict(
             durable.remove_tree(aside)
             raise
     durable.remove_tree(aside)
-    engine_caches.remove(layout, key)
+    try:
+        engine_caches.remove(layout, key)
+    except (ModelStoreError, OSError) as error:
+        logger.warning("the compiled code for %s stays: %s", key, error)
     logger.info("evicted %s", key)
     history.record_event(layout, "evicted", key)
     return True

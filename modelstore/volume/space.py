@@ -18,7 +18,7 @@ from pathlib import Path
 from modelstore.errors import NoSpace
 from modelstore.settings import Settings
 from modelstore.units import size
-from modelstore.volume import durable, tree
+from modelstore.volume import durable, engine_caches, tree
 from modelstore.volume.claim import DEAD_AFTER_S, Claim, Contender, reserved_bytes
 from modelstore.volume.evict import evict, least_recently_used, survey
 from modelstore.volume.layout import Layout, SnapshotKey
@@ -121,6 +121,7 @@ class Space:
         if self._settings.evict:
             steps.append(lambda _missing: self._remove_all(self._layout.quarantine, damaged))
             steps.append(lambda _missing: self._remove_abandoned(key))
+            steps.append(lambda _missing: self._remove_caches())
             steps += [lambda missing: self._evict(key, missing)] * _ROUNDS
         for step in steps:
             if missing <= 0:
@@ -134,6 +135,12 @@ class Space:
             if path != but:
                 tree.check_no_links(self._layout.root, path)
                 durable.remove_tree(path)
+
+    def _remove_caches(self) -> None:
+        """Remove what engines have compiled: the next worker compiles it again."""
+        for key in {key for key, _folder in engine_caches.folders(self._layout)}:
+            engine_caches.remove(self._layout, key)
+            logger.warning("removed the compiled code for %s to make room", key)
 
     def _remove_abandoned(self, key: SnapshotKey) -> None:
         """Remove the staging of downloads whose worker is gone; one look tells of a release, two of a death."""

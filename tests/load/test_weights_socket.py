@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
@@ -173,6 +174,44 @@ def test_a_client_is_told_if_another_reading_has_no_weights(
         with pytest.raises(ProcessFailed, match="without them"):
             weights.wait(weights.files[-1], weights.files[-1].size_bytes)
     reading.close()
+
+
+def test_a_connection_that_fails_ends_and_is_not_taken_for_a_reading_that_did(
+    snapshot: Snapshot, server: WeightsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = start_reading(snapshot, beside=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(reading, "shared_descriptor", lambda _path: -1)
+        server.serve(reading, snapshot.weights)
+        with pytest.raises(ConnectionResetError), connect(tmp_path / "socket"):
+            pass
+    server.serve(reading, snapshot.weights)
+    with connect(tmp_path / "socket") as weights:
+        assert taken(weights) == on_volume(snapshot)
+        weights.tell_loaded()
+    wait_until(lambda: server.is_idle)
+    reading.close()
+
+
+def test_the_memory_goes_with_its_last_user(snapshot: Snapshot, server: WeightsServer, tmp_path: Path) -> None:
+    reading = start_reading(snapshot, beside=True)
+    server.serve(reading, shared_files(snapshot, reading))
+    with connect(tmp_path / "socket") as weights:
+        reading.wait_all()
+        before = mapped_files()
+        assert before > 0
+        server.close()
+        reading.close()
+        reading.release_memory()
+        assert 0 < mapped_files() < before
+        assert taken(weights) == on_volume(snapshot)
+    del weights
+    gc.collect()
+    assert mapped_files() == 0
+
+
+def mapped_files() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:modelstore")
 
 
 def test_nobody_serves_after_the_end(snapshot: Snapshot, server: WeightsServer, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_it_answers_and_says_how_it_started(endpoint: Any) -> None:
 
 @needs_vllm
 def test_an_adapter_answers_by_its_name_and_follows_its_alias(
-    endpoint: Any, client: Any, volume: dict[str, str]
+    endpoint: Any, runpod: RunPod, client: Any, volume: dict[str, str]
 ) -> None:
     folder = Path(volume["TMPDIR"]).parent
     prompt, tokens = "The capital of France is", 4  # later ones differ by rounding: vLLM has adapters in float16
@@ -105,6 +105,7 @@ def test_an_adapter_answers_by_its_name_and_follows_its_alias(
     assert outputs[2]["generated_text"].startswith(" Paris")
     assert {model.id for model in client.models.list()} >= {"style", "other", NAME}
     running = endpoint.run({"input": job | {"model": "style", "max_tokens": 200, "ignore_eos": True, "stream": True}})
+    assert runpod.wait(lambda: runpod.jobs[running.job_id].stream)
     ModelStore(volume["MODELSTORE_ROOT"]).set_alias("style", f"file://{folder}/two", dtype="keep")
     deadline = time.monotonic() + 60
     text = ""

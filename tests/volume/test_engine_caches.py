@@ -164,10 +164,11 @@ def test_a_signed_cache_is_used_as_it_was_signed_or_not_at_all(layout: Layout, c
         read(layout, SECRET)
 
 
-def test_no_manifest_is_no_cache_and_a_planted_link_is_not_followed(layout: Layout, compiled: Path) -> None:
+def test_without_a_manifest_it_is_damaged_and_a_planted_link_is_not_followed(layout: Layout, compiled: Path) -> None:
     folder = publish(layout, compiled)
     (folder / "manifest.json").unlink()
-    assert read(layout) is None
+    with pytest.raises(IntegrityError, match="no manifest"):
+        read(layout)
     folder.rename(folder.with_name("b" * 32))
     folder.symlink_to("b" * 32)
     with pytest.raises(ModelStoreError, match="link"):
