@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from handler.engines import Engine, ServesAdapters
@@ -21,7 +22,7 @@ LOOK_EVERY_S = 2.0
 _TRY_AGAIN_S = 30.0
 
 
-class Follower:
+class Follower(ABC):
     """Looks up the target of an alias every two seconds, in a thread of its own, and has it served if it has moved."""
 
     def __init__(self, alias: str, settings: Settings) -> None:
@@ -76,13 +77,13 @@ class Follower:
             logger.info("@%s: %s", self._name, timeline.log_line())
             history.add(self._layout, timeline)
 
+    @abstractmethod
     def _served(self) -> SnapshotKey:
         """The snapshot that serves for the alias."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _swap(self) -> Timeline | None:
         """Serve the alias's target; returns the record, None if that takes a new process."""
-        raise NotImplementedError
 
 
 class AliasFollower(Follower):

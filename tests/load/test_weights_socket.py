@@ -46,6 +46,15 @@ def taken(weights: Weights) -> dict[str, bytes]:
     return {file.path: bytes(file.memory) for file in weights.files}
 
 
+def standing_still(snapshot: Snapshot) -> tuple[Reading, int]:
+    """A reading whose process is stopped, and the id of that."""
+    before = set(children())
+    reading = start_reading(snapshot, beside=True)
+    (reader,) = set(children()) - before
+    os.kill(int(reader), signal.SIGSTOP)
+    return reading, int(reader)
+
+
 def on_volume(snapshot: Snapshot) -> dict[str, bytes]:
     return {file.path: (snapshot.path / file.path).read_bytes() for file in snapshot.weights}
 
@@ -69,14 +78,11 @@ def test_every_byte_arrives_in_each_process_from_one_memory(
 def test_a_client_is_told_the_files_before_they_arrive(
     snapshot: Snapshot, server: WeightsServer, tmp_path: Path
 ) -> None:
-    before = set(children())
-    reading = start_reading(snapshot, beside=True)
-    (reader,) = set(children()) - before
-    os.kill(int(reader), signal.SIGSTOP)
+    reading, reader = standing_still(snapshot)
     server.serve(reading, shared_files(snapshot, reading))
     with connect(tmp_path / "socket") as weights:
         assert [file.path for file in weights.files] == [file.path for file in snapshot.weights]
-        threading.Timer(0.2, os.kill, (int(reader), signal.SIGCONT)).start()
+        threading.Timer(0.2, os.kill, (reader, signal.SIGCONT)).start()
         assert taken(weights) == on_volume(snapshot)
     reading.close()
 
@@ -162,13 +168,10 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def test_a_client_is_told_if_another_reading_has_no_weights(
     snapshot: Snapshot, server: WeightsServer, tmp_path: Path
 ) -> None:
-    before = set(children())
-    reading = start_reading(snapshot, beside=True)
-    (reader,) = set(children()) - before
-    os.kill(int(reader), signal.SIGSTOP)
+    reading, reader = standing_still(snapshot)
     server.serve(reading, shared_files(snapshot, reading))
     with connect(tmp_path / "socket") as weights:
-        os.kill(int(reader), signal.SIGCONT)
+        os.kill(reader, signal.SIGCONT)
         reading.failed(DigestMismatch("damaged"))
         server.serve(start_reading(snapshot), [])
         with pytest.raises(ProcessFailed, match="without them"):
