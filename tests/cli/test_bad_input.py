@@ -330,7 +330,8 @@ def test_a_terminal_shows_bars_for_all_for_each_model_and_for_its_files(
     assert both, rows
     for row in both:  # the files of a model stand below it
         assert row[row.index("model-") - 1].startswith("org/name@"), row
-    assert all(len(line) > 10 for lines in shown[:-1] for line in lines), "names are folded"
+    # The last line of a screen may be one that is being drawn.
+    assert all(len(line) > 10 for lines in shown[:-1] for line in lines[:-1]), "names are folded"
     assert "downloaded: org/name" in "".join(shown[-1])
     assert "━" not in "".join(shown[-1])
 
