@@ -83,9 +83,11 @@ def _started(settings: Settings) -> Callable[[], None]:
     layout = Layout(settings.root)
     try:
         engine = _loaded(settings, timeline)
+        from handler.compilation import compile_model
         from handler.warm_up import warm_up
         from handler.worker import serve
 
+        compile_model(engine, settings, timeline)
         warm_up(engine, settings, timeline)
     except BaseException as error:
         history.add(layout, timeline, error=f"{type(error).__name__}: {error}")

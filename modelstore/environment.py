@@ -70,6 +70,11 @@ def compiling_into(folder: Path) -> dict[str, str]:
     return {name: str(folder / place) for name, place in places.items()} | {"VLLM_ENABLE_STARTUP_PLAN": "1"}
 
 
+def set_variables(variables: Mapping[str, str]) -> None:
+    """Set these for this process and its children."""
+    os.environ.update(variables)
+
+
 def of_compilers() -> dict[str, str]:
     """The variables of this environment that compiled code may depend on."""
     return {name: value for name, value in server_environment().items() if _OF_COMPILERS.match(name)}

@@ -54,6 +54,7 @@ class Settings:
     trust_remote_code: bool = False
     keep_previous: bool = False
     warm_up: bool | None = None
+    compile: bool = False
     max_concurrency: int = 16
     max_tokens: int = 2048
     max_prompt_characters: int = 1_000_000
@@ -416,6 +417,13 @@ FIELDS = (
         "`1` or `0`: whether a worker answers one small job of its own before it takes others; by default on a GPU",
     ),
     Field(
+        "MODELSTORE_COMPILE",
+        "compile",
+        _switch,
+        "`1`: the engines `text` and `diffusion` run their model by torch.compile, which makes each start longer; see "
+        "`MODELSTORE_ENGINE_CACHE`, and measure whether your model gains (docs/benchmarks.md)",
+    ),
+    Field(
         "ENGINE",
         "engine",
         _engine,
@@ -438,8 +446,9 @@ FIELDS = (
         "MODELSTORE_ENGINE_CACHE",
         "engine_cache",
         _engine_cache,
-        "`1`: keep the code that vLLM compiles on the volume for the next worker, and use what is there; `read`: only "
-        "use it; it is code that runs in the worker, from a volume that others may write (docs/security.md)",
+        "`1`: keep the code that an engine compiles (vLLM; others by `MODELSTORE_COMPILE`) on the volume for the next "
+        "worker, and use what is there; `read`: only use "
+        "it; it is code that runs in the worker, from a volume that others may write (docs/security.md)",
         "0",
     ),
     Field(

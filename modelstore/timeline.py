@@ -33,6 +33,7 @@ SpanName = Literal[
     "adapter",
     "engine",
     "pause",
+    "compile",
     "warmup",
     "ready",
 ]
@@ -75,6 +76,7 @@ SPAN_KINDS: Mapping[str, SpanKind] = {
         SpanKind("engine", "starting the engine's server ({})", "#2c8a57", "starting the engine's server"),
         SpanKind("transfer", "moving weights {}", "#0b8494", "moving the weights to the GPU"),
         SpanKind("pause", "letting running answers end, and exchanging the models", "#a85d3a"),
+        SpanKind("compile", "compiling the model, or restoring its code", "#5c940d"),
         SpanKind("warmup", "answering a first small job", "#ae3ec9"),
         SpanKind("ready", "ready", "#c2255c"),
     )

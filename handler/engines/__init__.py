@@ -66,6 +66,17 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class Compiles(Protocol):
+    """An engine whose model torch.compile can make code for."""
+
+    def compile(self) -> None:
+        """Have code made when the model runs next."""
+
+    def run_uncompiled(self) -> None:
+        """Run the model as it is from now on."""
+
+
+@runtime_checkable
 class ServesAdapters(Protocol):
     """An engine with the adapters of MODEL_ADAPTERS."""
 
@@ -100,7 +111,8 @@ class EngineEntry:
     with the module itself. `extra`: of the distribution. `can_serve`: whether a model with this config and these files
     is served by it if ENGINE is not set. `target`: the place that the bytes are read to, see `warmstart.begin`.
     `check_config`: whether it serves a model, told before a download. `warm_up_jobs`: inputs of small jobs; an engine
-    is warmed up by the first one that it takes.
+    is warmed up by the first one that it takes. `compile_jobs`: inputs that have a model compiled for the shapes of
+    most jobs, and whose answers are the same each time.
     """
 
     module: str
@@ -110,11 +122,14 @@ class EngineEntry:
     target: Target = "device"
     check_config: CheckConfig = check_nothing
     warm_up_jobs: Sequence[Mapping[str, Any]] = ()
+    compile_jobs: Sequence[Mapping[str, Any]] = ()
 
 
 def _is_pipeline(_config: Mapping[str, Any], files: Collection[str]) -> bool:
     return "model_index.json" in files
 
+
+_PROMPT = "The capital of France is"
 
 ENGINES: Mapping[EngineName, EngineEntry] = {  # the first that can serve a snapshot is taken
     "diffusion": EngineEntry(
@@ -123,6 +138,7 @@ ENGINES: Mapping[EngineName, EngineEntry] = {  # the first that can serve a snap
         "diffusion",
         _is_pipeline,
         warm_up_jobs=({"prompt": "a", "num_inference_steps": 1},),
+        compile_jobs=({"prompt": "a", "num_inference_steps": 2, "seed": 1},),
     ),
     "embedding": EngineEntry(
         "embedding",
@@ -140,6 +156,10 @@ ENGINES: Mapping[EngineName, EngineEntry] = {  # the first that can serve a snap
         lambda _config, _files: True,
         check_config=check_generates_text,
         warm_up_jobs=({"prompt": "a", "max_tokens": 2},),
+        compile_jobs=(
+            {"prompt": _PROMPT, "max_tokens": 8, "temperature": 0},
+            {"prompts": [_PROMPT, "One and two"], "max_tokens": 8, "temperature": 0},
+        ),
     ),
 }
 

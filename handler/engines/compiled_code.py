@@ -154,6 +154,12 @@ class CompiledCode:
         Space(self._layout, self._settings).check_room(size_bytes)
 
 
+def run_uncompiled(model: Any) -> None:
+    """Take back torch's `compile()` of a module, and of all below it."""
+    for module in model.modules():
+        module._compiled_call_impl = None
+
+
 def _machine(settings: Settings) -> dict[str, Any]:
     """The facts of this machine and of the environment that compiled code depends on."""
     present = gpus(settings.visible_gpus)

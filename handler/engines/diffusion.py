@@ -29,7 +29,7 @@ from PIL.ImageOps import exif_transpose
 from handler import openai_routes
 from handler.answers import Answer
 from handler.bucket import with_addresses
-from handler.engines import LARGE
+from handler.engines import LARGE, compiled_code
 from handler.engines.batcher import free_memory
 from handler.errors import invalid, is_gpu_lost, is_out_of_memory, not_served
 from handler.images import (
@@ -215,6 +215,21 @@ class DiffusionEngine:
         if not isinstance(pictures, list) or not pictures or not all(isinstance(each, Image) for each in pictures):
             raise invalid(f"{self.call.name} makes no pictures: this worker serves pipelines of pictures and videos")
         return pictures, frames is not None
+
+    def compile(self) -> None:
+        """See Compiles."""
+        for part in self._denoisers():
+            part.compile_repeated_blocks()
+
+    def run_uncompiled(self) -> None:
+        """See Compiles."""
+        for part in self._denoisers():
+            compiled_code.run_uncompiled(part)
+
+    def _denoisers(self) -> list[Any]:
+        """The parts that run at each step: of those of diffusers, the ones that are built of repeated blocks."""
+        parts = self._pipeline.components.values()
+        return [part for part in parts if isinstance(part, diffusers.ModelMixin) and part._repeated_blocks]
 
     def swap(self, reference: str) -> Timeline:
         """See Engine."""

@@ -78,6 +78,14 @@ class MultiModelEngine:
         """See Engine."""
         return self._own.engine.status() | {"other_models": list(self._others)}
 
+    def compile(self) -> None:
+        """See Compiles."""
+        self._own.engine.compile()
+
+    def run_uncompiled(self) -> None:
+        """See Compiles."""
+        self._own.engine.run_uncompiled()
+
     def swap(self, reference: str) -> Timeline:
         """See Engine."""
         return self._own.engine.swap(reference)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from handler.answers import Answer, TextDelta, TokenLogprob
-from handler.engines import MANY, NUMBERS
+from handler.engines import MANY, NUMBERS, compiled_code
 from handler.engines.adapter_gate import exchange_begun, exchange_ended, shown
 from handler.engines.batcher import ActiveSequence, Batcher, free_memory
 from handler.engines.chat_template import Renderer
@@ -116,6 +116,14 @@ class TextEngine:
         leaving = self._leaving
         return self._serving.batcher.broken or (leaving.batcher.broken if leaving else "") or self._offload.stuck
 
+    def compile(self) -> None:
+        """See Compiles."""
+        self._loaded.model.compile(dynamic=True)
+
+    def run_uncompiled(self) -> None:
+        """See Compiles."""
+        compiled_code.run_uncompiled(self._loaded.model)
+
     def check(self) -> None:
         """See Engine."""
         Catalog(Layout(self._settings.root)).check_unchanged(self._loaded.snapshot)
@@ -191,6 +199,8 @@ class TextEngine:
         with self._swapping:
             if hasattr(self._loaded.model, "hf_device_map"):
                 raise Refused(f"{self.model} lies on several GPUs and cannot be exchanged: restart the worker instead")
+            if self._settings.compile:  # a new model would be compiled while jobs wait
+                raise Refused(f"{self.model} is compiled and cannot be exchanged: restart the worker instead")
             settings = replace(self._settings, model=parse_reference(reference))
             timeline = Timeline(
                 worker=settings.worker_id, model=str(settings.model), kind="swap", began=time.monotonic()
