@@ -28,6 +28,7 @@
     ├── ClaimLost                       1
     ├── HubUnavailable                  1
     ├── RootUnusable                    1
+    │   └── ReadOnlyVolume
     ├── VolumeUnavailable               1
     │   └── ObjectMissing
     ├── DeviceFailed                    1
@@ -67,6 +68,7 @@ __all__ = [
     "ObjectMissing",
     "PickleRefused",
     "ProcessFailed",
+    "ReadOnlyVolume",
     "Refused",
     "RepoNotFound",
     "RevisionNotFound",
@@ -237,6 +239,10 @@ class HubUnavailable(ModelStoreError):
 
 class RootUnusable(ModelStoreError):
     """The store's root cannot be created, read or written."""
+
+
+class ReadOnlyVolume(RootUnusable):
+    """The volume is not changed, because it cannot do what that takes, or as it is set; models on it are served."""
 
 
 class VolumeUnavailable(ModelStoreError):

@@ -22,11 +22,12 @@ from tempfile import TemporaryDirectory
 
 from modelstore.dtypes import DTYPES
 from modelstore.errors import ModelStoreError, ProcessFailed
-from modelstore.load.model_folder import ModelFolder, runtime_folder
+from modelstore.load.model_folder import ModelFolder
 from modelstore.load.reader import Reading
 from modelstore.load.weights_socket import WeightsServer, shared_files
 from modelstore.logs import log_to_stderr
 from modelstore.reference import parse_reference
+from modelstore.runtime import runtime_folder
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.volume import history

@@ -27,6 +27,7 @@ from modelstore.units import truth
 
 EngineName = Literal["text", "diffusion", "embedding", "vllm"]
 EngineCacheMode = Literal["off", "read", "write"]
+VolumeMode = Literal["full", "read-only"]
 
 HUB = "https://huggingface.co"
 
@@ -44,6 +45,7 @@ class Settings:
     root: Path
     model: Reference | None = None
     dtype: Dtype | None = None
+    volume_mode: VolumeMode | None = None
     quota_bytes: int | None = None
     evict: bool = False
     lease_s: float = 30.0
@@ -105,9 +107,12 @@ class Settings:
             text = env.get(variable)
             if text is None or (not text.strip() and not setting.may_be_empty):
                 continue
+            text = text.strip()  # a secret or a file often ends with a line break
             if setting.attribute == "model":
-                revision = env.get("MODEL_REVISION") or (env.get("REVISION") if is_vllm else None)
-                values["model"] = _reference(variable, text, revision or None)
+                values["model"] = _reference(variable, text)
+                revisions = ("MODEL_REVISION", "REVISION") if is_vllm else ("MODEL_REVISION",)
+                if revision := next((name for name in revisions if env.get(name, "").strip()), None):
+                    values["model"] = _reference(revision, text, env[revision].strip())
             elif setting.attribute == "allowed_models":
                 values["allowed_models"] = _allowed_models(variable, text, values.get("model"))
             elif setting.parse is not None:
@@ -173,7 +178,7 @@ def parse_size(variable: str, text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
-def _reference(variable: str, text: str, revision: str | None) -> Reference:
+def _reference(variable: str, text: str, revision: str | None = None) -> Reference:
     try:
         return parse_reference(text, revision=revision)
     except InvalidReference as error:
@@ -184,7 +189,7 @@ def _allowed_models(variable: str, text: str, model: Reference | None) -> tuple[
     """The entries of MODELSTORE_ALLOWED_MODELS. One without a revision means MODEL_ID's own if it names that repo."""
     references = []
     for entry in filter(None, map(str.strip, text.split(","))):
-        reference = _reference(variable, entry, None)
+        reference = _reference(variable, entry)
         is_own = model is not None and model.name == reference.name and "@" not in entry
         references.append(model if is_own and model is not None else reference)
     return tuple(references)
@@ -204,14 +209,13 @@ def _seconds(at_least: float) -> Callable[[str, str], float]:
 
 
 def _count(variable: str, text: str) -> int:
-    text = text.strip()
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:12]) <= 10**9):
         raise InvalidSetting(f"{variable}={text[:40]!r} is not usable: give a whole number, at least 1")
     return int(text)
 
 
 def _engine(variable: str, text: str) -> EngineName:
-    name = text.strip().lower()
+    name = text.lower()
     if name not in get_args(EngineName):
         raise InvalidSetting(f"{variable}={name!r} is not known: use one of {', '.join(get_args(EngineName))}")
     return cast(EngineName, name)
@@ -242,7 +246,7 @@ def _adapters(variable: str, text: str) -> dict[str, Reference]:
             )
         if name in adapters:
             raise InvalidSetting(f"{variable} gives two adapters the name {name}: rename one")
-        adapters[name] = _reference(variable, reference, None)
+        adapters[name] = _reference(variable, reference)
     return adapters
 
 
@@ -259,30 +263,36 @@ def _check_adapter_names(values: Mapping[str, Any]) -> None:
 def _switch(variable: str, text: str) -> bool:
     value = truth(text)
     if value is None:
-        raise InvalidSetting(f"{variable}={text.strip().lower()!r} is not a switch: use 1 or 0")
+        raise InvalidSetting(f"{variable}={text.lower()!r} is not a switch: use 1 or 0")
     return value
 
 
 def _engine_cache(variable: str, text: str) -> EngineCacheMode:
-    if text.strip().lower() == "read":
+    if text.lower() == "read":
         return "read"
     value = truth(text)
     if value is None:
-        raise InvalidSetting(f"{variable}={text.strip()[:40]!r} is not usable: use 1, read or 0")
+        raise InvalidSetting(f"{variable}={text[:40]!r} is not usable: use 1, read or 0")
     return "write" if value else "off"
 
 
+def _volume_mode(variable: str, text: str) -> VolumeMode:
+    name = text.lower().replace("_", "-")
+    if name not in get_args(VolumeMode):
+        raise InvalidSetting(f"{variable}={text[:40]!r} is not known: use full or read-only, or leave it out")
+    return cast(VolumeMode, name)
+
+
 def _secret(variable: str, text: str) -> str:
-    if len(text.strip()) < 16:
+    if len(text) < 16:
         raise InvalidSetting(f"{variable} is too short: give at least 16 random characters (it is not shown here)")
-    return text.strip()
+    return text
 
 
 def _token(_variable: str, text: str) -> str:
-    token = text.strip()
-    if any(not 33 <= ord(c) < 127 for c in token):
+    if any(not 33 <= ord(c) < 127 for c in text):
         raise InvalidSetting("HF_TOKEN holds characters that no token has: copy it again (it is not shown here)")
-    return token
+    return text
 
 
 def _endpoint(variable: str, text: str) -> str:
@@ -306,12 +316,12 @@ def _as_it_is(_variable: str, text: str) -> str:
 
 
 def _root(env: Mapping[str, str], mounts: str | None) -> Path:
-    text = env.get("MODELSTORE_ROOT", "")
+    text = env.get("MODELSTORE_ROOT", "").strip()
     if text:
         if not text.startswith("/"):
             raise InvalidSetting(f"MODELSTORE_ROOT={text!r} is not absolute: give the full path of a folder")
         return Path(text)
-    return default_root(read_mounts() if mounts is None else mounts, env.get, Path.is_dir)
+    return default_root(read_mounts() if mounts is None else mounts, env.get)
 
 
 class Field(NamedTuple):
@@ -358,6 +368,13 @@ FIELDS = (
         DEFAULT_DTYPE,
     ),
     Field("MODELSTORE_ROOT", "root", None, "the store's folder on the network volume", "<volume>/modelstore"),
+    Field(
+        "MODELSTORE_VOLUME",
+        "volume_mode",
+        _volume_mode,
+        "`full`: store models on the volume though it cannot be shown to be safe, after `modelstore doctor --peer`; "
+        "`read-only`: change nothing there; without it by what the volume can do (docs/operations.md)",
+    ),
     Field(
         "MODELSTORE_QUOTA",
         "quota_bytes",

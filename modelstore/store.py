@@ -32,7 +32,7 @@ from modelstore.fill.sources import resolve
 from modelstore.reference import Reference, is_commit, parse_reference, repo_id_of
 from modelstore.settings import Settings
 from modelstore.timeline import Span, Timeline
-from modelstore.volume import aliases, durable, history, refs, tree
+from modelstore.volume import aliases, capabilities, durable, history, refs, tree
 from modelstore.volume.claim import Claim, Contender, Holder, current_record
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.pins import mark_used, wait_while_evicting
@@ -92,6 +92,7 @@ class ModelStore:
         Raises InvalidReference for a name that is none, and what `ensure` raises.
         """
         aliases.checked(name)
+        self.check_may_change()
         present = self.lookup(reference, dtype=dtype)
         damaged = present if present is not None and known_problem(self.layout, present.key) else None
         snapshot = self.ensure(reference, dtype=dtype, damaged=damaged, observer=observer)
@@ -171,10 +172,19 @@ class ModelStore:
         request = FillRequest(source=source, resolved=resolved, dtype=variant, code=code, link=True, observer=observer)
         snapshot = self._obtain(request)
         refs.record_commit(
-            self.layout, resolved.repo_id, resolved.revision, resolved.commit, replacing=source.replaces_recorded_commit
-        )  # a cache may be older than the fleet
+            self.layout,
+            resolved.repo_id,
+            resolved.revision,
+            resolved.commit,
+            replacing=source.replaces_recorded_commit,  # a cache may be older than the fleet
+            check=self.check_may_change,
+        )
         mark_used(self.layout, snapshot.key)
         return snapshot
+
+    def check_may_change(self) -> None:
+        """Raise ReadOnlyVolume if this store must not change its volume: see `volume/capabilities.py`."""
+        capabilities.check_may_change(self.layout, self.settings)
 
     def snapshots(self) -> Iterator[Snapshot]:
         """Every published snapshot, by repo and commit; damaged ones are left out, with a warning."""
@@ -257,6 +267,7 @@ class ModelStore:
             resolved.revision,
             resolved.commit,
             replacing=refresh,
+            check=self.check_may_change,
             asked_as=repo_id_of(parsed),
         )
         self._record_variant(snapshot.key, before, named, seeds=refresh)
@@ -283,7 +294,7 @@ class ModelStore:
         is_export = key.dtype == "keep" and before is not None and before.commit == key.commit
         if not seeds or named.kind == "alias" or (is_export and before is not None and before.dtype != "keep"):
             return
-        refs.record_dtype(self.layout, key)
+        refs.record_dtype(self.layout, key, check=self.check_may_change)
         if before is not None and before.dtype != key.dtype:
             logger.warning(
                 "%s is served as %s from now on, before as %s; MODEL_DTYPE asks for another variant",
@@ -348,6 +359,7 @@ class ModelStore:
                     return snapshot
                 timeline.add(Span("wait", waited_from, timeline.now()))
                 return replace(snapshot, status="waited")
+            self.check_may_change()
             refs.prepare_store(self.layout)
             tree.check_no_links(self.layout.root, self.layout.claims(key))
             contender = contender or Contender(

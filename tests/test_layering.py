@@ -35,6 +35,7 @@ GROUND = {
     "worker_vllm",
     "environment",
     "isolation",
+    "runtime",
     "startup",
     "model_types",
     "servable",

@@ -23,11 +23,13 @@ from typing import Any
 from modelstore.environment import compiling_into, of_compilers
 from modelstore.errors import IntegrityError, ModelStoreError
 from modelstore.load.memory import gpus, has_driver
-from modelstore.load.model_folder import OwnedFolder, runtime_folder
+from modelstore.load.model_folder import OwnedFolder
+from modelstore.runtime import runtime_folder
 from modelstore.settings import Settings
 from modelstore.units import size
 from modelstore.volume import engine_caches
 from modelstore.volume.archive import pack, unpack
+from modelstore.volume.capabilities import may_change
 from modelstore.volume.engine_caches import EngineCache
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.space import Space
@@ -112,6 +114,8 @@ class CompiledCode:
     def quarantine(self) -> None:
         """Move the code on the volume that was restored out of the way."""
         assert self._snapshot is not None
+        if not may_change(self._layout, self._settings):
+            return
         try:
             engine_caches.quarantine(self._layout, self._snapshot, engine_caches.key_of(self._facts))
         except (ModelStoreError, OSError) as error:
@@ -120,6 +124,9 @@ class CompiledCode:
     def publish(self, answer: str) -> None:
         """Leave the code for the next worker, unless it was restored or may not be written."""
         if not self._may_publish or self._snapshot is None:
+            return
+        if not may_change(self._layout, self._settings):
+            logger.info("compiled code is not published: the volume is used read-only")
             return
         if not answer:
             logger.info("compiled code is not published: the engine answers no prompt that could be compared")

@@ -33,9 +33,10 @@ from modelstore.dtypes import DTYPES
 from modelstore.environment import WEIGHTS_SOURCE, with_plugin
 from modelstore.errors import InvalidSetting, NotFound, ServerFailed
 from modelstore.load import vllm_plugin
-from modelstore.load.model_folder import ModelFolder, runtime_folder
+from modelstore.load.model_folder import ModelFolder
 from modelstore.load.reader import Reading
 from modelstore.load.weights_socket import WeightsServer, shared_files
+from modelstore.runtime import runtime_folder
 from modelstore.settings import Settings
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.snapshots import check_code

@@ -47,6 +47,8 @@ def set_alias(
 ) -> None:
     """Point an alias to a model, which is published first if it is not there."""
     store = context.store()
+    if not dry_run:
+        store.check_may_change()
     name = aliases.checked(name.removeprefix("@"))
     target = parse_reference(reference, revision=revision)
     before = _now(context, name)
@@ -154,6 +156,8 @@ def rollback(
 ) -> None:
     """Point an alias back to a snapshot that it pointed to before."""
     store = context.volume()
+    if not dry_run:
+        store.check_may_change()
     name = aliases.checked(name.removeprefix("@"))
     entries = aliases.history(store.layout, name)
     now = entries[-1].key if entries else aliases.target(store.layout, name)
@@ -199,7 +203,10 @@ def remove(
     yes: YES = False,
 ) -> None:
     """Remove an alias. The models that it pointed to stay."""
-    layout = context.volume().layout
+    store = context.volume()
+    if not dry_run:
+        store.check_may_change()
+    layout = store.layout
     name = aliases.checked(name.removeprefix("@"))
     if name not in aliases.names(layout):
         raise aliases.no_alias(layout, name)

@@ -94,6 +94,8 @@ def seed(
                 print(f"error: {record['error']}", file=sys.stderr)
         context.print(preview.as_json(), lambda console: print_preview(console, preview))
         raise typer.Exit(preview.exit_code)
+    if prune:
+        store.check_may_change()
     volumes = _volumes(targets, store.settings)
     # Asked before the hours of a download, not after.
     may_remove: list[SnapshotKey] | None = None

@@ -28,7 +28,7 @@ from modelstore.operate import inventory
 from modelstore.operate.inventory import find_key, find_snapshot
 from modelstore.store import ModelStore
 from modelstore.units import ago, counted, size, span
-from modelstore.volume import engine_caches
+from modelstore.volume import capabilities, engine_caches
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.unfinished import unfinished as unfinished_downloads
 from modelstore.volume.verify import Position, parse_sample, save_position, save_result, saved_position, verify_folder
@@ -331,6 +331,7 @@ def _silence(silent_s: float, lease_s: float) -> str:
 def _verify(store: ModelStore, key: SnapshotKey, stride: int, until: float, *, in_parts: bool) -> dict[str, Any]:
     """One snapshot's record; a verification in parts goes on at the saved position, and saves the new one."""
     folder = store.layout.snapshot(key)
+    may_change = capabilities.may_change(store.layout, store.settings)
     position = saved_position(store.layout, key, stride) if in_parts else Position()
     if in_parts:
         verified = verify_folder(
@@ -338,13 +339,14 @@ def _verify(store: ModelStore, key: SnapshotKey, stride: int, until: float, *, i
             key,
             position,
             until=until,
-            on_position=lambda position: save_position(store.layout, key, position),
+            on_position=lambda position: may_change and save_position(store.layout, key, position),
         )
     else:
         verified = verify_folder(folder, key)
     whole = verified.complete and stride == 1 and position.done == 0
-    if not save_result(store.layout, key, verified, whole=whole, in_parts=in_parts) and not verified.intact:
-        logger.warning("%s: the volume cannot be written, so this is not noted there", key)
+    is_saved = may_change and save_result(store.layout, key, verified, whole=whole, in_parts=in_parts)
+    if not is_saved and not verified.intact:
+        logger.warning("%s: the volume is not written, so this is not noted there", key)
     return key_record(key, folder) | {
         "ok": verified.ok,
         "complete": verified.complete,

@@ -57,6 +57,8 @@ def remove(
 ) -> None:
     """Remove snapshots from the volume. A worker that is reading one is not hurt."""
     store = context.volume() if unfinished else context.store()
+    if not dry_run:
+        store.check_may_change()
     if unfinished:
         _remove_unfinished(context, store, references or (), dtype, revision, dry_run=dry_run, yes=yes)
         return
@@ -185,6 +187,8 @@ def collect_garbage(
 ) -> None:
     """Remove abandoned downloads, trash and quarantine. With --to also the models that were not used for longest."""
     store = context.volume()
+    if not dry_run:
+        store.check_may_change()
     layout, settings = store.layout, store.settings
     limit = parse_size("--to", to) if to is not None else None
     if to is not None and to.strip().isdigit() and 0 < int(to) < 10**6:  # 150 hardly means bytes
@@ -253,6 +257,7 @@ def pin(
 ) -> None:
     """Keep snapshots from eviction, even if the quota is exceeded."""
     store = context.store()
+    store.check_may_change()
     keys = list(dict.fromkeys(find_snapshot(store, each, revision, dtype).key for each in references))
     for key in keys:
         pins.pin(store.layout, key, store.settings.worker_id)
@@ -269,6 +274,7 @@ def unpin(
 ) -> None:
     """Let snapshots be evicted again."""
     store = context.store()
+    store.check_may_change()
     keys = list(dict.fromkeys(find_key(store, each, revision, dtype) for each in references))
     records, lines = [], []
     for key in keys:

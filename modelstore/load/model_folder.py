@@ -14,8 +14,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import stat
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
@@ -23,21 +21,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from modelstore.errors import Refused
 from modelstore.load.reader import Reading
+from modelstore.runtime import runtime_folder
 from modelstore.volume.snapshots import Snapshot
-
-
-def runtime_folder() -> Path:
-    """This user's folder for what processes of one host share while they run. Raises Refused if it is not this user's
-    alone."""
-    folder = Path(tempfile.gettempdir()) / f"modelstore-{os.geteuid()}"
-    with suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    state = folder.lstat()
-    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid() or state.st_mode & 0o077:
-        raise Refused(f"{folder} is not this user's alone: remove it, or let TMPDIR name another folder")
-    return folder
 
 
 class OwnedFolder:

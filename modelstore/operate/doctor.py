@@ -1,33 +1,27 @@
 """`modelstore doctor`: whether a fleet can rely on this volume, and the obstacles.
 
-Each result gives the observation, its consequence, and the remedy. The probes work in a folder of their own in the
-store (`trash/doctor-<random>/`), which is removed at the end, and by gc if this process was killed.
+Each result gives the observation, its consequence, and the remedy. What could not be tried is never said to be well.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
 import os
-import secrets
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from modelstore.environment import bare_environment
-from modelstore.errors import FormatTooNew, ModelStoreError, NoSpace, RootUnusable, SnapshotNotFound
+from modelstore.errors import FormatTooNew, ModelStoreError, NoSpace, ReadOnlyVolume, RootUnusable, SnapshotNotFound
 from modelstore.fill.sources import sources_for
-from modelstore.mount import NETWORK_FILE_SYSTEMS, check_place, mount_of, read_mounts
+from modelstore.mount import check_place, kind_of, mount_of, read_mounts
 from modelstore.operate import inventory
 from modelstore.reference import Reference, parse_reference
 from modelstore.settings import Settings
 from modelstore.units import counted, size
-from modelstore.volume import aliases, durable, refs, tree
+from modelstore.volume import aliases, durable, refs
+from modelstore.volume.capabilities import MEANINGS, Use, decided_by, probe, probe_folder, use_from
 from modelstore.volume.garbage import plan_collection
 from modelstore.volume.layout import Layout
 from modelstore.volume.snapshots import Catalog
@@ -38,15 +32,10 @@ logger = logging.getLogger(__name__)
 
 Level = Literal["ok", "warning", "error"]
 PROBE_BYTES = 64 << 20
-_VISIBLE_S = 2.0
 _SLOW_BYTES_PER_S = 100e6
 _CLOCK_OFF_S = 60.0
 _UNCOUNTED = ("the snapshots cannot be counted", "see above, or check the mount")
 _LOCAL_LOCKS = ("mfsnobsdlocks", "nolock", "local_lock=all", "local_lock=flock")
-_LOCKER = (
-    "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); "
-    "sys.stdin.read()"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +69,7 @@ def diagnose(
     yield store
     if store.level == "error":
         return
-    yield from _probed(layout, peer, probe_bytes)
+    yield from _probed(layout, settings, peer, probe_bytes)
     yield _quota(layout, settings)
     yield from _contents(layout)
     yield _leftovers(layout, settings)
@@ -115,10 +104,11 @@ def _mounted(root: Path) -> CheckResult:
     mount = mount_of(root, read_mounts())
     if mount is None:
         return _warning("mount", "this system has no mount table", "whether a volume is there cannot be told", "go on")
-    text = f"{root} is on {mount.device} ({mount.kind}), mounted at {mount.point}"
+    kind = kind_of(mount)
+    text = f"{root} is on {mount.device}, {kind.name}, mounted at {mount.point}"
     if "ro" in mount.options:
         return _error("mount", f"{text}, read-only", "nothing can be published", "mount it for writing")
-    if mount.kind not in NETWORK_FILE_SYSTEMS:
+    if kind.place == "host":
         return _warning(
             "mount", text, "this is no network volume: other workers do not see it",
             "attach the volume to the endpoint, or set MODELSTORE_ROOT to a folder on it",
@@ -142,16 +132,13 @@ def _format(layout: Layout) -> CheckResult:
     return _ok("format", "the store's format is known" if is_store else "no store yet: the first download makes it")
 
 
-def _probed(layout: Layout, peer: Path | None, probe_bytes: int) -> Iterator[CheckResult]:
+def _probed(layout: Layout, settings: Settings, peer: Path | None, probe_bytes: int) -> Iterator[CheckResult]:
     """The checks by trial; the first refusal of the volume ends them."""
-    folder = layout.trash / f"doctor-{secrets.token_hex(4)}"
     try:
-        tree.check_no_links(layout.root, folder)
-        durable.make_folder(folder)
-        try:
-            yield from _probes(folder, (peer or layout.root) / folder.relative_to(layout.root), probe_bytes)
-        finally:
-            _remove(folder)
+        yield from _capabilities(layout, settings, peer)
+        with probe_folder(layout) as folder:
+            yield _clock(folder)
+            yield from _rates(folder, probe_bytes)
     except NoSpace as error:
         yield _failed("space", error, "no model can be published", "remove one, or run gc")
     except FileNotFoundError:
@@ -161,106 +148,48 @@ def _probed(layout: Layout, peer: Path | None, probe_bytes: int) -> Iterator[Che
         yield _failed("write", error, "nothing can be published", "check MODELSTORE_ROOT and the mount")
 
 
-def _remove(folder: Path) -> None:
+def _capabilities(layout: Layout, settings: Settings, peer: Path | None) -> Iterator[CheckResult]:
+    """What the volume can do, a line for each, and the mode that follows."""
     try:
-        durable.remove_tree(folder)
-    except (ModelStoreError, OSError) as error:  # says nothing of the results
-        logger.warning("%s stays until the next gc: %s", folder, error)
+        found = probe(layout, peer)
+    except ReadOnlyVolume as error:
+        yield _failed("peer", error, "--peer is another volume", "mount the same volume there")
+        found, peer = probe(layout), None
+    kind = use_from(layout, settings, found).kind
+    for name, meaning in MEANINGS.items():
+        answer, note = getattr(found, name), found.notes.get(name, "")
+        text = f"{meaning.text}{f' ({note})' if note else ''}"
+        check = name.replace("_", " ")
+        if answer == "yes":
+            yield _ok(check, text)
+        elif answer == "no":
+            is_fault = meaning.is_needed and kind.place in ("host", "network")
+            report = _error if is_fault else _warning
+            yield report(check, f"it is not so that {text}", meaning.without, meaning.remedy)
+        else:
+            yield _warning(
+                check, f"not proven: {text}", "one mount cannot show what another host sees",
+                "run it with --peer PATH, the store's folder on another mount of this volume",
+            )  # fmt: skip
+    yield _mode(use_from(layout, settings, found), settings, has_peer=peer is not None)
 
 
-def _probes(folder: Path, other: Path, probe_bytes: int) -> Iterator[CheckResult]:
-    if not other.is_dir():
-        yield _error("peer", f"{other} is not there", "--peer is another volume", "mount the same volume there")
-        other = folder
-    yield _exclusive(folder, other)
-    yield _renames(folder)
-    yield _hard_links(folder)
-    yield _locks(folder, other)
-    if other != folder:
-        yield _visible(folder, other)
-    yield _clock(folder)
-    yield from _rates(folder, probe_bytes)
-
-
-def _exclusive(folder: Path, other: Path) -> CheckResult:
-    """A file that one mount has created exclusively, the other cannot."""
-    os.close(durable.open_for_write(folder / "claim", exclusive=True))
-    try:
-        os.close(durable.open_for_write(other / "claim", exclusive=True))
-    except FileExistsError:
-        return _ok("exclusive creates", "a file is created by one and refused to the others")
-    return _error(
-        "exclusive creates", "the same file was created twice", "two workers could both believe to hold a claim",
-        "do not use this file system for a store",
-    )  # fmt: skip
-
-
-def _renames(folder: Path) -> CheckResult:
-    for name in ("staged", "published"):
-        durable.make_folder(folder / name)
-        durable.write_atomic(folder / name / "file", name.encode())
-    try:
-        durable.rename(folder / "staged", folder / "published")
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            return _ok("renames", "a folder that is there is not replaced")
-        text = f"renaming onto a folder fails with {error.strerror}"
-        return _error("renames", text, "publishing relies on it", "do not use this file system for a store")
-    return _error(
-        "renames", "a folder was replaced by a rename", "a second publisher would replace the first one's snapshot",
-        "do not use this file system for a store",
-    )  # fmt: skip
-
-
-def _hard_links(folder: Path) -> CheckResult:
-    durable.write_atomic(folder / "one", b"1")
-    try:
-        durable.link(folder / "one", folder / "two")
-    except FileNotFoundError:
-        raise
-    except (ModelStoreError, OSError) as error:
-        return _warning("hard links", str(error), "files of two variants are stored twice", "plan more space")
-    return _ok("hard links", "they work")
-
-
-def _locks(folder: Path, other: Path) -> CheckResult:
-    """A lock that another process holds, through the other mount if there is one, is seen here."""
-    durable.write_atomic(folder / "lock", b"")
-    with subprocess.Popen(
-        [sys.executable, "-c", _LOCKER, str(other / "lock")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=bare_environment(),
-    ) as holder:  # fmt: skip
-        assert holder.stdout is not None
-        is_held = holder.stdout.readline().strip() == b"held"
-        fd = durable.open_for_read(folder / "lock")
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            excluded = False
-        except OSError:
-            excluded = True
-        finally:
-            os.close(fd)
-            holder.kill()
-    if is_held and excluded:
-        return _ok("locks", f"they exclude {'another mount' if other != folder else 'another process of this host'}")
+def _mode(use: Use, settings: Settings, *, has_peer: bool) -> CheckResult:
+    decided = decided_by(use.kind, use.capabilities)
+    if settings.volume_mode == "full" and decided.mode != "full":
+        return _warning(
+            "mode", "full, as MODELSTORE_VOLUME says", decided.reason, "unset it, unless you know this volume better"
+        )
+    if use.mode == "full" and use.kind.place == "unknown" and has_peer:
+        return _warning(
+            "mode", "what a store needs is proven between these two mounts", "one mount alone cannot know that",
+            "set MODELSTORE_VOLUME=full on every host",
+        )  # fmt: skip
+    if use.mode == "full":
+        return _ok("mode", f"full: {use.reason}")
     return _warning(
-        "locks", "a lock that another process holds is not seen", "a dead worker is found by its heartbeat, later",
-        "nothing: the store is correct without locks",
-    )  # fmt: skip
-
-
-def _visible(folder: Path, other: Path) -> CheckResult:
-    began = time.monotonic()
-    durable.write_atomic(folder / "seen", b"1")
-    while time.monotonic() - began < _VISIBLE_S:
-        if (other / "seen").exists():
-            return _ok("visibility", f"a new file is seen from the other mount within {time.monotonic() - began:.3f} s")
-        time.sleep(0.001)
-    return _warning(
-        "visibility", f"a new file is not seen from the other mount within {_VISIBLE_S:g} s",
-        "workers see new snapshots late", "mount it with shorter caches of names",
+        "mode", f"read-only: {use.reason}", "published models are served, and nothing is stored or removed here",
+        "fill it with `modelstore seed REF --to s3://VOLUME@DATACENTER`, or use a network volume",
     )  # fmt: skip
 
 

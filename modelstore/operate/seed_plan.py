@@ -211,6 +211,8 @@ class SeedPlan:
     def _seed(self, model: ListedModel, observer: Observer, wait_s: float | None) -> dict[str, Any]:
         """Publish a model, and give it the aliases and the pin of the list."""
         store = self.store
+        if model.aliases or model.pin:
+            store.check_may_change()
         snapshot = store.ensure(
             model.reference,
             dtype=model.dtype,
@@ -250,7 +252,7 @@ class SeedPlan:
         for keys in variants.values():
             served = [key for key in keys if key.dtype != "keep"]
             if len(set(keys)) > 1 and served:
-                refs.record_dtype(self.store.layout, served[-1])
+                refs.record_dtype(self.store.layout, served[-1], check=self.store.check_may_change)
 
     def _pruned(self, kept: set[SnapshotKey], may_remove: Collection[SnapshotKey] | None) -> list[dict[str, Any]]:
         """Remove every other snapshot, of those that may go, that is not in use, pinned or an alias's."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from modelstore.dtypes import DEFAULT_DTYPE, DTYPES
@@ -103,11 +103,19 @@ def seeded_dtype(layout: Layout, repo_id: str, commit: str) -> str:
 
 
 def record_commit(
-    layout: Layout, repo_id: str, revision: str, commit: str, *, replacing: bool, asked_as: str = ""
+    layout: Layout,
+    repo_id: str,
+    revision: str,
+    commit: str,
+    *,
+    replacing: bool,
+    check: Callable[[], None],
+    asked_as: str = "",
 ) -> None:
     """Let the fleet use this commit for the revision from now on; only a seed replaces another one.
 
-    `asked_as`: the name that the repo was asked for under, if it is another one than its id: it then means the same.
+    `check` is called before anything is written. `asked_as`: the name that the repo was asked for under, if it is
+    another one than its id: it then means the same.
     """
     for name, record_revision in record_places(repo_id, revision, asked_as):
         try:
@@ -117,12 +125,14 @@ def record_commit(
         to = Recorded(repo_id, commit)
         if (before.repo_id, before.commit) == (repo_id, commit) or (before.commit and not replacing):
             continue
+        check()
         _write(layout, name, record_revision, to)
 
 
-def record_dtype(layout: Layout, key: SnapshotKey) -> None:
-    """Let this variant of the commit answer from now on, if none is asked for."""
+def record_dtype(layout: Layout, key: SnapshotKey, *, check: Callable[[], None]) -> None:
+    """Let this variant of the commit answer from now on, if none is asked for. `check`: see `record_commit`."""
     if (seeded_dtype(layout, key.repo_id, key.commit) or DEFAULT_DTYPE) != key.dtype:
+        check()
         _write(layout, key.repo_id, key.commit, Recorded(key.repo_id, key.commit, key.dtype))
 
 

@@ -14,9 +14,10 @@ import pytest
 
 from modelstore import warmstart
 from modelstore.errors import DigestMismatch, Refused
-from modelstore.load.model_folder import ModelFolder, OwnedFolder, runtime_folder
+from modelstore.load.model_folder import ModelFolder, OwnedFolder
 from modelstore.load.reader import Reading, start_reading
 from modelstore.reference import parse_reference
+from modelstore.runtime import runtime_folder
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.volume.manifest import Manifest

@@ -51,7 +51,8 @@ def test_a_sound_volume_has_nothing_but_ok(on_mfs: Callable[[str], Settings], hu
     findings = found(settings, reference="org/name")
     assert [finding for finding in findings.values() if finding.level == "error"] == []
     assert findings.keys() >= {
-        "mount", "format", "exclusive creates", "renames", "hard links", "locks", "clock", "write rate", "read rate",
+        "mount", "format", "exclusive create", "refused rename", "random writes", "fresh names", "fresh bytes",
+        "hard links", "locks", "mode", "clock", "write rate", "read rate",
         "quota", "leftovers", "token", "access",
     }  # fmt: skip
     assert "alice" in findings["token"].what
@@ -62,7 +63,7 @@ def test_a_sound_volume_has_nothing_but_ok(on_mfs: Callable[[str], Settings], hu
 
 @pytest.mark.parametrize(
     ("options", "level", "words"),
-    [("ro", "error", "read-only"), ("rw,mfsnobsdlocks", "warning", "mfsnobsdlocks"), ("rw", "ok", "fuse")],
+    [("ro", "error", "read-only"), ("rw,mfsnobsdlocks", "warning", "mfsnobsdlocks"), ("rw", "ok", "MooseFS")],
 )
 def test_the_mounts_options(on_mfs: Callable[[str], Settings], options: str, level: str, words: str) -> None:
     finding = found(on_mfs(options))["mount"]
@@ -92,18 +93,15 @@ def no_links(_source: Path, _target: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "fake", "check", "level"),
     [
-        ("rename", rename_that_replaces, "renames", "error"),
-        ("open_for_write", create_twice, "exclusive creates", "error"),
+        ("rename", rename_that_replaces, "refused rename", "error"),
+        ("open_for_write", create_twice, "exclusive create", "error"),
         ("link", no_links, "hard links", "warning"),
     ],
 )
 def test_a_file_system_that_breaks_the_protocol_is_found(
     store: ModelStore, monkeypatch: pytest.MonkeyPatch, name: str, fake: Any, check: str, level: str
 ) -> None:
-    if name == "open_for_write":  # only the probe's own creation
-        monkeypatch.setattr(doctor.durable, name, fake)
-    else:
-        monkeypatch.setattr(durable, name, fake)
+    monkeypatch.setattr(durable, name, fake)
     finding = found(store.settings)[check]
     assert finding.level == level
     assert finding.why
@@ -133,8 +131,9 @@ def test_a_peer_of_the_same_volume(store: ModelStore, tmp_path: Path) -> None:
     store.layout.root.mkdir(parents=True)
     (tmp_path / "second").symlink_to(store.layout.root)
     findings = found(store.settings, peer=tmp_path / "second")
-    assert findings["visibility"].level == "ok"
-    assert "another mount" in findings["locks"].what
+    assert findings["fresh names"].level == findings["fresh bytes"].level == "ok"
+    assert "the other mount" in findings["locks"].what
+    assert "12 races" in findings["exclusive create"].what
 
 
 @pytest.mark.parametrize("name", ["rename", "link", "open_for_write"])

@@ -1,0 +1,436 @@
+"""What a volume can do, and the mode in which the store uses it.
+
+    full         models are stored, removed and exchanged, as the rest of the package does it
+    read-only    published models are served; nothing that others read is changed
+
+A trial on one mount shows what does not work. It cannot show what another host sees: that counts as done only for a
+kind of file system that is known to do it, or by a trial on two mounts (`modelstore doctor --peer`). Correctness never
+rests on one of these alone; a volume without them elects two workers, loses a snapshot or serves half of one.
+
+The trial takes a folder of its own in the store's trash, before the first change of a process; its result is kept on
+this host for the mount. A hit never asks.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from modelstore.errors import ModelStoreError, ReadOnlyVolume
+from modelstore.mount import Kind, kind_of, mount_of, read_mounts
+from modelstore.runtime import runtime_folder
+from modelstore.settings import Settings, VolumeMode
+from modelstore.volume import durable, tree
+from modelstore.volume.layout import Layout
+
+logger = logging.getLogger(__name__)
+
+Answer = Literal["yes", "no", "unproven"]
+
+FRESH_S = 1.0  # a write is seen by another host within this time
+_LOOK_FOR_S = 12.0
+_RACES = 12
+_PART = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a volume can do, each `yes`, `no` or `unproven`; `notes` has what was seen, by the capability's name."""
+
+    exclusive_create: Answer = "unproven"
+    refused_rename: Answer = "unproven"
+    random_writes: Answer = "unproven"
+    fresh_names: Answer = "unproven"
+    fresh_bytes: Answer = "unproven"
+    hard_links: Answer = "unproven"
+    locks: Answer = "unproven"
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """A capability for a person: what the volume does, what happens without it, and what to do then. `is_needed`: the
+    mode full rests on it."""
+
+    text: str
+    without: str
+    remedy: str = "use the volume as it is, read-only, or another volume"
+    is_needed: bool = True
+
+
+MEANINGS: Mapping[str, Meaning] = {
+    "exclusive_create": Meaning(
+        "one of many hosts creates a file, and the others are refused", "two workers could both begin a download"
+    ),
+    "refused_rename": Meaning(
+        "a folder that holds files is not replaced by a rename", "a second publisher could replace a snapshot"
+    ),
+    "random_writes": Meaning("a file is written in any order, and reads back so", "a download cannot be stored"),
+    "fresh_names": Meaning(
+        "a new file is seen by another host at once",
+        "workers see claims and new snapshots late",
+        "mount it with shorter caches of names, and try again",
+    ),
+    "fresh_bytes": Meaning(
+        "the bytes of a file that was synced are read by another host",
+        "a snapshot is published before its bytes are there",
+        "mount it without a cache of writes, and try again",
+    ),
+    "hard_links": Meaning(
+        "a file has two names", "files of two variants are stored twice", "plan more space", is_needed=False
+    ),
+    "locks": Meaning(
+        "a lock of a process is seen by others",
+        "a dead worker is found by its heartbeat, later",
+        "nothing: the store is correct without locks",
+        is_needed=False,
+    ),
+}
+_ACROSS_HOSTS = ("exclusive_create", "fresh_names", "fresh_bytes", "locks")
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """How the store uses a volume; `reason` says why in a few words."""
+
+    kind: Kind
+    mode: VolumeMode
+    reason: str
+    capabilities: Capabilities
+
+
+def use_of(layout: Layout, settings: Settings) -> Use:
+    """How this process uses its volume. The first call of a host tries it, which writes to the volume.
+
+    Raises NoSpace, or RootUnusable if nothing can be written for another reason than a read-only mount.
+    """
+    if settings.volume_mode is not None:
+        return use_from(layout, settings, Capabilities())
+    if is_mounted_read_only(layout.root):
+        return Use(_kind(layout.root), "read-only", "it is mounted read-only", Capabilities())
+    return use_from(layout, settings, _cached(layout))
+
+
+def use_from(layout: Layout, settings: Settings, capabilities: Capabilities) -> Use:
+    """The same for capabilities that are known already."""
+    use = decided_by(_kind(layout.root), capabilities)
+    if settings.volume_mode is None:
+        return use
+    return replace(use, mode=settings.volume_mode, reason="as MODELSTORE_VOLUME says")
+
+
+def check_may_change(layout: Layout, settings: Settings) -> None:
+    """Raise ReadOnlyVolume if the store must not change this volume."""
+    use = use_of(layout, settings)
+    if use.mode == "full":
+        return
+    if is_mounted_read_only(layout.root):
+        raise ReadOnlyVolume(
+            f"cannot write {layout.root}: it is mounted read-only (Read-only file system); mount the volume writable, "
+            "or set MODELSTORE_ROOT"
+        )
+    if settings.volume_mode is not None:
+        raise ReadOnlyVolume(
+            f"{layout.root} is not changed, as MODELSTORE_VOLUME=read-only says: unset it to store models"
+        )
+    raise ReadOnlyVolume(
+        f"{layout.root} is {use.kind.name}, used read-only because {use.reason}: fill it with `modelstore seed REF "
+        "--to s3://VOLUME@DATACENTER`, use a network volume, or see `modelstore doctor`"
+    )
+
+
+def may_change(layout: Layout, settings: Settings) -> bool:
+    """Whether the store may change this volume; False if that cannot be found out."""
+    try:
+        return use_of(layout, settings).mode == "full"
+    except (ModelStoreError, OSError):
+        return False
+
+
+def is_mounted_read_only(root: Path) -> bool:
+    """Whether the file system of this folder, or of the nearest one above that is there, takes no writes."""
+    try:
+        return bool(os.statvfs(_existing(root)).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
+
+
+def decided_by(kind: Kind, capabilities: Capabilities) -> Use:
+    """The use that follows from what a volume can do, and from nothing else."""
+    answers = [(name, getattr(capabilities, name)) for name, meaning in MEANINGS.items() if meaning.is_needed]
+    for answer, phrase in (("no", "it is not so that {}"), ("unproven", "it is not proven that {}")):
+        if lacking := [name for name, value in answers if value == answer]:
+            note = capabilities.notes.get(lacking[0], "")
+            reason = phrase.format(MEANINGS[lacking[0]].text) + (f" ({note})" if note else "")
+            return Use(kind, "read-only", reason, capabilities)
+    return Use(kind, "full", "it can do what the store needs", capabilities)
+
+
+def _kind(root: Path) -> Kind:
+    return kind_of(mount_of(Path(os.path.realpath(_existing(root))), read_mounts()))
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _cached(layout: Layout) -> Capabilities:
+    """The capabilities as a process of this host has found them for this mount, or finds them now."""
+    existing = Path(os.path.realpath(_existing(layout.root)))
+    mount = mount_of(existing, read_mounts())
+    identity = repr((mount, existing.stat().st_dev, _boot()))
+    return _known(layout, identity)
+
+
+@cache
+def _known(layout: Layout, identity: str) -> Capabilities:
+    record: Path | None = None
+    with suppress(ModelStoreError, OSError):
+        folder = runtime_folder() / "volumes"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        record = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+        with suppress(ValueError, TypeError):
+            return Capabilities(**json.loads(record.read_bytes()))
+    capabilities = probe(layout)
+    if record is not None:
+        with suppress(OSError):
+            temporary = record.with_name(f".{secrets.token_hex(8)}")
+            temporary.write_text(json.dumps(asdict(capabilities)))
+            temporary.rename(record)
+    return capabilities
+
+
+def _boot() -> str:
+    """Of this boot of the host: a mount's numbers are used again after it."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def probe(layout: Layout, other_root: Path | None = None) -> Capabilities:
+    """Try the volume, in a folder that is removed again. `other_root`: the store's root on another mount of the same
+    volume, as another host would have it.
+
+    Raises NoSpace and RootUnusable if nothing can be written, ReadOnlyVolume if the other mount shows another volume.
+    """
+    with probe_folder(layout) as folder:
+        other = folder if other_root is None else other_root / folder.relative_to(layout.root)
+        place = _kind(layout.root).place
+        found = {name: _tried(trial, folder) for name, trial in _TRIALS.items()}
+        if other_root is not None:
+            found |= _across(folder, other)
+        elif place in ("bucket", "unknown"):
+            for name in _ACROSS_HOSTS:
+                if found.get(name, ("yes", ""))[0] == "yes":
+                    found[name] = ("unproven", "")
+        else:
+            found |= dict.fromkeys(("fresh_names", "fresh_bytes"), ("yes", ""))
+    answers: Mapping[str, Answer] = {name: answer for name, (answer, _note) in found.items()}
+    return Capabilities(**answers, notes={name: note for name, (_answer, note) in found.items() if note})
+
+
+@contextmanager
+def probe_folder(layout: Layout) -> Iterator[Path]:
+    """A folder in the store's trash, which is removed in the end, or by gc if this process is killed."""
+    folder = layout.trash / f"doctor-{secrets.token_hex(4)}"
+    tree.check_no_links(layout.root, folder)
+    durable.make_folder(folder)
+    try:
+        yield folder
+    finally:
+        try:
+            durable.remove_tree(folder)
+        except (ModelStoreError, OSError) as error:  # says nothing of the results
+            logger.warning("%s stays until the next gc: %s", folder, error)
+
+
+_Finding = tuple[Answer, str]
+_Trial = Callable[[Path], str]  # in a folder of its own; what went otherwise than it should, empty if nothing did
+
+
+def _tried(trial: _Trial, folder: Path) -> _Finding:
+    place = folder / trial.__name__.strip("_")
+    try:
+        durable.make_folder(place)
+        problem = trial(place)
+    except FileNotFoundError:
+        if not folder.is_dir():  # the trash was emptied
+            raise
+        return "no", "a file that was made is not there"
+    except ModelStoreError as error:
+        if error.exit_code != 1:
+            raise
+        return "no", getattr(error.__cause__, "strerror", None) or str(error)
+    except OSError as error:
+        return "no", error.strerror or str(error)
+    return ("no" if problem else "yes"), problem
+
+
+def _exclusive_create(place: Path) -> str:
+    """A second creation is refused while the first file is still open."""
+    first = durable.open_for_write(place / "claim", exclusive=True)
+    try:
+        os.close(durable.open_for_write(place / "claim", exclusive=True))
+    except FileExistsError:
+        return ""
+    finally:
+        os.close(first)
+    return "the same file was created twice"
+
+
+def _refused_rename(place: Path) -> str:
+    for name in ("staged", "published"):
+        durable.make_folder(place / name)
+        durable.write_atomic(place / name / "file", name.encode())
+    try:
+        durable.rename(place / "staged", place / "published")
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return ""
+        raise
+    return "a folder was replaced by a rename"
+
+
+def _random_writes(place: Path) -> str:
+    path, parts = place / "file", [bytes([number]) * _PART for number in range(1, 5)]
+    fd = durable.open_for_write(path)
+    try:
+        durable.set_size(fd, len(parts) * _PART, path=path)
+        for number in (2, 0, 3, 1):
+            durable.write_at(fd, parts[number], number * _PART, path=path)
+        durable.sync(fd, path=path)
+    finally:
+        durable.close(fd, path=path)
+    durable.rename(path, place / "renamed")
+    return "" if durable.read_file(place / "renamed") == b"".join(parts) else "it reads back otherwise"
+
+
+def _hard_links(place: Path) -> str:
+    durable.write_atomic(place / "one", b"1")
+    durable.link(place / "one", place / "two")
+    return "" if durable.read_file(place / "two") == b"1" else "the second name shows other bytes"
+
+
+def _locks(place: Path) -> str:
+    """Two openings of one file exclude each other as two processes do."""
+    durable.write_atomic(place / "lock", b"1")
+    first, second = (durable.open_for_read(place / "lock") for _each in range(2))
+    try:
+        return "" if _excludes(first, second) else "a lock that is held is taken again"
+    finally:
+        os.close(first)
+        os.close(second)
+
+
+def _excludes(first: int, second: int) -> bool:
+    """Whether a lock on the first descriptor is seen by the second. Raises OSError if there are no locks."""
+    fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
+_TRIALS: Mapping[str, _Trial] = {
+    "exclusive_create": _exclusive_create,
+    "refused_rename": _refused_rename,
+    "random_writes": _random_writes,
+    "hard_links": _hard_links,
+    "locks": _locks,
+}
+
+
+def _across(folder: Path, other: Path) -> dict[str, _Finding]:
+    """What two mounts show of each other. Raises ReadOnlyVolume if the other one is not of this volume."""
+    root = other.parent.parent
+    if not root.is_dir() or _seconds_until(other.is_dir) is None:
+        raise ReadOnlyVolume(f"{root} does not show what is written here: name the store's folder on another mount")
+    found: dict[str, _Finding] = {}
+    both = sum(_raced(folder / f"race-{number}", other / f"race-{number}") for number in range(_RACES))
+    found["exclusive_create"] = (
+        ("no", f"{both} of {_RACES} files were created by both mounts") if both else ("yes", f"{_RACES} races")
+    )
+    durable.write_atomic(folder / "name", b"1")
+    found["fresh_names"] = _fresh(_seconds_until(lambda: "name" in tree.names(other)), "seen")
+    data = os.urandom(3 * _PART)
+    durable.write_atomic(folder / "bytes", data)
+    found["fresh_bytes"] = _fresh(_seconds_until(lambda: _reads(other / "bytes", data)), "read")
+    found["locks"] = _locked_across(folder, other)
+    return found
+
+
+def _fresh(seconds: float | None, verb: str) -> _Finding:
+    if seconds is None:
+        return "no", f"not {verb} by the other mount within {_LOOK_FOR_S:g} s"
+    return ("yes" if seconds <= FRESH_S else "no"), f"{verb} by the other mount after {seconds:.2f} s"
+
+
+def _reads(path: Path, data: bytes) -> bool:
+    try:
+        return durable.read_file(path) == data
+    except OSError:
+        return False
+
+
+def _seconds_until(is_so: Callable[[], bool]) -> float | None:
+    """How long it takes; None if it takes too long."""
+    began = time.monotonic()
+    while not is_so():
+        if time.monotonic() - began > _LOOK_FOR_S:
+            return None
+        time.sleep(0.002)
+    return time.monotonic() - began
+
+
+def _raced(path: Path, other: Path) -> bool:
+    """Whether both mounts create the same file at the same time, each while the other still has it open."""
+    barrier, created, fds = threading.Barrier(2), [False, False], [-1, -1]
+
+    def create(number: int, name: Path) -> None:
+        barrier.wait()
+        with suppress(OSError, ModelStoreError):
+            fds[number] = durable.open_for_write(name, exclusive=True)
+            created[number] = True
+
+    threads = [threading.Thread(target=create, args=each) for each in enumerate((path, other))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for fd in fds:
+        if fd >= 0:
+            with suppress(OSError):
+                os.close(fd)
+    return all(created)
+
+
+def _locked_across(folder: Path, other: Path) -> _Finding:
+    durable.write_atomic(folder / "across", b"1")
+    if _seconds_until(lambda: (other / "across").exists()) is None:
+        return "no", "the other mount does not see the file"
+    try:
+        first, second = durable.open_for_read(folder / "across"), durable.open_for_read(other / "across")
+    except OSError as error:
+        return "no", error.strerror or str(error)
+    try:
+        return ("yes", "seen by the other mount") if _excludes(first, second) else ("no", "not seen by the other mount")
+    except OSError as error:
+        return "no", error.strerror or str(error)
+    finally:
+        os.close(first)
+        os.close(second)
