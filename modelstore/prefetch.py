@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 from modelstore.errors import ModelStoreError, SnapshotNotFound
 from modelstore.fill.observer import Observer
 from modelstore.fill.progress import Progress
-from modelstore.fill.staging import finished_record
+from modelstore.fill.staging import finished_record, staging_folders
 from modelstore.load.reader import Reading, host_memory
 from modelstore.servable import CheckConfig, check_nothing
 from modelstore.volume import tree
-from modelstore.volume.claim import highest_generation
 from modelstore.volume.layout import Layout, SnapshotKey, StagingLayout
 from modelstore.volume.manifest import BLOCK_BYTES, FileRecord
 from modelstore.volume.snapshots import Snapshot
@@ -141,10 +140,10 @@ class StagingPrefetch(Observer):
             self._followed[record.path] = record
 
     def _look(self, key: SnapshotKey) -> None:
-        folder = self._layout.staging(key)
-        if (generation := highest_generation(folder)) == 0:
+        folders = staging_folders(self._layout.staging(key))
+        if not folders:
             return
-        staging = StagingLayout(folder / str(generation))
+        staging = StagingLayout(folders[0][1])
         for path in tree.entries(staging.done):
             name = path.name.removesuffix(".json")
             if name in self._followed or not name.endswith(".safetensors"):

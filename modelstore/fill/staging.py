@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,10 +20,18 @@ from modelstore.fill.repo_files import stored_path
 from modelstore.fill.source import SourceFile
 from modelstore.volume import durable, tree
 from modelstore.volume.checksums import has_blocks
-from modelstore.volume.claim import Claim, generations
+from modelstore.volume.claim import Claim
 from modelstore.volume.layout import Layout, SnapshotKey, StagingLayout
 from modelstore.volume.manifest import BLOCK_BYTES, FileRecord, digest_of, file_as_json, parse_file_record
 from modelstore.volume.snapshots import Snapshot
+
+_FOLDER = re.compile(r"([1-9][0-9]{0,14})(?:-[0-9a-f]{8})?")  # before 0.2 without a random part
+
+
+def staging_folders(folder: Path) -> list[tuple[int, Path]]:
+    """The folders of a snapshot's staging, each with its generation, the latest first."""
+    matches = [match for name in tree.names(folder) if (match := _FOLDER.fullmatch(name))]
+    return sorted(((int(match[1]), folder / match[0]) for match in matches), reverse=True)
 
 
 class Staging:
@@ -32,13 +42,13 @@ class Staging:
     def __init__(self, layout: Layout, key: SnapshotKey, claim: Claim, damaged: Snapshot | None = None) -> None:
         """Takes over the files of an earlier generation, if no process can still write there.
 
-        `damaged`: a snapshot, moved aside, whose intact files are used again. Raises UnsafeName if a link lies on the
-        way.
+        `damaged`: a snapshot, moved aside or still in its place, whose intact files are used again. Raises UnsafeName
+        if a link lies on the way.
         """
-        generation = str(claim.generation)
-        tree.check_no_links(layout.root, layout.staging(key) / generation)
+        folder = layout.staging(key) / f"{claim.generation}-{secrets.token_hex(4)}"  # this holder's alone
+        tree.check_no_links(layout.root, folder)
         tree.check_no_links_below(layout.staging(key))
-        self.paths = StagingLayout(layout.staging(key) / generation)
+        self.paths = StagingLayout(folder)
         self.records: dict[str, FileRecord] = {}
         self.inherited = self._inherit(layout.staging(key), claim)
         self.device = layout.root.stat().st_dev
@@ -47,7 +57,7 @@ class Staging:
     def _inherit(self, folder: Path, claim: Claim) -> list[StagingLayout]:
         """Earlier generations' staging: moved to be ours if no process can still write there, else to be copied
         from."""
-        folders = [folder / str(each) for each in generations(folder) if each < claim.generation]
+        folders = [path for number, path in staging_folders(folder) if number < claim.generation]
         if folders and claim.after_the_dead:
             durable.rename(folders[0], self.paths.folder)
             return []

@@ -5,8 +5,9 @@
       2        the highest number is the one that counts
 
 Guaranteed: each generation is created by exactly one process (`O_CREAT|O_EXCL`, for which MooseFS elects one winner),
-numbers only grow, and the holder of a lower one learns so at its next `check`. Not guaranteed: that two processes
-never work at once. A holder that was stopped for longer than the lease goes on until its next check; the store stays
+numbers only grow, and the holder of a lower one learns so at its next `check`. On a volume that elects two, each reads
+its record back before each heartbeat, and all but the last to write stop. Not guaranteed: that two processes never work
+at once. A holder that was stopped for longer than the lease goes on until its next check; the store stays
 correct because writes are idempotent and publishing is one rename.
 
 A contender takes over when one of these holds, and only by creating the next generation:
@@ -70,16 +71,25 @@ class ClaimRecord:
     eta_s: float | None = None
     reserved: int = 0
 
+    @property
+    def holder(self) -> tuple[str, str, int]:
+        """What tells one holder from another."""
+        return self.worker, self.host, self.pid
+
     def encode(self) -> bytes:
         fields = {name: getattr(self, name) for name in self.__slots__}
         return json.dumps(fields, separators=(",", ":")).encode().ljust(_RECORD_BYTES - 1) + b"\n"
 
 
+_FIELDS = frozenset(ClaimRecord.__slots__)
+
+
 def parse_record(data: bytes) -> ClaimRecord | None:
-    """The record in a generation's file, or None while it is empty or half-written."""
+    """The record in a generation's file, or None while it is empty or half-written. Fields that a newer version has
+    added are passed over."""
     try:
-        record = ClaimRecord(**json.loads(data))
-    except (ValueError, TypeError, RecursionError):
+        record = ClaimRecord(**{name: value for name, value in json.loads(data).items() if name in _FIELDS})
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
     numbers = (record.pid, record.beat, record.done, record.total, record.reserved)
     texts = (record.worker, record.host, record.state, record.phase)
@@ -213,16 +223,24 @@ class Claim:
         self._heartbeat_s = heartbeat_s
         self._write_lock = threading.Lock()
         self._stop = threading.Event()
+        self._overwritten_by = ""
         try:
             self._write()
         except BaseException:
             self._release_lock()
             raise
+        self._look_who_holds_it()
         self._thread = threading.Thread(target=self._beat, name=f"heartbeat-{self.generation}", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raise ClaimLost if a higher generation exists. Call before each expensive step and before publishing."""
+        """Raise ClaimLost if a higher generation exists, or another process holds this one. Call before each expensive
+        step and before publishing."""
+        if self._overwritten_by:
+            raise ClaimLost(
+                f"generation {self.generation} of {self._path.parent.name} is held by {self._overwritten_by}, too: "
+                "this volume elected two, and this worker waits for the other one"
+            )
         highest = highest_generation(self._path.parent)
         if highest > self.generation:
             raise ClaimLost(
@@ -247,6 +265,9 @@ class Claim:
             return
         self._stop.set()
         self._thread.join()
+        if self._overwritten_by:  # the record is the other one's
+            self._release_lock()
+            return
         with self._write_lock:
             self._record = replace(self._record, state=state)
         try:
@@ -269,8 +290,24 @@ class Claim:
     ) -> None:
         self.finish("released")
 
+    def _look_who_holds_it(self) -> None:
+        """Read the record back: on a volume that lets two processes create one file, the last to write holds it."""
+        with suppress(OSError):
+            record = parse_record(_read(self._path))
+            if record is not None and record.holder != self._own_record().holder:
+                self._overwritten_by = f"worker {record.worker}"
+
+    def _own_record(self) -> ClaimRecord:
+        """This process's record as it reads back."""
+        record = parse_record(self._record.encode())
+        assert record is not None
+        return record
+
     def _beat(self) -> None:
         while not self._stop.wait(self._heartbeat_s):
+            self._look_who_holds_it()
+            if self._overwritten_by:
+                return
             try:
                 self._write()
             except (ModelStoreError, OSError) as error:  # a later beat may get through; if none does, the lease ends

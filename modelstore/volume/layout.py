@@ -3,7 +3,7 @@
     <root>/
       FORMAT                                         "1"
       models/<org>--<name>/<commit>.<dtype>/         a published snapshot: the model's files and manifest.json
-      staging/<org>--<name>/<commit>.<dtype>/<generation>/
+      staging/<org>--<name>/<commit>.<dtype>/<generation>-<random>/
         source/<file>                                bytes as the source has them, partial
         journal/<file>/<segment>[.open]              which granules of it are there (staged_file.py)
         snapshot/<file>                              the files to publish
