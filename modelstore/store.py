@@ -37,7 +37,7 @@ from modelstore.volume.claim import Claim, Contender, Holder, current_record
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.pins import mark_used, wait_while_evicting
 from modelstore.volume.snapshots import Catalog, Snapshot
-from modelstore.volume.verify import known_problem, save_result, verify_snapshot
+from modelstore.volume.verify import known_problem, save_result, verify_snapshot, wrong_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -375,7 +375,11 @@ class ModelStore:
                     logger.warning("%s", error)
                     contender, waited_from = None, timeline.now()
                     continue
-                except BaseException:
+                except BaseException as error:
+                    if isinstance(error, OSError | ModelStoreError) and self._is_published(key, request.damaged):
+                        logger.warning("%s was published by another worker meanwhile (%s)", key, error)
+                        contender, waited_from = None, timeline.now()
+                        continue
                     request.observer.failed(key)
                     raise
             if waited_from is None:
@@ -387,6 +391,14 @@ class ModelStore:
             timeline.waited_for = outcome.record.worker if outcome.record else timeline.waited_for
             request.observer.waiting(key, outcome, left_s=left_s)
             self._sleep(min(_POLL_S, left_s))
+
+    def _is_published(self, key: SnapshotKey, damaged: Snapshot | None) -> bool:
+        """Whether a snapshot is there that is not the damaged one; False if the volume does not say."""
+        try:
+            snapshot = self.catalog.published(key)
+        except (ModelStoreError, OSError):
+            return False
+        return snapshot is not None and not _same(snapshot, damaged)
 
     def _fill(self, request: FillRequest, claim: Claim) -> Snapshot:
         """Fill the snapshot under a claim, unless another process has published it since."""
@@ -406,7 +418,7 @@ class ModelStore:
                     logger.warning("%s reads back as it was published: the damage was on its way to this worker", key)
                     claim.finish("published")
                     return snapshot
-            request = replace(request, damaged=self._quarantine(key, claim))
+            request = replace(request, damaged=self._remains(key, claim))
             while True:
                 fill = Fill(self.layout, request, claim, self.settings, sleep=self._sleep)
                 try:
@@ -449,13 +461,18 @@ class ModelStore:
             return requested or DEFAULT_DTYPE
         return parse_dtype("dtype", self.catalog.dtype_of(reference))
 
-    def _quarantine(self, key: SnapshotKey, claim: Claim) -> Snapshot | None:
-        """Move the folder in the snapshot's place, damaged or no snapshot at all, out of the way. It is kept, and
-        returned if its manifest still tells which of its files are intact."""
+    def _remains(self, key: SnapshotKey, claim: Claim) -> Snapshot | None:
+        """What is in a snapshot's place and is no whole one, if its manifest tells which of its files are intact.
+
+        It is moved to the quarantine only if bytes of it were read and are wrong. Otherwise it stays, and is completed
+        in its place: files that this host does not see may be there for others.
+        """
         path = self.layout.snapshot(key)
         if not tree.exists(path):
             return None
         manifest = self.catalog.manifest(key)
+        if not (problem := wrong_bytes(path, key)):
+            return Snapshot(path, manifest) if manifest is not None else None
         aside = self.layout.aside(self.layout.quarantine, key)
         tree.check_no_links(self.layout.root, path.parent)
         tree.check_no_links(self.layout.root, aside)
@@ -467,7 +484,7 @@ class ModelStore:
         except FileNotFoundError:  # evicted meanwhile
             return None
         history.record_event(self.layout, "quarantined", key)
-        logger.warning("%s is damaged: moved to %s, and made again", key, aside)
+        logger.warning("%s is damaged (%s): moved to %s, and made again", key, problem, aside)
         return Snapshot(aside, manifest) if manifest is not None else None
 
 

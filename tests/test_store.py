@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,7 @@ from modelstore.errors import (
 from modelstore.fill.observer import Observer
 from modelstore.fill.progress import Progress
 from modelstore.store import ModelStore
+from modelstore.volume.claim import Claim
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.verify import verify_snapshot
 from tests.conftest import MakeStore
@@ -144,15 +147,56 @@ def test_a_model_that_is_not_allowed_is_refused_before_anything_is_asked(hub: Hu
     assert hub.served.requests == []
 
 
-def test_a_snapshot_that_lost_a_file_is_put_aside_and_made_again(hub: Hub, store: ModelStore) -> None:
+@pytest.mark.parametrize("lost", [["model-00001-of-00002.safetensors"], ["config.json"], ["manifest.json"], "all"])
+def test_a_snapshot_that_lost_files_is_completed_in_its_place(
+    hub: Hub, store: ModelStore, lost: list[str] | str
+) -> None:
+    """The files may be there for others: this host's view of the folder can be old."""
+    write_repo(hub.folder / "org" / "name", random_tensors(4), shards=2)
+    first = store.ensure("org/name")
+    kept = first.path / "model-00002-of-00002.safetensors"
+    inode = kept.lstat().st_ino
+    for path in [first.path / name for name in lost] if lost != "all" else list(first.path.iterdir()):
+        path.unlink()
+    assert store.lookup("org/name") is None
+    hub.served.bytes.clear()
+    again = store.ensure("org/name")
+    assert (again.path, again.manifest.files) == (first.path, first.manifest.files)
+    assert verify_snapshot(again).ok
+    assert not (store.settings.root / "quarantine").exists(), "nothing was moved"
+    if lost != "all" and "manifest.json" not in lost:
+        assert kept.lstat().st_ino == inode, "what was there stays"
+        assert not hub.served.bytes[kept.name]
+        assert again.manifest == first.manifest, "those who serve it see no other snapshot"
+
+
+def test_an_old_view_of_a_folder_moves_nothing(hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount that has not seen a published file yet says that it is not there."""
     write_repo(hub.folder / "org" / "name")
     first = store.ensure("org/name")
-    (first.path / "model.safetensors").unlink()
-    assert store.lookup("org/name") is None
-    again = store.ensure("org/name")
-    assert again.path == first.path
+    real = os.lstat
+
+    def old_view(path: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith("models/org--name/" + first.path.name + "/model.safetensors") and not seen:
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return real(path, **options)
+
+    seen: list[bool] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", old_view)
+        patch.setattr(Claim, "reserve", lambda *_rest: seen.append(True))  # later in the fill it sees all
+        again = store.ensure("org/name")
+    assert again.manifest == first.manifest
     assert verify_snapshot(again).ok
-    assert len(list((store.settings.root / "quarantine").iterdir())) == 1
+    assert not (store.settings.root / "quarantine").exists()
+
+
+def test_a_lost_file_comes_back_within_the_quota(hub: Hub, make_store: MakeStore) -> None:
+    write_repo(hub.folder / "org" / "name", random_tensors(4, (256, 256)), shards=2)
+    first = make_store().ensure("org/name")
+    (first.path / "model-00001-of-00002.safetensors").unlink()
+    again = make_store(quota_bytes=first.size_bytes * 2 + 50_000).ensure("org/name")
+    assert verify_snapshot(again).ok
 
 
 def test_a_snapshot_copied_under_another_name_is_passed_over(hub: Hub, store: ModelStore) -> None:

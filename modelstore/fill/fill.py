@@ -40,7 +40,7 @@ from modelstore.volume.config_sizes import Sizes
 from modelstore.volume.header import Header
 from modelstore.volume.layout import MANIFEST, Layout
 from modelstore.volume.manifest import FileRecord, Manifest, Origin
-from modelstore.volume.snapshots import Snapshot
+from modelstore.volume.snapshots import Catalog, Snapshot
 from modelstore.volume.space import Space
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,8 @@ class Fill:
         *,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`request.damaged`, if any, is the snapshot that is to be replaced, moved aside."""
+        """`request.damaged`, if any, is the snapshot that is to be replaced, moved aside, or to be completed, in its
+        place."""
         tree.check_no_links(layout.root, layout.snapshot(request.key))
         self._layout = layout
         self._request = request
@@ -216,7 +217,7 @@ class Fill:
         self._needed_bytes = plan.footprint.peak_bytes
         if plan.sizes_are_known:
             self._request.observer.planned(key, weights_bytes=plan.footprint.weights_bytes)
-        if damaged is not None and self._settings.quota_bytes is not None:
+        if damaged is not None and self._settings.quota_bytes is not None and not self._is_in_place:
             _remove_damaged_files(damaged)  # a quota has no room for bytes that are of no use
         self._space.reserve(
             key,
@@ -288,11 +289,32 @@ class Fill:
             durable.sync_path(Path(parent))
         self._claim.check()
         if not durable.publish_folder(folder, self._layout.snapshot(key)):
-            logger.info("%s was published by another worker first", key)
+            if self._is_in_place or Catalog(self._layout).published(key) is None:
+                self._complete(folder, manifest)
+            else:
+                logger.info("%s was published by another worker first", key)
         try:
             durable.remove_tree(self._layout.staging(key))
         except OSError as error:  # a holder that was fenced may still write there; `gc` removes it later
             logger.info("staging of %s is not empty yet: %s", key, error)
+
+    @property
+    def _is_in_place(self) -> bool:
+        damaged = self._request.damaged
+        return damaged is not None and damaged.path == self._layout.snapshot(self._request.key)
+
+    def _complete(self, folder: Path, manifest: Manifest) -> None:
+        """Put the files that are missing or unreadable into the folder in the snapshot's place. Its manifest stays if
+        it names the same files; another one goes first, so that no file is ever served by the wrong one."""
+        key = self._request.key
+        place = self._layout.snapshot(key)
+        present = Catalog(self._layout).manifest(key)
+        if present is not None and present.files == manifest.files:
+            durable.write_atomic(folder / MANIFEST, durable.read_file(place / MANIFEST, durable.MANIFEST_BYTES))
+        elif tree.exists(place / MANIFEST):
+            durable.remove_file(place / MANIFEST)
+        durable.complete_folder(folder, place, last=MANIFEST)
+        logger.warning("%s was not whole: its missing files were put in place", key)
 
 
 class _Guard:

@@ -250,6 +250,21 @@ def publish_folder(source: Path, target: Path) -> bool:
     return True
 
 
+def complete_folder(source: Path, target: Path, *, last: str) -> None:
+    """Move each file of the folder `source` to its place below `target`, over what is there, the file `last` at the
+    end. A file that is there already, by a second name, stays. Everything in `source` must have been synced."""
+    files = [path for path in sorted(source.rglob("*")) if not path.is_dir() and path != source / last]
+    folders = {target}
+    for path in (*files, source / last):
+        place = target / path.relative_to(source)
+        make_folder(place.parent)
+        folders.add(place.parent)
+        if not (os.path.lexists(place) and os.path.samestat(path.lstat(), place.lstat())):
+            rename(path, place)
+    for folder in folders:
+        sync_path(folder)
+
+
 def touch(path: Path) -> float:
     """Create an empty file if it is missing, and give it the volume's own time; returns that, in seconds."""
     make_folder(path.parent)

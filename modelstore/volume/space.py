@@ -183,6 +183,8 @@ class Space:
             *tree.entries(self._layout.quarantine),
         )
         total = sum(tree.tree_bytes(folder, counted) for folder in kept if folder != damaged)
+        if damaged is not None and damaged.is_relative_to(self._layout.models):  # it is completed in its place
+            total -= tree.tree_bytes(damaged, unshared=True)
         promised: dict[SnapshotKey, tuple[int, int]] = {}
         for key, variant in keyed_folders(self._layout.root / "staging"):
             if key == apart_from:

@@ -92,6 +92,44 @@ def verify_snapshot(snapshot: Snapshot) -> Verified:
     return verify_folder(snapshot.path, snapshot.key)
 
 
+def wrong_bytes(folder: Path, key: SnapshotKey) -> str:
+    """Which bytes of a snapshot's folder were read and are wrong; empty if none are.
+
+    Files that are missing, cut or unreadable are not told: this host's view of a folder may be older than the folder.
+    """
+    try:
+        data = durable.read_file(folder / MANIFEST, durable.MANIFEST_BYTES)
+    except OSError as error:
+        return f"{MANIFEST} is no file of a store" if durable.is_no_file_of_ours(error) else ""
+    try:
+        manifest = parse_manifest(data, where=MANIFEST) if data else None
+    except BadManifest as error:
+        return str(error)
+    if manifest is None:
+        return ""
+    if manifest.key != key:
+        return f"{MANIFEST} is that of {manifest.key}"
+    return next(filter(None, (_wrong_in(folder, file, manifest.block_bytes) for file in manifest.files)), "")
+
+
+def _wrong_in(folder: Path, file: FileRecord, block_bytes: int) -> str:
+    try:
+        fd = durable.open_for_read(folder / file.path)
+    except OSError as error:
+        return f"{file.path} is no regular file" if durable.is_no_file_of_ours(error) else ""
+    try:
+        for index in range(block_count(file)):
+            begin = index * block_bytes
+            length = min(block_bytes, file.size_bytes - begin)
+            if len(os.pread(fd, length, begin)) == length and not has_block(fd, file, index, block_bytes):
+                return f"{file.path}: not the bytes that were published, at byte {begin}"
+        return f"{file.path} is longer than published" if os.pread(fd, 1, file.size_bytes) else ""
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)
+
+
 def verify_folder(
     folder: Path,
     key: SnapshotKey,

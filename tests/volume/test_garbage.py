@@ -96,8 +96,8 @@ def test_a_download_whose_heart_beats_stays_however_old_its_files_are(cut_short:
 def test_trash_and_quarantine_go_after_the_grace(hub: Hub, store: ModelStore) -> None:
     write_repo(hub.folder / "org" / "name")
     first = store.ensure("org/name")
-    (first.path / "config.json").unlink()
-    store.ensure("org/name")
+    (first.path / "config.json").write_bytes(b"!" * (first.path / "config.json").stat().st_size)
+    store.ensure("org/name", damaged=first)
     leftover = store.layout.aside(store.layout.trash, first.key)
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_bytes(bytes(1000))
