@@ -357,9 +357,11 @@ _TRIALS: Mapping[str, _Trial] = {
 
 def _across(folder: Path, other: Path) -> dict[str, _Finding]:
     """What two mounts show of each other. Raises ReadOnlyVolume if the other one is not of this volume."""
-    root = other.parent.parent
-    if not root.is_dir() or _seconds_until(other.is_dir) is None:
-        raise ReadOnlyVolume(f"{root} does not show what is written here: name the store's folder on another mount")
+    if _seconds_until(other.is_dir) is None:
+        raise ReadOnlyVolume(
+            f"{other.parent.parent} does not show within {_LOOK_FOR_S:g} s what is written here: name the store's "
+            "folder on another mount of this volume"
+        )
     found: dict[str, _Finding] = {}
     both = sum(_raced(folder / f"race-{number}", other / f"race-{number}") for number in range(_RACES))
     found["exclusive_create"] = (

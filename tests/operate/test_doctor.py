@@ -20,7 +20,7 @@ from modelstore.operate import doctor
 from modelstore.operate.doctor import CheckResult, diagnose, exit_code
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
-from modelstore.volume import durable
+from modelstore.volume import capabilities, durable
 from tests.conftest import Cli, MakeStore
 from tests.support.checkpoints import write_repo
 from tests.support.hub import Hub
@@ -121,7 +121,8 @@ def test_a_clock_that_is_off(store: ModelStore, monkeypatch: pytest.MonkeyPatch)
     assert "+3600 s" in finding.what
 
 
-def test_a_peer_that_is_another_volume(store: ModelStore, tmp_path: Path) -> None:
+def test_a_peer_that_is_another_volume(store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capabilities, "_LOOK_FOR_S", 0.5)
     findings = found(store.settings, peer=tmp_path / "elsewhere")
     assert findings["peer"].level == "error"
     assert findings["locks"].level == "ok", "the rest is looked at all the same"
