@@ -418,7 +418,7 @@ class ModelStore:
                     logger.warning("%s reads back as it was published: the damage was on its way to this worker", key)
                     claim.finish("published")
                     return snapshot
-            request = replace(request, damaged=self._remains(key, claim))
+            request = replace(request, damaged=self._remains(key, claim) or self._elsewhere(request.damaged))
             while True:
                 fill = Fill(self.layout, request, claim, self.settings, sleep=self._sleep)
                 try:
@@ -460,6 +460,10 @@ class ModelStore:
         if requested is not None or refresh:
             return requested or DEFAULT_DTYPE
         return parse_dtype("dtype", self.catalog.dtype_of(reference))
+
+    def _elsewhere(self, damaged: Snapshot | None) -> Snapshot | None:
+        """A damaged snapshot of another store, whose intact files are copied."""
+        return damaged if damaged is not None and not damaged.path.is_relative_to(self.layout.root) else None
 
     def _remains(self, key: SnapshotKey, claim: Claim) -> Snapshot | None:
         """What is in a snapshot's place and is no whole one, if its manifest tells which of its files are intact.

@@ -33,6 +33,7 @@ from modelstore.load.reader import RING_BYTES, Reading, start_reading
 from modelstore.servable import CheckConfig, check_nothing
 from modelstore.settings import Settings
 from modelstore.timeline import Outcome, Timeline
+from modelstore.volume.capabilities import may_change
 from modelstore.volume.config_sizes import check_configs
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.pins import UsageMark, wait_while_evicting
@@ -148,10 +149,16 @@ class PendingStart:
 
         store, model = ModelStore(self.settings.root, settings=self.settings), self.settings.model
         assert model is not None
-        fresh = store.ensure(
-            model, dtype=self.snapshot.dtype, damaged=self.snapshot, observer=self.observer, timeline=self.timeline
-        )
-        self.timeline.reason += "; it was damaged and made again"
+        if may_change(store.layout, self.settings):
+            fresh = store.ensure(
+                model, dtype=self.snapshot.dtype, damaged=self.snapshot, observer=self.observer, timeline=self.timeline
+            )
+            self.timeline.reason += "; it was damaged and made again"
+        else:
+            from modelstore.private_copy import private_copy
+
+            fresh = private_copy(self.settings, self.snapshot, observer=self.observer, timeline=self.timeline)
+            self.timeline.reason += "; it is damaged on a volume that is not changed: this worker has a copy of its own"
         self.in_use.end()
         self.in_use = UsageMark(store.layout, fresh.key, self.settings.worker_id)
         self.timeline.commit, self.timeline.dtype = fresh.commit, fresh.dtype

@@ -40,7 +40,14 @@ GROUND = {
     "model_types",
     "servable",
 }
-ALONE = {"store": "store", "adapters": "start", "prefetch": "start", "warmstart": "start", "serve_weights": "start"}
+ALONE = {
+    "store": "store",
+    "adapters": "start",
+    "prefetch": "start",
+    "private_copy": "start",
+    "warmstart": "start",
+    "serve_weights": "start",
+}
 
 HEAVY = {"torch", "transformers", "runpod", "accelerate"}
 # pickles and loaders are programs of their own: nothing that imports them imports torch.

@@ -163,6 +163,29 @@ def test_of_many_that_find_the_damage_one_fetches(hub: Hub, store: ModelStore, m
     assert len(list(store.layout.quarantine.iterdir())) == 1
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json"])
+def test_wrong_bytes_on_a_read_only_volume_are_mended_for_this_worker_alone(
+    hub: Hub, store: ModelStore, model: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    expected = load(begin(settings_of(store)))
+    flip(model.path / name)
+    before = {path: path.lstat().st_mtime_ns for path in (*store.layout.models.rglob("*"), store.layout.root)}
+    settings = settings_of(store, volume_mode="read-only")
+    pending = begin(settings)
+    loaded = pending.load(load)
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+    assert "a copy of its own" in pending.timeline.reason
+    assert {path: path.lstat().st_mtime_ns for path in before} == before, "nothing that others read was touched"
+    assert not store.layout.quarantine.exists()
+    assert pending.snapshot.manifest == model.manifest
+    store.catalog.check_unchanged(pending.snapshot)  # as the worker does before it takes jobs
+    others = [file for file in ("model.safetensors", "tokenizer_config.json") if file != name]
+    assert not any(hub.served.bytes[file] for file in others), "what is intact comes from the volume"
+
+
 @pytest.fixture
 def evict_once(monkeypatch: pytest.MonkeyPatch, store: ModelStore) -> list[str]:
     """Evict the snapshot between the look and the open, the first time."""

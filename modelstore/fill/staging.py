@@ -14,7 +14,6 @@ import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from modelstore.errors import ModelStoreError
 from modelstore.fill.progress import Progress
 from modelstore.fill.repo_files import stored_path
 from modelstore.fill.source import SourceFile
@@ -156,8 +155,9 @@ class Staging:
         path = self._damaged.path / stored
         if record.original.size_bytes != file.size_bytes or not has_blocks(path, record):
             return None
-        if not _linked(path, self.paths.snapshot_file(stored)):
-            return None
+        target = self.paths.snapshot_file(stored)
+        durable.make_folder(target.parent)
+        durable.link_or_copy(path, target)
         self._write(file, record)
         return self._here(file)
 
@@ -174,13 +174,3 @@ def finished_record(path: Path) -> FileRecord | None:
         return record if data["digest"] == digest_of(data["record"]) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def _linked(path: Path, target: Path) -> bool:
-    """A second name for a file; False on a file system that has none."""
-    try:
-        durable.make_folder(target.parent)
-        durable.link(path, target)
-    except (ModelStoreError, OSError):
-        return False
-    return True

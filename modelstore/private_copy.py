@@ -1,0 +1,46 @@
+"""A copy of a published snapshot for this process alone: if bytes of it are wrong on a volume that is not changed.
+
+It lies on this host's own disk until the process ends. Files that are intact come from the volume, the others from the
+Hub; what others read stays as it is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from modelstore.errors import DigestMismatch
+from modelstore.fill.observer import Observer
+from modelstore.reference import Reference
+from modelstore.runtime import runtime_folder
+from modelstore.settings import Settings
+from modelstore.store import ModelStore
+from modelstore.timeline import Timeline
+from modelstore.volume.snapshots import Snapshot
+
+logger = logging.getLogger(__name__)
+
+
+def private_copy(settings: Settings, snapshot: Snapshot, *, observer: Observer, timeline: Timeline) -> Snapshot:
+    """The snapshot with the same manifest, in a folder of this process.
+
+    Raises DigestMismatch if the Hub's files do not make the bytes that were published, NoSpace if this host's disk has
+    no room, and the errors of `ModelStore.ensure`.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="private-", dir=runtime_folder()))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    own = replace(
+        settings, root=folder / "modelstore", volume_mode="full", quota_bytes=None, allowed_models=(), evict=False
+    )
+    reference = Reference("hub", snapshot.repo_id, snapshot.commit)
+    made = ModelStore(own.root, settings=own).ensure(
+        reference, dtype=snapshot.dtype, damaged=snapshot, observer=observer, timeline=timeline
+    )
+    if made.manifest.files != snapshot.manifest.files:
+        raise DigestMismatch(f"{snapshot.key} cannot be made as it was published: seed it again")
+    logger.warning("%s is wrong on the volume, which is used read-only: this worker has a copy of its own", made.key)
+    return replace(made, manifest=snapshot.manifest)
