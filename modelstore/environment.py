@@ -70,6 +70,16 @@ def compiling_into(folder: Path) -> dict[str, str]:
     return {name: str(folder / place) for name, place in places.items()} | {"VLLM_ENABLE_STARTUP_PLAN": "1"}
 
 
+def trust_authorities() -> None:
+    """Let TLS of this process trust the certificates that REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE name, as it does those
+    of SSL_CERT_FILE and SSL_CERT_DIR, which come first."""
+    if os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR"):
+        return
+    paths = [path for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE") if (path := os.environ.get(name))]
+    for path in paths[:1]:
+        os.environ["SSL_CERT_DIR" if os.path.isdir(path) else "SSL_CERT_FILE"] = path
+
+
 def set_variables(variables: Mapping[str, str]) -> None:
     """Set these for this process and its children."""
     os.environ.update(variables)

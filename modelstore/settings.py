@@ -388,7 +388,13 @@ FIELDS = (
         "MODELSTORE_LEASE_S", "lease_s", _seconds(2), "seconds without a heartbeat after which a claim is taken over"
     ),
     Field("MODELSTORE_WAIT_S", "wait_s", _seconds(0), "seconds to wait for another worker's download before giving up"),
-    Field("MODELSTORE_OFFLINE", "offline", _switch, "`1`: never ask the Hub, serve only models on the volume"),
+    Field(
+        "MODELSTORE_OFFLINE",
+        "offline",
+        _switch,
+        "`1`: never ask the Hub, serve only models on the volume (or `HF_HUB_OFFLINE`)",
+        other_names=("HF_HUB_OFFLINE",),
+    ),
     Field(
         "MODELSTORE_ALLOWED_MODELS",
         "allowed_models",

@@ -13,6 +13,10 @@ from collections.abc import Mapping
 from functools import cache
 from http.client import HTTPResponse
 from typing import cast
+from urllib.parse import urlsplit
+
+from modelstore.environment import trust_authorities
+from modelstore.errors import InvalidSetting
 
 
 def open_url(url: str, headers: Mapping[str, str], *, timeout_s: float) -> HTTPResponse:
@@ -29,7 +33,7 @@ def _opener() -> urllib.request.OpenerDirector:
     """An opener that speaks http and https, through proxies if the environment names them, and nothing else."""
     opener = urllib.request.OpenerDirector()
     handlers = (
-        urllib.request.ProxyHandler(),
+        urllib.request.ProxyHandler(proxies()),
         urllib.request.UnknownHandler(),
         urllib.request.HTTPHandler(),
         urllib.request.HTTPSHandler(context=_tls()),
@@ -39,8 +43,33 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
+def proxies() -> dict[str, str]:
+    """The proxy for each scheme, as HTTP_PROXY, HTTPS_PROXY and, for what those leave out, ALL_PROXY name it.
+
+    Raises InvalidSetting for one of SOCKS.
+    """
+    named = urllib.request.getproxies()
+    others = {"http": named["all"], "https": named["all"]} if "all" in named else {}
+    chosen = others | {scheme: proxy for scheme, proxy in named.items() if scheme in ("http", "https")}
+    for scheme, proxy in chosen.items():
+        if proxy.lower().startswith("socks"):
+            raise InvalidSetting(f"the proxy for {scheme} is one of SOCKS, which is not served: name one of HTTP")
+    return chosen
+
+
+def proxy_of(url: str) -> str:
+    """The host and port of the proxy that an address is asked through; empty without one."""
+    parts = urlsplit(url)
+    proxy = proxies().get(parts.scheme, "")
+    if not proxy or urllib.request.proxy_bypass(parts.netloc):
+        return ""
+    place = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    return f"{place.hostname}:{place.port}" if place.port else str(place.hostname)
+
+
 def _tls() -> ssl.SSLContext:
     """Verified TLS against the system's authorities (or SSL_CERT_FILE's); certifi's in an image that has none."""
+    trust_authorities()
     context = ssl.create_default_context()
     if not context.cert_store_stats()["x509_ca"]:
         import certifi

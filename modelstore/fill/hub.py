@@ -24,6 +24,7 @@ from huggingface_hub import HfApi, RepoFile, hf_hub_url
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
+from modelstore.environment import trust_authorities
 from modelstore.errors import (
     AccessDenied,
     DigestMismatch,
@@ -33,7 +34,7 @@ from modelstore.errors import (
     RepoNotFound,
     RevisionNotFound,
 )
-from modelstore.fill.http_range import open_url
+from modelstore.fill.http_range import open_url, proxies, proxy_of
 from modelstore.fill.source import ByteStream, Resolved, Source, SourceFile, backoff_s
 from modelstore.reference import Reference, is_commit, is_local, is_repo_id
 from modelstore.settings import Settings
@@ -90,6 +91,8 @@ class HubSource(Source):
         """`attempts`, and `limit_s` for each: how often, and how long, metadata is asked for, if not as usual."""
         self._attempts = _METADATA_ATTEMPTS if attempts is None else attempts
         self._limit_s = _METADATA_LIMIT_S if limit_s is None else limit_s
+        trust_authorities()
+        proxies()
         self._reference = reference
         self._endpoint = settings.hf_endpoint
         self._token = settings.hf_token
@@ -247,7 +250,7 @@ class HubSource(Source):
         except (_HTTPError, HTTPException, OSError, ValueError) as error:  # ValueError: an answer that is not JSON
             raise HubUnavailable(
                 f"{_host(self._endpoint)} could not be reached for {label} of {self._reference.name} "
-                f"({type(error).__name__}): check the network and HF_ENDPOINT, then try again"
+                f"{_obstacle(error, self._endpoint)}, then try again"
             ) from None
 
     def _explained(self, error: hub_errors.HfHubHTTPError, label: str) -> ModelStoreError:
@@ -354,6 +357,24 @@ def _total_size(response: HTTPResponse) -> int | None:
         else response.headers.get("Content-Length", "")
     )
     return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _obstacle(error: BaseException, endpoint: str) -> str:
+    """Why an address could not be reached, and what to do about it."""
+    chain: list[BaseException] = []
+    each: BaseException | None = error
+    while each is not None and each not in chain:
+        chain.append(each)
+        each = each.__cause__ or each.__context__ or getattr(each, "reason", None)
+        each = each if isinstance(each, BaseException) else None
+    if any("CERTIFICATE_VERIFY_FAILED" in str(each) for each in chain):
+        return (
+            "(its certificate is of an authority that this host does not know): set SSL_CERT_FILE to that authority's "
+            "file"
+        )
+    if proxy := proxy_of(endpoint):
+        return f"({type(error).__name__}, through the proxy {proxy}): check the proxy, HTTPS_PROXY and ALL_PROXY"
+    return f"({type(error).__name__}): check the network and HF_ENDPOINT"
 
 
 def _same_host(url: str, other: str) -> bool:

@@ -82,5 +82,6 @@ def resolve(
         if (resolved := source.offer()) is not None:
             return source, resolved.for_revision(reference.revision) if commit else resolved
     raise SnapshotNotFound(
-        f"{reference} is not in {settings.root} and MODELSTORE_OFFLINE is set: unset it to download the model"
+        f"{reference} is not in {settings.root} and MODELSTORE_OFFLINE (or HF_HUB_OFFLINE) is set: unset it "
+        "to download the model"
     )

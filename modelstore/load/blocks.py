@@ -268,7 +268,7 @@ class BlockReader:
                     count = _direct_read(direct, view[position:], offset + position)
                 if count < 0:
                     direct = None
-                    count = os.preadv(file.fd, [view[position:length]], offset + position)
+                    count = _read_once_more(file.fd, view[position:length], offset + position)
                 if count == 0:
                     return SHORT, slot
                 position += count
@@ -334,6 +334,16 @@ def _reopened_direct(fd: int) -> int | None:
         return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
     except (OSError, AttributeError):
         return None
+
+
+def _read_once_more(fd: int, view: memoryview, offset: int) -> int:
+    """The bytes read; tried once more if the mount's name of the file is stale."""
+    try:
+        return os.preadv(fd, [view], offset)
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+    return os.preadv(fd, [view], offset)
 
 
 def _direct_read(fd: int, view: memoryview, offset: int) -> int:

@@ -123,7 +123,12 @@ def _asked_of_gpus(visible: str | None, ask: Callable[[Any, Any], T]) -> list[T]
 def free_host_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Bytes that a process may still take before something is killed: of the machine's memory, and of the container's
     limit; the page cache counts as free. None if the system does not say."""
-    amounts = (_of_machine(proc / "meminfo"), _of_cgroup_2(cgroup), _of_cgroup_1(cgroup / "memory"))
+    groups = [_folders(cgroup, proc, ""), _folders(cgroup / "memory", proc, "memory")]
+    amounts = (
+        _of_machine(proc / "meminfo"),
+        *map(_of_cgroup_2, groups[0]),
+        *map(_of_cgroup_1, groups[1]),
+    )
     known = [amount for amount in amounts if amount is not None]
     return max(0, min(known)) if known else None
 
@@ -133,6 +138,17 @@ def _of_machine(meminfo: Path) -> int | None:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
+
+
+def _folders(root: Path, proc: Path, controller: str) -> list[Path]:
+    """The group of this process and those around it, whose limits hold for it, too; `root` of a container that sees no
+    others."""
+    for line in _read(proc / "self" / "cgroup").splitlines():
+        _number, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controller in controllers.split(",") and ".." not in path:
+            group = root / path.lstrip("/")
+            return [each for each in (group, *group.parents) if each.is_relative_to(root)]
+    return [root]
 
 
 def _of_cgroup_2(folder: Path) -> int | None:

@@ -12,9 +12,11 @@ of slots, so that a model of any size passes through the same few hundred MB of 
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
+import resource
 import threading
 import time
 from collections import deque
@@ -22,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modelstore.errors import BadSafetensors, DigestMismatch, NoWeights, SnapshotNotFound
+from modelstore.errors import BadSafetensors, DigestMismatch, NoWeights, RootUnusable, SnapshotNotFound
 from modelstore.load import blocks
 from modelstore.load.reader_process import ReaderProcess
 from modelstore.timeline import Span, Timeline
@@ -96,7 +98,7 @@ class Reading:
         self._error: Exception | None = None
         self._complete = False
         self._arrivals: deque[LoadedBlock] = deque()
-        self._process = ReaderProcess.start(self) if beside else None
+        self._process = ReaderProcess.start(self) if beside and _has_shared_memory() else None
         self._threads = blocks.BlockReader(self.report) if self._process is None else None
 
     def as_span(self, timeline: Timeline) -> Span:
@@ -390,6 +392,16 @@ class Reading:
             os.close(fd)
 
 
+def _has_shared_memory() -> bool:
+    """Whether this process may make memory that others open; some sandboxes forbid it, and threads read then."""
+    try:
+        os.close(os.memfd_create("modelstore", os.MFD_CLOEXEC))
+    except OSError as error:
+        logger.warning("no memory can be shared with a reader process (%s): threads read instead", error.strerror)
+        return False
+    return True
+
+
 def host_memory(size_bytes: int) -> memoryview:
     """Memory for a file, of this process alone: as long as that and a little more."""
     return memoryview(mmap.mmap(-1, _memory_length(size_bytes), flags=mmap.MAP_PRIVATE))
@@ -438,13 +450,29 @@ def _error(kind: int, opened: _Opened, block: int, number: int) -> Exception:
     )
 
 
+def _opened_within_limit(path: Path) -> int:
+    """A descriptor of a file; if the process has as many as it may, after raising that to what the system allows."""
+    try:
+        return durable.open_for_read(path)
+    except OSError as error:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if error.errno != errno.EMFILE or soft == hard:
+            raise
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return durable.open_for_read(path)
+
+
 def _open_all(folder: Path, files: Sequence[FileRecord]) -> list[int]:
     fds: list[int] = []
     try:
         for file in files:
-            fds.append(durable.open_for_read(folder / file.path))
+            fds.append(_opened_within_limit(folder / file.path))
     except OSError as error:
         for fd in fds:
             os.close(fd)
+        if error.errno == errno.EMFILE:
+            raise RootUnusable(
+                f"this process may not open the {len(files)} files of {folder}: raise its limit (`ulimit -n`)"
+            ) from error
         raise SnapshotNotFound(f"{folder} cannot be opened ({error.strerror}): look it up again, or seed it") from error
     return fds

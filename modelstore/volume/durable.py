@@ -25,10 +25,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from modelstore.errors import ModelStoreError, NoSpace, RootUnusable, UnsafeName
-from modelstore.volume.tree import unreadable
+from modelstore.volume.tree import once_more, unreadable
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP})
@@ -57,9 +57,20 @@ def mapped_errors(path: Path) -> Iterator[None]:
 
 
 def _mapped(error: OSError, path: Path) -> ModelStoreError | OSError:
+    if error.errno == errno.ENOSPC and _has_no_inodes(path):
+        return NoSpace(f"no inodes are left for {path}, though there may be space: remove files, or a model")
     if error.errno in _FULL:
         return NoSpace(f"no space for {path}: {error.strerror}; free some, raise the quota, or remove a model")
     return _unusable(error, path) if error.errno in _UNUSABLE else error
+
+
+def _has_no_inodes(path: Path) -> bool:
+    """Whether the file system takes no more files; one that does not count them says that it has none at all."""
+    try:
+        state = os.statvfs(next(folder for folder in path.parents if folder.exists()))
+    except OSError:
+        return False
+    return state.f_files > 0 and state.f_favail == 0
 
 
 def _unusable(error: OSError, path: Path) -> RootUnusable:
@@ -103,7 +114,7 @@ def _not_regular(path: Path) -> UnsafeName:
 
 def open_for_read(path: Path) -> int:
     """Open a regular file; a link, a folder, a pipe or a device in its place is an OSError, at once."""
-    fd = os.open(path, os.O_RDONLY | _FOREIGN)
+    fd = once_more(lambda: os.open(path, os.O_RDONLY | _FOREIGN))
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -146,6 +157,10 @@ class Contents(NamedTuple):
 
 def read_with_state(path: Path, limit_bytes: int = RECORD_BYTES) -> Contents:
     """The same, and the state of the file that was read, which asks the file system nothing more."""
+    return once_more(lambda: _read_with_state(path, limit_bytes))
+
+
+def _read_with_state(path: Path, limit_bytes: int) -> Contents:
     fd = open_for_read(path)
     try:
         state = os.fstat(fd)
@@ -321,14 +336,15 @@ def remove_file(path: Path) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder with all it holds, following no links; fine if it is not there.
+    """Remove a folder with all it holds, following no links; fine if it is not there, or if all that stays are the
+    files that NFS keeps while a process has them open (`.nfs…`), which go with the last of those.
 
     A mount that still has the name of a folder that another one replaced says ESTALE, for up to a second on MooseFS.
     """
     for attempt in range(_STALE_ATTEMPTS):
         try:
             with mapped_errors(folder):
-                shutil.rmtree(folder, onerror=_ignore_missing)
+                shutil.rmtree(folder, onerror=_ignore_missing_and_held)
             return
         except OSError as error:
             if error.errno != errno.ESTALE or attempt + 1 == _STALE_ATTEMPTS:
@@ -342,6 +358,20 @@ def symlink(target: str, path: Path) -> None:
         os.symlink(target, path)
 
 
-def _ignore_missing(_function: object, _path: object, info: tuple[object, BaseException, object]) -> None:
-    if not isinstance(info[1], FileNotFoundError):
-        raise info[1]
+def is_held_open(name: str) -> bool:
+    """Whether NFS gave this name to a file that was removed while a process has it open."""
+    return name.startswith(".nfs")
+
+
+def _ignore_missing_and_held(_function: object, path: Any, info: tuple[object, BaseException, object]) -> None:
+    error = info[1]
+    if isinstance(error, FileNotFoundError) or not isinstance(error, OSError):
+        if isinstance(error, FileNotFoundError):
+            return
+        raise error
+    if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
+        place = Path(os.fsdecode(path))
+        names = [place.name] if not place.is_dir() else [each.name for each in place.rglob("*") if not each.is_dir()]
+        if names and all(map(is_held_open, names)):
+            return
+    raise error

@@ -13,6 +13,7 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -228,7 +229,7 @@ class Catalog:
                 return None
         for file in manifest.files:
             try:
-                state = os.lstat(path / file.path)
+                state = tree.once_more(partial(os.lstat, path / file.path))
             except (FileNotFoundError, NotADirectoryError):
                 state = None
             except OSError as error:

@@ -6,6 +6,7 @@ folder's entries are asked for their states at once.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterable
@@ -21,6 +22,17 @@ R = TypeVar("R")
 _AT_ONCE = 16
 
 
+def once_more(look: Callable[[], R]) -> R:
+    """A look at the volume; a second one if the name that this mount has is stale (ESTALE), because another host has
+    replaced what it stands for."""
+    try:
+        return look()
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+    return look()
+
+
 def entries(folder: Path) -> list[Path]:
     """The paths in a folder, by name; none if it does not exist."""
     return [folder / name for name in names(folder)]
@@ -29,7 +41,7 @@ def entries(folder: Path) -> list[Path]:
 def names(folder: str | Path) -> list[str]:
     """The same as names alone. Raises RootUnusable if the folder is there and cannot be read."""
     try:
-        return sorted(os.listdir(folder))
+        return sorted(once_more(lambda: os.listdir(folder)))
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -60,7 +72,7 @@ def folder_names(folder: str | Path) -> list[str]:
 def exists(path: str | Path) -> bool:
     """Whether anything has this name, a link too. Raises RootUnusable if that cannot be told."""
     try:
-        os.lstat(path)
+        once_more(lambda: os.lstat(path))
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:

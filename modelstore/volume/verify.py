@@ -313,5 +313,5 @@ def _foreign(folder: Path, manifest: Manifest) -> Iterator[Finding]:
         links = [name for name in folders if Path(parent, name).is_symlink()]
         for name in [*names, *links]:
             path = str(Path(parent, name).relative_to(folder))
-            if path not in known:
+            if path not in known and not durable.is_held_open(name):
                 yield Finding(printable(path), "not named by the manifest", foreign=True)

@@ -50,6 +50,22 @@ def test_a_containers_limit_counts_and_its_cache_is_free(proc: Path, tmp_path: P
     assert free_host_bytes(proc, tmp_path / "one") == 10 * GB
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limits_of_the_groups_around_count_too(proc: Path, tmp_path: Path, version: int) -> None:
+    """A process in a group within a container's: the tightest of all holds."""
+    names = ("memory__max", "memory__current") if version == 2 else ("memory__limit_in_bytes", "memory__usage_in_bytes")
+    (tmp_path / "self").mkdir()
+    line = "0::/outer/inner\n" if version == 2 else "4:memory,hugetlb:/outer/inner\n3:cpu:/else\n"
+    (tmp_path / "self" / "cgroup").write_text(line)
+    root = tmp_path / "group"
+    top = root if version == 2 else root / "memory"
+    for folder, limit in ((top, 30), (top / "outer", 8), (top / "outer" / "inner", 20)):
+        write(folder, **{names[0]: str(limit * GB), names[1]: str(5 * GB), "memory__stat": ""})
+    assert free_host_bytes(proc, root) == 3 * GB
+    (tmp_path / "self" / "cgroup").write_text(line.replace("/outer/inner", "/../elsewhere"))
+    assert free_host_bytes(proc, root) == 25 * GB, "of another container"
+
+
 def test_nothing_is_told_if_nothing_is_known(tmp_path: Path) -> None:
     assert free_host_bytes(tmp_path, tmp_path) is None
 

@@ -263,6 +263,41 @@ def test_threads_read_if_no_process_can_be_started(
     assert "threads read instead" in caplog.text
 
 
+def test_threads_read_if_no_memory_can_be_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def forbidden(_name: str, _flags: int = 0) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "memfd_create", forbidden)
+    file = write(tmp_path, "a", 3 * BLOCK + 5)
+    reading = start(tmp_path, [file], beside=True)
+    assert reading.wait("a") == (tmp_path / "a").read_bytes()
+    assert reading.descriptor("a") == -1, "a server reads the volume then"
+    assert "threads read instead" in caplog.text
+    reading.close()
+
+
+@pytest.mark.parametrize("room", [0, 8])
+def test_the_limit_of_open_files_is_raised_or_named(tmp_path: Path, room: int) -> None:
+    """In a process of its own, which may open few files; `room`: how far it may raise that."""
+    code = f"""
+import os, resource, sys
+sys.path.insert(0, {str(Path.cwd())!r})
+from pathlib import Path
+from modelstore.load.reader import _open_all
+from tests.support.readings import write
+folder = Path({str(tmp_path)!r})
+records = [write(folder, str(number), 10) for number in range(6)]
+used = len(os.listdir("/proc/self/fd"))
+resource.setrlimit(resource.RLIMIT_NOFILE, (used + 2, used + 2 + {room}))
+print(len(_open_all(folder, records)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == ("6" if room else ""), done.stderr
+    assert ("ulimit -n" in done.stderr) == (not room)
+
+
 def test_the_reader_process_ends_with_the_worker_in_every_case(tmp_path: Path) -> None:
     write(tmp_path, "x.safetensors", 32 * MB, MB)
     code = f"""

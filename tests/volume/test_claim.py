@@ -14,14 +14,18 @@ from pathlib import Path
 import pytest
 
 from modelstore.errors import ClaimLost
+from modelstore.volume import claim as claim_module
+from modelstore.volume import durable
 from modelstore.volume.claim import (
     DEAD_AFTER_S,
     Claim,
     ClaimRecord,
     Contender,
     Holder,
+    current_record,
     highest_generation,
     parse_record,
+    reserved_bytes,
 )
 
 
@@ -188,7 +192,7 @@ def test_of_many_at_once_exactly_one_wins(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"{", b"[]", b'{"worker": 1, "unknown": 2}', b"\xff" * 40, b"null"]
+    [b"", b"{", b"[]", b'{"worker": 1, "unknown": 2}', b"\xff" * 40, b"null", b'{"unknown": 2}']
     + [
         json.dumps({"worker": "a", "host": "b", "pid": 1, name: value}).encode()
         for name in ("done", "total", "eta_s", "beat")
@@ -210,3 +214,34 @@ def test_a_record_comes_back_and_has_one_size(tmp_path: Path) -> None:
     record = ClaimRecord("a", "host", 7, done=3, total=9, eta_s=1.5)
     assert parse_record(record.encode()) == record
     assert len(record.encode()) == 1024
+
+
+def test_a_field_of_a_newer_version_hides_nothing(tmp_path: Path) -> None:
+    record = ClaimRecord("w", "h", 7, reserved=10**6, done=3, total=9)
+    data = json.dumps(json.loads(record.encode()) | {"mood": "good", "places": [1]}).encode()
+    assert parse_record(data) == record
+    (tmp_path / "1").write_bytes(data)
+    assert reserved_bytes(tmp_path) == (10**6, 0)
+
+
+def test_of_two_that_a_volume_elected_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A volume may create one file twice: the last to write holds it, and the other one stops."""
+    real = durable.open_for_write
+    monkeypatch.setattr(durable, "open_for_write", lambda path, exclusive=False: real(path))
+    monkeypatch.setattr(claim_module, "_try_lock", lambda *_rest, **_options: None)
+    first = Contender(tmp_path, worker="first", lease_s=4).try_claim()
+    assert isinstance(first, Claim)
+    second = Contender(tmp_path, worker="second", lease_s=4)._create(1, after_the_dead=True)
+    assert isinstance(second, Claim)
+    assert second.generation == first.generation
+    until = time.monotonic() + 10
+    while not first._overwritten_by and time.monotonic() < until:
+        time.sleep(0.02)
+    with pytest.raises(ClaimLost, match="elected two"):
+        first.check()
+    second.check()
+    first.finish("released")
+    record = current_record(tmp_path)[1]
+    assert record is not None
+    assert (record.worker, record.state) == ("second", "held"), "what the other one wrote is left alone"
+    second.finish("published")

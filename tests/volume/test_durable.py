@@ -14,6 +14,8 @@ import pytest
 from modelstore.errors import NoSpace, RootUnusable, UnsafeName
 from modelstore.store import ModelStore
 from modelstore.volume import durable, tree
+from modelstore.volume.evict import evict
+from modelstore.volume.verify import verify_snapshot
 from tests.support.checkpoints import write_repo
 from tests.support.hub import Hub
 
@@ -171,3 +173,105 @@ def test_a_file_that_comes_in_short_reads_is_read_whole(tmp_path: Path, monkeypa
         assert durable.read_file(path, limit) == bytes(range(250)) * 4
     with pytest.raises(OSError, match="larger than"):
         durable.read_file(path, 999)
+
+
+def stale_once(monkeypatch: pytest.MonkeyPatch, name: str, wanted: str) -> list[str]:
+    """Let a call of `os` on one name say ESTALE the first time; returns the calls."""
+    real, calls = getattr(os, name), []
+
+    def once(path: Any, *rest: Any, **options: Any) -> Any:
+        if str(path).endswith(wanted):
+            calls.append(str(path))
+            if len(calls) == 1:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(os, name, once)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        ("open", "config.json"),
+        ("open", "manifest.json"),
+        ("lstat", "model.safetensors"),
+        ("listdir", "models/org--name"),
+    ],
+)
+def test_a_stale_name_is_looked_up_again(
+    hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch, call: str, name: str
+) -> None:
+    write_repo(hub.folder / "org" / "name")
+    snapshot = store.ensure("org/name")
+    calls = stale_once(monkeypatch, call, name)
+    again = store.lookup("org/name")
+    assert again is not None
+    assert again.config()
+    assert tree.names(store.layout.models / "org--name") == [snapshot.path.name]
+    assert len(calls) >= 2
+
+
+def test_a_name_that_stays_stale_is_an_error_and_no_damage(
+    hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_repo(hub.folder / "org" / "name")
+    snapshot = store.ensure("org/name")
+    real = os.lstat
+
+    def stale(path: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith("model.safetensors"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return real(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", stale)
+        with pytest.raises(RootUnusable, match="Stale"):
+            store.ensure("org/name")
+    again = store.lookup("org/name")
+    assert again is not None
+    assert again.manifest == snapshot.manifest
+    assert not store.layout.quarantine.exists()
+
+
+def test_files_that_nfs_keeps_while_they_are_open_hold_up_nothing(
+    hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is removed while it is open keeps a name there, and its folder cannot go."""
+    write_repo(hub.folder / "org" / "name")
+    snapshot = store.ensure("org/name")
+    held = snapshot.path / ".nfs0000000000000001"
+    held.write_bytes(b"still open")
+    real = os.unlink
+
+    def kept(path: Any, *rest: Any, **options: Any) -> None:
+        if str(path).startswith(".nfs") or ".nfs" in str(path):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        real(path, *rest, **options)
+
+    assert verify_snapshot(snapshot).ok, "it is no damage, and not foreign"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", kept)
+        assert evict(store.layout, snapshot.key, force=True)
+    assert not snapshot.path.exists()
+    left = [path.name for path in store.layout.trash.rglob("*") if not path.is_dir()]
+    assert left == [held.name]
+    (store.layout.trash / "doctor-01234567").mkdir()
+    (store.layout.trash / "doctor-01234567" / "other").write_bytes(b"1")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", lambda *_rest, **_options: kept(".nfs"))
+        with pytest.raises(OSError, match="busy"):
+            durable.remove_tree(store.layout.trash / "doctor-01234567")
+
+
+def test_a_volume_without_inodes_is_named_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_inode(*_rest: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    real = os.statvfs(tmp_path)
+    monkeypatch.setattr(os, "open", no_inode)
+    for free, words in ((0, "no inodes are left"), (9, "no space for")):
+        state = os.statvfs_result((*real[:5], 100, 0, free, *real[8:]))
+        monkeypatch.setattr(os, "statvfs", lambda _path, state=state: state)
+        with pytest.raises(NoSpace, match=words):
+            durable.open_for_write(tmp_path / "file", exclusive=True)
