@@ -12,12 +12,13 @@ from typing import Annotated, NoReturn
 import typer
 
 from modelstore import __version__
-from modelstore.cli import alias, fill, history, inspect, manage, start
+from modelstore.cli import alias, fill, history, inspect, manage, start, sync
 from modelstore.cli.app import prepare_streams, register
 
 # In the order of `--help`: fill, start, look, ask why, keep and take away.
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "seed": fill.seed,
+    "sync": sync.sync,
     "adopt": fill.adopt,
     "export": fill.export,
     "warm": start.warm,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,7 +31,8 @@ class Target:
     folder: str = "modelstore"
 
     def __str__(self) -> str:
-        return f"s3://{self.volume}@{self.datacenter}"
+        folder = "" if self.folder == "modelstore" else f"/{self.folder}"
+        return f"s3://{self.volume}@{self.datacenter}{folder}"
 
     @property
     def endpoint(self) -> str:
@@ -116,6 +117,18 @@ class Bucket:
                 reason = type(error).__name__
                 self.pause(attempt)
         raise VolumeUnavailable(f"{self.target} breaks off while {key} is read ({reason}): try again later")
+
+    def listed(self, prefix: str) -> Iterator[str]:
+        """The keys right below a prefix that ends with a slash, and the prefixes of what lies deeper. Slow on a large
+        volume."""
+        more: dict[str, Any] = {}
+        while True:
+            page = self.call("list_objects_v2", Prefix=prefix, Delimiter="/", **more)
+            yield from (str(each["Key"]) for each in page.get("Contents", []))
+            yield from (str(each["Prefix"]) for each in page.get("CommonPrefixes", []))
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": str(page["NextContinuationToken"])}
 
     def head(self, key: str) -> tuple[int | None, str]:
         """An object's size and tag; None and nothing if there is none."""

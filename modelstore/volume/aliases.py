@@ -68,6 +68,11 @@ def history(layout: Layout, name: str) -> tuple[Pointed, ...]:
         if not durable.is_no_file_of_ours(error):
             raise tree.unreadable(error, path) from error
         raise InvalidReference(f"{path} cannot be read ({error.strerror}): point @{name} anew") from error
+    return parse_history(data, f"{path} is damaged: point @{name} anew")
+
+
+def parse_history(data: bytes, problem: str) -> tuple[Pointed, ...]:
+    """The entries of an alias's record. Raises InvalidReference with the text `problem` if it is damaged."""
     try:
         entries = [
             Pointed(
@@ -90,7 +95,13 @@ def history(layout: Layout, name: str) -> tuple[Pointed, ...]:
             return tuple(entries)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         pass
-    raise InvalidReference(f"{path} is damaged: point @{name} anew")
+    raise InvalidReference(problem)
+
+
+def encode_history(entries: Sequence[Pointed]) -> bytes:
+    """The record of an alias with these entries; the oldest of many are left out, but for the stable one."""
+    entries = [entry for entry in entries[:-_KEPT] if entry is stable(entries)] + [*entries[-_KEPT:]]
+    return json.dumps({"history": [entry.as_json() for entry in entries]}).encode() + b"\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +200,6 @@ def point(layout: Layout, name: str, key: SnapshotKey, by: str, *, percent: int 
     if before and (before[-1].key, before[-1].percent) == (key, percent):
         return
     entries = [*before, Pointed(key, int(time.time()), by, percent)]
-    entries = [entry for entry in entries[:-_KEPT] if entry is stable(entries)] + entries[-_KEPT:]
     path = layout.alias(name)
     tree.check_no_links(layout.root, path)
-    durable.write_atomic(path, json.dumps({"history": [entry.as_json() for entry in entries]}).encode() + b"\n")
+    durable.write_atomic(path, encode_history(entries))

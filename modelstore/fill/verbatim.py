@@ -1,0 +1,157 @@
+"""A published snapshot of another place, copied as it is into a store: the same files, the same manifest.
+
+Under the claim of the snapshot, as a download is. Each block is compared with the manifest's checksum before it counts;
+a copy that was cut short goes on with the blocks that are there. The snapshot appears by one rename.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+
+import xxhash
+
+from modelstore.errors import DigestMismatch, WaitTimeout
+from modelstore.fill.observer import Observer
+from modelstore.fill.places import Place
+from modelstore.fill.progress import Progress
+from modelstore.fill.staging import Staging
+from modelstore.settings import Settings
+from modelstore.volume import capabilities, durable, refs, tree
+from modelstore.volume.checksums import block_count, digests_of_file, has_block
+from modelstore.volume.claim import Claim, Contender
+from modelstore.volume.layout import MANIFEST, Layout
+from modelstore.volume.manifest import CHECKSUM_HEX, FileRecord, parse_manifest
+from modelstore.volume.snapshots import Catalog
+from modelstore.volume.space import Space
+
+_AT_ONCE = 4
+_POLL_S = 0.25
+
+
+class VerbatimCopy:
+    """A copy of one snapshot. Use once."""
+
+    def __init__(
+        self,
+        source: Place,
+        manifest: bytes,
+        layout: Layout,
+        settings: Settings,
+        *,
+        observer: Observer,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """`manifest`: its file's bytes at the source. `layout`, `settings`: of the store that gets it. Raises
+        BadManifest."""
+        self._source = source
+        self._data = manifest
+        self._manifest = parse_manifest(manifest, where=source.label)
+        self._key = self._manifest.key
+        self._layout = layout
+        self._settings = settings
+        self._observer = observer
+        self._sleep = sleep
+        self._progress = Progress(self._manifest.size_bytes)
+
+    def run(self) -> int:
+        """Copy what is missing, and publish it; returns the bytes that were copied, 0 if it was there.
+
+        Raises DigestMismatch if the source's bytes are not those of its manifest, WaitTimeout, NoSpace, ReadOnlyVolume,
+        ClaimLost, and the errors of the source.
+        """
+        capabilities.check_may_change(self._layout, self._settings)
+        tree.check_no_links(self._layout.root, self._layout.snapshot(self._key))
+        claim = self._claimed()
+        if claim is None:
+            return 0
+        with claim:
+            if self._is_published():
+                claim.finish("published")
+                return 0
+            staging = Staging(self._layout, self._key, claim)
+            durable.make_folder(staging.paths.snapshot)
+            Space(self._layout, self._settings, sleep=self._sleep).reserve(
+                self._key, claim, self._progress.total, present_bytes=staging.present_bytes
+            )
+            for file in self._manifest.files:
+                claim.check()
+                self._copy(file, staging.paths.snapshot_file(file.path), claim)
+            durable.write_atomic(staging.paths.snapshot / MANIFEST, self._data)
+            staging.keep_only({MANIFEST, *self._manifest.paths})
+            for parent, _folders, _names in os.walk(staging.paths.snapshot, topdown=False):
+                durable.sync_path(Path(parent))
+            claim.check()
+            place = self._layout.snapshot(self._key)
+            if not durable.publish_folder(staging.paths.snapshot, place) and not self._is_published():
+                durable.remove_file(place / MANIFEST)  # so that no file is ever served by another one's manifest
+                durable.complete_folder(staging.paths.snapshot, place, last=MANIFEST)
+            staging.remove()
+            claim.finish("published")
+        return self._progress.network
+
+    def _claimed(self) -> Claim | None:
+        """The claim on the snapshot; None if another process has published it meanwhile."""
+        refs.prepare_store(self._layout)
+        folder = self._layout.claims(self._key)
+        tree.check_no_links(self._layout.root, folder)
+        contender = Contender(folder, worker=self._settings.worker_id, lease_s=self._settings.lease_s)
+        deadline = time.monotonic() + self._settings.wait_s
+        while not self._is_published():
+            outcome = contender.try_claim()
+            if isinstance(outcome, Claim):
+                return outcome
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise WaitTimeout(f"{self._key} is being made by {outcome.describe()}: try again later")
+            self._observer.waiting(self._key, outcome, left_s=left_s)
+            self._sleep(min(_POLL_S, left_s))
+        return None
+
+    def _is_published(self) -> bool:
+        return Catalog(self._layout).published(self._key) is not None
+
+    def _copy(self, file: FileRecord, target: Path, claim: Claim) -> None:
+        durable.make_folder(target.parent)
+        self._progress.begin(file.path, file.size_bytes)
+        fd = durable.open_for_write(target)
+        try:
+            durable.set_size(fd, file.size_bytes, path=target)
+            blocks = [partial(self._copy_block, file, index, fd, target, claim) for index in range(block_count(file))]
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                jobs = [pool.submit(block) for block in blocks]
+                done, left = wait(jobs, return_when=FIRST_EXCEPTION)
+                for job in left:
+                    job.cancel()
+                for job in done:
+                    job.result()
+            durable.sync(fd, path=target)
+        finally:
+            durable.close(fd, path=target)
+        if digests_of_file(target).sha256 != file.sha256:
+            raise DigestMismatch(f"{file.path} of {self._key} at {self._source.label} has not its manifest's digest")
+
+    def _copy_block(self, file: FileRecord, index: int, fd: int, target: Path, claim: Claim) -> None:
+        block_bytes = self._manifest.block_bytes
+        start = index * block_bytes
+        length = min(block_bytes, file.size_bytes - start)
+        if has_block(fd, file, index, block_bytes):
+            self._progress.add(file.path, done=length, reused=length)
+            return
+        path = "/".join(("models", *self._key.parts, file.path))
+        data = self._source.part(path, start, length)
+        expected = file.blocks[index * CHECKSUM_HEX : (index + 1) * CHECKSUM_HEX]
+        if len(data) != length or xxhash.xxh3_64_hexdigest(data) != expected:
+            raise DigestMismatch(
+                f"{file.path} of {self._key} at {self._source.label} is not as it was published, at byte {start}: "
+                "mend it there, `modelstore verify` and `seed`"
+            )
+        durable.write_at(fd, data, start, path=target)
+        self._progress.add(file.path, done=length, network=length)
+        progress = self._progress
+        claim.report("copying", done=progress.done, total=progress.total, eta_s=progress.eta_s)
+        self._observer.filling(self._key, progress)
