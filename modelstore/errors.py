@@ -30,7 +30,8 @@
     ├── RootUnusable                    1
     │   └── ReadOnlyVolume
     ├── VolumeUnavailable               1
-    │   └── ObjectMissing
+    │   ├── ObjectMissing
+    │   └── AlreadyThere
     ├── DeviceFailed                    1
     └── ProcessFailed                   1
         └── ServerFailed
@@ -47,6 +48,7 @@ from modelstore.units import one_line
 
 __all__ = [
     "AccessDenied",
+    "AlreadyThere",
     "BadConfig",
     "BadManifest",
     "BadSafetensors",
@@ -251,6 +253,10 @@ class VolumeUnavailable(ModelStoreError):
 
 class ObjectMissing(VolumeUnavailable):
     """An object or an upload on the volume is gone: another process has completed or ended it."""
+
+
+class AlreadyThere(VolumeUnavailable):
+    """An object is on the volume that was to be written only if it was not."""
 
 
 class DeviceFailed(ModelStoreError):

@@ -117,6 +117,7 @@ class Timeline:
     outcome: Outcome | None = None
     reason: str = ""
     waited_for: str = ""
+    volume_mode: str = ""  # as MODELSTORE_VOLUME says, if it does
     kind: Kind = "start"
     began: float = field(default_factory=lambda: _process_began())
     _spans: list[Span] = field(default_factory=list)
@@ -162,6 +163,7 @@ class Timeline:
             "outcome": self.outcome,
             "reason": self.reason,
             **({"waited_for": self.waited_for} if self.waited_for else {}),
+            **({"volume_mode": self.volume_mode} if self.volume_mode else {}),
             **({"kind": self.kind} if self.kind != "start" else {}),
             "pid": os.getpid(),
             "spans": [span.as_json() for span in self.spans],

@@ -217,6 +217,7 @@ def begin(
         worker=settings.worker_id, model=str(settings.model or ""), dtype=settings.dtype or ""
     )
     settings.check_allowed(settings.model)
+    timeline.volume_mode = settings.volume_mode or ""
     observer = observer or LogObserver()
     layout = Layout(settings.root)
     gpus = memory.free_gpu_bytes(settings.visible_gpus) if target == "device" else None

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from modelstore.errors import AccessDenied, NoSpace, NotFound, ObjectMissing, UsageError, VolumeUnavailable
+from modelstore.errors import (
+    AccessDenied,
+    AlreadyThere,
+    NoSpace,
+    NotFound,
+    ObjectMissing,
+    UsageError,
+    VolumeUnavailable,
+)
+
+logger = logging.getLogger(__name__)
 
 ATTEMPTS = 8
 AT_ONCE = 8
@@ -92,11 +104,45 @@ class Bucket:
                 "there are no S3 keys: make a pair in RunPod's settings, and set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY"
             )
+        credentials = session.get_credentials().get_frozen_credentials()
+        if any(each != each.strip() for each in (credentials.access_key, credentials.secret_key)):
+            raise AccessDenied("an S3 key begins or ends with a blank or a line break: copy it again")
+        self._takes_conditions: bool | None = None
         self.client: Any = session.client("s3", endpoint_url=endpoint or target.endpoint, config=config)
 
     def put(self, key: str, data: bytes) -> None:
         """Write a small object."""
         self.call("put_object", Key=key, Body=data, ContentMD5=md5_of(data))
+
+    def put_if_new(self, key: str, data: bytes) -> bool:
+        """Write a small object unless there is one; False if there is. Where the server does not take conditions, the
+        last of two writers wins."""
+        if self._takes_conditions is None:
+            self._takes_conditions = self._finds_conditions()
+        if not self._takes_conditions:
+            if self.read(key) is not None:
+                return False
+            self.put(key, data)
+            return True
+        return self._put_new(key, data)
+
+    def _put_new(self, key: str, data: bytes) -> bool:
+        try:
+            self.call("put_object", Key=key, Body=data, ContentMD5=md5_of(data), IfNoneMatch="*")
+        except AlreadyThere:
+            return False
+        return True
+
+    def _finds_conditions(self) -> bool:
+        """Whether the server refuses to write an object that is there, if it is asked to: found by trial."""
+        key = f"{self.target.folder}/trash/doctor-{secrets.token_hex(4)}/condition"
+        try:
+            return self._put_new(key, b"1") and not self._put_new(key, b"2")
+        except VolumeUnavailable as error:
+            logger.debug("%s takes no conditions: %s", self.target, error)
+            return False
+        finally:
+            self.call("delete_object", Key=key)
 
     def read(self, key: str) -> bytes | None:
         """A small object's bytes; None if there is none."""
@@ -171,6 +217,8 @@ class Bucket:
         """The error that an answer stands for; None if the same request may succeed later."""
         if status == _FULL or code in ("InsufficientStorage", "QuotaExceeded"):
             return NoSpace(f"{self.target} is full: remove a model there, or enlarge the volume")
+        if status == 412 or code in ("PreconditionFailed", "ConditionalRequestConflict"):
+            return AlreadyThere(f"{self.target} has {key} already")
         if code == "NoSuchBucket":
             return NotFound(f"{self.target}: there is no such volume in this datacenter: look at its page")
         if code == "NoSuchUpload" or status == 404:

@@ -34,6 +34,10 @@ class Place(ABC):
         """Write a small file whole."""
 
     @abstractmethod
+    def write_if_new(self, path: str, data: bytes) -> bool:
+        """The same unless it is there; whether it was written."""
+
+    @abstractmethod
     def names(self, folder: str) -> list[str]:
         """The names in a folder, sorted; none if it does not exist."""
 
@@ -60,6 +64,12 @@ class FolderPlace(Place):
         tree.check_no_links(self.root, self.root / path)
         durable.write_atomic(self.root / path, data)
 
+    def write_if_new(self, path: str, data: bytes) -> bool:
+        if self.read(path) is not None:
+            return False
+        self.write(path, data)
+        return True
+
     def names(self, folder: str) -> list[str]:
         return tree.names(self.root / folder)
 
@@ -81,6 +91,9 @@ class BucketPlace(Place):
 
     def write(self, path: str, data: bytes) -> None:
         self.bucket.put(self._key(path), data)
+
+    def write_if_new(self, path: str, data: bytes) -> bool:
+        return self.bucket.put_if_new(self._key(path), data)
 
     def names(self, folder: str) -> list[str]:
         prefix = f"{self._key(folder)}/"

@@ -150,10 +150,8 @@ class RemoteVolume:
     def _check_format(self) -> None:
         key = f"{self.target.folder}/FORMAT"
         data = self.bucket.read(key)
-        if data is None:
-            self.bucket.put(key, refs.FORMAT_BYTES)
-        else:
-            refs.check_format_bytes(data, store=str(self.target))
+        if data is not None or not self.bucket.put_if_new(key, refs.FORMAT_BYTES):
+            refs.check_format_bytes(data or self.bucket.read(key) or b"", store=str(self.target))
 
     def key_of(self, snapshot: Snapshot, path: str) -> str:
         """The key of a file of a snapshot."""

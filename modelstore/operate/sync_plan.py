@@ -161,15 +161,14 @@ class SyncPlan:
             record = _object(data)
             if record.get("commit") == key.commit and not _same_record(record, _object(target.read(path))):
                 target.write(path, data)
-        if target.read("FORMAT") is None:
-            target.write("FORMAT", refs.FORMAT_BYTES)
+        target.write_if_new("FORMAT", refs.FORMAT_BYTES)
 
     def _add_pin(self, target: Place, key: SnapshotKey) -> None:
         repo, variant = key.parts
         path = f"pins/{repo}/{variant}.json"
         data = self._source.read(path)
-        if data is not None and target.read(path) is None:
-            target.write(path, data)
+        if data is not None:
+            target.write_if_new(path, data)
 
     def _add_alias(self, target: Place, name: str, copied: Sequence[SnapshotKey]) -> None:
         """Point an alias of the target to what the source's points to, if that was copied or is there."""

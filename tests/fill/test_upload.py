@@ -14,9 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from modelstore.errors import FormatTooNew, IntegrityError, NoSpace, NotFound, UsageError, VolumeUnavailable
+from modelstore.errors import (
+    AccessDenied,
+    FormatTooNew,
+    IntegrityError,
+    NoSpace,
+    NotFound,
+    UsageError,
+    VolumeUnavailable,
+)
 from modelstore.fill import upload as s3_module
-from modelstore.fill.bucket import Target, parse_target
+from modelstore.fill.bucket import Bucket, Target, parse_target
 from modelstore.fill.upload import RemoteVolume
 from modelstore.reference import parse_reference
 from modelstore.store import ModelStore
@@ -325,3 +333,27 @@ def test_a_commit_is_recorded_as_the_store_records_it(
     assert not [key for key in s3.listing() if "/refs/" in key], "a full commit needs no record"
     volume.record_commit(store.layout, snapshot, parse_reference("org/name@v1"))
     assert on_volume(s3, tmp_path / "pod").lookup("org/name@v1") is not None
+
+
+@pytest.mark.parametrize("obeys", [True, False])
+def test_a_record_that_is_there_is_not_replaced(s3: S3, obeys: bool) -> None:
+    """By the server's word, if a trial shows that it refuses; else by a look before."""
+    s3.ignores_conditions = not obeys
+    try:
+        bucket = Bucket(parse_target("s3://vol123@EU-RO-1"), endpoint=s3.url)
+        assert bucket.put_if_new("modelstore/records/one.json", b"first")
+        assert not bucket.put_if_new("modelstore/records/one.json", b"second")
+    finally:
+        s3.ignores_conditions = False
+    assert s3.read("modelstore/records/one.json") == b"first"
+    looked = any(method == "GET" and path.endswith("one.json") for method, path in s3.requests[:-1])
+    assert looked == (not obeys)
+    assert not any("trash" in key for key in s3.listing())
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_a_key_with_a_line_break_is_named_and_not_shown(s3: S3, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "s3cr3t\n")
+    with pytest.raises(AccessDenied, match="line break") as raised:
+        Bucket(parse_target("s3://vol123@EU-RO-1"), endpoint=s3.url)
+    assert "s3cr3t" not in str(raised.value)

@@ -34,6 +34,7 @@ class S3:
     url: str
     backend: int
     slow_s: float = 0.0  # how long each part takes
+    ignores_conditions: bool = False
     faults: list[Fault] = field(default_factory=list)
     requests: list[tuple[str, str]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -76,7 +77,10 @@ class _Proxy(BaseHTTPRequestHandler):
             return
         connection = http.client.HTTPConnection("127.0.0.1", self.s3.backend, timeout=60)
         try:
-            connection.request(self.command, self.path, body, dict(self.headers))
+            headers = dict(self.headers)
+            if self.s3.ignores_conditions:
+                headers = {name: value for name, value in headers.items() if name.lower() != "if-none-match"}
+            connection.request(self.command, self.path, body, headers)
             answer = connection.getresponse()
             data = answer.read()
         except (OSError, http.client.HTTPException):

@@ -36,6 +36,7 @@ from tests.support.hub import Hub
 from tests.support.moosefs import Host, MooseFS, why_not
 from tests.support.records import MOOSEFS
 from tests.support.records import record as note
+from tests.support.s3_server import running_s3
 from tests.support.sweeps import sweep
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"a MooseFS {why_not()}")
@@ -466,3 +467,41 @@ def test_the_doctor_finds_a_real_moosefs_sound_from_two_mounts(fleet: Fleet) -> 
         assert findings[check].level == "ok", findings[check]
     assert "mfs#" in findings["mount"].what
     assert "another mount" in findings["locks"].what
+
+
+def test_a_sync_to_a_bucket_and_back_goes_on_after_kills(hub: Hub, moosefs: MooseFS, tmp_path: Path) -> None:
+    """From one host's mount to S3 and from there to another store on MooseFS; the first try of each is killed."""
+    write_repo(hub.folder / "org" / "name", random_tensors(40, (1024, 1024)), shards=1)
+    write_repo(hub.folder / "org" / "other", random_tensors(8, (1024, 1024)), shards=8)
+    fleet = Fleet(hub, moosefs, "sync")
+    source = fleet.store(moosefs.hosts[0])
+    for name in ("org/name", "org/other"):
+        source.ensure(name, dtype="float32")
+    source.set_alias("chat", "org/name", dtype="float32")
+    (moosefs.hosts[1].mount / "second").mkdir()
+    target = str(moosefs.hosts[1].mount / "second" / "modelstore")
+    with running_s3() as s3:
+        env = os.environ | {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "MODELSTORE_S3_ENDPOINT": s3.url}
+        env |= {"MODELSTORE_ROOT": str(source.layout.root), "MODELSTORE_LEASE_S": str(LEASE_S)}
+        bucket = "s3://vol123@EU-RO-1"
+        for words, is_under_way in (
+            (["--to", bucket], lambda: sum("partNumber" in path for _method, path in s3.requests) >= 2),
+            (["--from", bucket, "--to", target], lambda: any(Path(target).glob("staging/*/*/*/snapshot/model-00002*"))),
+        ):
+            command = [sys.executable, "-m", "modelstore", "sync", *words, "--json"]
+            s3.slow_s = 0.3
+            with subprocess.Popen([*command, "-q"], env=env, stdout=subprocess.DEVNULL) as process:
+                deadline = time.monotonic() + 60
+                while not is_under_way() and process.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.005)
+                assert process.poll() is None, "it was done before it was killed"
+                process.send_signal(signal.SIGKILL)
+            s3.slow_s = 0.0
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=120)
+            assert {record["status"] for record in json.loads(done.stdout)} <= {"copied", "present"}
+    copy = ModelStore(Path(target), settings=Settings(root=Path(target), offline=True))
+    assert {each.key: each.manifest for each in copy.snapshots()} == {
+        each.key: each.manifest for each in source.snapshots()
+    }
+    assert all(verify_snapshot(each).ok for each in copy.snapshots())
+    assert copy.lookup("@chat") is not None
