@@ -93,14 +93,14 @@ class BucketPlace(Place):
         self.bucket.put(self._key(path), data)
 
     def write_if_new(self, path: str, data: bytes) -> bool:
-        return self.bucket.put_if_new(self._key(path), data)
+        return self.read(path) is None and self.bucket.put_if_new(self._key(path), data)
 
     def names(self, folder: str) -> list[str]:
         prefix = f"{self._key(folder)}/"
-        found: set[str] = set()
+        names: set[str] = set()
         for key in self.bucket.listed(prefix):
-            found.add(key.removeprefix(prefix).rstrip("/"))
-        return sorted(found - {""})
+            names.add(key.removeprefix(prefix).rstrip("/"))
+        return sorted(names - {""})
 
     def _key(self, path: str) -> str:
         return f"{self.target.folder}/{path}"

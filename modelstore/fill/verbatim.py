@@ -124,10 +124,10 @@ class VerbatimCopy:
             blocks = [partial(self._copy_block, file, index, fd, target, claim) for index in range(block_count(file))]
             with ThreadPoolExecutor(_AT_ONCE) as pool:
                 jobs = [pool.submit(block) for block in blocks]
-                done, left = wait(jobs, return_when=FIRST_EXCEPTION)
-                for job in left:
+                ended, pending = wait(jobs, return_when=FIRST_EXCEPTION)
+                for job in pending:
                     job.cancel()
-                for job in done:
+                for job in ended:
                     job.result()
             durable.sync(fd, path=target)
         finally:

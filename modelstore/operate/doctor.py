@@ -151,13 +151,13 @@ def _probed(layout: Layout, settings: Settings, peer: Path | None, probe_bytes: 
 def _capabilities(layout: Layout, settings: Settings, peer: Path | None) -> Iterator[CheckResult]:
     """What the volume can do, a line for each, and the mode that follows."""
     try:
-        found = probe(layout, peer)
+        capabilities = probe(layout, peer)
     except ReadOnlyVolume as error:
         yield _failed("peer", error, "--peer is another volume", "mount the same volume there")
-        found, peer = probe(layout), None
-    kind = use_from(layout, settings, found).kind
+        capabilities, peer = probe(layout), None
+    kind = use_from(layout, settings, capabilities).kind
     for name, meaning in MEANINGS.items():
-        answer, note = getattr(found, name), found.notes.get(name, "")
+        answer, note = getattr(capabilities, name), capabilities.notes.get(name, "")
         text = f"{meaning.text}{f' ({note})' if note else ''}"
         check = name.replace("_", " ")
         if answer == "yes":
@@ -171,7 +171,7 @@ def _capabilities(layout: Layout, settings: Settings, peer: Path | None) -> Iter
                 check, f"not proven: {text}", "one mount cannot show what another host sees",
                 "run it with --peer PATH, the store's folder on another mount of this volume",
             )  # fmt: skip
-    yield _mode(use_from(layout, settings, found), settings, has_peer=peer is not None)
+    yield _mode(use_from(layout, settings, capabilities), settings, has_peer=peer is not None)
 
 
 def _mode(use: Use, settings: Settings, *, has_peer: bool) -> CheckResult:

@@ -229,18 +229,22 @@ def probe(layout: Layout, other_root: Path | None = None) -> Capabilities:
     """
     with probe_folder(layout) as folder:
         other = folder if other_root is None else other_root / folder.relative_to(layout.root)
-        place = _kind(layout.root).place
-        found = {name: _tried(trial, folder) for name, trial in _TRIALS.items()}
+        kind = _kind(layout.root)
+        findings = {name: _tried(trial, folder) for name, trial in _TRIALS.items()}
         if other_root is not None:
-            found |= _across(folder, other)
-        elif place in ("bucket", "unknown"):
+            findings |= _across(folder, other)
+        elif kind.place in ("bucket", "unknown"):
             for name in _ACROSS_HOSTS:
-                if found.get(name, ("yes", ""))[0] == "yes":
-                    found[name] = ("unproven", "")
+                if findings.get(name, ("yes", ""))[0] == "yes":
+                    findings[name] = ("unproven", "")
         else:
-            found |= dict.fromkeys(("fresh_names", "fresh_bytes"), ("yes", ""))
-    answers: Mapping[str, Answer] = {name: answer for name, (answer, _note) in found.items()}
-    return Capabilities(**answers, notes={name: note for name, (_answer, note) in found.items() if note})
+            basis = (
+                "on this host alone" if kind.place == "host" else f"between hosts as known of {kind.name}, not tried"
+            )
+            known = [name for name in _ACROSS_HOSTS if findings.get(name, ("yes", ""))[0] == "yes"]
+            findings |= dict.fromkeys(known, ("yes", basis))
+    answers: Mapping[str, Answer] = {name: answer for name, (answer, _note) in findings.items()}
+    return Capabilities(**answers, notes={name: note for name, (_answer, note) in findings.items() if note})
 
 
 @contextmanager
@@ -362,18 +366,18 @@ def _across(folder: Path, other: Path) -> dict[str, _Finding]:
             f"{other.parent.parent} does not show within {_LOOK_FOR_S:g} s what is written here: name the store's "
             "folder on another mount of this volume"
         )
-    found: dict[str, _Finding] = {}
+    findings: dict[str, _Finding] = {}
     both = sum(_raced(folder / f"race-{number}", other / f"race-{number}") for number in range(_RACES))
-    found["exclusive_create"] = (
+    findings["exclusive_create"] = (
         ("no", f"{both} of {_RACES} files were created by both mounts") if both else ("yes", f"{_RACES} races")
     )
     durable.write_atomic(folder / "name", b"1")
-    found["fresh_names"] = _fresh(_seconds_until(lambda: "name" in tree.names(other)), "seen")
+    findings["fresh_names"] = _fresh(_seconds_until(lambda: "name" in tree.names(other)), "seen")
     data = os.urandom(3 * _PART)
     durable.write_atomic(folder / "bytes", data)
-    found["fresh_bytes"] = _fresh(_seconds_until(lambda: _reads(other / "bytes", data)), "read")
-    found["locks"] = _locked_across(folder, other)
-    return found
+    findings["fresh_bytes"] = _fresh(_seconds_until(lambda: _reads(other / "bytes", data)), "read")
+    findings["locks"] = _locked_across(folder, other)
+    return findings
 
 
 def _fresh(seconds: float | None, verb: str) -> _Finding:
