@@ -1,6 +1,6 @@
 """torch.compile of an engine's model before a worker takes jobs (MODELSTORE_COMPILE).
 
-Two small jobs, greedy and with a fixed seed, have the model compiled; what another worker compiled for the same facts
+Small jobs, greedy and with a fixed seed, have the model compiled. Code that another worker compiled for the same facts
 is restored before (`engines/compiled_code.py`), and has to give the answer that it gave there. Nothing here ends a
 start: a model that cannot be compiled, or that answers otherwise with restored code, runs as it is.
 """
@@ -87,7 +87,7 @@ def _facts(name: EngineName) -> Mapping[str, Any]:
 
 
 async def _answered(engine: Engine, settings: Settings, jobs: Sequence[Mapping[str, Any]]) -> tuple[str, Any]:
-    """A digest of what an engine answers to these jobs, and the error of the first that fails."""
+    """A digest of an engine's answers to these jobs, and the error of the first that fails."""
     worker = Worker(engine, replace(settings, max_job_s=0), may_upload=False)  # compiling may take longer than a job
     digest = hashlib.sha256()
     for each in jobs:

@@ -1,5 +1,6 @@
 """The one reader of the environment."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,27 @@ def test_code_runs_only_of_commits_that_the_operators_settings_name() -> None:
     assert not Settings.from_env(ROOT | {"MODEL_ID": f"org/own@{COMMIT}"}).may_run_code_of("org/own", COMMIT)
     folder = Settings.from_env(ROOT | env | {"MODEL_ID": "file:///models/mine"})
     assert folder.may_run_code_of("local/mine", COMMIT)
+
+
+@pytest.mark.parametrize("blank", ["\n", " ", "\r\n", "\t"])
+def test_blanks_and_line_breaks_around_a_value_are_no_part_of_it(blank: str) -> None:
+    """A secret that was made of a file often ends with one."""
+    plain = {"MODELSTORE_ROOT": "/volume/modelstore", "HF_ENDPOINT": "https://hub.example", "HF_TOKEN": "hf_abc", "MODEL_ID": "org/name", "MODEL_REVISION": "main"}  # fmt: skip
+    settings = Settings.from_env({name: f"{blank}{value}{blank}" for name, value in plain.items()})
+    assert replace(settings, worker_id="w") == replace(Settings.from_env(plain), worker_id="w")
+    assert (settings.root, settings.hf_token) == (Path("/volume/modelstore"), "hf_abc")
+
+
+def test_a_bad_revision_is_blamed_on_its_own_variable() -> None:
+    with pytest.raises(InvalidSetting, match=r"^MODEL_REVISION"):
+        Settings.from_env(ROOT | {"MODEL_ID": "org/name", "MODEL_REVISION": "no good..\x00"})
+    with pytest.raises(InvalidSetting, match=r"^MODEL_ID"):
+        Settings.from_env(ROOT | {"MODEL_ID": "no good", "MODEL_REVISION": "main"})
+
+
+def test_a_folder_of_the_image_is_no_volume() -> None:
+    """Images have a /workspace of their own; RunPod mounts the pod's volume there."""
+    image = "overlay / overlay rw 0 0\n"
+    assert Settings.from_env({"HOME": "/h"}, mounts=image).root == Path("/h/.cache/modelstore")
+    pod = f"{image}mfs#10.0.0.1:9421 /workspace fuse rw 0 0\n"
+    assert Settings.from_env({"HOME": "/h"}, mounts=pod).root == Path("/workspace/modelstore")
