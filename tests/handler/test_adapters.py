@@ -145,17 +145,19 @@ def test_an_alias_that_is_repointed_changes_new_answers_and_no_running_one(
 
     async def across_the_exchange() -> list[tuple[str, str]]:
         running = [asyncio.create_task(answer(engine, "style", long)) for _job in range(3)]
-        await asyncio.sleep(0.05)
+        while sum(row.left < long for row in engine._serving.batcher._running) < len(running):
+            await asyncio.sleep(0.001)
         store.set_alias("style", "org/two", dtype="keep")
         exchange = asyncio.get_running_loop().run_in_executor(None, follower.look)
         during = [asyncio.create_task(answer(engine, "style", long)) for _job in range(3)]
         await exchange
         after = await answer(engine, "style", long)
         assert after == right["two"]
-        return await asyncio.gather(*running, *during)
+        assert await asyncio.gather(*running) == [right["one"]] * 3, "those that had begun"
+        return await asyncio.gather(*during)
 
-    for one in asyncio.run(across_the_exchange()):
-        assert one in right.values()
+    for each in asyncio.run(across_the_exchange()):
+        assert each in right.values()
     assert engine.adapter("style").repo_id == "org/two"
     (serving,) = [engine._serving.batcher]
     deadline = time.monotonic() + 5
