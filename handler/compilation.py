@@ -22,6 +22,7 @@ from typing import Any
 
 from handler.engines import ENGINES, Compiles, Engine
 from handler.engines.compiled_code import CompiledCode
+from handler.errors import Code
 from handler.worker import Worker
 from modelstore.environment import set_variables
 from modelstore.settings import EngineName, Settings
@@ -30,6 +31,7 @@ from modelstore.volume.layout import SnapshotKey
 
 logger = logging.getLogger(__name__)
 
+_LIMIT_S = 1800.0  # for each job: compiling takes longer than any other
 _COMPILERS = ("c++", "g++", "clang++")
 _LIBRARIES = ("torch", "triton", "transformers", "diffusers", "accelerate", "peft", "numpy", "runpod-modelstore")
 
@@ -41,27 +43,35 @@ def compile_model(engine: Engine, settings: Settings, timeline: Timeline) -> Non
         return
     status = engine.status()
     name: EngineName = status["engine"]
-    reason = _obstacle(engine, name, str(status["memory"]["device"]))
+    reason = _obstacle(engine, name, str(status.get("memory", {}).get("device", "cpu")))
     if reason:
         logger.warning("the model is not compiled, and runs as it is: %s", reason)
         return
     assert isinstance(engine, Compiles)
     with timeline.span("compile"):
         code = CompiledCode.of(settings)
-        if code is not None:
-            atexit.register(code.close)
-            set_variables(code.environment)
-            code.restore(SnapshotKey(status["model"], status["commit"], status["dtype"]), _facts(name))
-        engine.compile()
-        answer, error = asyncio.run(_answered(engine, settings, ENGINES[name].compile_jobs))
+        try:
+            if code is not None:
+                atexit.register(code.close)
+                set_variables(code.environment)
+                code.restore(SnapshotKey(status["model"], status["commit"], status["dtype"]), _facts(name))
+            engine.compile()
+            answer, error = asyncio.run(_answered(engine, settings, ENGINES[name].compile_jobs))
+        except Exception as failure:  # of torch, or of the model's library: of any class
+            answer, error = "", {"error": f"{type(failure).__name__}: {failure}"}
         if error is None and (code is None or code.is_right(answer)):
             if code is not None:
                 code.publish(answer)
             return
         engine.run_uncompiled()
         logger.warning("the model runs as it is: %s", error or "with restored code it answers otherwise than without")
-        if code is not None and code.is_restored:
+        if code is not None and code.is_restored and _is_of_the_code(error):
             code.quarantine()
+
+
+def _is_of_the_code(error: Mapping[str, Any] | None) -> bool:
+    """Whether a wrong answer, or an error, tells that restored code is bad for every worker."""
+    return error is None or error.get("code") not in (Code.OOM, Code.TIMEOUT)
 
 
 def _obstacle(engine: Engine, name: EngineName, device: str) -> str:
@@ -86,13 +96,15 @@ def _facts(name: EngineName) -> Mapping[str, Any]:
     return {"engine": name, "versions": versions}
 
 
-async def _answered(engine: Engine, settings: Settings, jobs: Sequence[Mapping[str, Any]]) -> tuple[str, Any]:
-    """A digest of an engine's answers to these jobs, and the error of the first that fails."""
-    worker = Worker(engine, replace(settings, max_job_s=0), may_upload=False)  # compiling may take longer than a job
+async def _answered(
+    engine: Engine, settings: Settings, jobs: Sequence[Mapping[str, Any]]
+) -> tuple[str, Mapping[str, Any] | None]:
+    """A digest of an engine's answers to these jobs, and the output of the first that fails."""
+    worker = Worker(engine, replace(settings, max_job_s=_LIMIT_S), may_upload=False)
     digest = hashlib.sha256()
     for each in jobs:
         output = await worker.handle({"id": "compile", "input": dict(each)})
         if "error" in output:
-            return "", output["error"]
+            return "", output
         digest.update(json.dumps(output, sort_keys=True).encode())
     return digest.hexdigest(), None

@@ -25,7 +25,9 @@ _PLACES: Mapping[Place, Mapping[str, str]] = {
         **{name: name for name in ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "reiserfs")},
         **{name: f"{name}, in memory" for name in ("tmpfs", "ramfs", "rootfs")},
         **{name: f"{name}, the container's own layers" for name in ("overlay", "aufs", "fuse.fuse-overlayfs")},
+        **{name: name for name in ("vfat", "exfat", "ntfs", "ntfs3", "ecryptfs", "hfsplus")},
         "squashfs": "squashfs, an image",
+        "fuse.disk": "a disk through FUSE",
     },
     "network": {
         "fuse.mfs": "MooseFS",
@@ -85,6 +87,7 @@ _FUSE_DEVICES = (
     (re.compile(r"gcsfuse"), "fuse.gcsfuse"),
     (re.compile(r"blobfuse2?"), "fuse.blobfuse2"),
     (re.compile(r"geesefs"), "fuse.geesefs"),
+    (re.compile(r"/dev/.*"), "fuse.disk"),
     (re.compile(r"/.*"), "fuse.folder"),
 )
 
@@ -98,13 +101,15 @@ class Kind(NamedTuple):
 
 
 def kind_of(mount: Mount | None) -> Kind:
-    """The kind of a mount; a system without a mount table, which is no Linux, has files of its own."""
+    """The kind of a mount; a system without a mount table, which is no Linux, has files of its own, and so has the
+    root of a sandbox."""
     if mount is None:
         return Kind("a file system that this system does not name", "host")
     known = _KINDS.get(mount.kind)
     if mount.kind in ("fuse", "fuseblk"):
         known = next((_KINDS[kind] for device, kind in _FUSE_DEVICES if device.match(mount.device)), None)
-    return Kind(*known) if known else Kind(f"a file system of an unknown kind ({mount.kind})", "unknown")
+    kind = Kind(*known) if known else Kind(f"a file system of an unknown kind ({mount.kind})", "unknown")
+    return kind._replace(place="host") if mount.point == Path("/") and kind.place == "unknown" else kind
 
 
 def default_root(mounts: str, get: Callable[[str], str | None]) -> Path:

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import atexit
 import logging
-import shutil
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 from modelstore.errors import DigestMismatch
 from modelstore.fill.observer import Observer
 from modelstore.reference import Reference
-from modelstore.runtime import runtime_folder
+from modelstore.runtime import OwnedFolder, runtime_folder
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.timeline import Timeline
 from modelstore.volume.snapshots import Snapshot
+from modelstore.volume.verify import verify_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +29,24 @@ def private_copy(settings: Settings, snapshot: Snapshot, *, observer: Observer, 
     Raises DigestMismatch if the Hub's files do not make the bytes that were published, NoSpace if this host's disk has
     no room, and the errors of `ModelStore.ensure`.
     """
-    folder = Path(tempfile.mkdtemp(prefix="private-", dir=runtime_folder()))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with timeline.span("verify"):
+        if verify_snapshot(snapshot).intact:
+            logger.warning("%s reads back as published: the damage was on its way to this worker", snapshot.key)
+            return snapshot
+    folder = OwnedFolder(runtime_folder() / "private")  # one that a killed process left is cleared
     own = replace(
-        settings, root=folder / "modelstore", volume_mode="full", quota_bytes=None, allowed_models=(), evict=False
+        settings, root=folder.path / "modelstore", volume_mode="full", quota_bytes=None, allowed_models=(), evict=False
     )
     reference = Reference("hub", snapshot.repo_id, snapshot.commit)
-    made = ModelStore(own.root, settings=own).ensure(
-        reference, dtype=snapshot.dtype, damaged=snapshot, observer=observer, timeline=timeline
-    )
-    if made.manifest.files != snapshot.manifest.files:
-        raise DigestMismatch(f"{snapshot.key} cannot be made as it was published: seed it again")
+    try:
+        made = ModelStore(own.root, settings=own).ensure(
+            reference, dtype=snapshot.dtype, damaged=snapshot, observer=observer, timeline=timeline
+        )
+        if made.manifest.files != snapshot.manifest.files:
+            raise DigestMismatch(f"{snapshot.key} cannot be made as it was published: seed it again")
+    except BaseException:
+        folder.close()
+        raise
+    atexit.register(folder.close)
     logger.warning("%s is wrong on the volume, which is used read-only: this worker has a copy of its own", made.key)
     return replace(made, manifest=snapshot.manifest)

@@ -261,15 +261,16 @@ class ModelStore:
             request = self._from_original(request, parsed, named, error)
             resolved = request.resolved
             snapshot = self._in_accepted_dtype(request, overflow)
-        refs.record_commit(
-            self.layout,
-            resolved.repo_id,
-            resolved.revision,
-            resolved.commit,
-            replacing=refresh,
-            check=self.check_may_change,
-            asked_as=repo_id_of(parsed),
-        )
+        if refresh or capabilities.may_change(self.layout, self.settings):  # else the next start asks the Hub again
+            refs.record_commit(
+                self.layout,
+                resolved.repo_id,
+                resolved.revision,
+                resolved.commit,
+                replacing=refresh,
+                check=self.check_may_change,
+                asked_as=repo_id_of(parsed),
+            )
         self._record_variant(snapshot.key, before, named, seeds=refresh)
         mark_used(self.layout, snapshot.key)
         if request.code and snapshot.lacks_code:
@@ -359,7 +360,8 @@ class ModelStore:
                     return snapshot
                 timeline.add(Span("wait", waited_from, timeline.now()))
                 return replace(snapshot, status="waited")
-            self.check_may_change()
+            if contender is None:
+                self.check_may_change()
             refs.prepare_store(self.layout)
             tree.check_no_links(self.layout.root, self.layout.claims(key))
             contender = contender or Contender(

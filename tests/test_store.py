@@ -14,6 +14,7 @@ import pytest
 
 from modelstore.errors import (
     FormatTooNew,
+    NoSpace,
     Refused,
     RootUnusable,
     SnapshotNotFound,
@@ -22,8 +23,10 @@ from modelstore.errors import (
 from modelstore.fill.observer import Observer
 from modelstore.fill.progress import Progress
 from modelstore.store import ModelStore
+from modelstore.volume import durable
 from modelstore.volume.claim import Claim
 from modelstore.volume.layout import SnapshotKey
+from modelstore.volume.space import Space
 from modelstore.volume.verify import verify_snapshot
 from tests.conftest import MakeStore
 from tests.support.checkpoints import random_tensors, write_repo
@@ -168,6 +171,44 @@ def test_a_snapshot_that_lost_files_is_completed_in_its_place(
         assert kept.lstat().st_ino == inode, "what was there stays"
         assert not hub.served.bytes[kept.name]
         assert again.manifest == first.manifest, "those who serve it see no other snapshot"
+
+
+def test_a_folder_that_leads_elsewhere_is_moved_and_nothing_written_there(
+    hub: Hub, store: ModelStore, tmp_path: Path
+) -> None:
+    write_repo(hub.folder / "org" / "name")
+    first = store.ensure("org/name")
+    (tmp_path / "victim").mkdir()
+    (first.path / "config.json").unlink()
+    (first.path / "config.json").symlink_to(tmp_path / "victim" / "file")
+    again = store.ensure("org/name")
+    assert verify_snapshot(again).ok
+    assert not list((tmp_path / "victim").iterdir())
+    assert len(list((store.settings.root / "quarantine").iterdir())) == 1
+
+
+def test_a_download_that_runs_full_goes_on_in_its_staging(
+    hub: Hub, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room made meanwhile, under the same claim: nothing is fetched twice."""
+    write_repo(hub.folder / "org" / "name", random_tensors(4, (256, 256)), shards=4)
+    store = make_store(evict=True)
+    real, staged = durable.write_atomic, list[str]()
+
+    def once_full(path: Path, data: bytes) -> None:
+        finished = list(path.parent.glob("*.safetensors.json")) if path.parent.name == "done" else []
+        if finished and not staged:
+            staged.extend(each.name.removesuffix(".json") for each in finished)
+            raise NoSpace(f"no space for {path}")
+        real(path, data)
+
+    monkeypatch.setattr(durable, "write_atomic", once_full)
+    monkeypatch.setattr(Space, "make_room", lambda *_rest: True)
+    monkeypatch.setattr(Space, "could_fit", lambda *_rest: True)
+    store.ensure("org/name")
+    assert staged
+    for name in staged:
+        assert hub.served.bytes[name] == (hub.folder / "org" / "name" / name).stat().st_size, name
 
 
 def test_an_old_view_of_a_folder_moves_nothing(hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,7 @@ from typing import Any
 from modelstore.environment import compiling_into, of_compilers
 from modelstore.errors import IntegrityError, ModelStoreError
 from modelstore.load.memory import gpus, has_driver
-from modelstore.load.model_folder import OwnedFolder
-from modelstore.runtime import runtime_folder
+from modelstore.runtime import OwnedFolder, runtime_folder
 from modelstore.settings import Settings
 from modelstore.units import size
 from modelstore.volume import engine_caches
@@ -62,7 +61,7 @@ class CompiledCode:
             return None
         try:
             return cls(settings)
-        except OSError as error:
+        except (ModelStoreError, OSError) as error:
             logger.warning("compiled code is neither restored nor published: %s", error)
             return None
 
@@ -91,6 +90,8 @@ class CompiledCode:
                 logger.info("no compiled code for this engine is on the volume (%s)", key)
                 return
             unpack(cache.archive, self._folder.path)
+            if may_change(self._layout, self._settings):
+                engine_caches.note_use(self._layout, snapshot, key)
         except (ModelStoreError, OSError, MemoryError) as error:
             logger.warning("compiled code on the volume is not used: %s", error)
             self._clear()

@@ -28,7 +28,7 @@ def sync(
     ] = None,
     dry_run: DRY_RUN = False,
 ) -> None:
-    """Copy models with their pins and aliases to other volumes. What is there already costs no bytes."""
+    """Copy models, pins and aliases to other volumes. What is there already costs no bytes."""
     from modelstore.fill.places import FolderPlace, place_of  # boto3 and HTTP are for few commands
 
     if not to:
@@ -42,22 +42,28 @@ def sync(
     records: list[dict[str, Any]] = []
     exit_code, failed = 0, 0
     for target in targets:
-        if dry_run:
-            records += plan.preview(target, references or ())
-            continue
-        with observer_of(context, doing="copying") as observer:
-            for outcome in plan.run(target, references or (), observer=observer):
-                if isinstance(outcome, ModelStoreError):
-                    report_error(outcome, context)
-                    exit_code, failed = exit_code or outcome.exit_code, failed + 1
-                else:
-                    records.append(outcome)
+        try:
+            if dry_run:
+                records += plan.preview(target, references or ())
+                continue
+            with observer_of(context, doing="copying") as observer:
+                for outcome in plan.run(target, references or (), observer=observer):
+                    if isinstance(outcome, ModelStoreError):
+                        report_error(outcome, context)
+                        exit_code, failed = exit_code or outcome.exit_code, failed + 1
+                    else:
+                        records.append(outcome)
+        except ModelStoreError as error:  # of this target alone, if there are others
+            if len(targets) == 1:
+                raise
+            report_error(error, context)
+            exit_code, failed = exit_code or error.exit_code, failed + 1
     lines = [
         f"{record['status']}: {record['repo_id']} {record['commit'][:12]} {record['dtype']} on {record['to']}"
         + (f", {size(record['copied_bytes'])}" if record["copied_bytes"] else "")
         for record in records
     ]
     if failed:
-        lines.append(f"{counted(failed, 'model')} failed: see above, and run it again")
+        lines.append(f"{counted(failed, 'step')} failed: see above, and run it again")
     context.print(records, lambda console: console.print("\n".join(lines or ["there is nothing to copy"])))
     raise typer.Exit(exit_code)

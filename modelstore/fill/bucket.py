@@ -156,9 +156,10 @@ class Bucket:
         from botocore.exceptions import BotoCoreError
 
         how: dict[str, Any] = {} if start is None else {"Range": f"bytes={start}-{last}"}
+        most = None if start is None or last is None else last - start + 1  # a server may send all of it
         for attempt in range(ATTEMPTS):
             try:
-                return bytes(self.call("get_object", Key=key, **how)["Body"].read())
+                return bytes(self.call("get_object", Key=key, **how)["Body"].read(most))
             except (BotoCoreError, OSError) as error:
                 reason = type(error).__name__
                 self.pause(attempt)
@@ -168,13 +169,18 @@ class Bucket:
         """The keys right below a prefix that ends with a slash, and the prefixes of what lies deeper. Slow on a large
         volume."""
         more: dict[str, Any] = {}
+        tokens: set[str] = set()
         while True:
             page = self.call("list_objects_v2", Prefix=prefix, Delimiter="/", **more)
             yield from (str(each["Key"]) for each in page.get("Contents", []))
             yield from (str(each["Prefix"]) for each in page.get("CommonPrefixes", []))
             if not page.get("IsTruncated"):
                 return
-            more = {"ContinuationToken": str(page["NextContinuationToken"])}
+            token = str(page.get("NextContinuationToken", ""))
+            if not token or token in tokens:
+                raise VolumeUnavailable(f"{self.target} does not go on with its listing of {prefix}: try again later")
+            tokens.add(token)
+            more = {"ContinuationToken": token}
 
     def head(self, key: str) -> tuple[int | None, str]:
         """An object's size and tag; None and nothing if there is none."""

@@ -224,7 +224,8 @@ class Fill:
             self._claim,
             self._needed_bytes,
             present_bytes=self._staging.present_bytes + weights.linkable_bytes,
-            damaged=damaged.path if damaged is not None else None,
+            damaged=damaged.path if damaged is not None and not self._is_in_place else None,
+            shared_bytes=_whole_bytes(damaged) if damaged is not None and self._is_in_place else 0,
         )
 
     def _memory_if_unchanged(self, file: SourceFile) -> memoryview | None:
@@ -343,6 +344,12 @@ class _Guard:
         progress = self._progress
         self._claim.report("downloading", done=progress.done, total=progress.total, eta_s=progress.eta_s)
         self._request.observer.filling(self._request.key, progress)
+
+
+def _whole_bytes(snapshot: Snapshot) -> int:
+    """Bytes of the files that lie in a snapshot's folder with their whole size."""
+    sizes = ((tree.size_of(snapshot.path / file.path), file.size_bytes) for file in snapshot.manifest.files)
+    return sum(size for actual, size in sizes if actual == size)
 
 
 def _remove_damaged_files(snapshot: Snapshot) -> None:

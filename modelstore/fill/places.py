@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from modelstore.errors import RootUnusable, UsageError
+from modelstore.errors import IntegrityError, RootUnusable, UsageError
 from modelstore.fill.bucket import Bucket, Target, parse_target
 from modelstore.settings import Settings
 from modelstore.volume import durable, tree
@@ -54,11 +54,15 @@ class FolderPlace(Place):
         return durable.read_record(self.root / path, durable.MANIFEST_BYTES)
 
     def part(self, path: str, start: int, length: int) -> bytes:
-        fd = durable.open_for_read(self.root / path)
+        place = self.root / path
         try:
-            return os.pread(fd, length, start)
-        finally:
-            os.close(fd)
+            fd = durable.open_for_read(place)
+            try:
+                return os.pread(fd, length, start)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise tree.unreadable(error, place) from error
 
     def write(self, path: str, data: bytes) -> None:
         tree.check_no_links(self.root, self.root / path)
@@ -84,7 +88,12 @@ class BucketPlace(Place):
         self.label = str(target)
 
     def read(self, path: str) -> bytes | None:
-        return self.bucket.read(self._key(path))
+        key = self._key(path)
+        if (size := self.bucket.size(key)) is None:
+            return None
+        if size > durable.MANIFEST_BYTES:
+            raise IntegrityError(f"{key} at {self.label} has {size} bytes, which no record of a store has: remove it")
+        return self.bucket.read(key)
 
     def part(self, path: str, start: int, length: int) -> bytes:
         return self.bucket.body(self._key(path), start, start + length - 1) if length else b""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,9 +27,11 @@ _FOLDER = re.compile(r"([1-9][0-9]{0,14})(?:-[0-9a-f]{8})?")  # before 0.2 witho
 
 
 def staging_folders(folder: Path) -> list[tuple[int, Path]]:
-    """The folders of a snapshot's staging, each with its generation, the latest first."""
+    """The folders of a snapshot's staging, each with its generation: the latest first, and of one generation the one
+    that holds most."""
     matches = [match for name in tree.names(folder) if (match := _FOLDER.fullmatch(name))]
-    return sorted(((int(match[1]), folder / match[0]) for match in matches), reverse=True)
+    folders = [(int(match[1]), folder / match[0]) for match in matches]
+    return sorted(folders, key=lambda each: (each[0], tree.tree_blocks(each[1])), reverse=True)
 
 
 class Staging:
@@ -44,7 +45,7 @@ class Staging:
         `damaged`: a snapshot, moved aside or still in its place, whose intact files are used again. Raises UnsafeName
         if a link lies on the way.
         """
-        folder = layout.staging(key) / f"{claim.generation}-{secrets.token_hex(4)}"  # this holder's alone
+        folder = layout.staging(key) / claim.staging_name
         tree.check_no_links(layout.root, folder)
         tree.check_no_links_below(layout.staging(key))
         self.paths = StagingLayout(folder)
@@ -58,7 +59,10 @@ class Staging:
         from."""
         folders = [path for number, path in staging_folders(folder) if number < claim.generation]
         if folders and claim.after_the_dead:
-            durable.rename(folders[0], self.paths.folder)
+            try:
+                durable.rename(folders[0], self.paths.folder)
+            except FileNotFoundError:  # another process took it, or removed it
+                claim.check()
             return []
         return [StagingLayout(each) for each in folders]
 

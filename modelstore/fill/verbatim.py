@@ -15,7 +15,7 @@ from pathlib import Path
 
 import xxhash
 
-from modelstore.errors import DigestMismatch, WaitTimeout
+from modelstore.errors import BadManifest, DigestMismatch, WaitTimeout
 from modelstore.fill.observer import Observer
 from modelstore.fill.places import Place
 from modelstore.fill.progress import Progress
@@ -30,6 +30,7 @@ from modelstore.volume.snapshots import Catalog
 from modelstore.volume.space import Space
 
 _AT_ONCE = 4
+_MOST_BLOCK_BYTES = 64 << 20
 _POLL_S = 0.25
 
 
@@ -52,6 +53,10 @@ class VerbatimCopy:
         self._data = manifest
         self._manifest = parse_manifest(manifest, where=source.label)
         self._key = self._manifest.key
+        if self._manifest.block_bytes > _MOST_BLOCK_BYTES:
+            raise BadManifest(
+                f"{self._key} at {source.label} has blocks of {self._manifest.block_bytes} bytes: seed it"
+            )
         self._layout = layout
         self._settings = settings
         self._observer = observer
@@ -90,6 +95,10 @@ class VerbatimCopy:
             if not durable.publish_folder(staging.paths.snapshot, place) and not self._is_published():
                 durable.remove_file(place / MANIFEST)  # so that no file is ever served by another one's manifest
                 durable.complete_folder(staging.paths.snapshot, place, last=MANIFEST)
+            if not self._is_published():
+                raise BadManifest(
+                    f"{self._key} was copied to {place} and is not whole there: remove it, and copy it again"
+                )
             staging.remove()
             claim.finish("published")
         return self._progress.network
@@ -118,17 +127,18 @@ class VerbatimCopy:
     def _copy(self, file: FileRecord, target: Path, claim: Claim) -> None:
         durable.make_folder(target.parent)
         self._progress.begin(file.path, file.size_bytes)
+        if os.path.lexists(target) and target.lstat().st_nlink > 1:  # another fill's link to a file of somebody else
+            durable.remove_file(target)
         fd = durable.open_for_write(target)
         try:
             durable.set_size(fd, file.size_bytes, path=target)
             blocks = [partial(self._copy_block, file, index, fd, target, claim) for index in range(block_count(file))]
-            with ThreadPoolExecutor(_AT_ONCE) as pool:
-                jobs = [pool.submit(block) for block in blocks]
-                ended, pending = wait(jobs, return_when=FIRST_EXCEPTION)
-                for job in pending:
-                    job.cancel()
-                for job in ended:
+            pool = ThreadPoolExecutor(_AT_ONCE)
+            try:
+                for job in wait([pool.submit(block) for block in blocks], return_when=FIRST_EXCEPTION).done:
                     job.result()
+            finally:  # an error, or a person who has seen enough, waits for no more than the blocks on their way
+                pool.shutdown(cancel_futures=True)
             durable.sync(fd, path=target)
         finally:
             durable.close(fd, path=target)

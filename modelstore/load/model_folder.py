@@ -12,52 +12,12 @@ them.
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from collections.abc import Callable
-from contextlib import suppress
-from itertools import count
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from modelstore.load.reader import Reading
-from modelstore.runtime import runtime_folder
+from modelstore.runtime import OwnedFolder, runtime_folder
 from modelstore.volume.snapshots import Snapshot
-
-
-class OwnedFolder:
-    """An empty folder of this process alone, at the first of a row of fixed paths that no other process has."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        for number in count(1):
-            self.path = path if number == 1 else path.with_name(f"{path.name}.{number}")
-            self._lock = FileLock(f"{self.path}.lock", thread_local=False)
-            try:
-                self._lock.acquire(blocking=False)
-                break
-            except Timeout:
-                continue
-        self.clear()
-
-    def clear(self) -> None:
-        """Remove all that the folder holds."""
-        with suppress(FileNotFoundError):  # not removed in its place: a process that was left behind may write into it
-            before = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}")
-            self.path.rename(before)
-            if before.is_symlink():
-                before.unlink()
-            shutil.rmtree(before, ignore_errors=True)
-        for aside in self.path.parent.glob(f"{self.path.name}.{'[0-9a-f]' * 8}"):  # of a process that was killed
-            shutil.rmtree(aside, ignore_errors=True)
-        self.path.mkdir(mode=0o700)
-
-    def close(self) -> None:
-        """Remove the folder, and let others have its path."""
-        if self._lock.is_locked:
-            shutil.rmtree(self.path, ignore_errors=True)
-            self._lock.release()
 
 
 class ModelFolder:

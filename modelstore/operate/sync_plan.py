@@ -9,20 +9,26 @@ that, so that nothing ever leads to half of a snapshot. What was cut short goes 
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from modelstore.errors import BadManifest, DigestMismatch, InvalidReference, ModelStoreError, SnapshotNotFound
+from modelstore.errors import (
+    BadManifest,
+    DigestMismatch,
+    FormatTooNew,
+    InvalidReference,
+    ModelStoreError,
+    RootUnusable,
+    SnapshotNotFound,
+)
 from modelstore.fill.observer import SILENT, Observer
 from modelstore.fill.places import BucketPlace, FolderPlace, Place
 from modelstore.fill.upload import RemoteVolume
 from modelstore.fill.verbatim import VerbatimCopy
-from modelstore.reference import is_alias, parse_reference
-from modelstore.runtime import runtime_folder
+from modelstore.reference import is_alias, is_repo_id, parse_reference
+from modelstore.runtime import OwnedFolder, runtime_folder
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.volume import aliases, capabilities, refs
@@ -34,21 +40,32 @@ from modelstore.volume.verify import verify_snapshot
 logger = logging.getLogger(__name__)
 
 
+class _Ref(NamedTuple):
+    """A record of a revision: its path, the name of its repo, and where it leads."""
+
+    path: str
+    name: str
+    revision: str
+    to: refs.Recorded
+
+
 class SyncPlan:
     """What one store has, and what of it others lack."""
 
     def __init__(self, source: Place, settings: Settings) -> None:
         self._source = source
         self._settings = settings
+        self._known_refs: list[_Ref] | None = None
 
     def keys(self, references: Sequence[str]) -> list[SnapshotKey]:
         """The snapshots that references name: all of a repo, one commit of it, or the target of an alias; all that the
-        store has without any. Raises SnapshotNotFound, InvalidReference, FormatTooNew."""
-        data = self._source.read("FORMAT")
-        if data is not None:
-            refs.check_format_bytes(data, store=self._source.label)
+        store has without any. Raises SnapshotNotFound, InvalidReference, FormatTooNew, and RootUnusable if there is no
+        store."""
+        repos = self._source.names("models")
+        if not _check_format(self._source) and not repos:
+            raise RootUnusable(f"there is no store at {self._source.label}: mount the volume, or name another place")
         if not references:
-            return [key for repo in self._source.names("models") for key in self._keys_of(repo)]
+            return [key for repo in repos for key in self._keys_of(repo)]
         chosen: dict[SnapshotKey, None] = {}
         for text in references:
             named = [key for key in self._named(text) if self._manifest(key) is not None]
@@ -59,18 +76,21 @@ class SyncPlan:
 
     def preview(self, target: Place, references: Sequence[str]) -> list[dict[str, Any]]:
         """The records of `run`, without doing it."""
+        _check_format(target)
         return [self._record(target, key, self._state(target, key)) for key in self.keys(references)]
 
     def run(
         self, target: Place, references: Sequence[str], *, observer: Observer = SILENT
     ) -> Iterator[dict[str, Any] | ModelStoreError]:
-        """Copy what the target lacks; a record for each snapshot, or its error: the others are copied all the same.
+        """Copy what the target lacks; a record for each snapshot, or the error of one, of a pin or of an alias: the
+        others are copied all the same.
 
         Raises ReadOnlyVolume if the target is not to be changed, and the errors of `keys`.
         """
         if isinstance(target, FolderPlace):
             store = self._store(target)
             capabilities.check_may_change(store.layout, store.settings)
+        _check_format(target)
         copied = []
         for key in self.keys(references):
             try:
@@ -79,15 +99,17 @@ class SyncPlan:
                     raise BadManifest(f"{key} at {self._source.label} has no manifest: seed it there again")
                 sent = self._copied(target, key, manifest, observer)
                 self._add_refs(target, key)
-            except ModelStoreError as error:
-                yield error
+                self._add_pin(target, key)
+            except (ModelStoreError, OSError) as error:
+                yield _ours(error, target)
                 continue
             copied.append(key)
             yield self._record(target, key, ("copied" if sent else "present", sent))
-        for key in copied:
-            self._add_pin(target, key)
         for name in self._source.names("aliases"):
-            self._add_alias(target, name, copied)
+            try:
+                self._add_alias(target, name, copied)
+            except (ModelStoreError, OSError) as error:
+                yield _ours(error, target)
 
     def _named(self, text: str) -> Iterator[SnapshotKey]:
         reference = parse_reference(text)
@@ -96,12 +118,12 @@ class SyncPlan:
             yield from {entry.key for entry in ((entries[-1], aliases.stable(entries)) if entries else ())}
             return
         _repo, at, revision = text.partition("@")
-        commit = revision
-        if at and (data := self._source.read(self._ref_path(reference.name, revision))) is not None:
-            commit = str(json.loads(data)["commit"])
-        for key in self._keys_of(repo_folder(reference.name)):
-            if key.commit.startswith(commit):
-                yield key
+        named = [each for each in self._refs() if each.name == reference.name and (not at or each.revision == revision)]
+        commits = {each.to.commit for each in named} if at and named else set()
+        for repo_id in dict.fromkeys((reference.name, *(each.to.repo_id for each in named))):
+            for key in self._keys_of(repo_folder(repo_id)):
+                if key.commit in commits or (not commits and key.commit.startswith(revision)):
+                    yield key
 
     def _keys_of(self, repo: str) -> Iterator[SnapshotKey]:
         for variant in self._source.names(f"models/{repo}"):
@@ -116,7 +138,9 @@ class SyncPlan:
         data = self._manifest(key)
         try:
             manifest = parse_manifest(data or b"", where=self._source.label)
-        except BadManifest:
+        except (BadManifest, FormatTooNew):
+            return "damaged", 0
+        if manifest.key != key:
             return "damaged", 0
         is_there = self._has(target, manifest)
         return ("present", 0) if is_there else ("missing", manifest.size_bytes)
@@ -143,25 +167,42 @@ class SyncPlan:
             if not verify_snapshot(snapshot).intact:
                 raise DigestMismatch(f"{key} is damaged at {self._source.label}: run `modelstore seed` there first")
             return self._remote(target).upload(snapshot, observer=observer)
-        spool = Layout(runtime_folder() / "sync")  # the same at each run, so that one that was killed goes on
-        settings = replace(self._settings, root=spool.root, quota_bytes=None, volume_mode="full")
-        VerbatimCopy(self._source, data, spool, settings, observer=observer).run()
-        sent = self._remote(target).upload(Snapshot(spool.snapshot(key), manifest), observer=observer)
-        shutil.rmtree(spool.root, ignore_errors=True)
-        return sent
+        folder = OwnedFolder(runtime_folder() / "sync")
+        try:
+            spool = Layout(folder.path / "modelstore")
+            settings = replace(self._settings, root=spool.root, quota_bytes=None, volume_mode="full")
+            VerbatimCopy(self._source, data, spool, settings, observer=observer).run()
+            return self._remote(target).upload(Snapshot(spool.snapshot(key), manifest), observer=observer)
+        finally:
+            folder.close()
 
     def _add_refs(self, target: Place, key: SnapshotKey) -> None:
         """Let the target's records of revisions lead to a snapshot, as the source's do."""
-        folder = f"refs/{repo_folder(key.repo_id)}"
-        for name in self._source.names(folder):
-            path = f"{folder}/{name}"
-            data = self._source.read(path)
-            if data is None or not name.endswith(".json") or "/" in name:
+        for each in self._refs():
+            if (each.to.repo_id, each.to.commit) != (key.repo_id, key.commit) or each.to.dtype not in ("", key.dtype):
                 continue
-            record = _object(data)
-            if record.get("commit") == key.commit and not _same_record(record, _object(target.read(path))):
-                target.write(path, data)
+            present = target.read(each.path)
+            if present is None or refs.parse_record(present, each.name) != each.to:
+                target.write(each.path, refs.encode_record(each.revision, each.to, each.name))
         target.write_if_new("FORMAT", refs.FORMAT_BYTES)
+
+    def _refs(self) -> Sequence[_Ref]:
+        """The source's records of revisions; damaged ones are left out."""
+        if self._known_refs is None:
+            self._known_refs = list(self._read_refs())
+        return self._known_refs
+
+    def _read_refs(self) -> Iterator[_Ref]:
+        layout = Layout(self._settings.root)
+        for folder in self._source.names("refs"):
+            name = folder.replace("--", "/", 1)
+            for file in self._source.names(f"refs/{folder}") if is_repo_id(name) else ():
+                path = f"refs/{folder}/{file}"
+                data = self._source.read(path) or b""
+                to, revision = refs.parse_record(data, name), refs.parse_revision(data)
+                is_in_place = revision and str(layout.ref(name, revision).relative_to(layout.root)) == path
+                if to is not None and is_in_place:
+                    yield _Ref(path, name, revision, to)
 
     def _add_pin(self, target: Place, key: SnapshotKey) -> None:
         repo, variant = key.parts
@@ -176,7 +217,8 @@ class SyncPlan:
         if not name.endswith(".json") or not is_alias(name.removesuffix(".json")):
             return
         entries = self._history(self._source, path)
-        if not entries or not {entries[-1].key, aliases.stable(entries).key} <= set(copied):
+        keys = {entries[-1].key, aliases.stable(entries).key} if entries else set()
+        if not keys or not keys <= set(copied) or not all(self._is_there(target, key) for key in keys):
             return
         before = self._history(target, path)
         pointed = [aliases.stable(entries), *entries[-1:]] if entries[-1].percent < 100 else [entries[-1]]
@@ -196,16 +238,16 @@ class SyncPlan:
             logger.warning("%s: it is left out", error)
             return ()
 
-    def _ref_path(self, repo_id: str, revision: str) -> str:
-        layout = Layout(self._settings.root)
-        return str(layout.ref(repo_id, revision).relative_to(layout.root))
+    def _is_there(self, target: Place, key: SnapshotKey) -> bool:
+        return target.read(_path(key, MANIFEST)) is not None
 
     def _as_snapshot(self, manifest: Manifest) -> Snapshot:
         root = self._source.root if isinstance(self._source, FolderPlace) else self._settings.root
         return Snapshot(Layout(root).snapshot(manifest.key), manifest)
 
     def _store(self, target: FolderPlace) -> ModelStore:
-        return ModelStore(target.root, settings=replace(self._settings, root=target.root))
+        settings = replace(self._settings, root=target.root, evict=False)  # which would take what was just copied
+        return ModelStore(target.root, settings=settings)
 
     def _remote(self, target: BucketPlace) -> RemoteVolume:
         return RemoteVolume(target.target, endpoint=self._settings.s3_endpoint)
@@ -219,15 +261,16 @@ def _path(key: SnapshotKey, name: str) -> str:
     return "/".join(("models", *key.parts, name))
 
 
-def _object(data: bytes | None) -> Mapping[str, Any]:
-    """A record; empty if there is none, or if it is damaged."""
-    try:
-        record = json.loads(data or b"")
-    except (ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
+def _check_format(place: Place) -> bool:
+    """Whether a place says its store's format. Raises FormatTooNew."""
+    data = place.read("FORMAT")
+    if data is not None:
+        refs.check_format_bytes(data, store=place.label)
+    return data is not None
 
 
-def _same_record(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two records of a revision lead to the same snapshot; they may have been made at different times."""
-    return all(one.get(name) == other.get(name) for name in ("commit", "dtype", "repo_id"))
+def _ours(error: ModelStoreError | OSError, target: Place) -> ModelStoreError:
+    """An error of the package; one of the system, with its place."""
+    if isinstance(error, ModelStoreError):
+        return error
+    return RootUnusable(f"{target.label}: {error.strerror or error} ({error.filename or 'no file'}): check the volume")

@@ -29,7 +29,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from modelstore.errors import ModelStoreError, ReadOnlyVolume
+from modelstore.errors import ModelStoreError, NoSpace, ReadOnlyVolume
 from modelstore.mount import Kind, kind_of, mount_of, read_mounts
 from modelstore.runtime import runtime_folder
 from modelstore.settings import Settings, VolumeMode
@@ -44,6 +44,7 @@ FRESH_S = 1.0  # a write is seen by another host within this time
 _LOOK_FOR_S = 12.0
 _RACES = 12
 _PART = 4096
+_VERSION = 1  # of the trials; another one makes them again
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +114,20 @@ class Use:
 
 
 def use_of(layout: Layout, settings: Settings) -> Use:
-    """How this process uses its volume. The first call of a host tries it, which writes to the volume.
+    """How this process uses its volume. The first call of a host tries it, which writes to the volume, unless no trial
+    could make its mode full.
 
-    Raises NoSpace, or RootUnusable if nothing can be written for another reason than a read-only mount.
+    Raises RootUnusable if nothing can be written for another reason than a read-only mount.
     """
-    if settings.volume_mode is not None:
+    kind = _kind(layout.root)
+    if settings.volume_mode is not None or kind.place in ("bucket", "unknown"):
         return use_from(layout, settings, Capabilities())
     if is_mounted_read_only(layout.root):
-        return Use(_kind(layout.root), "read-only", "it is mounted read-only", Capabilities())
-    return use_from(layout, settings, _cached(layout))
+        return Use(kind, "read-only", "it is mounted read-only", Capabilities())
+    try:
+        return use_from(layout, settings, _cached(layout))
+    except NoSpace:  # what takes room will say so; what frees some must go on
+        return Use(kind, "full", "it is full, and could not be tried", Capabilities())
 
 
 def use_from(layout: Layout, settings: Settings, capabilities: Capabilities) -> Use:
@@ -148,7 +154,8 @@ def check_may_change(layout: Layout, settings: Settings) -> None:
         )
     raise ReadOnlyVolume(
         f"{layout.root} is {use.kind.name}, used read-only because {use.reason}: fill it with `modelstore seed REF "
-        "--to s3://VOLUME@DATACENTER`, use a network volume, or see `modelstore doctor`"
+        "--to s3://VOLUME@DATACENTER`, use a network volume, or see `modelstore doctor`; if no other host uses it, set "
+        "MODELSTORE_VOLUME=full"
     )
 
 
@@ -184,14 +191,16 @@ def _kind(root: Path) -> Kind:
 
 
 def _existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+    """The folder, or the nearest one above that is there. Raises RootUnusable if that cannot be told."""
+    return next(folder for folder in (path, *path.parents) if tree.exists(folder))
 
 
 def _cached(layout: Layout) -> Capabilities:
     """The capabilities as a process of this host has found them for this mount, or finds them now."""
     existing = Path(os.path.realpath(_existing(layout.root)))
     mount = mount_of(existing, read_mounts())
-    identity = repr((mount, existing.stat().st_dev, _boot()))
+    with durable.mapped_errors(existing):
+        identity = repr((mount, existing.stat().st_dev, _boot(), _VERSION))
     return _known(layout, identity)
 
 
@@ -204,13 +213,32 @@ def _known(layout: Layout, identity: str) -> Capabilities:
         record = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
         with suppress(ValueError, TypeError):
             return Capabilities(**json.loads(record.read_bytes()))
-    capabilities = probe(layout)
-    if record is not None:
+    capabilities = _probed(layout)
+    if record is not None and not _lacks(capabilities):  # a fault may pass; it is tried again
         with suppress(OSError):
             temporary = record.with_name(f".{secrets.token_hex(8)}")
             temporary.write_text(json.dumps(asdict(capabilities)))
             temporary.rename(record)
     return capabilities
+
+
+def _probed(layout: Layout) -> Capabilities:
+    """A trial, and a second one if the first one lacks anything: its folder may have been removed meanwhile."""
+    try:
+        capabilities = probe(layout)
+    except FileNotFoundError:
+        capabilities = None
+    if capabilities is None or _lacks(capabilities):
+        try:
+            capabilities = probe(layout)
+        except FileNotFoundError as error:
+            raise tree.unreadable(error, layout.trash) from error
+    return capabilities
+
+
+def _lacks(capabilities: Capabilities) -> bool:
+    """Whether something that the mode full rests on is not there."""
+    return any(getattr(capabilities, name) == "no" for name, meaning in MEANINGS.items() if meaning.is_needed)
 
 
 def _boot() -> str:

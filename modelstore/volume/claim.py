@@ -26,6 +26,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import socket
 import threading
 import time
@@ -202,6 +203,7 @@ class Claim:
     """A generation that this process created. As a context manager it is released at the end of the block.
 
     `after_the_dead`: no process can still be writing under the generation before; False if its host was only silent.
+    `staging_name`: of a folder that no other holder has, on a volume that elects two, either.
     """
 
     def __init__(
@@ -215,6 +217,7 @@ class Claim:
         after_the_dead: bool,
     ) -> None:
         self.generation = int(path.name)
+        self.staging_name = f"{self.generation}-{secrets.token_hex(4)}"
         self.after_the_dead = after_the_dead
         self._path = path
         self._fd = fd
@@ -237,10 +240,7 @@ class Claim:
         """Raise ClaimLost if a higher generation exists, or another process holds this one. Call before each expensive
         step and before publishing."""
         if self._overwritten_by:
-            raise ClaimLost(
-                f"generation {self.generation} of {self._path.parent.name} is held by {self._overwritten_by}, too: "
-                "this volume elected two, and this worker waits for the other one"
-            )
+            raise self._lost()
         highest = highest_generation(self._path.parent)
         if highest > self.generation:
             raise ClaimLost(
@@ -290,6 +290,12 @@ class Claim:
     ) -> None:
         self.finish("released")
 
+    def _lost(self) -> ClaimLost:
+        return ClaimLost(
+            f"generation {self.generation} of {self._path.parent.name} is held by {self._overwritten_by}, too: "
+            "this volume elected two, and this worker waits for the other one"
+        )
+
     def _look_who_holds_it(self) -> None:
         """Read the record back: on a volume that lets two processes create one file, the last to write holds it."""
         with suppress(OSError):
@@ -315,6 +321,8 @@ class Claim:
 
     def _write(self) -> None:
         with self._write_lock:
+            if self._overwritten_by:  # the record is the other one's
+                raise self._lost()
             self._record = replace(self._record, beat=self._record.beat + 1)
             durable.write_at(self._fd, self._record.encode(), 0, path=self._path)
             durable.sync(self._fd, path=self._path)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from modelstore.errors import ModelStoreError, NoSpace, RootUnusable, UnsafeName
-from modelstore.volume.tree import once_more, unreadable
+from modelstore.volume.tree import check_no_links, once_more, unreadable
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP})
@@ -272,6 +272,9 @@ def complete_folder(source: Path, target: Path, *, last: str) -> None:
     folders = {target}
     for path in (*files, source / last):
         place = target / path.relative_to(source)
+        check_no_links(target, place)
+        if place.is_dir():
+            raise UnsafeName(f"{place} is a folder in the place of a file: remove the snapshot, and seed it again")
         make_folder(place.parent)
         folders.add(place.parent)
         if not (os.path.lexists(place) and os.path.samestat(path.lstat(), place.lstat())):

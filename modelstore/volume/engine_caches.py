@@ -64,9 +64,13 @@ def read(layout: Layout, snapshot: SnapshotKey, key: str, secret: str | None) ->
     archive = durable.read_record(folder / _ARCHIVE, ARCHIVE_BYTES)
     if archive is None or hashlib.sha256(archive).hexdigest() != manifest["sha256"]:
         raise IntegrityError(f"{folder / _ARCHIVE} is missing or differs from what was published")
-    with suppress(ModelStoreError, OSError):  # a volume that is mounted read-only
-        durable.touch_folder(folder)  # its last use, for gc
     return EngineCache(manifest["facts"], manifest["answer"], archive)
+
+
+def note_use(layout: Layout, snapshot: SnapshotKey, key: str) -> None:
+    """Let gc keep a cache for a while longer."""
+    with suppress(ModelStoreError, OSError):  # a volume that is mounted read-only
+        durable.touch_folder(layout.engine_caches_of(snapshot) / key)
 
 
 def records(layout: Layout, snapshot: SnapshotKey) -> list[dict[str, Any]]:

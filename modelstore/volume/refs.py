@@ -34,6 +34,8 @@ from modelstore.volume.layout import FORMAT_VERSION, Layout, SnapshotKey
 
 FORMAT_BYTES = b"%d\n" % FORMAT_VERSION
 
+_MOST_REVISION = 1000  # characters
+
 logger = logging.getLogger(__name__)
 
 
@@ -180,6 +182,16 @@ def _read(layout: Layout, name: str, revision: str) -> Recorded:
         if not durable.is_no_file_of_ours(error):
             raise tree.unreadable(error, path) from error
         data = b""
+    if (recorded := parse_record(data, name)) is None:
+        raise IntegrityError(
+            f"{path}, the record of the commit that this fleet uses, is damaged: write it anew, with `modelstore seed "
+            f"{name}`"
+        )
+    return recorded
+
+
+def parse_record(data: bytes, name: str) -> Recorded | None:
+    """The contents of a record under `refs/` of the repo called `name` there; None if it is damaged."""
     try:
         record = json.loads(data)
         commit, repo_id, dtype = record["commit"], record.get("repo_id", name), record.get("dtype", "")
@@ -187,7 +199,13 @@ def _read(layout: Layout, name: str, revision: str) -> Recorded:
             return Recorded(repo_id, commit, dtype)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise IntegrityError(
-        f"{path}, the record of the commit that this fleet uses, is damaged: write it anew, with `modelstore seed "
-        f"{name}`"
-    )
+    return None
+
+
+def parse_revision(data: bytes) -> str:
+    """The revision that a record under `refs/` is of; empty if it names none."""
+    try:
+        revision = json.loads(data)["revision"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return revision if isinstance(revision, str) and len(revision) <= _MOST_REVISION else ""

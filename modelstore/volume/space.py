@@ -47,10 +47,12 @@ class Space:
         *,
         present_bytes: int,
         damaged: Path | None = None,
+        shared_bytes: int = 0,
     ) -> None:
         """Make sure that `key` may take `needed_bytes` with its staging, of which `present_bytes` are there already.
 
-        `damaged`: a quarantined snapshot whose files are used again, and are counted in `needed_bytes`. Raises NoSpace.
+        `damaged`: a quarantined snapshot whose files are used again, and are counted in `needed_bytes`. `shared_bytes`:
+        of files that lie in the snapshot's place and stay there. Raises NoSpace.
         """
         claim.reserve(needed_bytes)
         quota = self._settings.quota_bytes
@@ -65,7 +67,7 @@ class Space:
             )
 
         def missing_bytes() -> int:
-            return needed_bytes - (quota - self.taken(apart_from=key, damaged=damaged))
+            return needed_bytes - shared_bytes - (quota - self.taken(apart_from=key, damaged=damaged))
 
         with self._alone(claim):
             missing = self._find_room(key, missing_bytes, damaged=damaged)
@@ -132,7 +134,7 @@ class Space:
 
     def _remove_all(self, folder: Path, but: Path | None) -> None:
         for path in moved_aside(folder):
-            if path != but:
+            if path != but and not path.name.startswith("doctor-"):  # a trial of what the volume can do
                 tree.check_no_links(self._layout.root, path)
                 durable.remove_tree(path)
 
@@ -183,8 +185,6 @@ class Space:
             *tree.entries(self._layout.quarantine),
         )
         total = sum(tree.tree_bytes(folder, counted) for folder in kept if folder != damaged)
-        if damaged is not None and damaged.is_relative_to(self._layout.models):  # it is completed in its place
-            total -= tree.tree_bytes(damaged, unshared=True)
         promised: dict[SnapshotKey, tuple[int, int]] = {}
         for key, variant in keyed_folders(self._layout.root / "staging"):
             if key == apart_from:

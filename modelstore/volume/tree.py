@@ -80,6 +80,15 @@ def exists(path: str | Path) -> bool:
     return True
 
 
+def size_of(path: str | Path) -> int | None:
+    """The size of a regular file in bytes; None if there is none, or that cannot be told."""
+    try:
+        state = os.lstat(path)
+    except OSError:
+        return None
+    return state.st_size if stat.S_ISREG(state.st_mode) else None
+
+
 def unreadable(error: OSError, path: str | Path) -> RootUnusable:
     """The error for a file or a folder that is there, or may be, and cannot be read."""
     return RootUnusable(f"cannot read {path}: {error.strerror}; check the mount and MODELSTORE_ROOT")

@@ -93,10 +93,21 @@ def verify_snapshot(snapshot: Snapshot) -> Verified:
 
 
 def wrong_bytes(folder: Path, key: SnapshotKey) -> str:
-    """Which bytes of a snapshot's folder were read and are wrong; empty if none are.
+    """Which bytes of a snapshot's folder were read and are wrong, or that it holds what no store puts there: links,
+    pipes; empty if neither is so.
 
     Files that are missing, cut or unreadable are not told: this host's view of a folder may be older than the folder.
     """
+    if folder.is_symlink() or not folder.is_dir():
+        return "it is no folder"
+    for parent, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            try:
+                mode = os.lstat(os.path.join(parent, name)).st_mode
+            except OSError:
+                continue
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                return f"{printable(name)} is a link, or no file of a store"
     try:
         data = durable.read_file(folder / MANIFEST, durable.MANIFEST_BYTES)
     except OSError as error:

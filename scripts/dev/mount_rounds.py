@@ -49,7 +49,11 @@ def one_round(volume: Volume, hub: str, number: int) -> tuple[int, list[str]]:
         )  # fmt: skip
     downloads, problems = 0, []
     for seeder in seeders:
-        out, err = seeder.communicate(timeout=300)
+        try:
+            out, err = seeder.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            seeder.kill()
+            out, err = seeder.communicate()
         if seeder.returncode:
             problems.append(f"a seeder failed: {err[-500:]}")
         else:

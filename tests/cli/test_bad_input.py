@@ -50,6 +50,7 @@ COMMANDS: dict[str, str] = {
     "export": "org/name --hf-cache {tmp}/volume/hub",
     "adopt": "{tmp}/volume/by-hand --as org/by-hand",
     "seed": "org/name org/other",
+    "sync": "org/name --to {tmp}/copy",
     "alias set": "fresh org/third",
     "alias ls": "",
     "alias history": "chat",

@@ -150,7 +150,6 @@ def test_an_obstacle_is_named_and_the_start_goes_on(
 ) -> None:
     if lacks:
         monkeypatch.setattr(*((shutil, lacks) if lacks == "which" else (compilation, lacks)), lambda _name: None)
-    monkeypatch.setattr(engine, "status", lambda: Compiling("", device=getattr(engine, "device", "cpu")).status())
     assert not start(engine, settings).spans
     assert phrase in caplog.text
     assert not getattr(engine, "changes", [])

@@ -14,10 +14,10 @@ import pytest
 
 from modelstore import warmstart
 from modelstore.errors import DigestMismatch, Refused
-from modelstore.load.model_folder import ModelFolder, OwnedFolder
+from modelstore.load.model_folder import ModelFolder
 from modelstore.load.reader import Reading, start_reading
 from modelstore.reference import parse_reference
-from modelstore.runtime import runtime_folder
+from modelstore.runtime import OwnedFolder, runtime_folder
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.volume.manifest import Manifest
@@ -28,7 +28,7 @@ DIGEST = "import sys, hashlib, pathlib; print(hashlib.sha256(pathlib.Path(sys.ar
 HOLD = """
 import sys, time
 from pathlib import Path
-from modelstore.load.model_folder import OwnedFolder
+from modelstore.runtime import OwnedFolder
 folder = OwnedFolder(Path(sys.argv[1]))
 (folder.path / "mine").touch()
 print(folder.path, flush=True)

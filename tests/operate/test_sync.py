@@ -15,7 +15,7 @@ import pytest
 
 from modelstore import ModelStore
 from modelstore.settings import Settings
-from modelstore.volume import aliases, pins
+from modelstore.volume import aliases, pins, refs
 from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.verify import verify_snapshot
 from tests.conftest import Cli
@@ -130,6 +130,81 @@ def test_the_models_that_are_named_go_and_no_others(filled: ModelStore, cli: Cli
     assert "--to is missing" in cli("sync", code=2).stderr
     assert "copied from" in cli("sync", "--to", str(filled.layout.root), code=2).stderr
     assert "there is no folder" in cli("sync", "--to", str(tmp_path / "no" / "where"), code=1).stderr
+
+
+def test_a_file_that_is_missing_at_the_source_spares_the_others(filled: ModelStore, cli: Cli, tmp_path: Path) -> None:
+    snapshot = filled.lookup("org/name", dtype="bfloat16")
+    assert snapshot is not None
+    (snapshot.path / snapshot.weights[0].path).unlink()
+    target, second = other(tmp_path), other(tmp_path, "second")
+    done = cli("sync", "--to", str(target.layout.root), "--to", str(second.layout.root), code=1)
+    assert done.stderr.count("error: ") == 2, "one for each target"
+    for store in (target, second):
+        assert {(each.repo_id, each.dtype) for each in store.snapshots()} == {
+            ("org/name", "float16"),
+            ("org/other", "float16"),
+        }
+        assert store.lookup("@chat") is not None
+        assert pins.pinned(store.layout)
+
+
+def test_nothing_that_was_copied_makes_room_for_the_next(filled: ModelStore, cli: Cli, tmp_path: Path) -> None:
+    largest = max(snapshot.size_bytes for snapshot in filled.snapshots())
+    cli.env |= {"MODELSTORE_QUOTA": str(largest + 20_000), "MODELSTORE_EVICT": "1"}
+    target = other(tmp_path)
+    done = cli("sync", "--to", str(target.layout.root), code=6)
+    assert "MODELSTORE_QUOTA" in done.stderr
+    for name in aliases.names(target.layout):
+        assert target.lookup(f"@{name}") is not None
+
+
+def test_a_link_on_the_way_leads_nothing_out_of_the_target(filled: ModelStore, cli: Cli, tmp_path: Path) -> None:
+    snapshot = filled.lookup("org/name")
+    assert snapshot is not None
+    target = other(tmp_path)
+    planted = target.layout.snapshot(snapshot.key)
+    planted.mkdir(parents=True)
+    (tmp_path / "victim").mkdir()
+    (planted / "config.json").symlink_to(tmp_path / "victim" / "file")
+    cli("sync", "org/name", "--to", str(target.layout.root), code=8)
+    assert not list((tmp_path / "victim").iterdir())
+
+
+def test_the_old_name_of_a_repo_leads_to_it_there_too(filled: ModelStore, cli: Cli, tmp_path: Path) -> None:
+    snapshot = filled.lookup("org/name")
+    assert snapshot is not None
+    to = refs.Recorded("org/name", snapshot.commit)
+    path = filled.layout.ref("old/name", "main")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(refs.encode_record("main", to, "old/name"))
+    (path.parent / "damaged.json").write_bytes(b"{")
+    target = other(tmp_path)
+    cli("sync", "old/name", "--to", str(target.layout.root))
+    found = target.lookup("old/name")
+    assert found is not None
+    assert found.repo_id == "org/name"
+
+
+@pytest.mark.parametrize("source", ["folder", "bucket"])
+def test_a_place_without_a_store_is_no_success(cli: Cli, s3: S3, tmp_path: Path, source: str) -> None:
+    (tmp_path / "empty").mkdir()
+    done = cli(
+        "sync",
+        "--from",
+        str(tmp_path / "empty") if source == "folder" else BUCKET,
+        "--to",
+        str(tmp_path / "to"),
+        code=1,
+    )
+    assert "no store at" in done.stderr
+
+
+def test_a_target_of_a_newer_version_is_left_alone(filled: ModelStore, cli: Cli, tmp_path: Path) -> None:
+    target = other(tmp_path)
+    target.layout.root.mkdir()
+    target.layout.format_file.write_text("2\n")
+    assert "upgrade" in cli("sync", "--to", str(target.layout.root), code=8).stderr
+    assert [path.name for path in target.layout.root.iterdir()] == ["FORMAT"]
 
 
 @pytest.mark.parametrize("place", ["folder", "bucket"])

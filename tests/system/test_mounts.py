@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,7 +181,11 @@ def test_four_seeders_on_two_mounts_make_one_snapshot(volume: Volume, full: Sett
         )
         for number in range(4)
     ]  # fmt: skip
-    errors = [seeder.communicate(timeout=120)[1] for seeder in seeders]
+    try:
+        errors = [seeder.communicate(timeout=120)[1] for seeder in seeders]
+    finally:
+        for seeder in seeders:
+            seeder.kill()
     assert [seeder.returncode for seeder in seeders] == [0] * 4, errors
     for each in (full, other):
         assert within(15, lambda: ModelStore(each.root, settings=each).lookup("org/name") is not None)  # noqa: B023
@@ -195,9 +198,11 @@ def test_a_download_that_was_killed_goes_on_from_the_other_mount(volume: Volume,
     env = os.environ | {"HF_ENDPOINT": hub.url, "MODELSTORE_VOLUME": "full", "MODELSTORE_ROOT": str(full.root)}
     seeder = subprocess.Popen([sys.executable, "-m", "modelstore", "seed", "org/name", "-q"], env=env)
     staging = full.root / "staging"
-    assert within(30, lambda: any(staging.glob("*/*/*/done/*.safetensors.json")))
-    seeder.send_signal(signal.SIGKILL)
-    seeder.wait()
+    try:
+        assert within(30, lambda: any(staging.glob("*/*/*/done/*.safetensors.json")))
+    finally:
+        seeder.send_signal(signal.SIGKILL)
+        seeder.wait()
     hub.faults.bytes_per_s = 0
     other = on_the_other(volume, full)
     assert within(15, lambda: any((other.root / "staging").glob("*/*/*/done/*.safetensors.json")))
@@ -226,8 +231,7 @@ def test_a_mount_whose_daemon_is_gone_is_one_line(hub: Hub) -> None:
         settings = Settings(root=volume.first / "modelstore", hf_endpoint=hub.url)
         volume.daemons[0].kill()
         volume.daemons[0].wait()
-        with suppress(subprocess.TimeoutExpired):
-            done = modelstore(settings, "seed", "org/name", code=1)
-            lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-            assert len(lines) == 1, done.stderr
-            assert "Traceback" not in done.stderr
+        done = modelstore(settings, "seed", "org/name", code=1)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, done.stderr
+        assert "Traceback" not in done.stderr

@@ -46,6 +46,8 @@ PROVEN = Capabilities("yes", "yes", "yes", "yes", "yes", "yes", "yes")
         ("gcsfuse", "fuse", "a bucket through gcsfuse", "bucket"),
         ("blobfuse2", "fuse", "a container of blobs through blobfuse", "bucket"),
         ("/data", "fuse", "another folder through FUSE", "unknown"),
+        ("/dev/sdb1", "fuseblk", "a disk through FUSE", "host"),
+        ("/dev/sdb1", "exfat", "exfat", "host"),
         ("/data", "fuse.bindfs", "another folder through bindfs", "unknown"),
         ("/a:/b", "fuse.mergerfs", "several folders through mergerfs", "unknown"),
         ("unionfs", "fuse.unionfs", "several folders through unionfs", "unknown"),
@@ -90,9 +92,11 @@ def test_what_one_mount_cannot_show_counts_only_for_a_known_kind(
     use = use_of(store.layout, store.settings)
     assert use.mode == mode
     assert may_change(store.layout, store.settings) == (mode == "full")
-    found = use.capabilities
-    assert found.refused_rename == found.random_writes == found.hard_links == "yes", "one mount shows these"
-    assert found.exclusive_create == found.fresh_names == ("yes" if mode == "full" else "unproven")
+    assert use.capabilities.exclusive_create == ("yes" if mode == "full" else "unproven")
+    assert store.layout.root.exists() == (mode == "full"), "what no trial could prove is not written to"
+    shown = probe(store.layout)
+    assert shown.refused_rename == shown.random_writes == shown.hard_links == "yes", "one mount shows these"
+    assert shown.exclusive_create == shown.fresh_names == ("yes" if mode == "full" else "unproven")
 
 
 @pytest.mark.parametrize("name", [name for name, meaning in capabilities.MEANINGS.items() if meaning.is_needed])
@@ -150,7 +154,7 @@ def test_a_record_of_the_host_that_is_damaged_is_made_again(
 
 
 def test_a_full_volume_is_not_a_read_only_one(
-    store: ModelStore, as_kind: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, as_kind: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     as_kind("mfs#h:1", "fuse")
 
@@ -159,9 +163,34 @@ def test_a_full_volume_is_not_a_read_only_one(
 
     with monkeypatch.context() as patch:
         patch.setattr(durable, "open_for_write", full)
-        with pytest.raises(NoSpace):
-            use_of(store.layout, store.settings)
-    assert use_of(store.layout, store.settings).mode == "full", "nothing was kept of it"
+        assert use_of(store.layout, store.settings).mode == "full", "a removal must go on"
+    assert not list(tmp_path.glob("tmp/modelstore-*/volumes/*.json")), "nothing was kept of it"
+
+
+def test_a_fault_that_passes_is_not_kept(
+    store: ModelStore, as_kind: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An error of the moment, or a trash that another worker has emptied: tried twice, and again by the next one."""
+    as_kind("mfs#h:1", "fuse")
+    tried: list[int] = []
+    real = durable.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if source.name == "staged":
+            tried.append(1)
+            if len(tried) in fails:
+                raise OSError(5, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(durable, "rename", failing)
+    fails = {1}
+    assert use_of(store.layout, store.settings).mode == "full"
+    as_kind("mfs#h:2", "fuse")
+    tried.clear()
+    fails = {1, 2}
+    assert use_of(store.layout, store.settings).mode == "read-only"
+    capabilities._known.cache_clear()
+    assert use_of(store.layout, store.settings).mode == "full"
 
 
 def test_the_setting_decides(store: ModelStore, as_kind: Callable[[str, str], None]) -> None:

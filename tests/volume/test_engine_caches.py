@@ -284,5 +284,5 @@ def test_caches_that_nobody_uses_are_collected(layout: Layout, snapshot: Snapsho
     for path in (*folder.iterdir(), folder):
         os.utime(path, (1e9, 1e9))
     assert len(find_garbage(layout, grace_s=0)) == 2
-    engine_caches.read(layout, snapshot.key, key_of(FACTS), None)
+    engine_caches.note_use(layout, snapshot.key, key_of(FACTS))
     assert len(find_garbage(layout, grace_s=0)) == 1, "a use is a use"
