@@ -187,8 +187,6 @@ def collect_garbage(
 ) -> None:
     """Remove abandoned downloads, trash and quarantine. With --to also the models that were not used for longest."""
     store = context.volume()
-    if not dry_run:
-        store.check_may_change()
     layout, settings = store.layout, store.settings
     limit = parse_size("--to", to) if to is not None else None
     if to is not None and to.strip().isdigit() and 0 < int(to) < 10**6:  # 150 hardly means bytes
@@ -198,6 +196,7 @@ def collect_garbage(
     refs.check_format(store.layout)
     plan = plan_collection(layout, settings, grace_s=grace_s, limit_bytes=limit)
     if not dry_run and (plan.garbage or plan.evicted):
+        store.check_may_change()
         planned = _collection(layout, plan, removed=False)
         parts = [(len(plan.evicted), "model"), (len(plan.garbage), "leftover")]
         label = " and ".join(those(count, noun) for count, noun in parts if count)

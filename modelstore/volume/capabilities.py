@@ -29,7 +29,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from modelstore.errors import ModelStoreError, NoSpace, ReadOnlyVolume
+from modelstore.errors import ModelStoreError, NoSpace, ReadOnlyVolume, RootUnusable
 from modelstore.mount import Kind, kind_of, mount_of, read_mounts
 from modelstore.runtime import runtime_folder
 from modelstore.settings import Settings, VolumeMode
@@ -171,7 +171,7 @@ def is_mounted_read_only(root: Path) -> bool:
     """Whether the file system of this folder, or of the nearest one above that is there, takes no writes."""
     try:
         return bool(os.statvfs(_existing(root)).f_flag & os.ST_RDONLY)
-    except OSError:
+    except (ModelStoreError, OSError):
         return False
 
 
@@ -191,8 +191,11 @@ def _kind(root: Path) -> Kind:
 
 
 def _existing(path: Path) -> Path:
-    """The folder, or the nearest one above that is there. Raises RootUnusable if that cannot be told."""
-    return next(folder for folder in (path, *path.parents) if tree.exists(folder))
+    """The folder, or the nearest one above that is there. Raises RootUnusable if it is none, or that cannot be told."""
+    nearest = next(folder for folder in (path, *path.parents) if tree.exists(folder))
+    if not nearest.is_dir():
+        raise RootUnusable(f"cannot write {path}: {nearest} is no folder; mount the volume, or set MODELSTORE_ROOT")
+    return nearest
 
 
 def _cached(layout: Layout) -> Capabilities:

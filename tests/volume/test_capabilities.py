@@ -205,7 +205,6 @@ CHANGES = [
     ["seed", "org/other"],
     ["rm", "org/name", "--yes"],
     ["rm", "--unfinished", "--yes"],
-    ["gc", "--yes"],
     ["gc", "--to", "0B", "--yes"],
     ["pin", "org/name"],
     ["unpin", "org/name"],
