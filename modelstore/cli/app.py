@@ -207,7 +207,16 @@ def _errors(context: Context) -> Iterator[None]:
 
 def _interrupted(_signum: int, _frame: object) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.unraisablehook = _interrupted_in_a_finalizer
     raise KeyboardInterrupt
+
+
+def _interrupted_in_a_finalizer(raised: sys.UnraisableHookArgs) -> None:
+    """End if the interruption came while an object was finalized, where Python would drop it with a traceback."""
+    if isinstance(raised.exc_value, KeyboardInterrupt):
+        print(INTERRUPTED, file=sys.stderr, flush=True)
+        os._exit(130)
+    sys.__unraisablehook__(raised)
 
 
 def report_error(error: ModelStoreError, context: Context) -> None:

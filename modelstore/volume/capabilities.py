@@ -154,8 +154,8 @@ def check_may_change(layout: Layout, settings: Settings) -> None:
         )
     raise ReadOnlyVolume(
         f"{layout.root} is {use.kind.name}, used read-only because {use.reason}: fill it with `modelstore seed REF "
-        "--to s3://VOLUME@DATACENTER`, use a network volume, or see `modelstore doctor`; if no other host uses it, set "
-        "MODELSTORE_VOLUME=full"
+        "--to s3://VOLUME@DATACENTER`, let MODELSTORE_ROOT name a network volume, or see `modelstore doctor`; if no "
+        "other host uses it, set MODELSTORE_VOLUME=full"
     )
 
 

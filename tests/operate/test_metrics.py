@@ -45,7 +45,7 @@ def test_starts_bytes_events_and_space_are_told(hub: Hub, cli: Cli, store: Model
     assert one is not None
     assert bad is not None
     assert evict(store.layout, one.key)
-    (bad.path / bad.weights[0].path).write_bytes(b"wrong")
+    (bad.path / bad.weights[0].path).write_bytes(bytes(bad.weights[0].size_bytes + 1))
     store.ensure("org/bad")
     cli.env["MODELSTORE_QUOTA"] = "1GB"
     found = parsed(cli("metrics").stdout)

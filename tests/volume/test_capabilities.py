@@ -267,7 +267,13 @@ def test_a_miss_says_before_the_first_byte_what_the_volume_lacks(
     with pytest.raises(ReadOnlyVolume) as raised:
         store.ensure("org/name")
     text = str(raised.value)
-    for words in ("a bucket through s3fs", "read-only", "not proven", "seed REF --to s3://", "network volume"):
+    for words in (
+        "a bucket through s3fs",
+        "read-only",
+        "not proven",
+        "seed REF --to s3://",
+        "MODELSTORE_ROOT name a network volume",
+    ):
         assert words in text
     assert not hub.served.bytes["model.safetensors"]
     assert not (store.layout.root / "claims").exists()
