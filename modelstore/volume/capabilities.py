@@ -436,13 +436,12 @@ def _seconds_until(is_so: Callable[[], bool]) -> float | None:
 
 def _raced(path: Path, other: Path) -> bool:
     """Whether both mounts create the same file at the same time, each while the other still has it open."""
-    barrier, created, fds = threading.Barrier(2), [False, False], [-1, -1]
+    barrier, fds = threading.Barrier(2), [-1, -1]
 
     def create(number: int, name: Path) -> None:
         barrier.wait()
         with suppress(OSError, ModelStoreError):
             fds[number] = durable.open_for_write(name, exclusive=True)
-            created[number] = True
 
     threads = [threading.Thread(target=create, args=each) for each in enumerate((path, other))]
     for thread in threads:
@@ -453,7 +452,7 @@ def _raced(path: Path, other: Path) -> bool:
         if fd >= 0:
             with suppress(OSError):
                 os.close(fd)
-    return all(created)
+    return all(fd >= 0 for fd in fds)
 
 
 def _locked_across(folder: Path, other: Path) -> _Finding:

@@ -368,11 +368,9 @@ def is_held_open(name: str) -> bool:
 
 def _ignore_missing_and_held(_function: object, path: Any, info: tuple[object, BaseException, object]) -> None:
     error = info[1]
-    if isinstance(error, FileNotFoundError) or not isinstance(error, OSError):
-        if isinstance(error, FileNotFoundError):
-            return
-        raise error
-    if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
+    if isinstance(error, FileNotFoundError):
+        return
+    if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
         place = Path(os.fsdecode(path))
         names = [place.name] if not place.is_dir() else [each.name for each in place.rglob("*") if not each.is_dir()]
         if names and all(map(is_held_open, names)):
