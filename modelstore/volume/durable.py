@@ -61,7 +61,11 @@ def _mapped(error: OSError, path: Path) -> ModelStoreError | OSError:
         return NoSpace(f"no inodes are left for {path}, though there may be space: remove files, or a model")
     if error.errno in _FULL:
         return NoSpace(f"no space for {path}: {error.strerror}; free some, raise the quota, or remove a model")
-    return _unusable(error, path) if error.errno in _UNUSABLE else error
+    if error.errno in _UNUSABLE:
+        return _unusable(error, path)
+    if error.filename is None:  # of a call on a descriptor
+        error.filename = str(path)
+    return error
 
 
 def _has_no_inodes(path: Path) -> bool:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from modelstore.errors import ModelStoreError, NoSpace, RootUnusable, UnsafeName
+from modelstore.errors import ModelStoreError, NoSpace
 from modelstore.units import printable
 from modelstore.volume import durable, tree
 from modelstore.volume.layout import Layout, SnapshotKey, key_from_parts
@@ -167,14 +167,14 @@ def users_of(marks: Sequence[Mark], now: float) -> tuple[str, ...]:
 
 
 def volume_time(layout: Layout) -> float:
-    """Now, in seconds, as the volume tells it; as this host does if the volume is empty or not ours to write."""
+    """Now, in seconds, as the volume tells it; as this host does if the volume is empty or takes no change."""
     if not layout.format_file.exists() or os.statvfs(layout.root).f_flag & os.ST_RDONLY:
         return time.time()
     clock = layout.root / "used" / ".clock"
     try:
         tree.check_no_links(layout.root, clock)
         return durable.touch(clock)
-    except (RootUnusable, UnsafeName, NoSpace) as error:
+    except (ModelStoreError, OSError) as error:  # rclone without a cache of writes changes no file that is there
         logger.debug("this host's clock is used: %s", error)
         return time.time()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,10 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from modelstore.errors import NoSpace
+from modelstore.errors import ModelStoreError, NoSpace
 from modelstore.store import ModelStore
+from modelstore.volume import durable, pins
 from modelstore.volume import evict as evict_module
-from modelstore.volume import pins
 from modelstore.volume.claim import Claim, Contender
 from modelstore.volume.evict import evict, least_recently_used, survey
 from modelstore.volume.layout import StagingLayout
@@ -293,6 +295,21 @@ def test_a_damaged_snapshot_is_mended_under_a_tight_quota(hub: Hub, make_store: 
     mended = store.ensure("org/a", damaged=snapshot)
     assert verify_snapshot(mended).ok
     assert tree_bytes(store.settings.root) < 1_700_000
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EIO, errno.EROFS, errno.ENOSPC])
+def test_a_volume_whose_clock_cannot_be_set_is_read_by_the_clock_of_this_host(
+    hub: Hub, store: ModelStore, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    seeded(hub, store, "a")
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert abs(pins.volume_time(store.layout) - time.time()) < 60
+    with pytest.raises((OSError, ModelStoreError), match=re.escape(str(store.layout.root))):
+        durable.touch(store.layout.root / "touched")
 
 
 def test_two_processes_of_one_worker_have_a_mark_each(hub: Hub, store: ModelStore) -> None:
