@@ -3,6 +3,7 @@
 
     python scripts/dev/model_types.py            write the table
     python scripts/dev/model_types.py --check    exit 1, with a diff, if the committed one differs
+    python scripts/dev/model_types.py --check --sample 20    the same for 20 folders, others each time
 
 For each `model_type`, of all its loadable classes, built tiny on the meta device (`tiny_models.py`):
 
@@ -38,9 +39,12 @@ import importlib
 import inspect
 import json
 import multiprocessing
+import random
 import re
+import secrets
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -259,15 +263,18 @@ _CONTINUE_TEXT = frozenset(
 )
 
 
-def build_table() -> dict[str, object]:
+def build_table(committed: Mapping[str, Any], sample: int | None, seed: int) -> dict[str, object]:
+    """The table; the entries of folders that are not in the `sample` are those of the committed one."""
     types = sorted(CONFIG_MAPPING_NAMES)
     folders = sorted({model_type_to_module_name(name) for name in types})
+    chosen = folders if sample is None else random.Random(seed).sample(folders, min(sample, len(folders)))
     with multiprocessing.get_context("fork").Pool() as pool:
-        facts = dict(zip(folders, pool.map(facts_of, folders, chunksize=2), strict=True))
+        facts = dict(zip(chosen, pool.map(facts_of, chosen, chunksize=2), strict=True))
+    before = committed.get("model_types", {})
     return {
         "made_by": "scripts/dev/model_types.py",
         "transformers": transformers.__version__,
-        "model_types": {name: facts[model_type_to_module_name(name)] for name in types},
+        "model_types": {name: facts.get(model_type_to_module_name(name), before.get(name)) for name in types},
         "diffusers": diffusers.__version__,
         "diffusers_classes": diffusers_classes(),
     }
@@ -296,16 +303,23 @@ def _compact(patterns: set[str], *, below: set[str]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare with the committed table, write nothing")
-    check = parser.parse_args().check
+    parser.add_argument("--sample", type=int, help="with --check: so many folders of transformers")
+    parser.add_argument("--seed", type=int, help="of the sample; another one each time without it")
+    options = parser.parse_args()
+    if options.sample is not None and not options.check:
+        parser.error("--sample is for --check: a table is written whole")
+    seed = options.seed if options.seed is not None else secrets.randbelow(2**31)
     gc.disable()  # importing every model makes a third more work of it
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    text = json.dumps(build_table(), indent=1) + "\n"
-    if not check:
+    committed = TABLE.read_text() if TABLE.exists() else "{}"
+    text = json.dumps(build_table(json.loads(committed), options.sample, seed), indent=1) + "\n"
+    if not options.check:
         TABLE.write_text(text)
         return 0
-    committed = TABLE.read_text()
+    if options.sample is not None:
+        print(f"--sample {options.sample} --seed {seed}")
     sys.stdout.writelines(difflib.unified_diff(committed.splitlines(True), text.splitlines(True), "committed", "now"))
     return int(committed != text)
 

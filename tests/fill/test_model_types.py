@@ -1,4 +1,4 @@
-"""The committed table of model types is that of this transformers."""
+"""The committed table of model types is that of this transformers: a sample of it, another one in each run."""
 
 import subprocess
 import sys
@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "dev" / "model_types.py"
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 def test_the_committed_table_is_that_of_the_installed_transformers() -> None:
-    script = Path(__file__).parent.parent.parent / "scripts" / "dev" / "model_types.py"
-    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    command = [sys.executable, SCRIPT, "--check", "--sample", "60"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"run scripts/dev/model_types.py and look at what changed:\n{done.stdout}{done.stderr}"

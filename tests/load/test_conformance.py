@@ -30,7 +30,7 @@ def sweep(*arguments: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_sample_of_all_classes_is_equal() -> None:
-    out = sweep("--sample", "60")
+    out = sweep("--sample", "30")
     assert "--seed" in out
     assert " 0 different" in out
 
