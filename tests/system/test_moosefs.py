@@ -467,7 +467,7 @@ def test_the_doctor_finds_a_real_moosefs_sound_from_two_mounts(fleet: Fleet) -> 
     for check in ("mount", "mode", "clock", *(name.replace("_", " ") for name in MEANINGS)):
         assert findings[check].level == "ok", findings[check]
     assert "mfs#" in findings["mount"].what
-    assert "MooseFS" in findings["mount"].what
+    assert "seen by the other mount" in findings["locks"].what
 
 
 def test_a_sync_to_a_bucket_and_back_goes_on_after_kills(hub: Hub, moosefs: MooseFS, tmp_path: Path) -> None:
