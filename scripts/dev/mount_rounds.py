@@ -89,7 +89,7 @@ def main() -> int:
                     twice += downloads > 1
                     problems += found
                     if found:
-                        print(*found, sep="\n", flush=True)
+                        print(f"round {number + 1}:", *found, sep="\n", flush=True)
             print(f"{number + 1} rounds, {len(problems)} problems", flush=True)
     print(
         f"{options.kind}: {options.rounds} rounds of {SEEDERS} seeders in {time.monotonic() - began:.0f} s: "
