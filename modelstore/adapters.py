@@ -70,7 +70,7 @@ def find_or_make(settings: Settings, name: str, base: SnapshotKey, timeline: Tim
 def _mended(store: ModelStore, reference: Reference, damaged: Snapshot | None) -> Snapshot:
     """Raises NotServable if an adapter cannot be made again: the model's own bytes are not at fault."""
     try:
-        return store.ensure(reference, dtype="keep", damaged=damaged)
+        return store.ensure(reference, dtype="keep", compressed=False, damaged=damaged)
     except IntegrityError as error:
         raise NotServable(f"the adapter {reference} is damaged, and cannot be made again: {error}") from error
 

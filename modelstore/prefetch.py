@@ -105,11 +105,12 @@ class StagingPrefetch(Observer):
 
     def finish(self, snapshot: Snapshot) -> Reading | None:
         """The reading of all of the snapshot, of which a part has arrived; None if other bytes were published."""
-        if any(snapshot.manifest.file(path) != record for path, record in self._followed.items()):
+        contents = {file.path: file for file in snapshot.manifest.contents}
+        if any(contents.get(path) != record for path, record in self._followed.items()):
             logger.info("%s was published with other bytes than those followed: it is read again", snapshot.key)
             self.give_up()
             return None
-        missing = [file for file in snapshot.manifest.files if file.path not in self._followed]
+        missing = [file for file in contents.values() if file.path not in self._followed]
         try:
             self._reading.add(snapshot.path, missing, block_bytes=snapshot.manifest.block_bytes)
         except SnapshotNotFound:  # evicted already: whoever asks will look again
@@ -130,14 +131,15 @@ class StagingPrefetch(Observer):
 
     def _take(self, key: SnapshotKey, folder: Path, record: FileRecord) -> None:
         with self._lock:
-            memory = self._kept.pop(record.path, None)
-            if not self._is_of(key) or record.path in self._followed:
+            content = record.content
+            memory = self._kept.pop(content.path, None)
+            if not self._is_of(key) or content.path in self._followed:
                 return
             if memory is not None:
-                self._reading.adopt(folder, record, memory, block_bytes=BLOCK_BYTES)
+                self._reading.adopt(folder, content, memory, block_bytes=BLOCK_BYTES)
             else:
-                self._reading.add(folder, [record], block_bytes=BLOCK_BYTES)
-            self._followed[record.path] = record
+                self._reading.add(folder, [content], block_bytes=BLOCK_BYTES)
+            self._followed[content.path] = content
 
     def _look(self, key: SnapshotKey) -> None:
         folders = staging_folders(self._layout.staging(key))
@@ -149,6 +151,6 @@ class StagingPrefetch(Observer):
             if name in self._followed or not name.endswith(".safetensors"):
                 continue
             record = finished_record(path)
-            if record is not None and record.path == name:
+            if record is not None and record.content.path == name:
                 logger.info("reading %s, which is finished, while the rest is made", name)
                 self._take(key, staging.snapshot, record)

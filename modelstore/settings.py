@@ -46,6 +46,7 @@ class Settings:
     model: Reference | None = None
     dtype: Dtype | None = None
     volume_mode: VolumeMode | None = None
+    compress: bool = False
     quota_bytes: int | None = None
     evict: bool = False
     lease_s: float = 30.0
@@ -374,6 +375,12 @@ FIELDS = (
         _volume_mode,
         "`full`: store models on the volume though it cannot be shown to be safe, after `modelstore doctor --peer`; "
         "`read-only`: change nothing there; without it by what the volume can do (docs/operations.md)",
+    ),
+    Field(
+        "MODELSTORE_COMPRESS",
+        "compress",
+        _switch,
+        "`1`: store weights in fewer bytes, without loss, and prefer those that are (docs/operations.md)",
     ),
     Field(
         "MODELSTORE_QUOTA",

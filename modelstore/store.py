@@ -57,7 +57,7 @@ class ModelStore:
     ) -> None:
         self.settings = replace(settings or Settings.from_env(root=Path(root)), root=Path(root).absolute())
         self.layout = Layout(self.settings.root)
-        self.catalog = Catalog(self.layout)
+        self.catalog = Catalog(self.layout, compressed=self.settings.compress)
         self._sleep = sleep
         self._clock = clock
 
@@ -105,6 +105,7 @@ class ModelStore:
         *,
         revision: str | None = None,
         dtype: str | None = None,
+        compressed: bool | None = None,
         overflow: Overflow = "stop",
     ) -> dict[str, Any]:
         """The outcome of `ensure(…, refresh=True)`, without doing it: `status` is "present", "resumable", "missing" or
@@ -121,7 +122,13 @@ class ModelStore:
         key = SnapshotKey(resolved.repo_id, resolved.commit, variant)
         snapshot = self._published(key, accepted_dtypes(variant, overflow))
         code = source.may_bring_code(resolved, self.settings, named=named)
-        request = FillRequest(source=source, resolved=resolved, dtype=variant, code=code)
+        request = FillRequest(
+            source=source,
+            resolved=resolved,
+            dtype=variant,
+            compressed=self.settings.compress if compressed is None else compressed,
+            code=code,
+        )
         return self._preview(request, snapshot)
 
     def _preview(self, request: FillRequest, snapshot: Snapshot | None) -> dict[str, Any]:
@@ -196,6 +203,7 @@ class ModelStore:
         *,
         revision: str | None = None,
         dtype: str | None = None,
+        compressed: bool | None = None,
         refresh: bool = False,
         overflow: Overflow = "stop",
         damaged: Snapshot | None = None,
@@ -205,11 +213,13 @@ class ModelStore:
     ) -> Snapshot:
         """The snapshot, downloaded if need be by exactly one of the processes that ask for it at once.
 
-        `dtype`: without one here or in the settings, the variant that was seeded last, else float16. `refresh`: ask the
-        source for the newest commit of the revision, even if the volume has an answer, and let the fleet use the
-        result, as `seed` does; float16 then, if no dtype is given. `overflow="bfloat16"`: if a weight does not fit
-        float16, store the bfloat16 variant instead. `damaged`: a snapshot whose bytes a load found to be wrong; it is
-        compared again, and if need be quarantined and made anew, from the files of it that are intact and the source.
+        `dtype`: without one here or in the settings, the variant that was seeded last, else float16. `compressed`:
+        whether weights that are stored now are, MODELSTORE_COMPRESS by default; what is there is taken as it is.
+        `refresh`: ask the source for the newest commit of the revision, even if the volume has an answer, and let the
+        fleet use the result, as `seed` does; float16 then, if no dtype is given. `overflow="bfloat16"`: if a weight
+        does not fit float16, store the bfloat16 variant instead. `damaged`: a snapshot whose bytes a load found to be
+        wrong; it is compared again, and if need be quarantined and made anew, from the files of it that are intact and
+        the source.
         `wait_s`: how long to wait for another's claim, MODELSTORE_WAIT_S by default.
 
         Raises a ModelStoreError: NotFound, AccessDenied, HubUnavailable, IntegrityError, NoSpace, WaitTimeout, Refused.
@@ -242,10 +252,13 @@ class ModelStore:
             source, resolved = self._resolve(parsed, refresh=refresh)
         if mended is not None and (mended.repo_id, mended.commit) == (resolved.repo_id, resolved.commit):
             damaged, variant = mended, parse_dtype("dtype", mended.dtype)
+        if damaged is not None:
+            compressed = damaged.key.compressed
         request = FillRequest(
             source=source,
             resolved=resolved,
             dtype=variant,
+            compressed=self.settings.compress if compressed is None else compressed,
             code=source.may_bring_code(resolved, self.settings, named=named),
             damaged=damaged,
             wait_s=wait_s,
@@ -344,7 +357,7 @@ class ModelStore:
 
     def _published(self, key: SnapshotKey, dtypes: Sequence[Dtype]) -> Snapshot | None:
         """The first of these variants of a snapshot that is published."""
-        return next(filter(None, (self.catalog.published(replace(key, dtype=dtype)) for dtype in dtypes)), None)
+        return next(filter(None, (self.catalog.published_twin(replace(key, dtype=dtype)) for dtype in dtypes)), None)
 
     def _obtain(self, request: FillRequest) -> Snapshot:
         """Claim and fill, or wait for the process that does; the volume is looked at again after every change."""

@@ -87,7 +87,7 @@ class PendingStart:
 
         Raises DigestMismatch if the damage cannot be mended, and whatever `load` raises.
         """
-        files = (file.path for file in self.snapshot.manifest.files)
+        files = (file.path for file in self.snapshot.manifest.contents)
         try:
             check_configs(self.snapshot.path, files, str(self.snapshot.key))
             self._check_gpus()
@@ -231,7 +231,8 @@ def begin(
     try:
         for attempt in range(_LOOKS):
             with timeline.span("lookup"):
-                snapshot = Catalog(layout).find(settings.model, settings.dtype, worker=settings.worker_id)
+                catalog = Catalog(layout, compressed=settings.compress)
+                snapshot = catalog.find(settings.model, settings.dtype, worker=settings.worker_id)
             if snapshot is None and target == "shared":
                 from modelstore.store import ModelStore
 
@@ -298,7 +299,8 @@ def find_or_make(settings: Settings, timeline: Timeline, check_config: CheckConf
         raise _no_model()
     settings.check_allowed(settings.model)
     with timeline.span("lookup"):
-        snapshot = Catalog(Layout(settings.root)).find(settings.model, settings.dtype, worker=settings.worker_id)
+        catalog = Catalog(Layout(settings.root), compressed=settings.compress)
+        snapshot = catalog.find(settings.model, settings.dtype, worker=settings.worker_id)
     if snapshot is not None:
         return snapshot
     from modelstore.store import ModelStore

@@ -246,7 +246,7 @@ class DiffusionEngine:
             "model": self.model,
             "commit": self._snapshot.commit,
             "dtype": self._snapshot.dtype,
-            "memory": {"weights_bytes": self._snapshot.size_bytes, "device": str(self._pipeline.device)},
+            "memory": {"weights_bytes": self._snapshot.plain_bytes, "device": str(self._pipeline.device)},
         }
 
     def close(self) -> None:

@@ -177,7 +177,7 @@ class EmbeddingEngine:
             "model": self.model,
             "commit": self._snapshot.commit,
             "dtype": self._snapshot.dtype,
-            "memory": {"weights_bytes": self._snapshot.size_bytes, "device": str(self._encoder.device)},
+            "memory": {"weights_bytes": self._snapshot.plain_bytes, "device": str(self._encoder.device)},
         }
 
     def close(self) -> None:

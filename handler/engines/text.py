@@ -282,7 +282,8 @@ class TextEngine:
         assert settings.model is not None
         settings.check_allowed(settings.model)
         with timeline.span("lookup"):
-            snapshot = Catalog(Layout(settings.root)).find(settings.model, settings.dtype, worker=settings.worker_id)
+            catalog = Catalog(Layout(settings.root), compressed=settings.compress)
+            snapshot = catalog.find(settings.model, settings.dtype, worker=settings.worker_id)
         for loaded in (self._loaded, self._kept):
             if loaded is not None and snapshot is not None and snapshot.key == loaded.key:
                 timeline.commit, timeline.dtype = snapshot.commit, snapshot.dtype

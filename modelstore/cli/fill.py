@@ -38,12 +38,18 @@ def seed(
     ] = None,
     dtype: DTYPE = None,
     revision: REVISION = None,
+    compress: Annotated[
+        bool | None,
+        typer.Option("--compress/--plain", help="Store weights in fewer bytes, or plain; MODELSTORE_COMPRESS else."),
+    ] = None,
     overflow: Annotated[
         str, typer.Option("--overflow", help="What to do if a weight does not fit float16: stop, or store bfloat16.")
     ] = "stop",
     listed: Annotated[
         Path | None,
-        typer.Option("--from", help="A TOML file of [[model]] tables: reference, dtype, overflow, aliases, pin."),
+        typer.Option(
+            "--from", help="A TOML file of [[model]] tables: reference, dtype, overflow, aliases, pin, compress."
+        ),
     ] = None,
     prune: Annotated[
         bool, typer.Option("--prune", help="With --from: then remove models that the list does not name.")
@@ -74,13 +80,16 @@ def seed(
     targets = _targets(to) if to else []
     if prune and targets:
         raise UsageError("--prune removes from the volume that is mounted, and --to fills others: use one of them")
-    if listed is not None and not references and (dtype or revision or overflow != "stop"):
-        raise UsageError("--dtype, --revision and --overflow are for models named here: write them into the list")
+    if listed is not None and not references and (dtype or revision or overflow != "stop" or compress is not None):
+        raise UsageError(
+            "--dtype, --revision, --overflow and --compress are for models named here: write them into the list"
+        )
     allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     store = context.store(**{name: True for name, is_allowed in allowed.items() if is_allowed})
     parsed_dtype = parse_dtype("--dtype", dtype) if dtype else None
     models = [
-        ListedModel(parse_reference(text, revision=revision), parsed_dtype, overflow) for text in references or ()
+        ListedModel(parse_reference(text, revision=revision), parsed_dtype, overflow, compress=compress)
+        for text in references or ()
     ]
     models += read_list(listed) if listed is not None else ()
     if not models:

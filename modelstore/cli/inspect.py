@@ -21,11 +21,12 @@ from modelstore.cli.output import (
     print_snapshot,
     print_unfinished,
     print_verified,
+    variant,
     without_status,
 )
 from modelstore.errors import UsageError
 from modelstore.operate import inventory
-from modelstore.operate.inventory import find_key, find_snapshot
+from modelstore.operate.inventory import find_key, find_plain, find_snapshot, with_twin
 from modelstore.store import ModelStore
 from modelstore.units import ago, counted, size, span
 from modelstore.volume import capabilities, engine_caches
@@ -106,7 +107,7 @@ def du(context: Context) -> None:
                 "size": size(model["bytes"]),
                 "model": model["repo_id"],
                 "commit": model["commit"][:12],
-                "dtype": model["dtype"],
+                "dtype": variant(model),
                 "last used": ago(model["idle_s"]),
                 "kept because": model["kept_because"],
             }
@@ -243,7 +244,7 @@ def path(
     revision: REVISION = None,
 ) -> None:
     """Print the folder of a snapshot; touches no network."""
-    snapshot = find_snapshot(context.store(), reference, revision, dtype)
+    snapshot = find_plain(context.store(), reference, revision, dtype)
     print(json.dumps({"path": str(snapshot.path)}) if context.json else snapshot.path)
 
 
@@ -266,7 +267,7 @@ def verify(
         raise UsageError("--max-seconds must be a number above 0")
     in_parts = sample is not None or max_seconds is not None
     until = time.monotonic() + (max_seconds or float("inf"))
-    keys = [find_key(store, reference, revision, dtype)] if reference else list(store.catalog.keys())
+    keys = list(with_twin(store, find_key(store, reference, revision, dtype)) if reference else store.catalog.keys())
     if in_parts:  # the snapshot that was compared longest ago comes first
         keys.sort(key=lambda key: _mtime(store.layout.verified(key)))
     records = [_verify(store, key, stride, until, in_parts=in_parts) for key in keys]
@@ -286,7 +287,7 @@ def _models_table(console: Console, models: Sequence[Mapping[str, Any]]) -> Tabl
             {
                 "model": name if wide else "\n  ".join([name, *kept]),
                 "commit": model["commit"][:12],
-                "dtype": model["dtype"],
+                "dtype": variant(model),
                 "files": str(model["files"]),
                 "size": size(model["bytes"]),
                 "last used": "never" if model["idle_s"] is None else ago(model["idle_s"]),
@@ -307,7 +308,7 @@ def _claims_drawn(console: Console, records: list[dict[str, Any]], lease_s: floa
         {
             "model": record["repo_id"],
             "commit": record["commit"][:12],
-            "dtype": record["dtype"],
+            "dtype": variant(record),
             "worker": f"{record['worker']} ({record['host']})",
             "phase": record["phase"],
             "progress": f"{record['done'] / record['total']:.0%} of {size(record['total'])}" if record["total"] else "",

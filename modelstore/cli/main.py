@@ -12,13 +12,15 @@ from typing import Annotated, NoReturn
 import typer
 
 from modelstore import __version__
-from modelstore.cli import alias, fill, history, inspect, manage, start, sync
+from modelstore.cli import alias, fill, history, inspect, manage, recode, start, sync
 from modelstore.cli.app import prepare_streams, register
 
 # In the order of `--help`: fill, start, look, ask why, keep and take away.
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "seed": fill.seed,
     "sync": sync.sync,
+    "compress": recode.compress,
+    "expand": recode.expand,
     "adopt": fill.adopt,
     "export": fill.export,
     "warm": start.warm,

@@ -18,10 +18,10 @@ from modelstore.cli.app import (
     complete_reference,
     report_error,
 )
-from modelstore.cli.output import key_record, print_collected
+from modelstore.cli.output import key_record, print_collected, variant
 from modelstore.dtypes import parse_dtype
 from modelstore.errors import NoSpace, Refused, SnapshotNotFound, UsageError
-from modelstore.operate.inventory import find_key, find_snapshot, unfinished_record
+from modelstore.operate.inventory import find_key, find_snapshot, unfinished_record, with_twin
 from modelstore.reference import is_cut_commit, parse_reference, repo_id_of
 from modelstore.settings import parse_size
 from modelstore.store import ModelStore
@@ -64,7 +64,11 @@ def remove(
         return
     if not references:
         raise UsageError("REF is missing: name a model, as in `modelstore rm org/name`, or use --unfinished")
-    keys = dict.fromkeys(find_key(store, reference, revision, dtype, exact=True) for reference in references)
+    keys = dict.fromkeys(
+        key
+        for reference in references
+        for key in with_twin(store, find_key(store, reference, revision, dtype, exact=True))
+    )
     candidates = survey(store.layout, list(keys))
     for candidate in candidates:
         if candidate.pinned and not force:
@@ -87,7 +91,7 @@ def remove(
             raise Refused(f"{candidate.key} is being removed by another process: look at `modelstore ls`")
         folder = store.layout.snapshot(candidate.key)
         records.append(key_record(candidate.key, folder) | {"bytes": candidate.size_bytes, "removed": not dry_run})
-    _print_removed(context, records, lambda record: record["path"], single=len(references) == 1)
+    _print_removed(context, records, lambda record: record["path"], single=len(records) == len(references) == 1)
 
 
 def _removal(layout: Layout, candidate: Candidate) -> str:
@@ -173,7 +177,7 @@ def _print_removed(
 
 
 def _unfinished_label(record: dict[str, Any]) -> str:
-    return f"the unfinished download of {record['repo_id']} {record['commit'][:12]} {record['dtype']}"
+    return f"the unfinished download of {record['repo_id']} {record['commit'][:12]} {variant(record)}"
 
 
 def collect_garbage(

@@ -48,7 +48,7 @@ def _printable(value: Any) -> Any:
 
 def without_status(snapshot: Snapshot) -> dict[str, Any]:
     record = snapshot.as_json()
-    return {name: record[name] for name in ("repo_id", "commit", "dtype", "path", "files", "bytes")}
+    return {name: value for name, value in record.items() if name not in ("downloaded_bytes", "status")}
 
 
 def table(*names: str) -> Table:
@@ -105,15 +105,20 @@ def print_adopted(console: Console, records: Sequence[Mapping[str, Any]], *, pla
         console.print(f"{_outcome(how, record)}{made}\n{record['path']}")
 
 
+def variant(record: Mapping[str, Any]) -> str:
+    """The variant of a snapshot's record, in words."""
+    return f"{record['dtype']}{' compressed' if record.get('compressed') else ''}"
+
+
 def _outcome(how: str, record: Mapping[str, Any]) -> str:
-    model = f"{record['repo_id']} at {record['commit'][:12]} as {record['dtype']}"
+    model = f"{record['repo_id']} at {record['commit'][:12]} as {variant(record)}"
     return f"{how}: {model}, {counted(record['files'], 'file')}, {size(record['bytes'])}"
 
 
 def print_snapshot(console: Console, snapshot: Snapshot, caches: Sequence[Mapping[str, Any]] = ()) -> None:
     """`caches`: the records of the code that engines have compiled for it."""
     source = snapshot.manifest.source
-    console.print(f"{snapshot.repo_id} at {snapshot.commit} as {snapshot.dtype}")
+    console.print(f"{snapshot.repo_id} at {snapshot.commit} as {variant(snapshot.key.as_json())}")
     origin = f"hub {source.location} {source.revision}" if source.kind == "hub" else source.label
     console.print(f"{snapshot.path}\nfrom {origin}")
     if source.compared_with == "cache":
@@ -132,7 +137,7 @@ def print_collected(console: Console, record: Mapping[str, Any]) -> None:
         console.print(f"{verb} {item['kind']} {item['path']}, {size(item['bytes'])}")
     for item in record["evicted"]:
         console.print(
-            f"{verb} {item['repo_id']} {item['commit'][:12]} {item['dtype']}, {size(item['bytes'])}, "
+            f"{verb} {item['repo_id']} {item['commit'][:12]} {variant(item)}, {size(item['bytes'])}, "
             f"last used {ago(item['idle_s'])}"
         )
     nothing = not record["collected"] and not record["evicted"]
@@ -155,7 +160,7 @@ def unfinished_text(record: Mapping[str, Any]) -> str:
     share = f", {record['done'] / record['total']:.0%}" if record["total"] else ""
     state = "downloading" if record["running"] else "unfinished"
     kept = "" if record["running"] else f", kept for {span(record['kept_s'])} more"
-    return f"{record['repo_id']} {record['commit'][:12]} {record['dtype']}: {state}{share}{kept}"
+    return f"{record['repo_id']} {record['commit'][:12]} {variant(record)}: {state}{share}{kept}"
 
 
 def print_measured(console: Console, record: Mapping[str, Any]) -> None:
@@ -176,7 +181,7 @@ def print_measured(console: Console, record: Mapping[str, Any]) -> None:
 
 def print_verified(console: Console, records: list[dict[str, Any]]) -> None:
     for record in records:
-        line = f"{'ok ' if record['ok'] else 'BAD'} {record['repo_id']} {record['commit'][:12]} {record['dtype']}"
+        line = f"{'ok ' if record['ok'] else 'BAD'} {record['repo_id']} {record['commit'][:12]} {variant(record)}"
         if not record["complete"]:
             share = record["compared_bytes"] / record["planned_bytes"]
             line += f" ({share:.0%} compared in this run: run it again to go on)"
@@ -184,7 +189,8 @@ def print_verified(console: Console, records: list[dict[str, Any]]) -> None:
         for finding in record["findings"]:
             _print_finding(console, finding)
         if not record["ok"]:
-            command = f"modelstore seed {record['repo_id']}@{record['commit']} --dtype {record['dtype']}"
+            option = " --compress" if record.get("compressed") else ""
+            command = f"modelstore seed {record['repo_id']}@{record['commit']} --dtype {record['dtype']}{option}"
             if all(finding["foreign"] for finding in record["findings"]):
                 console.print("    a start never reads a file that the manifest does not name: remove it")
             elif is_local(record["repo_id"]):
@@ -209,7 +215,7 @@ def print_preview(console: Console, preview: SeedPreview) -> None:
             )
             continue
         sizes = (size(record["bytes"]), size(record["downloaded_bytes"]))
-        rows.add_row(record["repo_id"], record["commit"][:12], record["dtype"], *sizes, record["status"])
+        rows.add_row(record["repo_id"], record["commit"][:12], variant(record), *sizes, record["status"])
     console.print(rows)
     for name in preview.aliases_moved:
         console.print(f"would point @{name} somewhere else than now")
@@ -236,7 +242,7 @@ def print_seed_result(console: Console, records: Sequence[Mapping[str, Any]]) ->
     for record in records:
         if "error" in record or "path" in record:
             continue
-        text = f"{record['status']}: {record['repo_id']} at {record['commit'][:12]} as {record['dtype']}"
+        text = f"{record['status']}: {record['repo_id']} at {record['commit'][:12]} as {variant(record)}"
         if "to" in record:
             console.print(f"{text} on {record['to']}, {size(record['uploaded_bytes'])} sent")
         else:

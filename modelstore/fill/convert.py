@@ -21,8 +21,9 @@ import numpy.typing as npt
 from modelstore.dtypes import DTYPES, Dtype
 from modelstore.errors import BadSafetensors, WeightOverflow
 from modelstore.fill.storage_policy import CONVERTED, StoragePolicy
+from modelstore.fill.stored_file import StoredFile
 from modelstore.volume import durable
-from modelstore.volume.checksums import Digests, RunningDigests
+from modelstore.volume.content import read_content
 from modelstore.volume.header import (
     DTYPE_BITS,
     LENGTH_BYTES,
@@ -32,6 +33,7 @@ from modelstore.volume.header import (
     header_length,
     parse_header,
 )
+from modelstore.volume.manifest import FileRecord
 
 CHUNK_BYTES = 8 << 20
 _MOST_NAMED = 5
@@ -53,13 +55,15 @@ def _set_dtype(config: dict[str, Any], dtype: Dtype) -> None:
             _set_dtype(value, dtype)
 
 
-def read_header(path: Path, *, where: str) -> Header:
-    """The checked header of a safetensors file; `where` names it in errors."""
+def read_header(path: Path, *, where: str, content: FileRecord | None = None) -> Header:
+    """The checked header of a safetensors file; `where` names it in errors. `content`: what the file at `path` holds,
+    if it may be compressed."""
     fd = durable.open_for_read(path)
     try:
-        file_bytes = os.fstat(fd).st_size
-        length = header_length(os.pread(fd, LENGTH_BYTES, 0), file_bytes=file_bytes, where=where)
-        return parse_header(os.pread(fd, length, LENGTH_BYTES), file_bytes=file_bytes, where=where)
+        content = content or FileRecord(path.name, os.fstat(fd).st_size, "", "")
+        size = content.size_bytes
+        length = header_length(read_content(fd, content, LENGTH_BYTES, 0), file_bytes=size, where=where)
+        return parse_header(read_content(fd, content, length, LENGTH_BYTES), file_bytes=size, where=where)
     finally:
         os.close(fd)
 
@@ -85,39 +89,24 @@ def converted_tensors(header: Header, policy: StoragePolicy) -> tuple[TensorInfo
 
 def convert_file(
     source: Path,
-    target: Path,
+    target: StoredFile,
     header: Header,
     policy: StoragePolicy,
     *,
     guard: Callable[[], None],
     memory: Callable[[int], memoryview | None] = lambda _size_bytes: None,
-) -> tuple[int, Digests]:
-    """Write `source`, whose header is `header`, to `target` as `policy` stores it; returns size in bytes and digests.
+) -> None:
+    """Write `source`, whose header is `header`, to `target` as `policy` stores it.
 
     `guard` is called for each chunk. `memory` is asked for as many bytes as will be written, which then go there, too.
     Raises WeightOverflow with every tensor of the file that does not fit.
     """
     tensors = converted_tensors(header, policy)
-    digests = RunningDigests()
     overflowing: list[str] = []
     source_fd = durable.open_for_read(source)
-    target_fd = -1
     try:
-        durable.make_folder(target.parent)
-        durable.remove_file(target)  # a file of an earlier process may have another name, and its owner
-        target_fd = durable.open_for_write(target)
         encoded = encode_header(tensors, header.metadata)
-        kept = memory(len(encoded) + max((tensor.end for tensor in tensors), default=0))
-        position = 0
-
-        def write(data: bytes | memoryview) -> None:
-            nonlocal position
-            durable.write_at(target_fd, data, position, path=target)
-            digests.update(data)
-            if kept is not None:
-                kept[position : position + len(data)] = data
-            position += len(data)
-
+        write = _Writer(target, memory(len(encoded) + max((tensor.end for tensor in tensors), default=0)))
         write(encoded)
         originals = {tensor.name: tensor for tensor in header.tensors}
         for after in tensors:
@@ -129,14 +118,42 @@ def convert_file(
                     overflowing.append(before.name)
                 write(cast.data.cast("B"))
         if overflowing:
-            raise _overflow(policy.dtype, target.name, overflowing)
-        durable.set_size(target_fd, position, path=target)
-        durable.sync(target_fd, path=target)
-        return position, digests.finish()
+            raise _overflow(policy.dtype, source.name, overflowing)
     finally:
         os.close(source_fd)
-        if target_fd >= 0:
-            durable.close(target_fd, path=target)
+
+
+def copy_file(
+    source: Path,
+    target: StoredFile,
+    *,
+    guard: Callable[[], None],
+    memory: Callable[[int], memoryview | None] = lambda _size_bytes: None,
+) -> None:
+    """Write `source` to `target` byte for byte; the other arguments are those of `convert_file`."""
+    fd = durable.open_for_read(source)
+    try:
+        write = _Writer(target, memory(os.fstat(fd).st_size))
+        while data := os.read(fd, CHUNK_BYTES):
+            guard()
+            write(data)
+    finally:
+        os.close(fd)
+
+
+class _Writer:
+    """Writes to a file, and to memory if there is some."""
+
+    def __init__(self, target: StoredFile, memory: memoryview | None) -> None:
+        self._target = target
+        self._memory = memory
+        self._position = 0
+
+    def __call__(self, data: bytes | memoryview) -> None:
+        self._target.write(data)
+        if self._memory is not None:
+            self._memory[self._position : self._position + len(data)] = data
+        self._position += len(data)
 
 
 def _overflow(dtype: Dtype, file: str, names: list[str]) -> WeightOverflow:

@@ -284,7 +284,7 @@ class Fill:
             remote_code=has_code,
         )
         folder = self._staging.paths.snapshot
-        self._staging.keep_only({MANIFEST, *records})
+        self._staging.keep_only({MANIFEST, *(record.path for record in records.values())})
         durable.write_atomic(folder / MANIFEST, manifest.encode())
         for parent, _folders, _names in os.walk(folder, topdown=False):
             durable.sync_path(Path(parent))

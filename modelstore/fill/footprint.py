@@ -39,14 +39,19 @@ class Footprint:
 
 
 def footprint_of(
-    selection: Selection, configs: Mapping[str, Mapping[str, Any]], policies: Mapping[str, StoragePolicy]
+    selection: Selection,
+    configs: Mapping[str, Mapping[str, Any]],
+    policies: Mapping[str, StoragePolicy],
+    *,
+    compressed: bool = False,
 ) -> Footprint:
-    """The footprint of the selected files; `configs` and `policies` by the folder of the weights beside them."""
+    """The footprint of the selected files; `configs` and `policies` by the folder of the weights beside them. Of
+    `compressed` weights it is an upper bound."""
     weights = {}
     for file in selection.weights:
         folder = folder_of(file.path)
         ratio = stored_ratio(configs[folder], policies[folder])
-        extra = file.size_bytes if ratio else 0
+        extra = file.size_bytes if ratio or compressed else 0
         if is_pickle(file.path):  # its tensors lie there once more, as safetensors, before they are converted
             extra = 2 * file.size_bytes
         weights[file.path] = (int(file.size_bytes * (ratio or 1)), extra)

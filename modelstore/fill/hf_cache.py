@@ -17,11 +17,12 @@ from modelstore.fill.components import components
 from modelstore.fill.repo_code import code_of
 from modelstore.fill.repo_files import folder_of, is_small
 from modelstore.fill.source import ByteStream, Resolved, Source, SourceFile, stream_of
+from modelstore.fill.stored_file import StoredFile
 from modelstore.reference import Reference, is_commit
 from modelstore.settings import Settings
 from modelstore.volume import durable, tree
-from modelstore.volume.checksums import git_oid_of
-from modelstore.volume.manifest import SourceRecord
+from modelstore.volume.checksums import content_blocks, git_oid_of
+from modelstore.volume.manifest import FileRecord, SourceRecord
 from modelstore.volume.snapshots import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -167,6 +168,16 @@ class HfCacheSource(Source):
         return real
 
 
+def _expand(path: Path, content: FileRecord, block_bytes: int, blob: Path) -> None:
+    """Write the plain form of a compressed file, which has its name only once it is whole."""
+    partial = blob.with_name(f"{blob.name}.incomplete")
+    with StoredFile(partial, compressed=False) as target:
+        for block in content_blocks(path, content, block_bytes):
+            target.write(block)
+        target.finish(blob.name, None)
+    durable.rename(partial, blob)
+
+
 def export_to_hf_cache(snapshot: Snapshot, cache: Path, *, revision: str) -> Path:
     """Lay a snapshot out as huggingface_hub does, its files by second names, for programs that look there.
 
@@ -179,8 +190,8 @@ def export_to_hf_cache(snapshot: Snapshot, cache: Path, *, revision: str) -> Pat
         raise Refused(f"{snapshot.key} is not the repo's own bytes ({why}): seed it with --dtype keep, and export that")
     repo = cache / f"models--{snapshot.repo_id.replace('/', '--')}"
     folder, ref = repo / "snapshots" / snapshot.commit, repo / "refs" / revision
-    for file in snapshot.manifest.files:
-        path = snapshot.path / file.path
+    for file in snapshot.manifest.contents:
+        path = snapshot.path / file.on_volume.path
         is_large = file.path.endswith(".safetensors")
         blob = repo / "blobs" / (file.sha256 if is_large else git_oid_of(path))
         link = folder / file.path
@@ -188,7 +199,10 @@ def export_to_hf_cache(snapshot: Snapshot, cache: Path, *, revision: str) -> Pat
             tree.check_no_links(cache, parent)
             durable.make_folder(parent)
         tree.check_no_links(cache, blob)
-        durable.link_or_copy(path, blob)
+        if file.stored is None:
+            durable.link_or_copy(path, blob)
+        elif not tree.exists(blob):
+            _expand(path, file, snapshot.manifest.block_bytes, blob)
         durable.symlink(os.path.relpath(blob, link.parent), link)
     tree.check_no_links(cache, ref)
     durable.write_atomic(ref, snapshot.commit.encode())

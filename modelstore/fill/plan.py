@@ -100,7 +100,9 @@ def plan_checkpoint(request: FillRequest, selection: Selection, read: ReadFile) 
         others = {name: parse_object(read(each), each.path) for name, each in beside.items()}
         names = (name for path, tensors in selection.indexes.items() if folder_of(path) == folder for name in tensors)
         policies[folder] = storage_policy(request.dtype, configs[folder], others).for_names(names)
-    return CheckpointPlan(selection, configs, policies, footprint_of(selection, configs, policies))
+    return CheckpointPlan(
+        selection, configs, policies, footprint_of(selection, configs, policies, compressed=request.compressed)
+    )
 
 
 def preview(request: FillRequest, settings: Settings) -> CheckpointPlan:

@@ -16,14 +16,16 @@ from modelstore.volume.snapshots import Snapshot
 class FillRequest:
     """A snapshot that is to be on the volume.
 
-    `code`: the repo's Python files may be stored. `link`: weights that the source has on this volume, and that need no
-    conversion, get a second name instead of a copy. `damaged`: the snapshot that is to be replaced; its intact files
-    are used again. `wait_s`: how long to wait for another process that fills it, MODELSTORE_WAIT_S by default.
+    `compressed`: the weights are stored in fewer bytes. `code`: the repo's Python files may be stored. `link`: weights
+    that the source has on this volume, and that need no conversion, get a second name instead of a copy. `damaged`: the
+    snapshot that is to be replaced; its intact files are used again. `wait_s`: how long to wait for another process
+    that fills it, MODELSTORE_WAIT_S by default.
     """
 
     source: Source
     resolved: Resolved
     dtype: Dtype
+    compressed: bool = False
     code: bool = False
     link: bool = False
     damaged: Snapshot | None = None
@@ -34,4 +36,4 @@ class FillRequest:
     @property
     def key(self) -> SnapshotKey:
         """The key of the snapshot."""
-        return SnapshotKey(self.resolved.repo_id, self.resolved.commit, self.dtype)
+        return SnapshotKey(self.resolved.repo_id, self.resolved.commit, self.dtype, self.compressed)

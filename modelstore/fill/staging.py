@@ -16,6 +16,7 @@ from pathlib import Path
 from modelstore.fill.progress import Progress
 from modelstore.fill.repo_files import stored_path
 from modelstore.fill.source import SourceFile
+from modelstore.fill.stored_file import stored_name
 from modelstore.volume import durable, tree
 from modelstore.volume.checksums import has_blocks
 from modelstore.volume.claim import Claim
@@ -36,7 +37,7 @@ def staging_folders(folder: Path) -> list[tuple[int, Path]]:
 
 class Staging:
     """The staging of one fill, under its claim. `paths`: of this generation; `records`: of the finished files, by the
-    path in the snapshot; `inherited`: staging of earlier generations, which may still be written to.
+    path in the model; `inherited`: staging of earlier generations, which may still be written to.
     """
 
     def __init__(self, layout: Layout, key: SnapshotKey, claim: Claim, damaged: Snapshot | None = None) -> None:
@@ -53,6 +54,7 @@ class Staging:
         self.inherited = self._inherit(layout.staging(key), claim)
         self.device = layout.root.stat().st_dev
         self._damaged = damaged
+        self._compressed = key.compressed
 
     def _inherit(self, folder: Path, claim: Claim) -> list[StagingLayout]:
         """Earlier generations' staging: moved to be ours if no process can still write there, else to be copied
@@ -107,13 +109,13 @@ class Staging:
         """
         record = self._here(file) or self._taken_over(file) or self._still_intact(file, stored_unchanged)
         if record is not None:
-            self.records[record.path] = record
+            self.records[record.content.path] = record
         return record
 
     def add(self, file: SourceFile, record: FileRecord) -> None:
         """Record a file whose bytes lie in place and are synced; its source file is removed."""
         self._write(file, record)
-        self.records[record.path] = record
+        self.records[record.content.path] = record
         durable.remove_file(self.paths.source_file(file.path))
         durable.remove_tree(self.paths.journal(file.path))
 
@@ -125,7 +127,7 @@ class Staging:
 
     def _here(self, file: SourceFile) -> FileRecord | None:
         record = finished_record(self.paths.done_file(file.path))
-        if record is None or record.path != stored_path(file.path):
+        if record is None or record.path != self._name(file):
             return None
         before = record.original
         if before.size_bytes != file.size_bytes or file.sha256 not in (None, before.sha256):
@@ -136,11 +138,11 @@ class Staging:
         """From staging of an earlier generation: it was synced, so no process writes to it any more, and it is
         moved."""
         for staging in self.inherited:
-            target = self.paths.snapshot_file(stored_path(file.path))
+            target = self.paths.snapshot_file(self._name(file))
             try:
                 data = durable.read_file(staging.done_file(file.path), durable.MANIFEST_BYTES)
                 durable.make_folder(target.parent)
-                durable.rename(staging.snapshot_file(stored_path(file.path)), target)
+                durable.rename(staging.snapshot_file(self._name(file)), target)
             except FileNotFoundError:
                 continue
             durable.write_atomic(self.paths.done_file(file.path), data)
@@ -151,10 +153,10 @@ class Staging:
     def _still_intact(self, file: SourceFile, stored_unchanged: str) -> FileRecord | None:
         if self._damaged is None:
             return None
-        stored = stored_path(file.path)
+        stored = self._name(file)
         record = self._damaged.manifest.file(stored)
         other_policy = self._damaged.manifest.stored_unchanged != stored_unchanged
-        if record is None or (other_policy and stored.endswith(".safetensors")):
+        if record is None or (other_policy and record.content.path.endswith(".safetensors")):
             return None
         path = self._damaged.path / stored
         if record.original.size_bytes != file.size_bytes or not has_blocks(path, record):
@@ -164,6 +166,10 @@ class Staging:
         durable.link_or_copy(path, target)
         self._write(file, record)
         return self._here(file)
+
+    def _name(self, file: SourceFile) -> str:
+        """The name of a file of the source on the volume."""
+        return stored_name(stored_path(file.path), compressed=self._compressed)
 
     def _write(self, file: SourceFile, record: FileRecord) -> None:
         data = {"record": file_as_json(record), "digest": digest_of(file_as_json(record))}

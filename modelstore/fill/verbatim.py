@@ -15,23 +15,21 @@ from pathlib import Path
 
 import xxhash
 
-from modelstore.errors import BadManifest, DigestMismatch, WaitTimeout
+from modelstore.errors import BadManifest, DigestMismatch
 from modelstore.fill.observer import Observer
 from modelstore.fill.places import Place
 from modelstore.fill.progress import Progress
+from modelstore.fill.publication import Publication
 from modelstore.fill.staging import Staging
 from modelstore.settings import Settings
-from modelstore.volume import capabilities, durable, refs, tree
+from modelstore.volume import durable
 from modelstore.volume.checksums import block_count, digests_of_file, has_block
-from modelstore.volume.claim import Claim, Contender
-from modelstore.volume.layout import MANIFEST, Layout
+from modelstore.volume.claim import Claim
+from modelstore.volume.layout import Layout
 from modelstore.volume.manifest import CHECKSUM_HEX, FileRecord, parse_manifest
-from modelstore.volume.snapshots import Catalog
-from modelstore.volume.space import Space
 
 _AT_ONCE = 4
 _MOST_BLOCK_BYTES = 64 << 20
-_POLL_S = 0.25
 
 
 class VerbatimCopy:
@@ -57,72 +55,24 @@ class VerbatimCopy:
             raise BadManifest(
                 f"{self._key} at {source.label} has blocks of {self._manifest.block_bytes} bytes: seed it"
             )
-        self._layout = layout
-        self._settings = settings
         self._observer = observer
-        self._sleep = sleep
+        self._publication = Publication(layout, settings, self._key, observer=observer, sleep=sleep)
         self._progress = Progress(self._manifest.size_bytes)
 
     def run(self) -> int:
         """Copy what is missing, and publish it; returns the bytes that were copied, 0 if it was there.
 
-        Raises DigestMismatch if the source's bytes are not those of its manifest, WaitTimeout, NoSpace, ReadOnlyVolume,
-        ClaimLost, and the errors of the source.
+        Raises DigestMismatch if the source's bytes are not those of its manifest, the errors of the source, and what
+        `Publication.run` raises.
         """
-        capabilities.check_may_change(self._layout, self._settings)
-        tree.check_no_links(self._layout.root, self._layout.snapshot(self._key))
-        claim = self._claimed()
-        if claim is None:
-            return 0
-        with claim:
-            if self._is_published():
-                claim.finish("published")
-                return 0
-            staging = Staging(self._layout, self._key, claim)
-            durable.make_folder(staging.paths.snapshot)
-            Space(self._layout, self._settings, sleep=self._sleep).reserve(
-                self._key, claim, self._progress.total, present_bytes=staging.present_bytes
-            )
-            for file in self._manifest.files:
-                claim.check()
-                self._copy(file, staging.paths.snapshot_file(file.path), claim)
-            durable.write_atomic(staging.paths.snapshot / MANIFEST, self._data)
-            staging.keep_only({MANIFEST, *self._manifest.paths})
-            for parent, _folders, _names in os.walk(staging.paths.snapshot, topdown=False):
-                durable.sync_path(Path(parent))
-            claim.check()
-            place = self._layout.snapshot(self._key)
-            if not durable.publish_folder(staging.paths.snapshot, place) and not self._is_published():
-                durable.remove_file(place / MANIFEST)  # so that no file is ever served by another one's manifest
-                durable.complete_folder(staging.paths.snapshot, place, last=MANIFEST)
-            if not self._is_published():
-                raise BadManifest(
-                    f"{self._key} was copied to {place} and is not whole there: remove it, and copy it again"
-                )
-            staging.remove()
-            claim.finish("published")
+        self._publication.run(self._fill, needed_bytes=self._progress.total)
         return self._progress.network
 
-    def _claimed(self) -> Claim | None:
-        """The claim on the snapshot; None if another process has published it meanwhile."""
-        refs.prepare_store(self._layout)
-        folder = self._layout.claims(self._key)
-        tree.check_no_links(self._layout.root, folder)
-        contender = Contender(folder, worker=self._settings.worker_id, lease_s=self._settings.lease_s)
-        deadline = time.monotonic() + self._settings.wait_s
-        while not self._is_published():
-            outcome = contender.try_claim()
-            if isinstance(outcome, Claim):
-                return outcome
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise WaitTimeout(f"{self._key} is being made by {outcome.describe()}: try again later")
-            self._observer.waiting(self._key, outcome, left_s=left_s)
-            self._sleep(min(_POLL_S, left_s))
-        return None
-
-    def _is_published(self) -> bool:
-        return Catalog(self._layout).published(self._key) is not None
+    def _fill(self, staging: Staging, claim: Claim) -> bytes:
+        for file in self._manifest.files:
+            claim.check()
+            self._copy(file, staging.paths.snapshot_file(file.path), claim)
+        return self._data
 
     def _copy(self, file: FileRecord, target: Path, claim: Claim) -> None:
         durable.make_folder(target.parent)

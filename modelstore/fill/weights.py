@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from modelstore.errors import DigestMismatch, ModelStoreError, WeightOverflow
-from modelstore.fill.convert import convert_file, converted_tensors, read_header
+from modelstore.fill.convert import convert_file, converted_tensors, copy_file, read_header
 from modelstore.fill.download import Download
 from modelstore.fill.footprint import DiskBudget
 from modelstore.fill.plan import CheckpointPlan
@@ -27,6 +27,7 @@ from modelstore.fill.request import FillRequest
 from modelstore.fill.source import SourceFile
 from modelstore.fill.staging import Staging
 from modelstore.fill.storage_policy import StoragePolicy
+from modelstore.fill.stored_file import StoredFile, stored_name
 from modelstore.timeline import Span
 from modelstore.volume import durable
 from modelstore.volume.checksums import Digests, digests_of_file
@@ -136,7 +137,8 @@ class WeightsPipeline:
             if file in unfinished:
                 continue
             record = self._staging.records[stored_path(file.path)]
-            self.headers[record.path] = read_header(self._staging.paths.snapshot_file(record.path), where=file.path)
+            path = self._staging.paths.snapshot_file(record.path)
+            self.headers[record.content.path] = read_header(path, where=file.path, content=record.content)
             self._observer.finished(self._request.key, self._staging.paths.snapshot, record)
             self._budget.count_finished(file.path)
         self.plan = self.plan.with_headers(self.headers)
@@ -144,7 +146,8 @@ class WeightsPipeline:
 
     def _linkable(self, file: SourceFile) -> tuple[Path, Header] | None:
         """The file on this volume with its header, if it can be taken as it is."""
-        path = self._request.source.path_of(self._request.resolved, file) if self._request.link else None
+        may_link = self._request.link and not self._request.compressed
+        path = self._request.source.path_of(self._request.resolved, file) if may_link else None
         if path is None or file.sha256 is None or stored_path(file.path) != file.path:
             return None
         header = read_header(path, where=self._label(file))
@@ -191,9 +194,10 @@ class WeightsPipeline:
             path, origin = self._unpickled(file, path), Origin(file.size_bytes, digests.sha256)
         header = read_header(path, where=self._label(file))
         policy = self.plan.policy_of(file.path).for_tensors(header.tensors)
-        target = self._staging.paths.snapshot_file(stored)
-        durable.make_folder(target.parent)
-        if converted_tensors(header, policy) is header.tensors and origin is None:
+        is_unchanged = converted_tensors(header, policy) is header.tensors and origin is None
+        if is_unchanged and not self._request.compressed:
+            target = self._staging.paths.snapshot_file(stored)
+            durable.make_folder(target.parent)
             durable.sync_path(path)
             durable.rename(path, target)
             record = FileRecord(stored, file.size_bytes, digests.sha256, digests.blocks)
@@ -201,21 +205,20 @@ class WeightsPipeline:
             with self._lock:
                 if self._convert_began is None:
                     self._convert_began = self._request.timeline.now()
-            size, stored_digests = self._convert(file, path, target, header, policy)
-            origin = origin or Origin(file.size_bytes, digests.sha256)
-            record = FileRecord(stored, size, stored_digests.sha256, stored_digests.blocks, origin)
+            origin = origin or (None if is_unchanged else Origin(file.size_bytes, digests.sha256))
+            record = self._convert(file, path, header, policy, origin)
         self._add(file, record, header)
         if path != self._staging.paths.source_file(file.path):
             durable.remove_file(path)
         self._budget.end(file.path)
 
     def _convert(
-        self, file: SourceFile, path: Path, target: Path, header: Header, policy: StoragePolicy
-    ) -> tuple[int, Digests]:
-        """Convert one file; tensors that overflow and that no class loads are stored as they come, in a second try."""
-        memory = partial(self._observer.memory, self._request.key, stored_path(file.path))
+        self, file: SourceFile, path: Path, header: Header, policy: StoragePolicy, origin: Origin | None
+    ) -> FileRecord:
+        """Convert one file; tensors that overflow and that no class loads are stored as they come, in a second try.
+        Without an `origin` it is only compressed."""
         try:
-            return convert_file(path, target, header, policy, guard=self._guard, memory=memory)
+            return self._converted(file, path, header, policy, origin)
         except WeightOverflow as error:
             exempt = policy.without(error.tensors)
             if exempt is None:
@@ -223,12 +226,25 @@ class WeightsPipeline:
             logger.warning("%s: %s overflow, and no class loads them", self._label(file), ", ".join(error.tensors[:5]))
         with self._lock:
             self.plan = self.plan.with_unloaded(folder_of(file.path), exempt.unloaded)
-        return convert_file(path, target, header, exempt, guard=self._guard, memory=memory)
+        return self._converted(file, path, header, exempt, origin)
+
+    def _converted(
+        self, file: SourceFile, path: Path, header: Header, policy: StoragePolicy, origin: Origin | None
+    ) -> FileRecord:
+        content = stored_path(file.path)
+        name = stored_name(content, compressed=self._request.compressed)
+        memory = partial(self._observer.memory, self._request.key, content)
+        with StoredFile(self._staging.paths.snapshot_file(name), compressed=name != content) as target:
+            if origin is None:
+                copy_file(path, target, guard=self._guard, memory=memory)
+            else:
+                convert_file(path, target, header, policy, guard=self._guard, memory=memory)
+            return target.finish(name, origin)
 
     def _add(self, file: SourceFile, record: FileRecord, header: Header) -> None:
         with self._lock:
-            self.headers[record.path] = header
-            self.plan = self.plan.with_headers({record.path: header})
+            self.headers[record.content.path] = header
+            self.plan = self.plan.with_headers({record.content.path: header})
         self._staging.add(file, record)
         self._observer.finished(self._request.key, self._staging.paths.snapshot, record)
 

@@ -29,7 +29,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 CHECKSUM_HEX = 16
@@ -45,6 +48,8 @@ REPORT = struct.Struct("<iiiid")
 MESSAGE = struct.Struct("<II")
 FILE, RING, RELEASE, NO_MORE = range(4)
 
+_of_thread = threading.local()
+
 Report = Callable[[int, int, int, int, float], None]
 
 
@@ -57,18 +62,40 @@ class File:
     """One file to read. `memory` takes all of it, rounded up to ALIGNMENT; without, its blocks go to the ring."""
 
     def __init__(
-        self, index: int, fd: int, size_bytes: int, block_bytes: int, checksums: str, memory: memoryview | None
+        self,
+        index: int,
+        fd: int,
+        size_bytes: int,
+        block_bytes: int,
+        checksums: str,
+        memory: memoryview | None,
+        compressed: Sequence[tuple[tuple[int, int], Sequence[int]]] = (),
     ) -> None:
-        """`checksums`: the XXH3-64 of each block in hex, joined; empty to take any bytes. Closes `fd` at the end."""
+        """`checksums`: the XXH3-64 of each block in hex, joined; empty to take any bytes. `compressed`: for each block
+        of a compressed file the offset and length of its stored bytes, and its entry of `planes.py`; the other
+        arguments are of what the file holds. Closes `fd` at the end."""
         self.index = index
         self.fd = fd
         self.size_bytes = size_bytes
         self.block_bytes = block_bytes
         self.checksums = checksums
         self.memory = memory
+        self.compressed = compressed
         self.blocks = -(-size_bytes // block_bytes)
-        self.direct = _reopened_direct(fd) if size_bytes >= _SMALL else None
-        self.cache = CachedPages(fd, size_bytes) if self.direct is not None else None
+        stored_bytes = sum(compressed[-1][0]) if compressed else size_bytes
+        self.direct = _reopened_direct(fd) if stored_bytes >= _SMALL else None
+        self.cache = CachedPages(fd, stored_bytes) if self.direct is not None else None
+
+    def length(self, block: int) -> int:
+        """The bytes of a block."""
+        return min(self.block_bytes, self.size_bytes - block * self.block_bytes)
+
+    def place(self, block: int) -> tuple[int, int]:
+        """Offset and length of the bytes of a block in the file."""
+        if self.compressed:
+            offset, length = self.compressed[block][0]
+            return offset, length
+        return block * self.block_bytes, self.length(block)
 
     def close(self) -> None:
         self.cache = None
@@ -208,7 +235,7 @@ class BlockReader:
                         if self._pace.copy():
                             self._start_threads()
                             self._changed.notify_all()
-                    if slot < 0:
+                    if slot < 0 and not file.compressed:
                         _make_pages(view)
                 kind, detail = self._read(file, block, slot, view, None if is_cached else file.direct)
             except BaseException:  # a bug, or no memory: without a report the caller would wait for ever
@@ -243,7 +270,7 @@ class BlockReader:
                 self._changed.wait()
             file, block = ready.popleft()
             offset = block * file.block_bytes
-            length = rounded(min(file.block_bytes, file.size_bytes - offset))
+            length = rounded(file.length(block))
             if file.memory is not None:
                 return file, block, -1, file.memory[offset : offset + length]
             assert self._ring is not None
@@ -252,28 +279,33 @@ class BlockReader:
 
     def _is_cached(self, file: File, block: int) -> bool:
         """Whether all of a block lies in the page cache. A small file is not asked for: it says no."""
-        offset = block * file.block_bytes
-        return file.cache is not None and file.cache.hold(offset, min(file.block_bytes, file.size_bytes - offset))
+        return file.cache is not None and file.cache.hold(*file.place(block))
 
     def _read(self, file: File, block: int, slot: int, view: memoryview, direct: int | None) -> tuple[int, int]:
         """Fill `view`, which is as long as the block, rounded up; through the descriptor `direct`, if it is there.
         Returns the outcome, and the slot or the errno."""
-        offset = block * file.block_bytes
-        length = min(file.block_bytes, file.size_bytes - offset)
+        offset, stored = file.place(block)
+        length = file.length(block)
+        source = _scratch(stored) if file.compressed else view
         try:
             position = 0
-            while position < length:
+            while position < stored:
                 count = -1
                 if direct is not None and position % ALIGNMENT == 0:
-                    count = _direct_read(direct, view[position:], offset + position)
+                    count = _direct_read(direct, source[position:], offset + position)
                 if count < 0:
                     direct = None
-                    count = _read_once_more(file.fd, view[position:length], offset + position)
+                    count = _read_once_more(file.fd, source[position:stored], offset + position)
                 if count == 0:
                     return SHORT, slot
                 position += count
         except OSError as error:
             return FAILED, error.errno or errno.EIO
+        if file.compressed:
+            try:
+                _planes().decode(file.compressed[block][1], source, view[:length])
+            except ValueError:
+                return WRONG, slot
         if file.checksums:
             from xxhash import xxh3_64_hexdigest
 
@@ -319,6 +351,26 @@ def _processors(quota: str = "/sys/fs/cgroup/cpu.max") -> int:
         return count
 
 
+def _scratch(size_bytes: int) -> memoryview:
+    """Memory of this thread for the stored bytes of a block, which is used again for the next one."""
+    memory: memoryview | None = getattr(_of_thread, "scratch", None)
+    if memory is None or len(memory) < size_bytes:
+        memory = _of_thread.scratch = memoryview(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE))
+    return memory[:size_bytes]
+
+
+@cache
+def _planes() -> Any:
+    """`planes.py`, with numpy and zstandard, if a file is compressed; this process may have nothing of the package."""
+    path = Path(__file__).parent.parent / "volume" / "planes.py"
+    spec = spec_from_file_location("modelstore.volume.planes", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _make_pages(view: memoryview) -> None:
     """Have the kernel make the pages of new memory at once: one by one, as a copy comes to them, takes a tenth longer
     (measured). A kernel before 5.14 refuses, and nothing is lost."""
@@ -357,7 +409,7 @@ def _direct_read(fd: int, view: memoryview, offset: int) -> int:
 
 
 def send_file(sock: socket.socket, index: int, fd: int, memory_fd: int, **record: Any) -> None:
-    """Give the reader process a file: `record` holds size_bytes, block_bytes and checksums."""
+    """Give the reader process a file: `record` holds the arguments of `File`."""
     data = json.dumps({"index": index, **record}).encode()
     fds = [fd] if memory_fd < 0 else [fd, memory_fd]
     socket.send_fds(sock, [MESSAGE.pack(FILE, len(data))], fds)

@@ -222,7 +222,7 @@ def bounded_build(snapshot: Snapshot, tensors: int) -> Iterator[None]:
     A larger one raises BadConfig, before it takes the memory: more modules than any architecture has for that many
     weights, or tensors in memory that are larger than all of them. See `config_sizes`, which looks at the config alone.
     """
-    most_modules, most_bytes = 10_000 + 20 * tensors, max(_BUILT_BYTES, snapshot.size_bytes)
+    most_modules, most_bytes = 10_000 + 20 * tensors, max(_BUILT_BYTES, snapshot.plain_bytes)
     thread, modules = threading.get_ident(), 0
 
     def count(_module: Any, _name: str, _submodule: Any) -> None:
@@ -276,7 +276,7 @@ class _NoLargeTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
             expected = max(size_bytes, self._made_bytes)
             raise BadConfig(
                 f"the config of {self._snapshot.key} wants a tensor of {size(expected)}, and all its weights have "
-                f"{size(self._snapshot.size_bytes)}: use another revision"
+                f"{size(self._snapshot.plain_bytes)}: use another revision"
             )
 
 

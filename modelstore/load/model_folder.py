@@ -27,10 +27,10 @@ class ModelFolder:
         """`reading`: of the snapshot, in flight. Raises DigestMismatch if a small file does not match the manifest,
         OSError if the volume fails, Refused if the folder would not be this user's alone."""
         self._snapshot = snapshot
-        self._owned = OwnedFolder(runtime_folder().joinpath(*snapshot.key.parts))
+        self._owned = OwnedFolder(runtime_folder().joinpath(*snapshot.key.plain.parts))
         self.path = self._owned.path
         try:
-            for file in snapshot.manifest.files:
+            for file in snapshot.manifest.contents:
                 path = self.path / file.path
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if not file.path.endswith(".safetensors"):

@@ -23,12 +23,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from modelstore.errors import BadSafetensors, DigestMismatch, NoWeights, RootUnusable, SnapshotNotFound
 from modelstore.load import blocks
 from modelstore.load.reader_process import ReaderProcess
 from modelstore.timeline import Span, Timeline
 from modelstore.volume import durable
+from modelstore.volume.block_table import Entry, places
+from modelstore.volume.content import check_decoder, read_content
 from modelstore.volume.header import LENGTH_BYTES, Header, header_length, parse_header
 from modelstore.volume.manifest import FileRecord
 from modelstore.volume.snapshots import Snapshot
@@ -72,6 +75,18 @@ class _Opened:
         while self.first_blocks in self.others:
             self.others.remove(self.first_blocks)
             self.first_blocks += 1
+
+    @property
+    def compressed(self) -> list[tuple[tuple[int, int], Entry]]:
+        """For each block of a compressed file the place of its stored bytes, and its entry."""
+        table = self.record.table
+        return list(zip(places(table, self.record.size_bytes, self.block_bytes), table, strict=True)) if table else []
+
+    def read(self, length: int, offset: int) -> bytes:
+        """Bytes of the file, ahead of its blocks, and not verified. Raises DigestMismatch if they cannot be decoded."""
+        if self.memory is not None and not self.blocks_left:
+            return bytes(self.memory[offset : offset + length])
+        return read_content(self.fd, self.record, length, offset, self.block_bytes)
 
     @property
     def first_bytes(self) -> int:
@@ -125,7 +140,10 @@ class Reading:
         return self._opened(path).memory is None
 
     def add(self, folder: Path, files: Sequence[FileRecord], *, block_bytes: int) -> None:
-        """Open files, all of them before one is read, and read them. Raises SnapshotNotFound if one is not there."""
+        """Open files, contents of a snapshot, all of them before one is read, and read them. Raises SnapshotNotFound if
+        one is not there, NotFound if one is compressed and the library for that is not installed."""
+        if any(record.table for record in files):
+            check_decoder()
         self.began = self.began or time.monotonic()
         for record, fd in zip(files, _open_all(folder, files), strict=True):
             in_ring = self._ring_bytes > 0 and record.path.endswith(".safetensors")
@@ -137,19 +155,16 @@ class Reading:
                 index = len(self._files)
                 self._files.append(opened)
             if opened.blocks_left:
-                checksums = record.blocks if self._verify else ""
+                arguments: dict[str, Any] = {
+                    "size_bytes": record.size_bytes,
+                    "block_bytes": block_bytes,
+                    "checksums": record.blocks if self._verify else "",
+                    "compressed": opened.compressed,
+                }
                 if self._threads is not None:
-                    file = blocks.File(index, os.dup(fd), record.size_bytes, block_bytes, checksums, memory)
-                    self._threads.add(file)
+                    self._threads.add(blocks.File(index, os.dup(fd), memory=memory, **arguments))
                 elif self._process is not None:
-                    self._process.add(
-                        index,
-                        fd,
-                        memory_fd,
-                        size_bytes=record.size_bytes,
-                        block_bytes=block_bytes,
-                        checksums=checksums,
-                    )
+                    self._process.add(index, fd, memory_fd, **arguments)
 
     def adopt(self, folder: Path, record: FileRecord, memory: memoryview, *, block_bytes: int) -> None:
         """Take a file of `folder` whose bytes are in `memory` already, and right: all its blocks have arrived."""
@@ -179,14 +194,9 @@ class Reading:
         opened = self._opened(path)
         size, where = opened.record.size_bytes, str(opened.folder / path)
 
-        def read(length: int, offset: int) -> bytes:
-            if opened.memory is not None and not opened.blocks_left:
-                return bytes(opened.memory[offset : offset + length])
-            return os.pread(opened.fd, length, offset)
-
         try:
-            prefix = read(LENGTH_BYTES, 0)
-            raw = read(header_length(prefix, file_bytes=size, where=where), LENGTH_BYTES)
+            prefix = opened.read(LENGTH_BYTES, 0)
+            raw = opened.read(header_length(prefix, file_bytes=size, where=where), LENGTH_BYTES)
             return parse_header(raw, file_bytes=size, where=where), prefix + raw
         except BadSafetensors as error:
             raise DigestMismatch(str(error)) from error
@@ -239,7 +249,7 @@ class Reading:
     def wait_small_files(self, snapshot: Snapshot) -> None:
         """Return when all files but the weights have arrived: a config is parsed only once its bytes are known to be
         right. Raises as `wait` does."""
-        for file in snapshot.manifest.files:
+        for file in snapshot.manifest.contents:
             if not file.path.endswith(".safetensors"):
                 self.wait(file.path)
 
@@ -427,7 +437,7 @@ def start_reading(
     """
     if not snapshot.weights:
         raise NoWeights(f"{snapshot.key} has no weights: remove it and seed the model again")
-    small = [file for file in snapshot.manifest.files if not file.path.endswith(".safetensors")]
+    small = [file for file in snapshot.manifest.contents if not file.path.endswith(".safetensors")]
     reading = Reading(verify=verify, beside=beside, ring_bytes=ring_bytes)
     try:
         wanted = files or (*small, *(snapshot.weights if weights else ()))
@@ -440,7 +450,7 @@ def start_reading(
 
 
 def _error(kind: int, opened: _Opened, block: int, number: int) -> Exception:
-    path = opened.folder / opened.record.path
+    path = opened.folder / opened.record.on_volume.path
     if kind == blocks.FAILED:
         return OSError(number, os.strerror(number), str(path))
     problem = "ends early" if kind == blocks.SHORT else "differs from the published bytes"
@@ -466,7 +476,7 @@ def _open_all(folder: Path, files: Sequence[FileRecord]) -> list[int]:
     fds: list[int] = []
     try:
         for file in files:
-            fds.append(_opened_within_limit(folder / file.path))
+            fds.append(_opened_within_limit(folder / file.on_volume.path))
     except OSError as error:
         for fd in fds:
             os.close(fd)

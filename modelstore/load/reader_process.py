@@ -1,6 +1,7 @@
 """The reader process beside a worker: how it is started, what it is told, and its reports.
 
-It runs `blocks.py` as a program, with the standard library and xxhash alone, and ends with its socket.
+It runs `blocks.py` as a program, with the standard library and xxhash alone as long as no file is compressed, and ends
+with its socket.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from modelstore.environment import bare_environment
 from modelstore.load import blocks
@@ -68,9 +69,9 @@ class ReaderProcess:
             its.close()
         return cls(listener, pid, channel)
 
-    def add(self, index: int, fd: int, memory_fd: int, *, size_bytes: int, block_bytes: int, checksums: str) -> None:
-        """Have it read a file into the memory behind `memory_fd`, or into the ring if that is -1."""
-        record = {"size_bytes": size_bytes, "block_bytes": block_bytes, "checksums": checksums}
+    def add(self, index: int, fd: int, memory_fd: int, **record: Any) -> None:
+        """Have it read a file into the memory behind `memory_fd`, or into the ring if that is -1; `record`: the further
+        arguments of `blocks.File`."""
         self._send(lambda: blocks.send_file(self._socket, index, fd, memory_fd, **record))
 
     def use_ring(self, fd: int, slot_bytes: int) -> None:

@@ -23,7 +23,7 @@ from modelstore.units import counted, size
 from modelstore.volume import aliases, durable, refs
 from modelstore.volume.capabilities import MEANINGS, Use, decided_by, probe, probe_folder, use_from
 from modelstore.volume.garbage import plan_collection
-from modelstore.volume.layout import Layout
+from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.snapshots import Catalog
 from modelstore.volume.unfinished import unfinished
 from modelstore.volume.verify import known_problem
@@ -271,14 +271,17 @@ def _contents(layout: Layout) -> Iterator[CheckResult]:
             "snapshots", f"verify found damage in {counted(len(bad), 'model')}: {names}",
             "the next start makes it again, which takes the network", "seed it now", 5,
         )  # fmt: skip
-    if missing := [
-        (name, key) for key, names in targets.items() for name in names if not layout.snapshot(key).is_dir()
-    ]:
+    if missing := [(name, key) for key, names in targets.items() for name in names if not _is_there(layout, key)]:
         text = ", ".join(f"@{name} points to {key}" for name, key in missing[:3])
         yield _warning(
             "aliases", f"{text}, not on the volume", "the next start of it downloads",
             f"run `modelstore seed @{missing[0][0]}`",
         )  # fmt: skip
+
+
+def _is_there(layout: Layout, key: SnapshotKey) -> bool:
+    """Whether a snapshot with these weights is there, plain or compressed."""
+    return layout.snapshot(key).is_dir() or layout.snapshot(key.twin).is_dir()
 
 
 def _leftovers(layout: Layout, settings: Settings) -> CheckResult:
@@ -320,7 +323,7 @@ def _access(layout: Layout, settings: Settings, reference: str) -> CheckResult:
     folder, an HF cache on the volume, the Hub."""
     try:
         parsed = parse_reference(reference)
-        snapshot = Catalog(layout).find(parsed, settings.dtype)
+        snapshot = Catalog(layout, compressed=settings.compress).find(parsed, settings.dtype)
         if snapshot is not None and (problem := known_problem(layout, snapshot.key)):
             text = f"{reference} is published, {snapshot.key}, and damaged: {problem}"
             return _warning("access", text, "the start makes it again, which takes the network", "seed it")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from modelstore.dtypes import parse_dtype
-from modelstore.errors import SnapshotNotFound
+from modelstore.errors import Refused, SnapshotNotFound
 from modelstore.reference import Reference, is_cut_commit, parse_reference, repo_id_of
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
@@ -61,7 +61,7 @@ def models(layout: Layout) -> list[dict[str, Any]]:
                 "problem": problem,
                 "idle_s": round(max(now - marks[0].touched_at, 0.0)) if marks else None,
                 "pinned": key in pinned,
-                "aliases": list(aliased.get(key, ())),
+                "aliases": list(aliased.get(key.plain, ())),
                 "in_use_by": list(pins.users_of(marks, now)),
                 "engine_caches": engine_caches.records(layout, key) if key.parts[0] in cached else [],
             }
@@ -210,6 +210,23 @@ def find_key(
         raise SnapshotNotFound(f"{problem}: did you mean {similar}?")
     option = f" --dtype {dtype}" if dtype else ""
     raise SnapshotNotFound(f"{problem}: look at `modelstore ls`, or run `modelstore seed {reference}{option}`")
+
+
+def with_twin(store: ModelStore, key: SnapshotKey) -> tuple[SnapshotKey, ...]:
+    """The key, and its twin if a folder is in its place: both are meant by a name that says nothing of it."""
+    return (key, key.twin) if store.layout.snapshot(key.twin).is_dir() else (key,)
+
+
+def find_plain(store: ModelStore, reference: str, revision: str | None, dtype: str | None) -> Snapshot:
+    """The published snapshot, plain, for programs that open its files. Raises Refused if there is only a compressed
+    one, and the errors of `find_key`."""
+    snapshot = find_snapshot(store, reference, revision, dtype)
+    plain = store.catalog.published(snapshot.key.plain)
+    if plain is None:
+        raise Refused(
+            f"{snapshot.key} has no plain files: run `modelstore expand {reference}`, or `modelstore export` for a copy"
+        )
+    return plain
 
 
 def find_snapshot(store: ModelStore, reference: str, revision: str | None, dtype: str | None) -> Snapshot:

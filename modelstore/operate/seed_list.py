@@ -6,6 +6,7 @@ dtype = "bfloat16"                # from here on, all keys are optional
 overflow = "bfloat16"
 aliases = ["chat"]
 pin = true
+compress = true
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _KEYS: Mapping[str, tuple[type, str]] = {
     "overflow": (str, " or ".join(OVERFLOWS)),
     "aliases": (list, "a list of names"),
     "pin": (bool, "true or false"),
+    "compress": (bool, "true or false"),
 }
 
 
@@ -39,6 +41,7 @@ class ListedModel:
     overflow: Overflow = "stop"
     aliases: tuple[str, ...] = ()
     pin: bool = False
+    compress: bool | None = None
 
 
 def read_list(path: Path) -> tuple[ListedModel, ...]:
@@ -86,4 +89,5 @@ def _listed_model(entry: Any) -> ListedModel:
         overflow,
         tuple(aliases.checked(str(name).removeprefix("@")) for name in entry.get("aliases", [])),
         entry.get("pin", False),
+        entry.get("compress"),
     )

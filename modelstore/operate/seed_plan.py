@@ -197,7 +197,9 @@ class SeedPlan:
         return SeedResult(tuple(records), exit_code)
 
     def _previewed(self, model: ListedModel) -> dict[str, Any]:
-        return self.store.preview(model.reference, dtype=model.dtype, overflow=model.overflow)
+        return self.store.preview(
+            model.reference, dtype=model.dtype, compressed=model.compress, overflow=model.overflow
+        )
 
     def _previewed_or_failed(self, model: ListedModel) -> dict[str, Any]:
         """The same; the record of the error if there are other models."""
@@ -216,6 +218,7 @@ class SeedPlan:
         snapshot = store.ensure(
             model.reference,
             dtype=model.dtype,
+            compressed=model.compress,
             refresh=True,
             overflow=model.overflow,
             wait_s=wait_s,
@@ -233,7 +236,7 @@ class SeedPlan:
         for model, record in zip(models, previews, strict=True):
             for name in model.aliases if "error" not in record else ():
                 entries = aliases.history(self.store.layout, name)
-                if entries and entries[-1].key != _key_of(record):
+                if entries and entries[-1].key.plain != _key_of(record).plain:
                     moved.append(name)
         return tuple(moved)
 
@@ -335,4 +338,4 @@ def _by_key(records: Sequence[Mapping[str, Any]]) -> dict[SnapshotKey, Mapping[s
 
 
 def _key_of(record: Mapping[str, Any]) -> SnapshotKey:
-    return SnapshotKey(record["repo_id"], record["commit"], record["dtype"])
+    return SnapshotKey(record["repo_id"], record["commit"], record["dtype"], record.get("compressed", False))

@@ -76,7 +76,7 @@ def parse_history(data: bytes, problem: str) -> tuple[Pointed, ...]:
     try:
         entries = [
             Pointed(
-                SnapshotKey(entry["repo_id"], entry["commit"], entry["dtype"]),
+                SnapshotKey(entry["repo_id"], entry["commit"], entry["dtype"], entry.get("compressed") is True),
                 int(entry["at"]),
                 printable(str(entry["by"])),
                 int(entry.get("percent", 100)),
@@ -106,14 +106,15 @@ def encode_history(entries: Sequence[Pointed]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The aliases that point to each snapshot, and those whose record tells nothing: they may point to any."""
+    """The aliases that point to each snapshot, by its plain key, and those whose record tells nothing: they may point
+    to any. An alias is answered by a snapshot or, if that is not there, by its twin."""
 
     known: Mapping[SnapshotKey, tuple[str, ...]]
     damaged: tuple[str, ...]
 
     def keeping(self, key: SnapshotKey) -> tuple[str, ...]:
         """The aliases for whose sake a snapshot must stay."""
-        return self.known.get(key, ()) + self.damaged
+        return self.known.get(key.plain, ()) + self.damaged
 
 
 def targets(layout: Layout) -> Targets:
@@ -127,7 +128,7 @@ def targets(layout: Layout) -> Targets:
             logger.warning("%s", error)
             damaged.append(name)
             continue
-        for key in {entries[-1].key, stable(entries).key} if entries else ():
+        for key in {entries[-1].key.plain, stable(entries).key.plain} if entries else ():
             known[key] = (*known.get(key, ()), name)
     return Targets(known, tuple(damaged))
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
+from modelstore.errors import DigestMismatch
 from modelstore.volume import durable
+from modelstore.volume.content import read_content
 from modelstore.volume.manifest import BLOCK_BYTES, CHECKSUM_HEX, FileRecord
 
 
@@ -99,6 +101,21 @@ def has_blocks(path: Path, record: FileRecord) -> bool:
         return whole and all(has_block(fd, record, index) for index in range(block_count(record)))
     except OSError:
         return False
+    finally:
+        os.close(fd)
+
+
+def content_blocks(path: Path, content: FileRecord, block_bytes: int) -> Iterator[bytes]:
+    """The blocks of a file as the model has it, from the file on the volume at `path`, each compared. The bytes come
+    from the volume, not from this host's cache. Raises DigestMismatch."""
+    fd = durable.open_for_read(path)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        for index, offset in enumerate(range(0, content.size_bytes, block_bytes)):
+            block = read_content(fd, content, block_bytes, offset, block_bytes)
+            if xxhash.xxh3_64_hexdigest(block) != content.blocks[index * CHECKSUM_HEX : (index + 1) * CHECKSUM_HEX]:
+                raise DigestMismatch(f"{path} differs from the published bytes at byte {offset}: seed it again")
+            yield block
     finally:
         os.close(fd)
 

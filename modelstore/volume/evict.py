@@ -73,12 +73,18 @@ def least_recently_used(candidates: Sequence[Candidate], size_bytes: int) -> tup
 
 
 def evict(
-    layout: Layout, key: SnapshotKey, *, force: bool = False, sleep: Callable[[float], None] = time.sleep
+    layout: Layout,
+    key: SnapshotKey,
+    *,
+    force: bool = False,
+    for_twin: bool = False,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> bool:
     """Unpublish a snapshot, then delete it; False if it was used, pinned or removed since, or if an
     alias points to it.
 
-    `force`: even if it is in use or pinned.
+    `force`: even if it is in use or pinned. `for_twin`: its twin is published, and answers in its place: even if an
+    alias points to it, or it is pinned, and the pin is the twin's from now on.
     """
     path, aside = layout.snapshot(key), layout.aside(layout.trash, key)
     tree.check_no_links(layout.root, path)
@@ -87,9 +93,12 @@ def evict(
     with pins.evicting(layout, key, sleep=sleep) as in_time:
         if not force:
             now = pins.volume_time(layout)
-            spared = pins.is_pinned(layout, key) or aliases.targets(layout).keeping(key)
+            is_pinned = pins.is_pinned(layout, key)
+            spared = not for_twin and (is_pinned or aliases.targets(layout).keeping(key))
             if spared or pins.users(layout, key, now) or not in_time():
                 return False
+            if is_pinned:
+                pins.copy(layout, key, key.twin)
         durable.touch_folder(path)
         try:
             durable.rename(path, aside)
@@ -97,7 +106,7 @@ def evict(
             return False
         try:
             durable.sync_path(path.parent)
-            if force:
+            if force or for_twin:
                 pins.unpin(layout, key)
             sleep(SETTLE_S)
         except BaseException:  # Ctrl-C, perhaps: it is unpublished, so it goes
@@ -105,7 +114,8 @@ def evict(
             raise
     durable.remove_tree(aside)
     try:
-        engine_caches.remove(layout, key)
+        if not layout.snapshot(key.twin).is_dir():
+            engine_caches.remove(layout, key)
     except (ModelStoreError, OSError) as error:
         logger.warning("the compiled code for %s stays: %s", key, error)
     logger.info("evicted %s", key)

@@ -133,7 +133,7 @@ def _candidates(layout: Layout, now: float) -> Iterator[Garbage]:
             yield replace(_file(kind, path, now), size_bytes=tree.tree_bytes(path, unshared=True))
     for key, folder in engine_caches.folders(layout):
         idle_s = now - tree.newest_mtime(folder)
-        if idle_s >= ENGINE_CACHE_S or not layout.snapshot(key).is_dir():
+        if idle_s >= ENGINE_CACHE_S or not any(layout.snapshot(each).is_dir() for each in (key, key.twin)):
             yield Garbage("engine cache", folder, tree.tree_bytes(folder), idle_s)
     for folder in (layout.space_claim, *(variant for _key, variant in keyed_folders(layout.root / "claims"))):
         for generation in generations(folder)[1:]:

@@ -3,6 +3,7 @@
     <root>/
       FORMAT                                         "1"
       models/<org>--<name>/<commit>.<dtype>/         a published snapshot: the model's files and manifest.json
+      models/<org>--<name>/<commit>.<dtype>.compressed/    the same, its weights compressed; so everywhere below
       staging/<org>--<name>/<commit>.<dtype>/<generation>-<random>/
         source/<file>                                bytes as the source has them, partial
         journal/<file>/<segment>[.open]              which granules of it are there (staged_file.py)
@@ -29,7 +30,7 @@ import hashlib
 import re
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,10 @@ _MAX_REF_CHARACTERS = 200
 _DEVICE_NAMES = frozenset(
     ["con", "prn", "aux", "nul", *(f"com{i}" for i in range(10)), *(f"lpt{i}" for i in range(10))]
 )
-_ASIDE = re.compile(rf"(?:.+--[0-9a-f]{{40}}\.(?:{'|'.join(map(re.escape, DTYPES))})\.|doctor-)[0-9a-f]{{8}}")
+_COMPRESSED = "compressed"
+_ASIDE = re.compile(
+    rf"(?:.+--[0-9a-f]{{40}}\.(?:{'|'.join(map(re.escape, DTYPES))})(?:\.{_COMPRESSED})?\.|doctor-)[0-9a-f]{{8}}"
+)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _DRIVE = re.compile(r"[A-Za-z]:")
 
@@ -110,23 +114,36 @@ def check_file_names(names: Iterable[str]) -> None:
 
 @dataclass(frozen=True, slots=True, order=True)
 class SnapshotKey:
-    """The name of a snapshot: one commit of one repo in one variant."""
+    """The name of a snapshot: one commit of one repo in one variant, which is a storage dtype, plain or compressed."""
 
     repo_id: str
     commit: str
     dtype: str
+    compressed: bool = False
 
     def __str__(self) -> str:
-        return f"{self.repo_id}@{self.commit[:12]} ({self.dtype})"
+        return f"{self.repo_id}@{self.commit[:12]} ({self.dtype}{', compressed' if self.compressed else ''})"
 
     def as_json(self) -> dict[str, Any]:
         """The key as it begins every JSON record about a snapshot."""
-        return {"repo_id": self.repo_id, "commit": self.commit, "dtype": self.dtype}
+        record: dict[str, Any] = {"repo_id": self.repo_id, "commit": self.commit, "dtype": self.dtype}
+        return record | ({"compressed": True} if self.compressed else {})
 
     @property
     def parts(self) -> tuple[str, str]:
-        """The two path components: `org--name`, `commit.dtype`."""
-        return repo_folder(self.repo_id), f"{self.commit}.{self.dtype}"
+        """The two path components: `org--name`, and `commit.dtype` or `commit.dtype.compressed`."""
+        suffix = f".{_COMPRESSED}" if self.compressed else ""
+        return repo_folder(self.repo_id), f"{self.commit}.{self.dtype}{suffix}"
+
+    @property
+    def twin(self) -> SnapshotKey:
+        """The same weights, compressed if these are plain, and the other way round."""
+        return replace(self, compressed=not self.compressed)
+
+    @property
+    def plain(self) -> SnapshotKey:
+        """The same weights, plain."""
+        return replace(self, compressed=False)
 
 
 def repo_folder(repo_id: str) -> str:
@@ -137,11 +154,14 @@ def repo_folder(repo_id: str) -> str:
 def key_from_parts(folder: str, variant: str) -> SnapshotKey | None:
     """The key that two path components name, or None if they name none."""
     org, dashes, name = folder.partition("--")
-    commit, dot, dtype = variant.partition(".")
+    commit, dot, form = variant.partition(".")
+    dtype, has_suffix, suffix = form.partition(".")
     repo_id = f"{org}/{name}"
     if not (dashes and dot and is_repo_id(repo_id) and is_commit(commit) and dtype in DTYPES):
         return None
-    return SnapshotKey(repo_id, commit, dtype)
+    if has_suffix and suffix != _COMPRESSED:
+        return None
+    return SnapshotKey(repo_id, commit, dtype, bool(has_suffix))
 
 
 def is_aside(name: str) -> bool:
@@ -174,8 +194,8 @@ class Layout:
         return self.root / "engine-caches"
 
     def engine_caches_of(self, key: SnapshotKey) -> Path:
-        """The folder of all compiled code for a snapshot (engine_caches.py)."""
-        return self.engine_caches.joinpath(*key.parts)
+        """The folder of all compiled code for a snapshot and its twin (engine_caches.py)."""
+        return self.engine_caches.joinpath(*key.plain.parts)
 
     def claims(self, key: SnapshotKey) -> Path:
         return self.root.joinpath("claims", *key.parts)

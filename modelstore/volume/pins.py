@@ -185,6 +185,12 @@ def pin(layout: Layout, key: SnapshotKey, by: str) -> None:
     durable.write_atomic(layout.pin(key), json.dumps({"by": by}).encode() + b"\n")
 
 
+def copy(layout: Layout, key: SnapshotKey, other: SnapshotKey) -> None:
+    """Let the pin of a snapshot be that of another one, too."""
+    tree.check_no_links(layout.root, layout.pin(other))
+    durable.write_atomic(layout.pin(other), durable.read_file(layout.pin(key)))
+
+
 def unpin(layout: Layout, key: SnapshotKey) -> bool:
     """Take a pin away; whether there was one."""
     tree.check_no_links(layout.root, layout.pin(key))

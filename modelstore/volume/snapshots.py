@@ -12,7 +12,7 @@ import logging
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -74,19 +74,26 @@ class Snapshot:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of all files on the volume."""
         return self.manifest.size_bytes
 
     @property
+    def plain_bytes(self) -> int:
+        """Bytes of all files as the model has them."""
+        return self.manifest.plain_bytes
+
+    @property
     def weights(self) -> tuple[FileRecord, ...]:
-        """The weights at the top of the snapshot; for a pipeline, which has none there, those of its parts."""
-        files = tuple(f for f in self.manifest.files if f.path.endswith(".safetensors"))
+        """The weights at the top of the snapshot, as the model has them; for a pipeline, which has none there, those of
+        its parts."""
+        files = tuple(f for f in self.manifest.contents if f.path.endswith(".safetensors"))
         return tuple(f for f in files if "/" not in f.path) or files
 
     @property
     def weights_beside(self) -> tuple[FileRecord, ...]:
         """The weights in folders beside those at the top, as of the modules of a sentence-transformer."""
         known = {file.path for file in self.weights}
-        return tuple(f for f in self.manifest.files if f.path.endswith(".safetensors") and f.path not in known)
+        return tuple(f for f in self.manifest.contents if f.path.endswith(".safetensors") and f.path not in known)
 
     def config(self, name: str = "config.json") -> dict[str, Any]:
         """A config at the top; empty if there is none, or if it is no JSON object."""
@@ -119,6 +126,7 @@ class Snapshot:
             "path": str(self.path),
             "files": len(self.manifest.files),
             "bytes": self.size_bytes,
+            **({"plain_bytes": self.plain_bytes} if self.key.compressed else {}),
             "downloaded_bytes": self.downloaded_bytes,
             "status": self.status,
         }
@@ -136,8 +144,10 @@ def check_code(snapshot: Snapshot, *, trusted: bool) -> None:
 class Catalog:
     """The published snapshots of one store."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, *, compressed: bool = False) -> None:
+        """`compressed`: of a snapshot that is there both plain and compressed, the compressed one is found."""
         self._layout = layout
+        self._compressed = compressed
 
     def find(self, reference: Reference, dtype: str | None, *, worker: str | None = None) -> Snapshot | None:
         """The snapshot that the volume's records lead to, or None; an alias has its own dtype, and may lead this worker
@@ -149,12 +159,21 @@ class Catalog:
         """
         refs.check_format(self._layout)
         if reference.kind == "alias":
-            return self.published(aliases.target(self._layout, reference.name, worker=worker))
+            return self.published_twin(aliases.target(self._layout, reference.name, worker=worker))
         key = self._recorded_key(reference, dtype)
-        if key is None or (snapshot := self.published(key)) is not None or dtype is not None:
+        if key is None or (snapshot := self.published_twin(key)) is not None or dtype is not None:
             return snapshot if key is not None else None
         variant = self._variant_in_place(key)
-        return self.published(variant) if variant not in (key, None) else None
+        return self.published(variant) if variant is not None and variant.plain != key.plain else None
+
+    def published_twin(self, key: SnapshotKey) -> Snapshot | None:
+        """The snapshot with these weights, plain or compressed, that is preferred of those that are published."""
+        return next(filter(None, map(self.published, self._twins(key))), None)
+
+    def _twins(self, key: SnapshotKey) -> tuple[SnapshotKey, SnapshotKey]:
+        """The keys with these weights, the preferred one first."""
+        preferred = replace(key, compressed=self._compressed)
+        return preferred, preferred.twin
 
     def dtype_of(self, reference: Reference) -> str:
         """The variant to make if none is asked for: that of the last seed, or the only one on the volume, but for a
@@ -174,11 +193,15 @@ class Catalog:
         return SnapshotKey(recorded.repo_id, recorded.commit, variant)
 
     def _variant_in_place(self, key: SnapshotKey) -> SnapshotKey | None:
-        """`key` if there is a folder in its place, damaged or not; else the only variant of the commit that has one."""
-        if self._layout.snapshot(key).is_dir():
-            return key
-        variants = [other for other in self.keys(key.repo_id) if other.commit == key.commit]
-        return variants[0] if len(variants) == 1 else None
+        """`key` or its twin, if there is a folder in its place, damaged or not; else the only variant of the commit
+        that has one."""
+        if (twin := self._twin_in_place(key)) is not None:
+            return twin
+        dtypes = {other.dtype for other in self.keys(key.repo_id) if other.commit == key.commit}
+        return self._twin_in_place(replace(key, dtype=dtypes.pop())) if len(dtypes) == 1 else None
+
+    def _twin_in_place(self, key: SnapshotKey) -> SnapshotKey | None:
+        return next((twin for twin in self._twins(key) if self._layout.snapshot(twin).is_dir()), None)
 
     def keys(self, repo_id: str | None = None) -> Iterator[SnapshotKey]:
         """The key of each folder in a snapshot's place, damaged or not, of all repos or of one. Raises UnsafeName if
@@ -213,7 +236,7 @@ class Catalog:
         is_alias = reference.kind == "alias"
         key = aliases.target(self._layout, reference.name) if is_alias else self._recorded_key(reference, dtype)
         if key is None or is_alias or exact or dtype is not None:
-            return key if key is not None and self._layout.snapshot(key).is_dir() else None
+            return self._twin_in_place(key) if key is not None else None
         return self._variant_in_place(key)
 
     def published(self, key: SnapshotKey) -> Snapshot | None:

@@ -51,6 +51,8 @@ COMMANDS: dict[str, str] = {
     "adopt": "{tmp}/volume/by-hand --as org/by-hand",
     "seed": "org/name org/other",
     "sync": "org/name --to {tmp}/copy",
+    "compress": "org/name --keep",
+    "expand": "org/name --keep",
     "alias set": "fresh org/third",
     "alias ls": "",
     "alias history": "chat",
@@ -64,7 +66,7 @@ COMMANDS: dict[str, str] = {
 SHORT = [name for name in COMMANDS if name not in ("warm", "bench")]  # those two take longer than all others together
 ASK_THE_HUB = {"seed", "alias set"}
 WRITE = {
-    "doctor", "pin", "unpin", "export", "adopt", "seed", "alias set", "alias rollback", "alias rm", "rm", "bench",
+    "compress", "doctor", "pin", "unpin", "export", "adopt", "seed", "alias set", "alias rollback", "alias rm", "rm", "bench",
 }  # fmt: skip
 LOOK_AT_ALL = ["ls", "du", "claims", "watch", "history", "report", "metrics", "verify", "gc", "alias ls"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from modelstore.dtypes import Dtype
 from modelstore.errors import WeightOverflow
 from modelstore.fill.convert import config_in_dtype, convert_file, converted_tensors, read_header
 from modelstore.fill.storage_policy import storage_policy
+from modelstore.fill.stored_file import StoredFile
 from modelstore.volume.checksums import RunningDigests
 
 LLAMA = {"model_type": "llama"}
@@ -28,11 +30,13 @@ def convert(
     source, target = folder / "in.safetensors", folder / "out.safetensors"
     save_torch(tensors, source)
     header = read_header(source, where="in")
-    size, digests = convert_file(source, target, header, storage_policy(dtype, config), guard=lambda: None)
+    with StoredFile(target, compressed=False) as output:
+        convert_file(source, output, header, storage_policy(dtype, config), guard=lambda: None)
+        record = output.finish(target.name, None)
     data = target.read_bytes()
     own = RunningDigests()
     own.update(data)
-    assert (size, digests) == (len(data), own.finish())
+    assert (record.size_bytes, record.sha256, record.blocks) == (len(data), *astuple(own.finish()))
     return load_torch(target)
 
 

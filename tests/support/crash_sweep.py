@@ -2,7 +2,8 @@
 
     python -m tests.support.crash_sweep SCENARIO FAULT --hub URL --base FOLDER [--elsewhere FOLDER] [--every N]
 
-Scenarios: `seed` an empty store; `mend` a snapshot with a flipped bit; `evict` a snapshot. Faults: `kill` (SIGKILL before
+Scenarios: `seed` an empty store, or `seed-compressed`; `mend` a snapshot with a flipped bit; `evict` a snapshot;
+`compress` and `expand` one. Faults: `kill` (SIGKILL before
 the step), `torn` (half of a write, then SIGKILL), `EIO` (that one step fails), `ENOSPC` (from that step on, everything
 that takes space fails). While the process runs, another one watches `models/`. After it, a fresh seed must end well and
 the snapshot must verify. `--elsewhere` is the same folder through another mount: the watching and the fresh seed are done
@@ -22,11 +23,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from modelstore.errors import ModelStoreError
 from modelstore.fill import staged_file
+from modelstore.fill.observer import SILENT
+from modelstore.fill.recode import Recoding
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.volume.durable import remove_tree
@@ -88,15 +92,16 @@ class Sweep:
 
     def store(self, base: Path, name: str) -> ModelStore:
         root = base / name
-        return ModelStore(root, settings=Settings(root=root, hf_endpoint=self.hub, worker_id="w"))
+        compress = self.scenario in ("seed-compressed", "expand")
+        return ModelStore(root, settings=Settings(root=root, hf_endpoint=self.hub, worker_id="w", compress=compress))
 
     def prepare(self, name: str) -> None:
         """The store as it is before the fault."""
-        if self.scenario != "seed":
+        if not self.scenario.startswith("seed"):
             shutil.copytree(self.base / "template", self.base / name)
 
     def make_template(self) -> None:
-        if self.scenario == "seed":
+        if self.scenario.startswith("seed"):
             return
         snapshot = self.store(self.base, "template").ensure("org/name")
         if self.scenario == "mend":
@@ -105,13 +110,16 @@ class Sweep:
     def act(self, name: str) -> None:
         """What is interrupted."""
         store = self.store(self.base, name)
-        if self.scenario == "seed":
+        if self.scenario.startswith("seed"):
             store.ensure("org/name", refresh=True)
             return
         snapshot = store.lookup("org/name")
         assert snapshot is not None
         if self.scenario == "evict":
             evict(store.layout, snapshot.key)
+        elif self.scenario in ("compress", "expand"):
+            Recoding(store.layout, store.settings, snapshot, observer=SILENT).run()
+            evict(store.layout, snapshot.key, for_twin=True)
         else:
             store.ensure("org/name", damaged=snapshot)
 
@@ -121,8 +129,22 @@ class Sweep:
         snapshot = store.ensure("org/name", refresh=True)
         if self.scenario == "mend" and not verify_snapshot(snapshot).ok:
             snapshot = store.ensure("org/name", damaged=snapshot)
+        if self.scenario in ("compress", "expand"):
+            snapshot = self._recoded(store)
         found = verify_snapshot(snapshot)
         return "" if found.ok else f"after it: {found.findings}"
+
+    def _recoded(self, store: ModelStore) -> Snapshot:
+        """The snapshot that the interrupted command makes if it is run again."""
+        snapshot = store.lookup("org/name")
+        assert snapshot is not None
+        key = replace(snapshot.key, compressed=self.scenario == "compress")
+        if snapshot.key != key:
+            Recoding(store.layout, store.settings, snapshot, observer=SILENT).run()
+            remove_tree(store.layout.snapshot(key.twin))
+        recoded = store.catalog.published(key)
+        assert recoded is not None
+        return recoded
 
     def watch(self, name: str) -> str:
         """What is wrong with `models/` as the other mount sees it right now."""
@@ -233,7 +255,7 @@ def forked(run: Callable[[], int]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("scenario", choices=["seed", "mend", "evict"])
+    parser.add_argument("scenario", choices=["seed", "seed-compressed", "mend", "evict", "compress", "expand"])
     parser.add_argument("fault", choices=["kill", "torn", "EIO", "ENOSPC"])
     parser.add_argument("--hub", required=True)
     parser.add_argument("--base", type=Path, required=True)

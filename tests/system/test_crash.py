@@ -1,4 +1,4 @@
-"""Every crash point of a seed, a mend and an eviction, on this machine's own file system; `test_moosefs.py` has the other."""
+"""Every crash point of a seed, a mend, an eviction and a conversion, on this machine's own file system; `test_moosefs.py` has the other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from tests.support.sweeps import sweep
 
 
 @pytest.mark.parametrize("fault", ["kill", "torn", "EIO", "ENOSPC"])
-@pytest.mark.parametrize(("scenario", "at_least"), [("seed", 60), ("mend", 30), ("evict", 8)])
+@pytest.mark.parametrize(
+    ("scenario", "at_least"),
+    [("seed", 60), ("mend", 30), ("evict", 8), ("seed-compressed", 60), ("compress", 20), ("expand", 20)],
+)
 def test_after_a_death_at_any_step_a_fresh_seed_ends_well(
     hub: Hub, tmp_path: Path, scenario: str, at_least: int, fault: str
 ) -> None:

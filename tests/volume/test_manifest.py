@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from modelstore.errors import BadManifest, FormatTooNew
 from modelstore.volume.layout import SnapshotKey
-from modelstore.volume.manifest import FileRecord, Manifest, Origin, SourceRecord, digest_of, parse_manifest
+from modelstore.volume.manifest import (
+    COMPRESSED_FORMAT_VERSION,
+    FileRecord,
+    Manifest,
+    Origin,
+    SourceRecord,
+    digest_of,
+    parse_manifest,
+)
 
 MANIFEST = Manifest(
     key=SnapshotKey("org/name", "a" * 40, "float16"),
@@ -51,7 +59,7 @@ def test_a_text_that_is_no_manifest_is_refused(data: bytes) -> None:
 
 
 def test_a_newer_format_is_refused_and_says_to_upgrade() -> None:
-    record = json.loads(MANIFEST.encode()) | {"format_version": 2}
+    record = json.loads(MANIFEST.encode()) | {"format_version": COMPRESSED_FORMAT_VERSION + 1}
     with pytest.raises(FormatTooNew, match="upgrade"):
         parse_manifest(json.dumps(record).encode(), where="x")
 

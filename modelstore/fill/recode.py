@@ -1,0 +1,78 @@
+"""A published snapshot made plain or compressed, on the volume, without its source.
+
+Each block is compared with the snapshot's checksums as it is read, and what was written is read back and compared
+before it is published. What was cut short goes on with the files that were finished.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from modelstore.errors import DigestMismatch
+from modelstore.fill.observer import Observer
+from modelstore.fill.progress import Progress
+from modelstore.fill.publication import Publication
+from modelstore.fill.source import SourceFile
+from modelstore.fill.staging import Staging
+from modelstore.fill.stored_file import StoredFile, stored_name
+from modelstore.settings import Settings
+from modelstore.volume import durable
+from modelstore.volume.checksums import content_blocks
+from modelstore.volume.claim import Claim
+from modelstore.volume.layout import Layout
+from modelstore.volume.manifest import BLOCK_BYTES, FileRecord
+from modelstore.volume.snapshots import Snapshot
+
+
+class Recoding:
+    """The twin of a snapshot: compressed if that is plain, and the other way round. Use once."""
+
+    def __init__(self, layout: Layout, settings: Settings, snapshot: Snapshot, *, observer: Observer) -> None:
+        self.key = snapshot.key.twin
+        self._snapshot = snapshot
+        self._observer = observer
+        self._publication = Publication(layout, settings, self.key, observer=observer)
+        self._progress = Progress(snapshot.plain_bytes)
+
+    def run(self) -> bool:
+        """Publish it; False if it was there. Raises DigestMismatch if the snapshot is not as it was published, and what
+        `Publication.run` raises."""
+        return self._publication.run(self._fill, needed_bytes=self._snapshot.plain_bytes)
+
+    def _fill(self, staging: Staging, claim: Claim) -> bytes:
+        manifest = self._snapshot.manifest
+        for content in manifest.contents:
+            file = SourceFile(content.path, content.original.size_bytes, content.original.sha256)
+            if staging.find(file, stored_unchanged=manifest.stored_unchanged) is not None:
+                self._progress.add(content.path, done=content.size_bytes, reused=content.size_bytes)
+                continue
+            staging.add(file, self._stored(content, staging, claim))
+        records = tuple(staging.records[path] for path in sorted(staging.records))
+        return replace(manifest, key=self.key, created_at=int(time.time()), files=records).encode()
+
+    def _stored(self, content: FileRecord, staging: Staging, claim: Claim) -> FileRecord:
+        """Put one file into the staging."""
+        name = stored_name(content.path, compressed=self.key.compressed)
+        source, target = self._snapshot.path / content.on_volume.path, staging.paths.snapshot_file(name)
+        if name == content.path and content.stored is None:  # no weights
+            durable.make_folder(target.parent)
+            durable.link_or_copy(source, target)
+            return content
+        with StoredFile(target, compressed=self.key.compressed) as stored:
+            for block in content_blocks(source, content, self._snapshot.manifest.block_bytes):
+                claim.check()
+                stored.write(block)
+                self._progress.add(content.path, done=len(block))
+                self._report(claim)
+            record = stored.finish(name, content.origin)
+        for _block in content_blocks(target, record.content, BLOCK_BYTES):
+            claim.check()
+        if (record.content.size_bytes, record.content.sha256) != (content.size_bytes, content.sha256):
+            raise DigestMismatch(f"{source} has not the digest of its manifest: seed it again")
+        return record
+
+    def _report(self, claim: Claim) -> None:
+        progress = self._progress
+        claim.report("converting", done=progress.done, total=progress.total, eta_s=progress.eta_s)
+        self._observer.filling(self.key, progress)

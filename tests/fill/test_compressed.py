@@ -1,0 +1,301 @@
+"""Compressed snapshots: made by a seed or from a plain one, served, found, verified, mended, and made plain again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modelstore import ModelStore, load_tensors
+from modelstore.errors import DigestMismatch
+from modelstore.reference import parse_reference
+from modelstore.volume import pins
+from modelstore.volume.manifest import BLOCK_BYTES
+from modelstore.volume.snapshots import Snapshot
+from modelstore.volume.verify import verify_snapshot
+from modelstore.warmstart import begin
+from tests.conftest import Cli, MakeStore, leave_unfinished
+from tests.support.checkpoints import write_repo
+from tests.support.hub import Hub
+
+SHARD_ROWS = 2600  # of 2048 weights: a shard of more than a block
+
+
+def born_in(dtype: torch.dtype, *, rows: int = SHARD_ROWS, count: int = 2) -> dict[str, torch.Tensor]:
+    """Weights as trained ones are spread: normal, each row with a scale of its own."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for number in range(count):
+        scales = 0.02 * torch.exp(torch.randn(rows, 1, generator=generator) / 2)
+        tensors[f"layers.{number}.weight"] = (torch.randn(rows, 2048, generator=generator) * scales).to(dtype)
+    return tensors
+
+
+@pytest.fixture
+def tensors(hub: Hub) -> dict[str, torch.Tensor]:
+    """Those of org/name, in two shards, as its source has them."""
+    tensors = born_in(torch.bfloat16)
+    write_repo(hub.folder / "org" / "name", tensors, shards=2, save=save_file)
+    return tensors
+
+
+def are_those(loaded: dict[str, torch.Tensor], source: dict[str, torch.Tensor], dtype: torch.dtype) -> bool:
+    return all(torch.equal(loaded[name].cpu(), tensor.to(dtype)) for name, tensor in source.items())
+
+
+def compressed_file(snapshot: Snapshot) -> Path:
+    return next(snapshot.path.glob("*.compressed"))
+
+
+def test_a_seed_stores_fewer_bytes_and_every_start_gets_the_same_weights(
+    make_store: MakeStore, tensors: dict[str, torch.Tensor]
+) -> None:
+    store = make_store(compress=True)
+    snapshot = store.ensure("org/name")
+    assert snapshot.key.compressed
+    assert snapshot.status == "downloaded"
+    assert snapshot.size_bytes <= 0.69 * snapshot.plain_bytes
+    assert not list(snapshot.path.glob("*.safetensors"))
+    assert verify_snapshot(snapshot).ok
+    assert are_those(load_tensors(snapshot), tensors, torch.float16)
+    start = begin(replace(store.settings, model=parse_reference("org/name")))
+    start.reading.wait_all()
+    assert start.timeline.outcome == "hit"
+    for file in snapshot.weights:
+        assert len(start.reading.wait(file.path)) == file.size_bytes
+    start.reading.close()
+    start.in_use.end()
+
+
+@pytest.mark.parametrize(
+    ("born", "dtype", "limit"),
+    [
+        (torch.bfloat16, "float16", 0.69),
+        (torch.float32, "float16", 0.87),
+        (torch.bfloat16, "bfloat16", 0.69),
+        (torch.float32, "float32", 0.87),
+        (torch.bfloat16, "keep", 0.69),
+        (torch.float16, "keep", 0.87),
+    ],
+)
+def test_each_dtype_is_stored_within_its_share_and_comes_back_bit_for_bit(
+    hub: Hub, make_store: MakeStore, born: torch.dtype, dtype: str, limit: float
+) -> None:
+    source = born_in(born, count=1)
+    write_repo(hub.folder / "org" / "name", source, save=save_file)
+    snapshot = make_store(compress=True).ensure("org/name", dtype=dtype)
+    wanted = born if dtype == "keep" else getattr(torch, dtype)
+    assert snapshot.size_bytes <= limit * snapshot.plain_bytes
+    assert are_those(load_tensors(snapshot), source, wanted)
+
+
+def test_the_same_bytes_as_plain_are_compressed(make_store: MakeStore, tensors: dict[str, torch.Tensor]) -> None:
+    plain = make_store().ensure("org/name")
+    compressed = make_store(compress=True, root=plain.path.parents[2].with_name("other")).ensure("org/name")
+    contents = [replace(file, stored=None) for file in compressed.manifest.contents]
+    assert contents == list(plain.manifest.files)
+
+
+def test_a_start_takes_what_is_there_and_prefers_what_the_setting_says(
+    make_store: MakeStore, cli: Cli, hub: Hub, tensors: dict[str, torch.Tensor]
+) -> None:
+    plain, compressing = make_store(), make_store(compress=True)
+    assert not plain.ensure("org/name").key.compressed
+    hub.served.bytes.clear()
+    assert not compressing.ensure("org/name").key.compressed
+    cli("compress", "org/name", "--keep")
+    assert compressing.ensure("org/name").key.compressed
+    assert not plain.ensure("org/name").key.compressed
+    cli("compress", "org/name")
+    assert plain.ensure("org/name").key.compressed
+    assert not any(name.endswith(".safetensors") for name in hub.served.bytes)
+
+
+def test_compress_and_expand_carry_aliases_pins_and_answers_over(
+    store: ModelStore, cli: Cli, tensors: dict[str, torch.Tensor]
+) -> None:
+    before = store.set_alias("chat", "org/name")
+    plain_bytes = {path.name: path.read_bytes() for path in before.path.iterdir()}
+    cli("pin", "org/name")
+    (record,) = cli.json("compress", "@chat")
+    assert record["status"] == "converted"
+    assert record["bytes"] < 0.69 * record["plain_bytes"]
+    compressed = store.lookup("@chat")
+    assert compressed is not None
+    assert compressed.key.compressed
+    assert not before.path.exists()
+    assert pins.pinned(store.layout) == {compressed.key}
+    (listed,) = cli.json("ls")
+    assert listed["compressed"] is True
+    assert listed["aliases"] == ["chat"]
+    assert listed["pinned"] is True
+    assert "float16 compressed" in cli("ls").stdout
+    assert cli.json("compress", "org/name")[0]["status"] == "present"
+    (record,) = cli.json("expand", "org/name")
+    assert record["status"] == "converted"
+    after = store.lookup("@chat")
+    assert after is not None
+    assert after.key == before.key
+    assert pins.pinned(store.layout) == {before.key}
+    assert not compressed.path.exists()
+    files = {path.name: path.read_bytes() for path in after.path.iterdir() if path.name != "manifest.json"}
+    assert files == {name: data for name, data in plain_bytes.items() if name != "manifest.json"}
+    assert after.manifest.files == before.manifest.files
+    assert verify_snapshot(after).ok
+
+
+def test_a_form_that_is_in_use_stays(store: ModelStore, cli: Cli, tensors: dict[str, torch.Tensor]) -> None:
+    snapshot = store.ensure("org/name")
+    mark = pins.UsageMark(store.layout, snapshot.key, "worker-1")
+    assert "the plain form stays: it is in use" in cli("compress", "org/name").stdout
+    assert snapshot.path.exists()
+    mark.end()
+    cli("compress", "org/name")
+    assert not snapshot.path.exists()
+
+
+def test_no_program_gets_the_path_of_compressed_files(
+    make_store: MakeStore, cli: Cli, tensors: dict[str, torch.Tensor]
+) -> None:
+    make_store(compress=True).ensure("org/name")
+    error = cli("path", "org/name", code=8).stderr
+    assert "modelstore expand org/name" in error
+    assert "export" in error
+    cli("expand", "org/name", "--keep")
+    folder = Path(cli("path", "org/name").stdout.strip())
+    assert sorted(path.name for path in folder.glob("*.safetensors"))
+    assert are_those(load_file(folder / "model-00001-of-00002.safetensors"), {}, torch.float16)
+
+
+def test_an_export_is_the_repos_own_files(
+    make_store: MakeStore, cli: Cli, hub: Hub, tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    make_store(compress=True).ensure("org/name", dtype="keep")
+    folder = Path(cli("export", "org/name", "--hf-cache", str(tmp_path / "cache")).stdout.strip())
+    for path in (hub.folder / "org" / "name").glob("*.safetensors"):
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+    cli("export", "org/name", "--hf-cache", str(tmp_path / "cache"))
+
+
+def test_rm_means_both_forms(make_store: MakeStore, cli: Cli, tensors: dict[str, torch.Tensor]) -> None:
+    store = make_store()
+    store.ensure("org/name")
+    cli("compress", "org/name", "--keep")
+    assert len(cli.json("rm", "org/name", "--yes")) == 2
+    assert not list(store.catalog.keys())
+
+
+def test_a_flipped_bit_anywhere_is_found_and_a_load_never_returns_it(
+    make_store: MakeStore, tensors: dict[str, torch.Tensor]
+) -> None:
+    store = make_store(compress=True)
+    snapshot = store.ensure("org/name")
+    chance = random.Random(0)
+    paths = [snapshot.path / file.path for file in snapshot.manifest.files]
+    weights = [max(path.stat().st_size, 1) for path in paths]
+    for _round in range(60):
+        (path,) = chance.choices(paths, weights)
+        place, bit = chance.randrange(path.stat().st_size), 1 << chance.randrange(8)
+        flip(path, place, bit)
+        assert not verify_snapshot(snapshot).intact
+        if path.suffix == ".compressed":
+            with suppress(DigestMismatch):
+                assert are_those(load_tensors(snapshot), tensors, torch.float16)  # a bit of the padding
+        flip(path, place, bit)
+    assert verify_snapshot(snapshot).ok
+
+
+def flip(path: Path, place: int, bit: int) -> None:
+    fd = os.open(path, os.O_RDWR)
+    byte = os.pread(fd, 1, place)[0]
+    os.pwrite(fd, bytes([byte ^ bit]), place)
+    os.close(fd)
+
+
+def test_a_start_mends_what_is_damaged_and_stays_compressed(
+    make_store: MakeStore, hub: Hub, tensors: dict[str, torch.Tensor]
+) -> None:
+    store = make_store(compress=True)
+    snapshot = store.ensure("org/name")
+    flip(compressed_file(snapshot), 100, 1)
+    hub.served.bytes.clear()
+    mended = store.ensure("org/name", damaged=snapshot)
+    assert mended.key == snapshot.key
+    assert mended.inode != snapshot.inode
+    assert verify_snapshot(mended).ok
+    assert are_those(load_tensors(mended), tensors, torch.float16)
+    fetched = [name for name in hub.served.bytes if name.endswith(".safetensors")]
+    assert len(fetched) == 1  # the intact shard was used again
+
+
+def test_a_seed_that_was_cut_short_goes_on(make_store: MakeStore, hub: Hub, tensors: dict[str, torch.Tensor]) -> None:
+    store = make_store(compress=True)
+    leave_unfinished(hub, store)
+    hub.served.bytes.clear()
+    snapshot = store.ensure("org/name")
+    assert snapshot.status == "resumed"
+    assert verify_snapshot(snapshot).ok
+    assert not hub.served.bytes["model-00001-of-00002.safetensors"]
+
+
+def test_damage_is_found_before_a_conversion_publishes_it(
+    store: ModelStore, cli: Cli, tensors: dict[str, torch.Tensor]
+) -> None:
+    snapshot = store.ensure("org/name")
+    flip(snapshot.path / "model-00002-of-00002.safetensors", BLOCK_BYTES + 5, 1)
+    assert "differs from the published bytes" in cli("compress", "org/name", code=5).stderr
+    assert list(store.catalog.keys()) == [snapshot.key]
+
+
+def test_a_waiting_worker_reads_the_compressed_files_beside_the_one_that_makes_them(
+    store_env: dict[str, str], make_store: MakeStore, tensors: dict[str, torch.Tensor]
+) -> None:
+    code = (
+        "import sys; from modelstore.settings import Settings; from modelstore.warmstart import begin;"
+        "start = begin(Settings.from_env()); start.reading.wait_all();"
+        "print(start.timeline.outcome, start.reading.size_bytes); start.reading.close(); start.in_use.end()"
+    )
+    env = os.environ | store_env | {"MODEL_ID": "org/name", "MODELSTORE_COMPRESS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env=env | {"RUNPOD_POD_ID": f"w{number}"}, stdout=subprocess.PIPE, text=True
+        )
+        for number in range(3)
+    ]
+    outcomes = sorted(worker.communicate(timeout=100)[0].split() for worker in workers)
+    snapshot = make_store().lookup("org/name")
+    assert snapshot is not None
+    assert {int(size) for _outcome, size in outcomes} == {snapshot.plain_bytes}
+    assert [outcome for outcome, _size in outcomes].count("downloaded") == 1
+
+
+def test_a_list_says_which_models_are_compressed(
+    hub: Hub, cli: Cli, tmp_path: Path, store: ModelStore, tensors: dict[str, torch.Tensor]
+) -> None:
+    write_repo(hub.folder / "org" / "other", born_in(torch.bfloat16, rows=64), save=save_file)
+    listed = tmp_path / "models.toml"
+    listed.write_text(
+        '[[model]]\nreference = "org/name"\ncompress = true\n\n[[model]]\nreference = "org/other"\ncompress = false\n'
+    )
+    records: dict[str, Any] = {record["repo_id"]: record for record in cli.json("seed", "--from", str(listed))}
+    assert records["org/name"]["compressed"] is True
+    assert "compressed" not in records["org/other"]
+    assert cli.json("seed", "--from", str(listed), "--dry-run")["models"][0]["status"] == "present"
+
+
+def test_an_older_version_refuses_the_manifest_in_one_line(
+    make_store: MakeStore, tensors: dict[str, torch.Tensor]
+) -> None:
+    snapshot = make_store(compress=True).ensure("org/name")
+    assert json.loads((snapshot.path / "manifest.json").read_bytes())["format_version"] == 2
+    assert snapshot.path.name.endswith(".float16.compressed")  # and does not take the folder for a variant
