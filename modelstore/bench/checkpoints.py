@@ -13,13 +13,18 @@ from modelstore.dtypes import DTYPES
 from modelstore.errors import InvalidSetting
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
-from modelstore.volume.header import TensorInfo, encode_header
+from modelstore.volume.header import DTYPE_BITS, TensorInfo, encode_header
 
 _VOCABULARY = 32_000
 
 
-def make_checkpoint(folder: Path, stored_bytes: int, dtype: str, *, shard_bytes: int = 5 * 10**9) -> Path:
-    """A Llama with random weights that takes about `stored_bytes` in 16 bits, in `dtype` and in shards."""
+def make_checkpoint(
+    folder: Path, stored_bytes: int, dtype: str, *, born: str = "float32", shard_bytes: int = 5 * 10**9
+) -> Path:
+    """A Llama with random weights that takes about `stored_bytes` in 16 bits, in `dtype` and in shards.
+
+    `born`: the dtype that the weights had before, whose precision is all that they have: `float32` or `bfloat16`.
+    """
     if stored_bytes < 10**6:
         raise InvalidSetting("a model to measure with needs at least 1MB: name a larger --size")
     hidden, width = (2048, 5632) if stored_bytes > 6 * 10**8 else (256, 704)
@@ -58,30 +63,41 @@ def make_checkpoint(folder: Path, stored_bytes: int, dtype: str, *, shard_bytes:
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    _write_weights(folder, shapes, dtype, shard_bytes)
+    _write_weights(folder, shapes, weights_bytes(dtype, born=born), DTYPES[dtype].safetensors, shard_bytes)
     return folder
 
 
-def _write_weights(folder: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], dtype: str, shard_bytes: int) -> None:
+def weights_bytes(dtype: str, *, born: str) -> memoryview:
+    """4 million weights as trained ones are spread: normal, and each row of 2048 with a scale of its own."""
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((2048, 2048)) * 0.02 * np.exp(random.standard_normal((2048, 1)) / 2)
+    block = rows.astype("<f4").reshape(-1)
+    if born == "bfloat16":
+        block = (_bfloat16(block).astype("<u4") << 16).view("<f4")
+    return memoryview({"float32": block, "float16": block.astype("<f2"), "bfloat16": _bfloat16(block)}[dtype].tobytes())
+
+
+def _write_weights(
+    folder: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], data: memoryview, safetensors: str, shard_bytes: int
+) -> None:
+    width = DTYPE_BITS[safetensors] // 8
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     shard_size = 0
     for name, shape in shapes:
-        length = int(np.prod(shape)) * DTYPES[dtype].width_bytes
+        length = int(np.prod(shape)) * width
         if shard_size and shard_size + length > shard_bytes:
             shards.append([])
             shard_size = 0
         shards[-1].append((name, shape))
         shard_size += length
-    block = np.random.default_rng(0).standard_normal(1 << 22).astype("<f4") * np.float32(0.02)
-    data = memoryview({"float32": block, "float16": block.astype("<f2"), "bfloat16": _bfloat16(block)}[dtype].tobytes())
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         is_single = len(shards) == 1
         path = folder / ("model.safetensors" if is_single else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
         infos, begin = [], 0
         for name, shape in shard:
-            end = begin + int(np.prod(shape)) * DTYPES[dtype].width_bytes
-            infos.append(TensorInfo(name, DTYPES[dtype].safetensors, shape, begin, end))
+            end = begin + int(np.prod(shape)) * width
+            infos.append(TensorInfo(name, safetensors, shape, begin, end))
             weight_map[name] = path.name
             begin = end
         with path.open("wb") as file:
@@ -98,9 +114,9 @@ def _bfloat16(values: Any) -> Any:
     return (values.view("<u4") >> 16).astype("<u2")
 
 
-def seeded(root: Path, checkpoint: Path) -> Path:
+def seeded(root: Path, checkpoint: Path, *, compressed: bool = False) -> Path:
     """The checkpoint in a store, in float16; returns the snapshot's folder."""
-    return ModelStore(root, settings=Settings(root=root)).ensure(f"file://{checkpoint}").path
+    return ModelStore(root, settings=Settings(root=root, compress=compressed)).ensure(f"file://{checkpoint}").path
 
 
 def snapshot_of(root: Path) -> Path:

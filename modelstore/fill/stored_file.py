@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
 from modelstore.volume import durable
 from modelstore.volume.block_table import ALIGNMENT
-from modelstore.volume.checksums import RunningDigests
+from modelstore.volume.checksums import Digests, RunningDigests
 from modelstore.volume.content import check_decoder
 from modelstore.volume.manifest import BLOCK_BYTES, COMPRESSED_SUFFIX, FileRecord, Origin, PlainForm
 
 _PADDING = bytes(ALIGNMENT)
+_ENCODERS = min(4, os.cpu_count() or 1)
+_AHEAD = _ENCODERS + 1  # blocks that are being encoded, or wait to be written: three times 8 MiB each at most
 
 
 def stored_name(content: str, *, compressed: bool) -> str:
@@ -23,14 +28,14 @@ def stored_name(content: str, *, compressed: bool) -> str:
 class StoredFile:
     """Writes a file of weights from its first byte to its last. Use with `with`, which closes it."""
 
-    def __init__(self, target: Path, *, compressed: bool) -> None:
-        """`target`: its path on the volume; a file of an earlier process there is removed, as it may be a link."""
-        if compressed:
-            check_decoder()
+    def __init__(self, target: Path, *, compressed: bool, digests: Digests | None = None) -> None:
+        """`target`: its path on the volume; a file of an earlier process there is removed, as it may be a link.
+        `digests`: of the bytes that will be written, if they are known: to make them again would take longer than all
+        else."""
         self._target = target
         self._digests = RunningDigests()
         self._position = 0
-        self._plain = _Plain() if compressed else None
+        self._plain = _Plain(digests) if compressed else None
         durable.make_folder(target.parent)
         durable.remove_file(target)
         self._fd = durable.open_for_write(target)
@@ -41,6 +46,8 @@ class StoredFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._plain is not None:
+            self._plain.close()
         durable.close(self._fd, path=self._target)
 
     def write(self, data: bytes | memoryview) -> None:
@@ -48,15 +55,15 @@ class StoredFile:
         if self._plain is None:
             self._append(data)
             return
-        for block in self._plain.full_blocks(data):
-            self._append_block(block)
+        self._plain.add(data)
+        self._append_encoded(self._plain, at_most=_AHEAD)
 
     def finish(self, path: str, origin: Origin | None) -> FileRecord:
         """All was written: sync it. `path`: in the snapshot, on the volume. Returns the record of the file."""
         plain = None
         if self._plain is not None:
-            if block := self._plain.last_block():
-                self._append_block(block)
+            self._plain.end_block()
+            self._append_encoded(self._plain, at_most=0)
             plain = self._plain.form()
         durable.set_size(self._fd, self._position, path=self._target)
         durable.sync(self._fd, path=self._target)
@@ -68,30 +75,32 @@ class StoredFile:
         self._digests.update(data)
         self._position += len(data)
 
-    def _append_block(self, block: memoryview) -> None:
-        from modelstore.volume import planes  # zstandard is for compressed files alone
-
-        assert self._plain is not None
-        entry, parts = planes.encode(block)
-        self._plain.table.append(tuple(entry))
-        for part in parts:
-            self._append(part)
-        self._append(_PADDING[: -self._position % ALIGNMENT])
+    def _append_encoded(self, plain: _Plain, *, at_most: int) -> None:
+        """Append the blocks that are encoded, and wait until there are `at_most` others."""
+        for parts in plain.encoded(at_most):
+            for part in parts:
+                self._append(part)
+            self._append(_PADDING[: -self._position % ALIGNMENT])
 
 
 class _Plain:
-    """The bytes that a compressed file holds: the block that is not full yet, and the digests of all."""
+    """The bytes that a compressed file holds: their digests, and their blocks, which threads encode."""
 
-    def __init__(self) -> None:
-        self.table: list[tuple[int, ...]] = []
+    def __init__(self, digests: Digests | None) -> None:
+        check_decoder()
+        self._known = digests
         self._digests = RunningDigests()
         self._block = bytearray(BLOCK_BYTES)
         self._in_block = 0
         self._size_bytes = 0
+        self._table: list[tuple[int, ...]] = []
+        self._threads = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="encode")
+        self._jobs: deque[Future[tuple[list[int], list[bytes | bytearray | memoryview]]]] = deque()
 
-    def full_blocks(self, data: bytes | memoryview) -> Iterator[memoryview]:
-        """The blocks that are full with these bytes; each is to be used before the next one is asked for."""
-        self._digests.update(data)
+    def add(self, data: bytes | memoryview) -> None:
+        """The next bytes."""
+        if self._known is None:
+            self._digests.update(data)
         self._size_bytes += len(data)
         view = memoryview(data)
         while view:
@@ -100,14 +109,28 @@ class _Plain:
             self._in_block += len(part)
             view = view[len(part) :]
             if self._in_block == BLOCK_BYTES:
-                self._in_block = 0
-                yield memoryview(self._block)
+                self.end_block()
 
-    def last_block(self) -> memoryview:
-        """The rest, which may be empty."""
-        return memoryview(self._block)[: self._in_block]
+    def end_block(self) -> None:
+        """Have the bytes since the last block encoded."""
+        from modelstore.volume import planes  # zstandard is for compressed files alone
+
+        if self._in_block:
+            self._jobs.append(self._threads.submit(planes.encode, memoryview(self._block)[: self._in_block]))
+            self._block, self._in_block = bytearray(BLOCK_BYTES), 0
+
+    def encoded(self, at_most: int) -> Iterator[list[bytes | bytearray | memoryview]]:
+        """The parts of the next blocks, until `at_most` are not taken."""
+        while len(self._jobs) > at_most:
+            entry, parts = self._jobs.popleft().result()
+            self._table.append(tuple(entry))
+            yield parts
 
     def form(self) -> PlainForm:
         """The record of these bytes."""
-        digests = self._digests.finish()
-        return PlainForm(self._size_bytes, digests.sha256, digests.blocks, tuple(self.table))
+        digests = self._known or self._digests.finish()
+        return PlainForm(self._size_bytes, digests.sha256, digests.blocks, tuple(self._table))
+
+    def close(self) -> None:
+        """Encode nothing more."""
+        self._threads.shutdown(cancel_futures=True)

@@ -206,17 +206,27 @@ class WeightsPipeline:
                 if self._convert_began is None:
                     self._convert_began = self._request.timeline.now()
             origin = origin or (None if is_unchanged else Origin(file.size_bytes, digests.sha256))
-            record = self._convert(file, path, header, policy, origin)
+            record = self._convert(file, path, header, policy, origin, digests)
         self._add(file, record, header)
         if path != self._staging.paths.source_file(file.path):
             durable.remove_file(path)
         self._budget.end(file.path)
 
     def _convert(
-        self, file: SourceFile, path: Path, header: Header, policy: StoragePolicy, origin: Origin | None
+        self,
+        file: SourceFile,
+        path: Path,
+        header: Header,
+        policy: StoragePolicy,
+        origin: Origin | None,
+        digests: Digests,
     ) -> FileRecord:
         """Convert one file; tensors that overflow and that no class loads are stored as they come, in a second try.
-        Without an `origin` it is only compressed."""
+        Without an `origin` it is only compressed, and `digests` are those of its bytes."""
+        if origin is None:
+            with self._stored_file(file, digests) as target:
+                copy_file(path, target, guard=self._guard, memory=self._memory(file))
+                return target.finish(self._name(file), None)
         try:
             return self._converted(file, path, header, policy, origin)
         except WeightOverflow as error:
@@ -229,17 +239,21 @@ class WeightsPipeline:
         return self._converted(file, path, header, exempt, origin)
 
     def _converted(
-        self, file: SourceFile, path: Path, header: Header, policy: StoragePolicy, origin: Origin | None
+        self, file: SourceFile, path: Path, header: Header, policy: StoragePolicy, origin: Origin
     ) -> FileRecord:
-        content = stored_path(file.path)
-        name = stored_name(content, compressed=self._request.compressed)
-        memory = partial(self._observer.memory, self._request.key, content)
-        with StoredFile(self._staging.paths.snapshot_file(name), compressed=name != content) as target:
-            if origin is None:
-                copy_file(path, target, guard=self._guard, memory=memory)
-            else:
-                convert_file(path, target, header, policy, guard=self._guard, memory=memory)
-            return target.finish(name, origin)
+        with self._stored_file(file) as target:
+            convert_file(path, target, header, policy, guard=self._guard, memory=self._memory(file))
+            return target.finish(self._name(file), origin)
+
+    def _name(self, file: SourceFile) -> str:
+        return stored_name(stored_path(file.path), compressed=self._request.compressed)
+
+    def _stored_file(self, file: SourceFile, digests: Digests | None = None) -> StoredFile:
+        path = self._staging.paths.snapshot_file(self._name(file))
+        return StoredFile(path, compressed=self._request.compressed, digests=digests)
+
+    def _memory(self, file: SourceFile) -> Callable[[int], memoryview | None]:
+        return partial(self._observer.memory, self._request.key, stored_path(file.path))
 
     def _add(self, file: SourceFile, record: FileRecord, header: Header) -> None:
         with self._lock:
