@@ -87,7 +87,8 @@ SPAN_KINDS: Mapping[str, SpanKind] = {
 class Span:
     """One stretch of a start; times in seconds since the process began, `size_bytes` if bytes moved.
 
-    `detail`: the library of an import.
+    `detail`: the library of an import. `plain_bytes`, `decoding_s`: of a read of compressed weights, the bytes that
+    they hold, and the seconds in which threads decoded them, all threads together.
     """
 
     name: SpanName
@@ -95,6 +96,8 @@ class Span:
     end: float
     size_bytes: int | None = None
     detail: str = ""
+    plain_bytes: int | None = None
+    decoding_s: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         record: dict[str, Any] = {"name": self.name, "start": round(self.start, 4), "end": round(self.end, 4)}
@@ -103,6 +106,8 @@ class Span:
         if self.size_bytes is not None:
             record["bytes"] = self.size_bytes
             record["bytes_per_s"] = round(self.size_bytes / max(self.end - self.start, 1e-6), 1)
+        if self.plain_bytes is not None:
+            record |= {"plain_bytes": self.plain_bytes, "decoding_s": round(self.decoding_s, 3)}
         return record
 
 
@@ -227,7 +232,12 @@ def _rate(kind: tuple[str, str], record: Mapping[str, Any]) -> str:
     spans = [span for span in record["spans"] if _kind_of(span) == kind]
     size_bytes = sum(span.get("bytes", 0) for span in spans)
     seconds = sum(float(span["end"] - span["start"]) for span in spans)
-    return f" at {size_bytes / seconds / 1e6:.0f} MB/s" if size_bytes and seconds else ""
+    if not size_bytes or not seconds:
+        return ""
+    plain_bytes = sum(span.get("plain_bytes", 0) for span in spans)
+    decoding_s = sum(span.get("decoding_s", 0) for span in spans)
+    decoded = f", decoded to {plain_bytes / 1e9:.2f} GB in {decoding_s:.1f} s of threads" if plain_bytes else ""
+    return f" at {size_bytes / seconds / 1e6:.0f} MB/s{decoded}"
 
 
 def _covered_s(

@@ -41,16 +41,17 @@ _SMALL = 2 << 20  # below, a second descriptor is not worth opening
 MOST_AT_ONCE = 16
 _MADV_POPULATE_WRITE = 23
 
-# The outcomes of a block; a report is the outcome, file, number, slot (-1: in place) or errno, and time (monotonic).
+# The outcomes of a block; a report is the outcome, file, number, slot (-1: in place) or errno, time (monotonic), and
+# seconds of decoding.
 ARRIVED, WRONG, SHORT, FAILED = range(4)
-REPORT = struct.Struct("<iiiid")
+REPORT = struct.Struct("<iiiidd")
 # The messages to the reader process: kind and a number. FILE, RING: so many bytes of JSON follow.
 MESSAGE = struct.Struct("<II")
 FILE, RING, RELEASE, NO_MORE = range(4)
 
 _of_thread = threading.local()
 
-Report = Callable[[int, int, int, int, float], None]
+Report = Callable[[int, int, int, int, float, float], None]
 
 
 def rounded(size_bytes: int) -> int:
@@ -237,9 +238,9 @@ class BlockReader:
                             self._changed.notify_all()
                     if slot < 0 and not file.compressed:
                         _make_pages(view)
-                kind, detail = self._read(file, block, slot, view, None if is_cached else file.direct)
+                kind, detail, decoding_s = self._read(file, block, slot, view, None if is_cached else file.direct)
             except BaseException:  # a bug, or no memory: without a report the caller would wait for ever
-                self._report(FAILED, file.index, block, errno.EIO, time.monotonic())
+                self._report(FAILED, file.index, block, errno.EIO, time.monotonic(), 0.0)
                 raise
             now = time.monotonic()
             with self._changed:
@@ -248,7 +249,7 @@ class BlockReader:
                 if self._pace.read(len(view), now):
                     self._start_threads()
                     self._changed.notify_all()
-            self._report(kind, file.index, block, detail, now)
+            self._report(kind, file.index, block, detail, now, decoding_s)
         with self._changed:
             self._running -= 1
             if not self._running:
@@ -281,9 +282,9 @@ class BlockReader:
         """Whether all of a block lies in the page cache. A small file is not asked for: it says no."""
         return file.cache is not None and file.cache.hold(*file.place(block))
 
-    def _read(self, file: File, block: int, slot: int, view: memoryview, direct: int | None) -> tuple[int, int]:
+    def _read(self, file: File, block: int, slot: int, view: memoryview, direct: int | None) -> tuple[int, int, float]:
         """Fill `view`, which is as long as the block, rounded up; through the descriptor `direct`, if it is there.
-        Returns the outcome, and the slot or the errno."""
+        Returns the outcome, the slot or the errno, and the seconds that decoding took."""
         offset, stored = file.place(block)
         length = file.length(block)
         source = _scratch(stored) if file.compressed else view
@@ -297,22 +298,24 @@ class BlockReader:
                     direct = None
                     count = _read_once_more(file.fd, source[position:stored], offset + position)
                 if count == 0:
-                    return SHORT, slot
+                    return SHORT, slot, 0.0
                 position += count
         except OSError as error:
-            return FAILED, error.errno or errno.EIO
+            return FAILED, error.errno or errno.EIO, 0.0
+        began = time.monotonic()
         if file.compressed:
             try:
                 _planes().decode(file.compressed[block][1], source, view[:length])
             except ValueError:
-                return WRONG, slot
+                return WRONG, slot, 0.0
+        decoding_s = time.monotonic() - began
         if file.checksums:
             from xxhash import xxh3_64_hexdigest
 
             expected = file.checksums[block * CHECKSUM_HEX : (block + 1) * CHECKSUM_HEX]
             if xxh3_64_hexdigest(view[:length]) != expected:
-                return WRONG, slot
-        return ARRIVED, slot
+                return WRONG, slot, decoding_s
+        return ARRIVED, slot, decoding_s
 
 
 class CachedPages:
@@ -432,10 +435,10 @@ def _mapped(fd: int) -> memoryview:
 def _serve(sock: socket.socket) -> None:
     sending = threading.Lock()
 
-    def report(kind: int, file: int, block: int, detail: int, now: float) -> None:
+    def report(kind: int, file: int, block: int, detail: int, now: float, decoding_s: float) -> None:
         with sending:
             try:
-                sock.sendall(REPORT.pack(kind, file, block, detail, now))
+                sock.sendall(REPORT.pack(kind, file, block, detail, now, decoding_s))
             except OSError:  # the parent has closed the reading, or ended
                 os._exit(0)
 

@@ -104,6 +104,7 @@ class Reading:
         then to be taken away with `next_arrival` and `release`; without it each file has memory of its own."""
         self.began = 0.0
         self.ended: float | None = None
+        self.decoding_s = 0.0  # of all threads together
         self._verify = verify
         self._ring_bytes = ring_bytes
         self._ring: memoryview | None = None
@@ -119,12 +120,20 @@ class Reading:
     def as_span(self, timeline: Timeline) -> Span:
         """The read as a span of a start; it ends now if it has not ended yet."""
         ended = time.monotonic() if self.ended is None else self.ended
-        return Span("read", self.began - timeline.began, ended - timeline.began, self.size_bytes)
+        span = Span("read", self.began - timeline.began, ended - timeline.began, self.stored_bytes)
+        if self.stored_bytes != self.size_bytes:
+            span.plain_bytes, span.decoding_s = self.size_bytes, self.decoding_s
+        return span
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all files that were added."""
+        """Bytes of all files that were added, as the model has them."""
         return sum(opened.record.size_bytes for opened in self._files)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of these files on the volume."""
+        return sum(opened.record.on_volume.size_bytes for opened in self._files)
 
     @property
     def uses_ring(self) -> bool:
@@ -355,10 +364,11 @@ class Reading:
             if self._error is not None:
                 raise self._error
 
-    def report(self, kind: int, index: int, block: int, detail: int, now: float) -> None:
+    def report(self, kind: int, index: int, block: int, detail: int, now: float, decoding_s: float) -> None:
         """Take the outcome of a block; called by the threads that read, or that listens to the process."""
         with self._changed:
             opened = self._files[index]
+            self.decoding_s += decoding_s
             if kind == blocks.ARRIVED:
                 opened.arrived(block)
                 offset = block * opened.block_bytes

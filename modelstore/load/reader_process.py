@@ -33,7 +33,7 @@ class Listener(Protocol):
     def over(self) -> bool:
         """Whether all blocks have been reported, or one has failed."""
 
-    def report(self, kind: int, index: int, block: int, detail: int, now: float) -> None:
+    def report(self, kind: int, index: int, block: int, detail: int, now: float, decoding_s: float) -> None:
         """The outcome of a block: see `blocks.REPORT`."""
 
     def failed(self, error: Exception) -> None:

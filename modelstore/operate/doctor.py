@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from modelstore.errors import FormatTooNew, ModelStoreError, NoSpace, ReadOnlyVo
 from modelstore.fill.sources import sources_for
 from modelstore.mount import check_place, kind_of, mount_of, read_mounts
 from modelstore.operate import inventory
+from modelstore.operate.compression import estimate
 from modelstore.reference import Reference, parse_reference
 from modelstore.settings import Settings
 from modelstore.units import counted, size
@@ -138,7 +140,10 @@ def _probed(layout: Layout, settings: Settings, peer: Path | None, probe_bytes: 
         yield from _capabilities(layout, settings, peer)
         with probe_folder(layout) as folder:
             yield _clock(folder)
-            yield from _rates(folder, probe_bytes)
+            wrote, read = _rates(folder, probe_bytes)
+        yield _rate("write rate", wrote, probe_bytes)
+        yield _rate("read rate", read, probe_bytes)
+        yield from _compression(layout, read)
     except NoSpace as error:
         yield _failed("space", error, "no model can be published", "remove one, or run gc")
     except FileNotFoundError:
@@ -201,8 +206,8 @@ def _clock(folder: Path) -> CheckResult:
     return _ok("clock", f"within {max(abs(off), 1):.0f} s of the volume's")
 
 
-def _rates(folder: Path, probe_bytes: int) -> Iterator[CheckResult]:
-    """Write and read once, past this host's cache if the file system allows it."""
+def _rates(folder: Path, probe_bytes: int) -> tuple[float, float]:
+    """Write and read once, past this host's cache if the file system allows it; bytes a second."""
     path, block = folder / "rate", os.urandom(1 << 20)
     began = time.monotonic()
     fd = durable.open_for_write(path)
@@ -222,13 +227,27 @@ def _rates(folder: Path, probe_bytes: int) -> Iterator[CheckResult]:
         read = probe_bytes / (time.monotonic() - began)
     finally:
         os.close(fd)
-    for name, rate in (("write rate", wrote), ("read rate", read)):
-        if rate < _SLOW_BYTES_PER_S:
-            minutes = 16e9 / rate / 60
-            why = f"a model of 16 GB takes {minutes:.0f} minutes"
-            yield _warning(name, f"{rate / 1e6:.0f} MB/s", why, "ask whether the volume is under load, try again")
-        else:
-            yield _ok(name, f"{rate / 1e6:.0f} MB/s over {probe_bytes / 1e6:.0f} MB")
+    return wrote, read
+
+
+def _rate(name: str, rate: float, probe_bytes: int) -> CheckResult:
+    if rate < _SLOW_BYTES_PER_S:
+        minutes = 16e9 / rate / 60
+        why = f"a model of 16 GB takes {minutes:.0f} minutes"
+        return _warning(name, f"{rate / 1e6:.0f} MB/s", why, "ask whether the volume is under load, try again")
+    return _ok(name, f"{rate / 1e6:.0f} MB/s over {probe_bytes / 1e6:.0f} MB")
+
+
+def _compression(layout: Layout, bytes_per_s: float) -> Iterator[CheckResult]:
+    """Whether the largest plain model would start sooner if it were compressed, at this rate and on this host."""
+    try:
+        plain = [each for each in Catalog(layout).snapshots() if not each.key.compressed and each.weights_bytes]
+        largest = max(plain, key=lambda snapshot: snapshot.weights_bytes, default=None)
+        if largest is None or find_spec("zstandard") is None:
+            return
+        yield _ok("compression", estimate(largest, bytes_per_s, processors=len(os.sched_getaffinity(0))).text)
+    except (ModelStoreError, OSError) as error:
+        logger.debug("compression is not judged: %s", error)
 
 
 def _quota(layout: Layout, settings: Settings) -> CheckResult:

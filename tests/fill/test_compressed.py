@@ -71,6 +71,9 @@ def test_a_seed_stores_fewer_bytes_and_every_start_gets_the_same_weights(
     start = begin(replace(store.settings, model=parse_reference("org/name")))
     start.reading.wait_all()
     assert start.timeline.outcome == "hit"
+    span = start.reading.as_span(start.timeline).as_json()
+    assert (span["bytes"], span["plain_bytes"]) == (snapshot.size_bytes, snapshot.plain_bytes)
+    assert 0 < span["decoding_s"] < 60
     for file in snapshot.weights:
         assert len(start.reading.wait(file.path)) == file.size_bytes
     start.reading.close()

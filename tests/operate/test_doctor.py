@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from modelstore.bench.checkpoints import make_checkpoint
 from modelstore.errors import NoSpace, RootUnusable
 from modelstore.mount import check_place
 from modelstore.operate import doctor
+from modelstore.operate.compression import estimate
 from modelstore.operate.doctor import CheckResult, diagnose, exit_code
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
@@ -43,6 +45,20 @@ def on_mfs(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
         return store.settings
 
     return settings
+
+
+def test_it_says_what_compression_would_give_at_the_measured_rate_and_on_this_host(
+    hub: Hub, store: ModelStore, tmp_path: Path
+) -> None:
+    bench = make_checkpoint(tmp_path / "model", 40_000_000, "float16", born="bfloat16")
+    snapshot = store.ensure(f"file://{bench}")
+    slow, fast = (estimate(snapshot, rate, processors=2) for rate in (100e6, 100e9))
+    assert slow.is_worth_it
+    assert slow.compressed_s == pytest.approx(0.69 * slow.plain_s, rel=0.03)
+    assert not fast.is_worth_it
+    text = found(store.settings)["compression"].what
+    assert f"`modelstore compress {snapshot.repo_id}`" in text or "space alone" in text
+    assert "compression" not in found(replace(store.settings, root=tmp_path / "empty" / "modelstore"))
 
 
 def test_a_sound_volume_has_nothing_but_ok(on_mfs: Callable[[str], Settings], hub: Hub) -> None:
