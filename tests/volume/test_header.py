@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import re
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from modelstore.errors import BadSafetensors
 from modelstore.volume.header import DTYPE_BITS, LENGTH_BYTES, TensorInfo, encode_header, header_length, parse_header
 from tests.support.checkpoints import random_tensors
+from tests.support.fuzzing import FUZZ_S, fuzz
 from tests.support.records import record
 
 
@@ -138,36 +134,19 @@ def test_encoding_is_deterministic() -> None:
     assert encode_header(tensors, {"b": "1", "a": "2"}) == encode_header(tensors, {"a": "2", "b": "1"})
 
 
-FUZZ_S = int(os.environ.get("FUZZ_S", "15"))
-
-
 @pytest.mark.slow
 def test_coverage_guided_fuzzing_finds_nothing_that_the_reference_refuses(tmp_path: Path) -> None:
-    pytest.importorskip("atheris", reason="needs atheris, which has no wheel for this Python")
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     fine = {"fine": with_header({"a": tensor(), "b": tensor("F16", (3,), (8, 14))}, bytes(range(14)))}
     for number, data in enumerate({**fine, **LIES}.values()):
         if len(data) < 10_000:
             (corpus / str(number)).write_bytes(data)
-    seed = random.randrange(1, 2**31)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.fuzz_header", str(corpus), f"-max_total_time={FUZZ_S}", f"-seed={seed}"],
-        cwd=Path(__file__).parent.parent.parent,
-        env=os.environ | {"PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    runs = re.search(r"Done (\d+) runs", done.stderr)
-    assert runs is not None
-    runs_done = int(runs[1])
+    runs_done = fuzz("fuzz_header", corpus)
     record(
         "Hostile input does nothing",
         f"headers from a coverage-guided fuzzer, {FUZZ_S} s: whatever the reference refuses is refused",
         tried=runs_done,
         survived=runs_done,
     )
-    assert int(runs[1]) > 1000
+    assert runs_done > 1000

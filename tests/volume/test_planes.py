@@ -7,6 +7,7 @@ import os
 import random
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from modelstore.volume import planes
 from modelstore.volume.block_table import ALIGNMENT, block_lengths, check_entry, places, stored_length
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.manifest import FileRecord, Manifest, PlainForm, SourceRecord, digest_of, parse_manifest
+from tests.support.fuzzing import FUZZ_S, fuzz
+from tests.support.records import record
 
 
 def weights(count: int, seed: int = 0) -> np.ndarray:
@@ -198,19 +201,19 @@ LIES: dict[str, Any] = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_a_table_that_lies_is_refused(lie: str) -> None:
-    record = json.loads(compressed_manifest().encode())
-    del record["digest"]
-    record["files"][0]["plain"] = LIES[lie](record["files"][0]["plain"])
-    data = json.dumps(record | {"digest": digest_of(record)}).encode()
+    saved = json.loads(compressed_manifest().encode())
+    del saved["digest"]
+    saved["files"][0]["plain"] = LIES[lie](saved["files"][0]["plain"])
+    data = json.dumps(saved | {"digest": digest_of(saved)}).encode()
     with pytest.raises(BadManifest, match="damaged"):
         parse_manifest(data, where="x")
 
 
 def test_a_table_of_a_later_format_says_to_upgrade() -> None:
-    record = json.loads(compressed_manifest().encode())
-    del record["digest"]
-    record["files"][0]["plain"]["format_version"] = 2
-    data = json.dumps(record | {"digest": digest_of(record)}).encode()
+    saved = json.loads(compressed_manifest().encode())
+    del saved["digest"]
+    saved["files"][0]["plain"]["format_version"] = 2
+    data = json.dumps(saved | {"digest": digest_of(saved)}).encode()
     with pytest.raises(FormatTooNew, match="upgrade"):
         parse_manifest(data, where="x")
 
@@ -225,10 +228,10 @@ def test_a_table_of_a_later_format_says_to_upgrade() -> None:
     ],
 )
 def test_a_manifest_whose_parts_do_not_agree_is_refused(changes: dict[str, Any]) -> None:
-    record = json.loads(compressed_manifest().encode()) | changes
-    del record["digest"]
+    saved = json.loads(compressed_manifest().encode()) | changes
+    del saved["digest"]
     with pytest.raises(BadManifest):
-        parse_manifest(json.dumps(record | {"digest": digest_of(record)}).encode(), where="x")
+        parse_manifest(json.dumps(saved | {"digest": digest_of(saved)}).encode(), where="x")
 
 
 def test_a_compressed_file_under_the_name_of_a_plain_one_is_refused() -> None:
@@ -244,8 +247,19 @@ RIGHT = json.loads(compressed_manifest().encode())["files"][0]["plain"]["table"]
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), st.lists, max_leaves=8))
 @settings(deadline=None, max_examples=300)
 def test_any_other_table_is_refused(table: Any) -> None:
-    record = json.loads(compressed_manifest().encode())
-    del record["digest"]
-    record["files"][0]["plain"]["table"] = table
+    saved = json.loads(compressed_manifest().encode())
+    del saved["digest"]
+    saved["files"][0]["plain"]["table"] = table
     with pytest.raises(BadManifest, match="x is damaged") if table != RIGHT else nullcontext():
-        parse_manifest(json.dumps(record | {"digest": digest_of(record)}).encode(), where="x")
+        parse_manifest(json.dumps(saved | {"digest": digest_of(saved)}).encode(), where="x")
+
+
+@pytest.mark.slow
+def test_coverage_guided_fuzzing_of_tables_and_blocks_finds_nothing(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "weights").write_bytes(HALF[:4000].tobytes())
+    tried = fuzz("fuzz_planes", corpus)
+    subject = f"tables and blocks of compressed weights from a coverage-guided fuzzer, {FUZZ_S} s"
+    record("Hostile input does nothing", subject, tried=tried, survived=tried)
+    assert tried > 1000
