@@ -36,6 +36,7 @@ Level = Literal["ok", "warning", "error"]
 PROBE_BYTES = 64 << 20
 _SLOW_BYTES_PER_S = 100e6
 _CLOCK_OFF_S = 60.0
+_WORTH_COMPRESSING = 32 << 20  # bytes: a smaller model is read in no time
 _UNCOUNTED = ("the snapshots cannot be counted", "see above, or check the mount")
 _LOCAL_LOCKS = ("mfsnobsdlocks", "nolock", "local_lock=all", "local_lock=flock")
 
@@ -243,7 +244,7 @@ def _compression(layout: Layout, bytes_per_s: float) -> Iterator[CheckResult]:
     try:
         plain = [each for each in Catalog(layout).snapshots() if not each.key.compressed and each.weights_bytes]
         largest = max(plain, key=lambda snapshot: snapshot.weights_bytes, default=None)
-        if largest is None or find_spec("zstandard") is None:
+        if largest is None or largest.weights_bytes < _WORTH_COMPRESSING or find_spec("zstandard") is None:
             return
         yield _ok("compression", estimate(largest, bytes_per_s, processors=len(os.sched_getaffinity(0))).text)
     except (ModelStoreError, OSError) as error:

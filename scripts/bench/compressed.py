@@ -33,6 +33,7 @@ from modelstore.volume.block_table import stored_length  # noqa: E402
 from modelstore.volume.manifest import BLOCK_BYTES  # noqa: E402
 from scripts.bench import throttled as volumes  # noqa: E402
 from scripts.bench.sections import write_section  # noqa: E402
+from scripts.bench.start import draw  # noqa: E402
 
 RATES = {300 << 20: "300 MiB/s", 1000 << 20: "1000 MiB/s"}
 KINDS = {
@@ -42,6 +43,7 @@ KINDS = {
     "float32": ("float32", "float32"),
 }
 _ROUNDS = 9
+CHART = "compressed.svg"
 
 
 def report(line: str) -> None:
@@ -98,11 +100,11 @@ def pairs(ours: Measured, other: Measured) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def volume_races(folder: Path, size: int, runs: int) -> list[str]:
-    """Starts and loads on a throttled volume."""
+def volume_races(folder: Path, size: int, runs: int) -> tuple[list[str], dict[str, list[Measured]]]:
+    """Starts and loads on a throttled volume; the tables, and what the chart is drawn from."""
     if reason := volumes.why_not():
-        return [f"Starts on a throttled volume: not measured ({reason}).", ""]
-    lines = []
+        return [f"Starts on a throttled volume: not measured ({reason}).", ""], {}
+    lines, drawn = [], {}
     with volumes.throttled(4 * size + (4 << 30), tuple(RATES), folder) as volume:
         checkpoint = make_checkpoint(volume.mount / "checkpoint", size, "float16", born="bfloat16")
         roots = {name: volume.mount / name for name in ("plain", "compressed")}
@@ -134,6 +136,7 @@ def volume_races(folder: Path, size: int, runs: int) -> list[str]:
                 report,
                 warm_up=False,
             )
+            drawn[f"{stored['plain'] / 1e9:.1f} GB in 16 bits, {label}"] = starts
             report(f"load, {label}")
             loads = race(
                 [
@@ -154,7 +157,7 @@ def volume_races(folder: Path, size: int, runs: int) -> list[str]:
                 lines += [f"**{title}, a volume of {label}**", "", *table(results, stored["plain"]), ""]
                 lines += [f"Compressed / plain: {pairs(results[2], results[1])}", ""]
                 lines += [f"Compressed / the floor of plain bytes: {pairs(results[2], results[0])}", ""]
-    return lines
+    return lines, drawn
 
 
 def weights_size(snapshot: Path) -> int:
@@ -230,7 +233,11 @@ def main() -> None:
         if options.seed:
             lines += ["**Seeding**", "", *seeds(folder, parse_size("--seed", options.seed), options.runs)]
         if options.size:
-            lines += volume_races(folder, parse_size("--size", options.size), options.runs)
+            more, drawn = volume_races(folder, parse_size("--size", options.size), options.runs)
+            lines += more
+            if drawn and options.write:
+                draw(drawn, options.write.parent / CHART, floors=1)
+                lines += [f"![Starts as spans, plain and compressed]({CHART})", ""]
     text = "\n".join(lines)
     print(text)
     if options.write:

@@ -116,8 +116,8 @@ def loads(folder: Path, size: int, runs: int, *, cold: bool, where: str) -> list
     ]
 
 
-def draw(results: dict[str, list[Measured]], path: Path) -> None:
-    """The starts as bars of spans over one time axis: ours above a plain handler, both floors as lines."""
+def draw(results: dict[str, list[Measured]], path: Path, *, floors: int = 2) -> None:
+    """The starts as bars of spans over one time axis: ours above the others, the floors, which come first, as lines."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -129,10 +129,10 @@ def draw(results: dict[str, list[Measured]], path: Path) -> None:
     colours = {name: SPAN_KINDS[name].colour for name in names if name in drawn}
     figure, axes = pyplot.subplots(len(results), 1, figsize=(9, 2.6 * len(results)), squeeze=False)
     for (title, measured), axis in zip(results.items(), axes[:, 0], strict=True):
-        shown = [result for result in measured[2:] if "ready" in result.label or "plain" in result.label]
+        shown = [result for result in measured[floors:] if "ready" in result.label or "plain" in result.label]
         for row, result in enumerate(shown):
             _draw_start(axis, len(shown) - 1 - row, result, colours)
-        for floor, style in zip(measured[:2], (":", "--"), strict=True):
+        for floor, style in zip(measured[:floors], (":", "--"), strict=False):
             axis.axvline(floor.median, color="black", linestyle=style, linewidth=1, label=floor.label)
         labels = [result.label.replace("`", "").replace("a plain handler", "plain") for result in shown]
         axis.set_yticks(range(len(shown)), reversed(labels), fontsize=8)
