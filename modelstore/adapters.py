@@ -50,10 +50,15 @@ def find_or_make(settings: Settings, name: str, base: SnapshotKey, timeline: Tim
     """
     from modelstore.store import ModelStore  # its imports are for a start with adapters alone
 
-    store = ModelStore(settings.root, settings=replace(settings, allowed_models=()))  # the operator has named it
+    # The operator has named it; adapters are small, and their libraries open plain files.
+    store = ModelStore(settings.root, settings=replace(settings, allowed_models=(), compress=False))
     reference: Reference = settings.adapters[name]
     with timeline.span("adapter", name):
         snapshot = store.ensure(reference, dtype="keep")
+        if snapshot.key.compressed:
+            raise NotServable(
+                f"the adapter {snapshot.key} is opened as plain files: run `modelstore expand {reference} --dtype keep`"
+            )
         mark = UsageMark(store.layout, snapshot.key, settings.worker_id)
         try:
             gone = wait_while_evicting(store.layout, snapshot.key)
@@ -70,7 +75,7 @@ def find_or_make(settings: Settings, name: str, base: SnapshotKey, timeline: Tim
 def _mended(store: ModelStore, reference: Reference, damaged: Snapshot | None) -> Snapshot:
     """Raises NotServable if an adapter cannot be made again: the model's own bytes are not at fault."""
     try:
-        return store.ensure(reference, dtype="keep", compressed=False, damaged=damaged)
+        return store.ensure(reference, dtype="keep", damaged=damaged)
     except IntegrityError as error:
         raise NotServable(f"the adapter {reference} is damaged, and cannot be made again: {error}") from error
 

@@ -15,6 +15,7 @@ from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.timeline import Timeline
 from modelstore.volume import pins
+from modelstore.volume.evict import evict
 from modelstore.volume.layout import SnapshotKey
 from tests.support.adapters import change_config, write_adapter
 from tests.support.hub import Hub
@@ -51,6 +52,15 @@ def test_it_is_stored_as_it_came_and_in_use(adapter: Path, store: ModelStore, hu
 def test_an_alias_leads_to_it(adapter: Path, store: ModelStore) -> None:
     snapshot = store.set_alias("style", "org/style", dtype="keep")
     assert obtained(store, "@style").snapshot.key == snapshot.key
+
+
+def test_it_is_opened_as_plain_files(adapter: Path, store: ModelStore) -> None:
+    compressing = ModelStore(store.settings.root, settings=replace(store.settings, compress=True))
+    assert not obtained(compressing).snapshot.key.compressed
+    evict(store.layout, obtained(store).snapshot.key, force=True)
+    assert compressing.ensure("org/style", dtype="keep").key.compressed
+    with pytest.raises(NotServable, match="modelstore expand org/style --dtype keep"):
+        obtained(store)
 
 
 def test_damage_is_mended(adapter: Path, store: ModelStore) -> None:

@@ -188,7 +188,7 @@ def adopt(
             worst = worst or error.exit_code
             records.append({"from": model.label, "error": str(error), "exit_code": error.exit_code})
             continue
-        linked = sum(os.lstat(snapshot.path / file.path).st_nlink > 1 for file in snapshot.weights)
+        linked = sum(os.lstat(snapshot.path / file.on_volume.path).st_nlink > 1 for file in snapshot.weights)
         made = "converted" if any(file.origin is not None for file in snapshot.weights) else "copied"
         made = f"{counted(linked, 'weights file')} linked" if linked else made
         records.append(snapshot.as_json() | {"from": model.label, "linked_files": linked, "made": made})

@@ -155,7 +155,7 @@ def _is_of(store: ModelStore, key: SnapshotKey, text: str, revision: str | None)
     """Whether a download is of the model that `text` names: of every commit, if it names no revision."""
     reference = parse_reference(text, revision=revision)
     if reference.kind == "alias":
-        return key == aliases.target(store.layout, reference.name)
+        return key.plain == aliases.target(store.layout, reference.name)
     recorded = refs.recorded(store.layout, reference)
     if key.repo_id not in (recorded.repo_id, repo_id_of(reference)):
         return False

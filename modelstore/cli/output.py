@@ -123,6 +123,8 @@ def print_snapshot(console: Console, snapshot: Snapshot, caches: Sequence[Mappin
     console.print(f"{snapshot.path}\nfrom {origin}")
     if source.compared_with == "cache":
         console.print("its files were compared with the names in that cache alone: the Hub could not be reached")
+    if snapshot.key.compressed:
+        console.print(f"{size(snapshot.size_bytes)} on the volume for {size(snapshot.plain_bytes)}")
     if snapshot.manifest.stored_unchanged:
         console.print(f"stored unchanged: {snapshot.manifest.stored_unchanged}")
     for file in snapshot.manifest.files:

@@ -24,6 +24,7 @@ from modelstore.load import blocks
 logger = logging.getLogger(__name__)
 
 _FD = 3  # of the socket, in the reader process
+_LIBRARIES = ("xxhash", "numpy", "zstandard")  # the last two for compressed files; each may lie in a folder of its own
 
 
 class Listener(Protocol):
@@ -53,11 +54,12 @@ class ReaderProcess:
     @classmethod
     def start(cls, listener: Listener) -> ReaderProcess | None:
         """Start one; None, with a warning, if this machine does not allow it."""
-        checksums = find_spec("xxhash")
-        if checksums is None or checksums.origin is None:
+        origins = {name: spec.origin for name in _LIBRARIES if (spec := find_spec(name)) is not None and spec.origin}
+        if "xxhash" not in origins:
             return None
+        folders = dict.fromkeys(str(Path(origin).parents[1]) for origin in origins.values())
         channel, its = socket.socketpair()
-        program = [sys.executable, "-I", "-S", blocks.__file__, str(_FD), str(Path(checksums.origin).parents[1])]
+        program = [sys.executable, "-I", "-S", blocks.__file__, str(_FD), os.pathsep.join(folders)]
         try:
             actions = [(os.POSIX_SPAWN_DUP2, its.fileno(), _FD)]
             pid = os.posix_spawn(sys.executable, program, bare_environment(), file_actions=actions, setsigmask=[])

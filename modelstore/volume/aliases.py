@@ -76,7 +76,7 @@ def parse_history(data: bytes, problem: str) -> tuple[Pointed, ...]:
     try:
         entries = [
             Pointed(
-                SnapshotKey(entry["repo_id"], entry["commit"], entry["dtype"], entry.get("compressed") is True),
+                SnapshotKey(entry["repo_id"], entry["commit"], entry["dtype"]),
                 int(entry["at"]),
                 printable(str(entry["by"])),
                 int(entry.get("percent", 100)),
@@ -128,7 +128,7 @@ def targets(layout: Layout) -> Targets:
             logger.warning("%s", error)
             damaged.append(name)
             continue
-        for key in {entries[-1].key.plain, stable(entries).key.plain} if entries else ():
+        for key in {entries[-1].key, stable(entries).key} if entries else ():
             known[key] = (*known.get(key, ()), name)
     return Targets(known, tuple(damaged))
 
@@ -192,7 +192,9 @@ def share_of(name: str, worker: str) -> int:
 
 
 def point(layout: Layout, name: str, key: SnapshotKey, by: str, *, percent: int = 100) -> None:
-    """Let an alias point to a snapshot that the caller knows to be published; `percent`: for how much of the fleet."""
+    """Let an alias point to a snapshot that the caller knows to be published; `percent`: for how much of the fleet. It
+    is answered by the snapshot or its twin, so that its record has the plain key."""
+    key = key.plain
     try:
         before = history(layout, name)
     except InvalidReference as error:

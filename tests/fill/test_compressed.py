@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from modelstore import ModelStore, load_tensors
 from modelstore.errors import DigestMismatch
 from modelstore.reference import parse_reference
-from modelstore.volume import pins
+from modelstore.volume import aliases, pins
 from modelstore.volume.manifest import BLOCK_BYTES
 from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.verify import verify_snapshot
@@ -141,6 +141,9 @@ def test_compress_and_expand_carry_aliases_pins_and_answers_over(
     (listed,) = cli.json("ls")
     assert listed["compressed"] is True
     assert listed["aliases"] == ["chat"]
+    assert aliases.target(store.layout, "chat") == before.key, "a worker that follows the alias sees no other target"
+    assert store.set_alias("chat", "org/name").key.compressed
+    assert len(aliases.history(store.layout, "chat")) == 1
     assert listed["pinned"] is True
     assert "float16 compressed" in cli("ls").stdout
     assert cli.json("compress", "org/name")[0]["status"] == "present"
