@@ -18,7 +18,7 @@ from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.timeline import Timeline
 from modelstore.volume.snapshots import Snapshot
-from modelstore.volume.verify import verify_snapshot
+from modelstore.volume.verify import verify_snapshot, wrong_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +30,20 @@ def private_copy(settings: Settings, snapshot: Snapshot, *, observer: Observer, 
     no room, and the errors of `ModelStore.ensure`.
     """
     with timeline.span("verify"):
-        if verify_snapshot(snapshot).intact:
+        if verify_snapshot(snapshot).intact and not (
+            snapshot.key.compressed and wrong_bytes(snapshot.path, snapshot.key)
+        ):
             logger.warning("%s reads back as published: the damage was on its way to this worker", snapshot.key)
             return snapshot
     folder = OwnedFolder(runtime_folder() / "private")  # one that a killed process left is cleared
     own = replace(
-        settings, root=folder.path / "modelstore", volume_mode="full", quota_bytes=None, allowed_models=(), evict=False
+        settings,
+        root=folder.path / "modelstore",
+        volume_mode="full",
+        quota_bytes=None,
+        allowed_models=(),
+        evict=False,
+        compress=snapshot.key.compressed,
     )
     reference = Reference("hub", snapshot.repo_id, snapshot.commit)
     try:

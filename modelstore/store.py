@@ -34,6 +34,7 @@ from modelstore.settings import Settings
 from modelstore.timeline import Span, Timeline
 from modelstore.volume import aliases, capabilities, durable, history, refs, tree
 from modelstore.volume.claim import Claim, Contender, Holder, current_record
+from modelstore.volume.content import check_decoder
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.pins import mark_used, wait_while_evicting
 from modelstore.volume.snapshots import Catalog, Snapshot
@@ -105,7 +106,6 @@ class ModelStore:
         *,
         revision: str | None = None,
         dtype: str | None = None,
-        compressed: bool | None = None,
         overflow: Overflow = "stop",
     ) -> dict[str, Any]:
         """The outcome of `ensure(…, refresh=True)`, without doing it: `status` is "present", "resumable", "missing" or
@@ -126,7 +126,7 @@ class ModelStore:
             source=source,
             resolved=resolved,
             dtype=variant,
-            compressed=self.settings.compress if compressed is None else compressed,
+            compressed=self.settings.compress,
             code=code,
         )
         return self._preview(request, snapshot)
@@ -203,7 +203,6 @@ class ModelStore:
         *,
         revision: str | None = None,
         dtype: str | None = None,
-        compressed: bool | None = None,
         refresh: bool = False,
         overflow: Overflow = "stop",
         damaged: Snapshot | None = None,
@@ -213,13 +212,12 @@ class ModelStore:
     ) -> Snapshot:
         """The snapshot, downloaded if need be by exactly one of the processes that ask for it at once.
 
-        `dtype`: without one here or in the settings, the variant that was seeded last, else float16. `compressed`:
-        whether weights that are stored now are, MODELSTORE_COMPRESS by default; what is there is taken as it is.
-        `refresh`: ask the source for the newest commit of the revision, even if the volume has an answer, and let the
-        fleet use the result, as `seed` does; float16 then, if no dtype is given. `overflow="bfloat16"`: if a weight
-        does not fit float16, store the bfloat16 variant instead. `damaged`: a snapshot whose bytes a load found to be
-        wrong; it is compared again, and if need be quarantined and made anew, from the files of it that are intact and
-        the source.
+        `dtype`: without one here or in the settings, the variant that was seeded last, else float16. `refresh`: ask the
+        source for the newest commit of the revision, even if the volume has an answer, and let the fleet use the
+        result, as `seed` does; float16 then, if no dtype is given. `overflow="bfloat16"`: if a weight does not fit
+        float16, store the bfloat16 variant instead. `damaged`: a snapshot whose bytes a load found to be wrong; it is
+        compared again, and if need be quarantined and made anew, from the files of it that are intact and the source.
+        Weights that are there are taken as they are, plain or compressed: MODELSTORE_COMPRESS is for others.
         `wait_s`: how long to wait for another's claim, MODELSTORE_WAIT_S by default.
 
         Raises a ModelStoreError: NotFound, AccessDenied, HubUnavailable, IntegrityError, NoSpace, WaitTimeout, Refused.
@@ -252,13 +250,11 @@ class ModelStore:
             source, resolved = self._resolve(parsed, refresh=refresh)
         if mended is not None and (mended.repo_id, mended.commit) == (resolved.repo_id, resolved.commit):
             damaged, variant = mended, parse_dtype("dtype", mended.dtype)
-        if damaged is not None:
-            compressed = damaged.key.compressed
         request = FillRequest(
             source=source,
             resolved=resolved,
             dtype=variant,
-            compressed=self.settings.compress if compressed is None else compressed,
+            compressed=self.settings.compress if damaged is None else damaged.key.compressed,
             code=source.may_bring_code(resolved, self.settings, named=named),
             damaged=damaged,
             wait_s=wait_s,
@@ -344,7 +340,7 @@ class ModelStore:
     def _in_accepted_dtype(self, request: FillRequest, overflow: Overflow) -> Snapshot:
         """The snapshot in the dtype of the request, or in its fallback if weights overflow and that is allowed."""
         accepted = accepted_dtypes(request.dtype, overflow)
-        snapshot = self._published(request.key, accepted[1:]) if request.damaged is None else None
+        snapshot = self._published(request.key, accepted) if request.damaged is None else None
         for dtype in accepted if snapshot is None else ():
             try:
                 return self._obtain(replace(request, dtype=dtype))
@@ -361,6 +357,10 @@ class ModelStore:
 
     def _obtain(self, request: FillRequest) -> Snapshot:
         """Claim and fill, or wait for the process that does; the volume is looked at again after every change."""
+        if request.damaged is None:
+            request = self._in_form_under_way(request)
+        if request.compressed:
+            check_decoder()
         key, timeline = request.key, request.timeline
         limit_s = self.settings.wait_s if request.wait_s is None else request.wait_s
         deadline = self._clock() + limit_s
@@ -407,6 +407,13 @@ class ModelStore:
             request.observer.waiting(key, outcome, left_s=left_s)
             self._sleep(min(_POLL_S, left_s))
 
+    def _in_form_under_way(self, request: FillRequest) -> FillRequest:
+        """The request, for the other form if another worker is making that: one of them is enough."""
+        _generation, record = current_record(self.layout.claims(request.key.twin))
+        if record is None or record.state != "held" or self.catalog.published(request.key) is not None:
+            return request
+        return replace(request, compressed=not request.compressed)
+
     def _is_published(self, key: SnapshotKey, damaged: Snapshot | None) -> bool:
         """Whether a snapshot is there that is not the damaged one; False if the volume does not say."""
         try:
@@ -428,7 +435,7 @@ class ModelStore:
                     return replace(snapshot, status="waited")
                 with request.timeline.span("verify"):
                     verified = verify_snapshot(snapshot)
-                if verified.intact:
+                if verified.intact and not (key.compressed and wrong_bytes(snapshot.path, key)):
                     save_result(self.layout, key, verified, whole=True)
                     logger.warning("%s reads back as it was published: the damage was on its way to this worker", key)
                     claim.finish("published")

@@ -388,6 +388,8 @@ def _worth_reading(snapshot: Snapshot, check_fits: Callable[[object, int], None]
     except DoesNotFit as error:
         if target != "shared":
             raise
+        if snapshot.key.compressed:  # it cannot
+            raise
         logger.warning("the server will read the weights from the volume by itself: %s", error)
         return False
     return True

@@ -82,7 +82,12 @@ class CompiledCode:
             logger.info("no compiled code is restored or published: the driver does not say which GPU this is")
             self._may_publish = False
             return
-        self._facts = {**facts, **_machine(self._settings), "folder": str(self._folder.path), "model": str(snapshot)}
+        self._facts = {
+            **facts,
+            **_machine(self._settings),
+            "folder": str(self._folder.path),
+            "model": str(snapshot.plain),
+        }
         key, began = engine_caches.key_of(self._facts), time.monotonic()
         try:
             cache = engine_caches.read(self._layout, snapshot, key, self._settings.engine_cache_key)

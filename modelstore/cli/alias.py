@@ -16,7 +16,7 @@ from modelstore.reference import Reference, parse_reference
 from modelstore.store import ModelStore
 from modelstore.units import clock
 from modelstore.volume import aliases, refs
-from modelstore.volume.layout import SnapshotKey
+from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.verify import known_problem
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def list_aliases(context: Context) -> None:
         {
             "alias": name,
             "history": [entry.as_json() for entry in entries],
-            "published": layout.snapshot(entries[-1].key).is_dir(),
+            "published": _is_published(layout, entries[-1].key),
         }
         for name, entries in histories.items()
     ]
@@ -100,7 +100,7 @@ def list_aliases(context: Context) -> None:
             shown = [aliases.stable(entries)] if entries[-1].percent == 100 else [aliases.stable(entries), entries[-1]]
             for entry in shown:
                 model = f"{entry.key}" if entry.percent == 100 else f"{entry.key} for {entry.percent} %"
-                model += "" if layout.snapshot(entry.key).is_dir() else ", not on the volume"
+                model += "" if _is_published(layout, entry.key) else ", not on the volume"
                 made.add_row(f"@{name}", model, clock(entry.at), entry.by)
         return made
 
@@ -125,8 +125,8 @@ def past_targets(context: Context, name: _NAME) -> None:
         {
             "number": number,
             **entry.as_json(),
-            "published": layout.snapshot(entry.key).is_dir(),
-            "problem": known_problem(layout, entry.key),
+            "published": _is_published(layout, entry.key),
+            "problem": known_problem(layout, entry.key) or known_problem(layout, entry.key.twin),
         }
         for number, entry in numbered
     ]
@@ -170,7 +170,7 @@ def rollback(
             f"{name}`"
         )
     _warn_of_damage(store, target.key)
-    missing = "" if store.layout.snapshot(target.key).is_dir() else ", which is downloaded first"
+    missing = "" if _is_published(store.layout, target.key) else ", which is downloaded first"
     tried = f", which was tried for {target.percent} %, for all workers" if target.percent < 100 else ""
     if not dry_run:
         context.confirm(f"point @{name} to {target.key}{tried}{missing} instead of {now}", yes=yes)
@@ -182,6 +182,11 @@ def rollback(
         f"@{name} {'would point' if dry_run else 'points'} to {target.key} again{(tried + missing) if dry_run else ''}"
     )
     context.print(record, lambda console: console.print(text))
+
+
+def _is_published(layout: Layout, key: SnapshotKey) -> bool:
+    """Whether a folder is in the place of a snapshot or of its twin: either answers for an alias."""
+    return any(layout.snapshot(each).is_dir() for each in (key, key.twin))
 
 
 def _earlier(name: str, entries: Sequence[aliases.Pointed], to: str) -> aliases.Pointed:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from modelstore.errors import DigestMismatch
+from modelstore.errors import DigestMismatch, Refused
 from modelstore.fill.observer import Observer
 from modelstore.fill.progress import Progress
 from modelstore.fill.publication import Publication
@@ -18,10 +18,12 @@ from modelstore.fill.staging import Staging
 from modelstore.fill.stored_file import StoredFile, stored_name
 from modelstore.settings import Settings
 from modelstore.volume import durable
-from modelstore.volume.checksums import content_blocks
+from modelstore.volume.checksums import content_blocks, has_blocks
 from modelstore.volume.claim import Claim
+from modelstore.volume.content import check_decoder
 from modelstore.volume.layout import Layout
 from modelstore.volume.manifest import BLOCK_BYTES, FileRecord
+from modelstore.volume.pins import UsageMark
 from modelstore.volume.snapshots import Snapshot
 
 
@@ -29,7 +31,14 @@ class Recoding:
     """The twin of a snapshot: compressed if that is plain, and the other way round. Use once."""
 
     def __init__(self, layout: Layout, settings: Settings, snapshot: Snapshot, *, observer: Observer) -> None:
+        """Raises NotFound if the library for compressed weights is missing, and Refused for a snapshot of a store that
+        has blocks of another size."""
+        check_decoder()
+        if snapshot.manifest.block_bytes != BLOCK_BYTES:
+            raise Refused(f"{snapshot.key} has blocks of {snapshot.manifest.block_bytes} bytes: seed it again")
         self.key = snapshot.key.twin
+        self._layout = layout
+        self._worker = settings.worker_id
         self._snapshot = snapshot
         self._observer = observer
         self._publication = Publication(layout, settings, self.key, observer=observer)
@@ -38,13 +47,19 @@ class Recoding:
     def run(self) -> bool:
         """Publish it; False if it was there. Raises DigestMismatch if the snapshot is not as it was published, and what
         `Publication.run` raises."""
-        return self._publication.run(self._fill, needed_bytes=self._snapshot.plain_bytes)
+        mark = UsageMark(self._layout, self._snapshot.key, self._worker)  # no eviction takes what is read here
+        try:
+            return self._publication.run(self._fill, needed_bytes=self._snapshot.plain_bytes)
+        finally:
+            mark.end()
 
     def _fill(self, staging: Staging, claim: Claim) -> bytes:
         manifest = self._snapshot.manifest
         for content in manifest.contents:
             file = SourceFile(content.path, content.original.size_bytes, content.original.sha256)
-            if staging.find(file, stored_unchanged=manifest.stored_unchanged) is not None:
+            present = staging.find(file, stored_unchanged=manifest.stored_unchanged)
+            # A download that was cut short leaves files, too, which it would have changed at its end.
+            if present is not None and replace(present.content, stored=None) == replace(content, stored=None):
                 self._progress.add(content.path, done=content.size_bytes, reused=content.size_bytes)
                 continue
             staging.add(file, self._stored(content, staging, claim))
@@ -57,7 +72,10 @@ class Recoding:
         source, target = self._snapshot.path / content.on_volume.path, staging.paths.snapshot_file(name)
         if name == content.path and content.stored is None:  # no weights
             durable.make_folder(target.parent)
+            durable.remove_file(target)
             durable.link_or_copy(source, target)
+            if not has_blocks(target, content):
+                raise DigestMismatch(f"{source} differs from the published bytes: seed it again")
             return content
         with StoredFile(target, compressed=self.key.compressed) as stored:
             for block in content_blocks(source, content, self._snapshot.manifest.block_bytes):

@@ -50,7 +50,7 @@ class StoredFile:
             self._plain.close()
         durable.close(self._fd, path=self._target)
 
-    def write(self, data: bytes | memoryview) -> None:
+    def write(self, data: bytes | bytearray | memoryview) -> None:
         """The next bytes of the file."""
         if self._plain is None:
             self._append(data)
@@ -97,7 +97,7 @@ class _Plain:
         self._threads = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="encode")
         self._jobs: deque[Future[tuple[list[int], list[bytes | bytearray | memoryview]]]] = deque()
 
-    def add(self, data: bytes | memoryview) -> None:
+    def add(self, data: bytes | bytearray | memoryview) -> None:
         """The next bytes."""
         if self._known is None:
             self._digests.update(data)

@@ -136,8 +136,10 @@ class RemoteVolume:
         for name, revision in refs.record_places(key.repo_id, revision_of(reference), repo_id_of(reference)):
             self._put_record(layout, name, revision, refs.Recorded(key.repo_id, key.commit))
         record = self._record_key(layout, key.repo_id, key.commit)
-        usual = self._key(replace(key, dtype=DEFAULT_DTYPE), MANIFEST)
-        is_export = key.dtype == "keep" and self.bucket.read(usual) is not None
+        usual = replace(key, dtype=DEFAULT_DTYPE)
+        is_export = key.dtype == "keep" and any(
+            self.bucket.read(self._key(each, MANIFEST)) is not None for each in (usual, usual.twin)
+        )
         if not is_export and (key.dtype != DEFAULT_DTYPE or self.bucket.read(record) is not None):
             self._put_record(layout, key.repo_id, key.commit, refs.Recorded(key.repo_id, key.commit, key.dtype))
 

@@ -127,7 +127,7 @@ class ReadConcurrency:
         if self._copies:
             return False
         self._copies = True
-        before, self.readers = self.readers, max(self.readers, min(self._most, _processors()))
+        before, self.readers = self.readers, max(self.readers, min(self._most, processors()))
         return self.readers != before
 
     def read(self, size_bytes: int, now: float) -> bool:
@@ -343,7 +343,7 @@ class CachedPages:
         return not self._mincore(self._address + offset, length, pages) and b"\0" not in pages.raw
 
 
-def _processors(quota: str = "/sys/fs/cgroup/cpu.max") -> int:
+def processors(quota: str = "/sys/fs/cgroup/cpu.max") -> int:
     """The processors that this process may use; a container has a share of its host's."""
     count = len(os.sched_getaffinity(0))
     try:

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from modelstore.errors import Refused
 from modelstore.load.reader import Reading
 from modelstore.runtime import OwnedFolder, runtime_folder
 from modelstore.volume.snapshots import Snapshot
@@ -53,9 +54,20 @@ class ModelFolder:
 
         def in_memory(path: str) -> Path:
             fd = reading.descriptor(path) if reading.holds(path) else -1
-            return self._on_volume(path) if fd < 0 else Path(f"/proc/{os.getpid()}/fd/{fd}")
+            if fd >= 0:
+                return Path(f"/proc/{os.getpid()}/fd/{fd}")
+            self.check_plain()
+            return self._on_volume(path)
 
         self._link_weights(in_memory)
+
+    def check_plain(self) -> None:
+        """Raise Refused if the server cannot read the weights from the volume by itself."""
+        if self._snapshot.key.compressed:
+            raise Refused(
+                f"{self._snapshot.key} has no plain files, and its weights do not go through this host's memory: run "
+                f"`modelstore expand {self._snapshot.repo_id}@{self._snapshot.commit[:12]}`"
+            )
 
     def link_to_volume(self) -> None:
         """Let the weights' links lead to the volume."""
@@ -73,4 +85,5 @@ class ModelFolder:
         for file in weights:
             link = self.path / file.path
             link.unlink(missing_ok=True)
-            link.symlink_to(target(file.path))
+            if not file.table or target != self._on_volume:
+                link.symlink_to(target(file.path))

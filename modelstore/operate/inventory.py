@@ -57,10 +57,11 @@ def models(layout: Layout) -> list[dict[str, Any]]:
                 "path": str(layout.snapshot(key)),
                 "files": len(manifest.files) if manifest else 0,
                 "bytes": manifest.size_bytes if manifest else 0,
+                **({"plain_bytes": manifest.plain_bytes} if manifest and key.compressed else {}),
                 "complete": bool(tops) and (names is None or tops <= names),
                 "problem": problem,
                 "idle_s": round(max(now - marks[0].touched_at, 0.0)) if marks else None,
-                "pinned": key in pinned,
+                "pinned": key.plain in pinned,
                 "aliases": list(aliased.get(key.plain, ())),
                 "in_use_by": list(pins.users_of(marks, now)),
                 "engine_caches": engine_caches.records(layout, key) if key.parts[0] in cached else [],
@@ -224,7 +225,8 @@ def find_plain(store: ModelStore, reference: str, revision: str | None, dtype: s
     plain = store.catalog.published(snapshot.key.plain)
     if plain is None:
         raise Refused(
-            f"{snapshot.key} has no plain files: run `modelstore expand {reference}`, or `modelstore export` for a copy"
+            f"{snapshot.key} has no plain files: run `modelstore expand {reference}`, or `modelstore export` if it was "
+            "seeded with --dtype keep"
         )
     return plain
 
@@ -232,7 +234,7 @@ def find_plain(store: ModelStore, reference: str, revision: str | None, dtype: s
 def find_snapshot(store: ModelStore, reference: str, revision: str | None, dtype: str | None) -> Snapshot:
     """The published snapshot: see `find_key`."""
     key = find_key(store, reference, revision, dtype)
-    if (snapshot := store.catalog.published(key)) is None:
+    if (snapshot := store.catalog.published_twin(key)) is None:
         problem = "is damaged" if store.layout.snapshot(key).is_dir() else "is not there any more"
         raise SnapshotNotFound(f"{key} {problem}: run `modelstore seed` for it again")
     return snapshot

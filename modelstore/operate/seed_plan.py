@@ -197,9 +197,14 @@ class SeedPlan:
         return SeedResult(tuple(records), exit_code)
 
     def _previewed(self, model: ListedModel) -> dict[str, Any]:
-        return self.store.preview(
-            model.reference, dtype=model.dtype, compressed=model.compress, overflow=model.overflow
-        )
+        return self._store_of(model).preview(model.reference, dtype=model.dtype, overflow=model.overflow)
+
+    def _store_of(self, model: ListedModel) -> ModelStore:
+        """The store, as it stores and prefers the form of weights that a model asks for."""
+        settings = self.store.settings
+        if model.compress is None or model.compress == settings.compress:
+            return self.store
+        return ModelStore(settings.root, settings=replace(settings, compress=model.compress))
 
     def _previewed_or_failed(self, model: ListedModel) -> dict[str, Any]:
         """The same; the record of the error if there are other models."""
@@ -212,13 +217,12 @@ class SeedPlan:
 
     def _seed(self, model: ListedModel, observer: Observer, wait_s: float | None) -> dict[str, Any]:
         """Publish a model, and give it the aliases and the pin of the list."""
-        store = self.store
+        store = self._store_of(model)
         if model.aliases or model.pin:
             store.check_may_change()
         snapshot = store.ensure(
             model.reference,
             dtype=model.dtype,
-            compressed=model.compress,
             refresh=True,
             overflow=model.overflow,
             wait_s=wait_s,

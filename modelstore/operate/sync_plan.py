@@ -115,7 +115,8 @@ class SyncPlan:
         reference = parse_reference(text)
         if reference.kind == "alias":
             entries = self._history(self._source, f"aliases/{reference.name}.json")
-            yield from {entry.key for entry in ((entries[-1], aliases.stable(entries)) if entries else ())}
+            for key in {entry.key for entry in ((entries[-1], aliases.stable(entries)) if entries else ())}:
+                yield from [each for each in self._keys_of(key.parts[0]) if each.plain == key] or [key]
             return
         _repo, at, revision = text.partition("@")
         named = [each for each in self._refs() if each.name == reference.name and (not at or each.revision == revision)]
@@ -205,7 +206,7 @@ class SyncPlan:
                     yield _Ref(path, name, revision, to)
 
     def _add_pin(self, target: Place, key: SnapshotKey) -> None:
-        repo, variant = key.parts
+        repo, variant = key.plain.parts
         path = f"pins/{repo}/{variant}.json"
         data = self._source.read(path)
         if data is not None:
@@ -218,7 +219,9 @@ class SyncPlan:
             return
         entries = self._history(self._source, path)
         keys = {entries[-1].key, aliases.stable(entries).key} if entries else set()
-        if not keys or not keys <= set(copied) or not all(self._is_there(target, key) for key in keys):
+        if not keys or not keys <= {key.plain for key in copied}:
+            return
+        if not all(self._is_there(target, key) or self._is_there(target, key.twin) for key in keys):
             return
         before = self._history(target, path)
         pointed = [aliases.stable(entries), *entries[-1:]] if entries[-1].percent < 100 else [entries[-1]]

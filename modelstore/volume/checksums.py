@@ -15,7 +15,7 @@ import xxhash
 
 from modelstore.errors import DigestMismatch
 from modelstore.volume import durable
-from modelstore.volume.content import read_content
+from modelstore.volume.content import read_blocks
 from modelstore.volume.manifest import BLOCK_BYTES, CHECKSUM_HEX, FileRecord
 
 
@@ -91,30 +91,43 @@ def git_oid_of(path: Path) -> str:
 
 
 def has_blocks(path: Path, record: FileRecord) -> bool:
-    """Whether the file at `path` has the record's size and block checksums and can be read; links are not followed."""
+    """Whether the file at `path` has the record's size and block checksums, can be read, and, if it is compressed,
+    holds what the record says; links are not followed."""
     try:
         fd = durable.open_for_read(path)
     except OSError:
         return False
     try:
         whole = os.fstat(fd).st_size == record.size_bytes
-        return whole and all(has_block(fd, record, index) for index in range(block_count(record)))
+        if not whole or not all(has_block(fd, record, index) for index in range(block_count(record))):
+            return False
+        return record.plain is None or not wrong_content(path, record, BLOCK_BYTES)
     except OSError:
         return False
     finally:
         os.close(fd)
 
 
-def content_blocks(path: Path, content: FileRecord, block_bytes: int) -> Iterator[bytes]:
+def wrong_content(path: Path, record: FileRecord, block_bytes: int) -> str:
+    """What is wrong with the plain form of a compressed file; empty if nothing is, or if it is not compressed."""
+    try:
+        for _block in content_blocks(path, record.content, block_bytes) if record.plain is not None else ():
+            pass
+    except DigestMismatch as error:
+        return str(error)
+    return ""
+
+
+def content_blocks(path: Path, content: FileRecord, block_bytes: int) -> Iterator[bytes | bytearray]:
     """The blocks of a file as the model has it, from the file on the volume at `path`, each compared. The bytes come
     from the volume, not from this host's cache. Raises DigestMismatch."""
     fd = durable.open_for_read(path)
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        for index, offset in enumerate(range(0, content.size_bytes, block_bytes)):
-            block = read_content(fd, content, block_bytes, offset, block_bytes)
+        for index, block in enumerate(read_blocks(fd, content, block_bytes)):
             if xxhash.xxh3_64_hexdigest(block) != content.blocks[index * CHECKSUM_HEX : (index + 1) * CHECKSUM_HEX]:
-                raise DigestMismatch(f"{path} differs from the published bytes at byte {offset}: seed it again")
+                place = index * block_bytes
+                raise DigestMismatch(f"{path} differs from the published bytes at byte {place}: seed it again")
             yield block
     finally:
         os.close(fd)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import islice
 
 from modelstore.errors import DigestMismatch, NotFound
 from modelstore.volume.block_table import places
@@ -17,22 +19,31 @@ def check_decoder() -> None:
 
 
 def read_content(fd: int, content: FileRecord, length: int, offset: int, block_bytes: int = BLOCK_BYTES) -> bytes:
-    """The bytes from `offset` on; `fd`: of the file `content.on_volume`. Raises as `content_block`."""
+    """The bytes from `offset` on; `fd`: of the file `content.on_volume`. Raises as `read_blocks`."""
     if not content.table:
         return os.pread(fd, length, offset)
     first, end = offset // block_bytes, -(-min(offset + length, content.size_bytes) // block_bytes)
-    data = b"".join(content_block(fd, content, block, block_bytes) for block in range(first, end))
+    data = b"".join(read_blocks(fd, content, block_bytes, first, end))
     return data[offset - first * block_bytes :][:length]
 
 
-def content_block(fd: int, content: FileRecord, block: int, block_bytes: int = BLOCK_BYTES) -> bytearray:
-    """One block of a compressed file, decoded. Raises OSError, and DigestMismatch if its bytes cannot be decoded."""
+def read_blocks(
+    fd: int, content: FileRecord, block_bytes: int, first: int = 0, end: int | None = None
+) -> Iterator[bytes | bytearray]:
+    """The blocks from `first` up to `end`, or to the last one. Raises OSError, and DigestMismatch if the bytes of a
+    compressed one cannot be decoded."""
+    if not content.table:
+        stop = content.size_bytes if end is None else end * block_bytes
+        for offset in range(first * block_bytes, min(stop, content.size_bytes), block_bytes):
+            yield os.pread(fd, min(block_bytes, content.size_bytes - offset), offset)
+        return
     from modelstore.volume import planes  # numpy and zstandard are for compressed files alone
 
-    offset, stored = list(places(content.table, content.size_bytes, block_bytes))[block]
-    plain = bytearray(min(block_bytes, content.size_bytes - block * block_bytes))
-    try:
-        planes.decode(content.table[block], memoryview(os.pread(fd, stored, offset)), memoryview(plain))
-    except ValueError as error:
-        raise DigestMismatch(f"{content.on_volume.path} cannot be decoded: {error}") from error
-    return plain
+    placed = zip(content.table, places(content.table, content.size_bytes, block_bytes), strict=True)
+    for block, (entry, (offset, stored)) in enumerate(islice(placed, first, end), first):
+        plain = bytearray(min(block_bytes, content.size_bytes - block * block_bytes))
+        try:
+            planes.decode(entry, memoryview(os.pread(fd, stored, offset)), memoryview(plain))
+        except ValueError as error:
+            raise DigestMismatch(f"{content.on_volume.path} cannot be decoded: {error}") from error
+        yield plain

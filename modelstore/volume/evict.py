@@ -83,8 +83,8 @@ def evict(
     """Unpublish a snapshot, then delete it; False if it was used, pinned or removed since, or if an
     alias points to it.
 
-    `force`: even if it is in use or pinned. `for_twin`: its twin is published, and answers in its place: even if an
-    alias points to it, or it is pinned, and the pin is the twin's from now on.
+    `force`: even if it is in use or pinned. `for_twin`: if its twin is published, which answers in its place: even if
+    an alias points to it, or it is pinned.
     """
     path, aside = layout.snapshot(key), layout.aside(layout.trash, key)
     tree.check_no_links(layout.root, path)
@@ -93,12 +93,13 @@ def evict(
     with pins.evicting(layout, key, sleep=sleep) as in_time:
         if not force:
             now = pins.volume_time(layout)
-            is_pinned = pins.is_pinned(layout, key)
-            spared = not for_twin and (is_pinned or aliases.targets(layout).keeping(key))
+            if for_twin:  # two processes that remove one form each have announced it before they look
+                goes = tree.exists(layout.used(key.twin) / pins.EVICTING)
+                spared = goes or Catalog(layout).published(key.twin) is None
+            else:
+                spared = pins.is_pinned(layout, key) or bool(aliases.targets(layout).keeping(key))
             if spared or pins.users(layout, key, now) or not in_time():
                 return False
-            if is_pinned:
-                pins.copy(layout, key, key.twin)
         durable.touch_folder(path)
         try:
             durable.rename(path, aside)
@@ -106,7 +107,7 @@ def evict(
             return False
         try:
             durable.sync_path(path.parent)
-            if force or for_twin:
+            if force and not layout.snapshot(key.twin).is_dir():
                 pins.unpin(layout, key)
             sleep(SETTLE_S)
         except BaseException:  # Ctrl-C, perhaps: it is unpublished, so it goes

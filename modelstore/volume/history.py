@@ -133,7 +133,8 @@ def _read(path: Path) -> dict[str, Any] | None:
         spans: list[dict[str, Any]] = [
             {"name": printable(str(span["name"])), "start": _seconds(span["start"]), "end": _seconds(span["end"])}
             | ({"detail": printable(str(span["detail"]))} if "detail" in span else {})
-            | ({"bytes": _bytes(span["bytes"])} if "bytes" in span else {})
+            | {name: _bytes(span[name]) for name in ("bytes", "plain_bytes") if name in span}
+            | ({"decoding_s": _seconds(span["decoding_s"])} if "decoding_s" in span else {})
             for span in record["spans"]
         ]
         texts = {name: record[name] for name in ("worker", "model", "commit", "dtype", "reason", "error")}

@@ -142,7 +142,7 @@ class SnapshotKey:
 
     @property
     def plain(self) -> SnapshotKey:
-        """The same weights, plain."""
+        """The same weights, plain: the key by which aliases, pins and compiled code know both forms."""
         return replace(self, compressed=False)
 
 
@@ -209,7 +209,8 @@ class Layout:
         return self.root / "pins"
 
     def pin(self, key: SnapshotKey) -> Path:
-        repo, variant = key.parts
+        """The record of a person's pin, which holds for a snapshot and its twin."""
+        repo, variant = key.plain.parts
         return self.pins / repo / f"{variant}.json"
 
     def used(self, key: SnapshotKey) -> Path:

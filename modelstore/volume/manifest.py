@@ -41,7 +41,7 @@ CHECKSUM_HEX = 16
 COMPRESSED_SUFFIX = ".compressed"
 COMPRESSED_FORMAT_VERSION = 2
 PLAIN_FORMAT_VERSION = 1  # of the table of a compressed file
-_MOST_BLOCK_BYTES = 64 << 20  # of a compressed file: a reader takes the memory of several blocks
+_BLOCKS_OF_COMPRESSED = range(1 << 20, (64 << 20) + 1)  # bytes: a reader has memory for several of them
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HEX = re.compile(r"[0-9a-f]*")
@@ -299,8 +299,8 @@ def _plain_form(record: Mapping[str, Any], path: str, stored_bytes: int, block_b
         raise FormatTooNew(f"{path} is compressed in format {version}: upgrade modelstore")
     if version != PLAIN_FORMAT_VERSION or not path.endswith(f".safetensors{COMPRESSED_SUFFIX}"):
         raise ValueError(f"{path!r} is no compressed file")
-    if block_bytes > _MOST_BLOCK_BYTES:
-        raise ValueError("block_bytes is too large")
+    if block_bytes not in _BLOCKS_OF_COMPRESSED:
+        raise ValueError("block_bytes is too small or too large")
     size_bytes, sha256, blocks = _sized(record, path, block_bytes)
     table = tuple(tuple(map(_count, entry)) for entry in record["table"])
     lengths = block_lengths(size_bytes, block_bytes)

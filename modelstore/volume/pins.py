@@ -180,15 +180,9 @@ def volume_time(layout: Layout) -> float:
 
 
 def pin(layout: Layout, key: SnapshotKey, by: str) -> None:
-    """Keep a snapshot until `unpin`."""
+    """Keep a snapshot and its twin until `unpin`."""
     tree.check_no_links(layout.root, layout.pin(key))
     durable.write_atomic(layout.pin(key), json.dumps({"by": by}).encode() + b"\n")
-
-
-def copy(layout: Layout, key: SnapshotKey, other: SnapshotKey) -> None:
-    """Let the pin of a snapshot be that of another one, too."""
-    tree.check_no_links(layout.root, layout.pin(other))
-    durable.write_atomic(layout.pin(other), durable.read_file(layout.pin(key)))
 
 
 def unpin(layout: Layout, key: SnapshotKey) -> bool:
@@ -205,7 +199,7 @@ def is_pinned(layout: Layout, key: SnapshotKey) -> bool:
 
 
 def pinned(layout: Layout) -> frozenset[SnapshotKey]:
-    """All that a person pinned."""
+    """All that a person pinned, by their plain keys."""
     parts = ((repo.name, path.name) for repo in tree.entries(layout.pins) for path in tree.entries(repo))
     keys = (key_from_parts(repo, name.removesuffix(".json")) for repo, name in parts if name.endswith(".json"))
     return frozenset(key for key in keys if key is not None)

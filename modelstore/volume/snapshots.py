@@ -164,7 +164,7 @@ class Catalog:
         if key is None or (snapshot := self.published_twin(key)) is not None or dtype is not None:
             return snapshot if key is not None else None
         variant = self._variant_in_place(key)
-        return self.published(variant) if variant is not None and variant.plain != key.plain else None
+        return self.published_twin(variant) if variant is not None and variant.plain != key.plain else None
 
     def published_twin(self, key: SnapshotKey) -> Snapshot | None:
         """The snapshot with these weights, plain or compressed, that is preferred of those that are published."""

@@ -23,7 +23,7 @@ from typing import Any
 from modelstore.errors import BadManifest, FormatTooNew, ModelStoreError, UsageError
 from modelstore.units import printable
 from modelstore.volume import durable, tree
-from modelstore.volume.checksums import block_count, has_block
+from modelstore.volume.checksums import block_count, has_block, wrong_content
 from modelstore.volume.layout import MANIFEST, Layout, SnapshotKey
 from modelstore.volume.manifest import FileRecord, Manifest, parse_manifest
 from modelstore.volume.snapshots import Snapshot
@@ -134,7 +134,9 @@ def _wrong_in(folder: Path, file: FileRecord, block_bytes: int) -> str:
             length = min(block_bytes, file.size_bytes - begin)
             if len(os.pread(fd, length, begin)) == length and not has_block(fd, file, index, block_bytes):
                 return f"{file.path}: not the bytes that were published, at byte {begin}"
-        return f"{file.path} is longer than published" if os.pread(fd, 1, file.size_bytes) else ""
+        if os.pread(fd, 1, file.size_bytes):
+            return f"{file.path} is longer than published"
+        return wrong_content(folder / file.path, file, block_bytes)
     except OSError:
         return ""
     finally:

@@ -7,6 +7,8 @@ import os
 import random
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modelstore import ModelStore, load_tensors
-from modelstore.errors import DigestMismatch
+from modelstore.errors import DigestMismatch, NotFound
+from modelstore.fill.observer import Observer
+from modelstore.fill.recode import Recoding
 from modelstore.reference import parse_reference
 from modelstore.volume import aliases, pins
+from modelstore.volume.evict import evict
 from modelstore.volume.manifest import BLOCK_BYTES
 from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.verify import verify_snapshot
@@ -119,7 +124,7 @@ def test_a_start_takes_what_is_there_and_prefers_what_the_setting_says(
     cli("compress", "org/name", "--keep")
     assert compressing.ensure("org/name").key.compressed
     assert not plain.ensure("org/name").key.compressed
-    cli("compress", "org/name")
+    cli("compress", "org/name", "--yes")
     assert plain.ensure("org/name").key.compressed
     assert not any(name.endswith(".safetensors") for name in hub.served.bytes)
 
@@ -130,14 +135,14 @@ def test_compress_and_expand_carry_aliases_pins_and_answers_over(
     before = store.set_alias("chat", "org/name")
     plain_bytes = {path.name: path.read_bytes() for path in before.path.iterdir()}
     cli("pin", "org/name")
-    (record,) = cli.json("compress", "@chat")
+    (record,) = cli.json("compress", "@chat", "--yes")
     assert record["status"] == "converted"
     assert record["bytes"] < 0.69 * record["plain_bytes"]
     compressed = store.lookup("@chat")
     assert compressed is not None
     assert compressed.key.compressed
     assert not before.path.exists()
-    assert pins.pinned(store.layout) == {compressed.key}
+    assert pins.pinned(store.layout) == {before.key}, "a pin holds for both forms"
     (listed,) = cli.json("ls")
     assert listed["compressed"] is True
     assert listed["aliases"] == ["chat"]
@@ -146,8 +151,8 @@ def test_compress_and_expand_carry_aliases_pins_and_answers_over(
     assert len(aliases.history(store.layout, "chat")) == 1
     assert listed["pinned"] is True
     assert "float16 compressed" in cli("ls").stdout
-    assert cli.json("compress", "org/name")[0]["status"] == "present"
-    (record,) = cli.json("expand", "org/name")
+    assert cli.json("compress", "org/name", "--yes")[0]["status"] == "present"
+    (record,) = cli.json("expand", "org/name", "--yes")
     assert record["status"] == "converted"
     after = store.lookup("@chat")
     assert after is not None
@@ -163,10 +168,10 @@ def test_compress_and_expand_carry_aliases_pins_and_answers_over(
 def test_a_form_that_is_in_use_stays(store: ModelStore, cli: Cli, tensors: dict[str, torch.Tensor]) -> None:
     snapshot = store.ensure("org/name")
     mark = pins.UsageMark(store.layout, snapshot.key, "worker-1")
-    assert "the plain form stays: it is in use" in cli("compress", "org/name").stdout
+    assert "the plain form stays: it is in use" in cli("compress", "org/name", "--yes").stdout
     assert snapshot.path.exists()
     mark.end()
-    cli("compress", "org/name")
+    cli("compress", "org/name", "--yes")
     assert not snapshot.path.exists()
 
 
@@ -259,7 +264,7 @@ def test_damage_is_found_before_a_conversion_publishes_it(
 ) -> None:
     snapshot = store.ensure("org/name")
     flip(snapshot.path / "model-00002-of-00002.safetensors", BLOCK_BYTES + 5, 1)
-    assert "differs from the published bytes" in cli("compress", "org/name", code=5).stderr
+    assert "differs from the published bytes" in cli("compress", "org/name", "--yes", code=5).stderr
     assert list(store.catalog.keys()) == [snapshot.key]
 
 
@@ -297,6 +302,137 @@ def test_a_list_says_which_models_are_compressed(
     assert records["org/name"]["compressed"] is True
     assert "compressed" not in records["org/other"]
     assert cli.json("seed", "--from", str(listed), "--dry-run")["models"][0]["status"] == "present"
+
+
+def test_a_seed_takes_the_form_that_is_there_and_undoes_nothing(
+    make_store: MakeStore, cli: Cli, hub: Hub, tensors: dict[str, torch.Tensor]
+) -> None:
+    store = make_store()
+    store.ensure("org/name", refresh=True)
+    cli("compress", "org/name", "--yes")
+    hub.served.bytes.clear()
+    again = store.ensure("org/name", refresh=True)
+    assert again.key.compressed
+    assert cli.json("seed", "org/name", "--compress")["status"] == "present"
+    assert cli.json("seed", "org/name", "--plain")["status"] == "present"
+    assert len(list(store.catalog.keys())) == 1
+    assert not any(name.endswith(".safetensors") for name in hub.served.bytes)
+
+
+def test_a_worker_without_the_setting_waits_for_the_form_that_is_being_made(
+    make_store: MakeStore, hub: Hub, tensors: dict[str, torch.Tensor]
+) -> None:
+    compressing, plain = make_store(compress=True), make_store()
+    claimed = threading.Event()
+    observer = Observer()
+    observer.planned = lambda key, *, weights_bytes: claimed.set()  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(lambda: compressing.ensure("org/name", observer=observer))
+        assert claimed.wait(30)
+        assert plain.ensure("org/name").key.compressed
+        assert first.result().key.compressed
+    assert len(list(plain.catalog.keys())) == 1
+
+
+def test_an_intact_form_is_not_removed_for_a_damaged_one(
+    store: ModelStore, cli: Cli, tensors: dict[str, torch.Tensor]
+) -> None:
+    plain = store.ensure("org/name")
+    cli("compress", "org/name", "--keep")
+    compressed = store.catalog.published(plain.key.twin)
+    assert compressed is not None
+    flip(compressed_file(compressed), 5000, 1)
+    assert "is damaged, and the other form stays" in cli("compress", "org/name", "--yes", code=5).stderr
+    assert verify_snapshot(plain).ok
+
+
+def test_two_conversions_at_once_leave_one_form(store: ModelStore, cli: Cli, tensors: dict[str, torch.Tensor]) -> None:
+    plain = store.ensure("org/name").key
+    cli("compress", "org/name", "--keep")
+    for key in (plain, plain.twin):
+        with pins.evicting(store.layout, key.twin):
+            assert not evict(store.layout, key, for_twin=True), "the other one goes"
+    assert evict(store.layout, plain, for_twin=True)
+    assert not evict(store.layout, plain.twin, for_twin=True), "it is the only one"
+
+
+def test_an_eviction_takes_nothing_that_is_being_converted(
+    make_store: MakeStore, tensors: dict[str, torch.Tensor]
+) -> None:
+    store = make_store()
+    snapshot = store.ensure("org/name")
+    evicted = []
+    observer = Observer()
+    observer.filling = lambda key, progress: evicted.append(evict(store.layout, snapshot.key))  # type: ignore[method-assign]
+    assert Recoding(store.layout, store.settings, snapshot, observer=observer).run()
+    assert evicted
+    assert not any(evicted)
+
+
+def test_a_conversion_takes_nothing_that_a_download_left(
+    make_store: MakeStore, hub: Hub, cli: Cli, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Its config still names the dtype of the source."""
+    compressing, store = make_store(compress=True), make_store()
+    leave_unfinished(hub, compressing)
+    (left,) = compressing.layout.root.glob("staging/*/*.compressed")
+    aside = left.rename(left.with_name("aside"))
+    config = store.ensure("org/name").config()
+    aside.rename(left)
+    cli("compress", "org/name", "--yes")
+    compressed = store.lookup("org/name")
+    assert compressed is not None
+    assert compressed.key.compressed
+    assert compressed.config() == config
+
+
+def test_small_files_are_compared_before_they_are_published_again(
+    store: ModelStore, cli: Cli, tensors: dict[str, torch.Tensor]
+) -> None:
+    snapshot = store.ensure("org/name")
+    flip(snapshot.path / "tokenizer.json", 3, 1)
+    assert "differs from the published bytes" in cli("compress", "org/name", "--yes", code=5).stderr
+    assert list(store.catalog.keys()) == [snapshot.key]
+
+
+def test_a_table_that_does_not_fit_its_bytes_is_found_and_mended(
+    make_store: MakeStore, hub: Hub, tensors: dict[str, torch.Tensor]
+) -> None:
+    """All stored checksums are right: only decoding shows it."""
+    store = make_store(compress=True)
+    snapshot = store.ensure("org/name")
+    files = []
+    for file in snapshot.manifest.files:
+        if file.plain is not None:
+            turned = tuple((0, *entry[1:]) if len(entry) == 3 else entry for entry in file.plain.table)
+            file = replace(file, plain=replace(file.plain, table=turned))
+        files.append(file)
+    manifest = snapshot.path / "manifest.json"
+    manifest.write_bytes(replace(snapshot.manifest, files=tuple(files)).encode())
+    wrong = store.lookup("org/name")
+    assert wrong is not None
+    with pytest.raises(DigestMismatch):
+        load_tensors(wrong)
+    mended = store.ensure("org/name", damaged=wrong)
+    assert are_those(load_tensors(mended), tensors, torch.float16)
+
+
+def test_without_the_library_the_line_names_the_extra(
+    make_store: MakeStore, hub: Hub, monkeypatch: pytest.MonkeyPatch, tensors: dict[str, torch.Tensor]
+) -> None:
+    monkeypatch.setattr("modelstore.volume.content.find_spec", lambda name: None)
+    with pytest.raises(NotFound, match=r"runpod-modelstore\[compress\]"):
+        make_store(compress=True).ensure("org/name")
+    assert not hub.served.bytes["model-00001-of-00002.safetensors"]
+
+
+def test_it_asks_before_it_removes_a_form_and_a_dry_run_says_so(
+    store: ModelStore, cli: Cli, tensors: dict[str, torch.Tensor]
+) -> None:
+    snapshot = store.ensure("org/name")
+    assert "--yes" in cli("compress", "org/name", code=8).stderr
+    assert "would remove the plain form" in cli("compress", "org/name", "--dry-run").stdout
+    assert list(store.catalog.keys()) == [snapshot.key]
 
 
 def test_an_older_version_refuses_the_manifest_in_one_line(

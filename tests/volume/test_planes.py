@@ -153,14 +153,14 @@ def test_places_are_aligned_and_account_for_all_bytes() -> None:
     assert list(places(table, 2 * 8192 + 7, 8192)) == [(0, 4096), (4096, 4096), (8192, 4096)]
 
 
-BLOCK = 8192
+BLOCK = 1 << 20
 
 
 def compressed_manifest(size_bytes: int = 2 * BLOCK + 7) -> Manifest:
-    table = ((0, 100), (3, 4096, 500), (0, 7))
+    table = ((0, 100), (3, BLOCK // 2, 500), (0, 7))
     stored_bytes = sum(length for _offset, length in places(table, size_bytes, BLOCK))
     plain = PlainForm(size_bytes, "b" * 64, "1" * 16 * 3, table)
-    file = FileRecord("model.safetensors.compressed", stored_bytes, "c" * 64, "2" * 16 * 2, None, plain)
+    file = FileRecord("model.safetensors.compressed", stored_bytes, "c" * 64, "2" * 16, None, plain)
     source = SourceRecord("hub", "https://huggingface.co", "main")
     key = SnapshotKey("org/name", "a" * 40, "float16", compressed=True)
     return Manifest(key=key, created_at=1, source=source, files=(file,), block_bytes=BLOCK)
@@ -173,7 +173,7 @@ def test_a_compressed_manifest_comes_back() -> None:
     (content,) = parsed.contents
     assert (content.path, content.size_bytes, content.sha256) == ("model.safetensors", 2 * BLOCK + 7, "b" * 64)
     assert content.on_volume.path == "model.safetensors.compressed"
-    assert parsed.size_bytes == 3 * ALIGNMENT + ALIGNMENT
+    assert parsed.size_bytes == 3 * ALIGNMENT + BLOCK // 2
     assert json.loads(manifest.encode())["format_version"] == 2
 
 
@@ -225,6 +225,7 @@ def test_a_table_of_a_later_format_says_to_upgrade() -> None:
         {"compressed": False},
         {"compressed": "yes"},
         {"block_bytes": 128 << 20},
+        {"block_bytes": 4096},
     ],
 )
 def test_a_manifest_whose_parts_do_not_agree_is_refused(changes: dict[str, Any]) -> None:
