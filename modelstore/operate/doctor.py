@@ -16,7 +16,6 @@ from typing import Literal
 
 from modelstore.errors import FormatTooNew, ModelStoreError, NoSpace, ReadOnlyVolume, RootUnusable, SnapshotNotFound
 from modelstore.fill.sources import sources_for
-from modelstore.load.blocks import processors
 from modelstore.mount import check_place, kind_of, mount_of, read_mounts
 from modelstore.operate import inventory
 from modelstore.operate.compression import estimate
@@ -247,7 +246,7 @@ def _compression(layout: Layout, bytes_per_s: float) -> Iterator[CheckResult]:
         largest = max(plain, key=lambda snapshot: snapshot.weights_bytes, default=None)
         if largest is None or largest.weights_bytes < _WORTH_COMPRESSING or find_spec("zstandard") is None:
             return
-        yield _ok("compression", estimate(largest, bytes_per_s, processors=processors()).text)
+        yield _ok("compression", estimate(largest, bytes_per_s, processors=len(os.sched_getaffinity(0))).text)
     except (ModelStoreError, OSError) as error:
         logger.debug("compression is not judged: %s", error)
 
