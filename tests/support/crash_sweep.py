@@ -5,7 +5,7 @@
 Scenarios: `seed` an empty store, or `seed-compressed`; `mend` a snapshot with a flipped bit; `evict` a snapshot;
 `compress` and `expand` one. Faults: `kill` (SIGKILL before
 the step), `torn` (half of a write, then SIGKILL), `EIO` (that one step fails), `ENOSPC` (from that step on, everything
-that takes space fails). While the process runs, another one watches `models/`. After it, a fresh seed must end well and
+that takes space fails). Only the steps that a fault can strike are counted: writes for `torn`. While the process runs, another one watches `models/`. After it, a fresh seed must end well and
 the snapshot must verify. `--elsewhere` is the same folder through another mount: the watching and the fresh seed are done
 there. Prints one JSON record: how many steps there are, how many were tried, which did not survive.
 """
@@ -24,8 +24,11 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import close_session
 
 from modelstore.errors import ModelStoreError
 from modelstore.fill import staged_file
@@ -39,10 +42,14 @@ from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.verify import verify_snapshot
 
 STEPS = ("pwrite", "fsync", "rename", "link", "unlink", "rmdir", "mkdir", "ftruncate", "utime", "open")
-TAKES_SPACE = {"pwrite", "mkdir", "ftruncate", "open", "fsync", "link"}
+TAKES_SPACE = ("pwrite", "mkdir", "ftruncate", "open", "fsync", "link")
+STRUCK = {"kill": STEPS, "torn": ("pwrite",), "EIO": STEPS, "ENOSPC": TAKES_SPACE}
 WORKERS = 14  # most of them wait for a dead holder
 LIMIT_S = 60.0
 PAST_THE_END, TYPED_ERROR, BUG = 0, 10, 11
+
+
+Answer = tuple[int, list[str]]  # how many, and the problems
 
 
 class Faults:
@@ -59,16 +66,18 @@ class Faults:
         def step(*arguments: Any, **options: Any) -> Any:
             if not _from_durable() or (name == "open" and not arguments[1] & os.O_CREAT):
                 return real(*arguments, **options)
+            if name not in STRUCK[self.kind]:
+                return real(*arguments, **options)
             with self._lock:
                 self.count += 1
                 here, later = self.count == self.at, self.count > self.at
-            if self.kind == "torn" and here and name == "pwrite":
+            if self.kind == "torn" and here:
                 real(arguments[0], arguments[1][: len(arguments[1]) // 2], arguments[2])
             if self.kind in ("kill", "torn") and here:
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.kind == "EIO" and here:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            if self.kind == "ENOSPC" and (here or later) and name in TAKES_SPACE:
+            if self.kind == "ENOSPC" and (here or later):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return real(*arguments, **options)
 
@@ -101,9 +110,9 @@ class Sweep:
             shutil.copytree(self.base / "template", self.base / name)
 
     def make_template(self) -> None:
-        if self.scenario.startswith("seed"):
-            return
+        """A store with the snapshot. It is made for each scenario: children that are forked after it import nothing."""
         snapshot = self.store(self.base, "template").ensure("org/name")
+        close_session()  # no child may share the connections
         if self.scenario == "mend":
             flip(snapshot)
 
@@ -162,6 +171,7 @@ class Sweep:
         problem, status, until = "", None, time.monotonic() + LIMIT_S
         while status is None:
             problem = problem or self.watch(name)
+            time.sleep(0.005)  # the child needs the processor, too
             done, code = os.waitpid(child, os.WNOHANG)
             status = code if done else None
             if time.monotonic() > until:
@@ -188,20 +198,12 @@ class Sweep:
 
     def run(self, every: int) -> dict[str, Any]:
         self.make_template()
-        readers = []
-        for worker in range(WORKERS):
-            read, write = os.pipe()
-            pid = forked(lambda worker=worker, write=write: self._worker(worker, write, every))  # type: ignore[misc]
-            os.close(write)
-            readers.append((pid, read))
-        tried, steps, problems = 0, 0, []
-        for pid, read in readers:
-            with os.fdopen(read) as pipe:
-                record = json.loads(pipe.read())
-            os.waitpid(pid, 0)
-            tried += record["tried"]
-            steps = max(steps, record["last"])
-            problems += record["problems"]
+        ((steps, problems),) = answers([self._count_steps])
+        places = [range(1 + worker * every, steps + 1, WORKERS * every) for worker in range(WORKERS)]
+        tried = 0
+        for struck, found in answers([partial(self._strike, those) for those in places if those]):
+            tried += struck
+            problems += found
         return {
             "scenario": self.scenario,
             "fault": self.fault,
@@ -211,25 +213,24 @@ class Sweep:
             "problems": problems,
         }
 
-    def _worker(self, worker: int, write: int, every: int) -> int:
-        tried, last, problems = 0, 0, []
-        at = 1 + worker * every
-        through = False
-        while not through:
+    def _count_steps(self) -> Answer:
+        """How many steps there are without a fault."""
+        self.prepare("whole")
+        faults = Faults(sys.maxsize, self.fault)
+        self.act("whole")
+        return faults.count, []
+
+    def _strike(self, places: range) -> Answer:
+        """How many of these steps were there to be struck, and what went wrong after them."""
+        struck, problems = 0, []
+        for at in places:
             try:
                 through, problem = self.one(at)
             except Exception as error:
                 through, problem = False, f"step {at}: {type(error).__name__}: {error}"
             problems += [problem] if problem else []
-            tried += not through
-            last = at if not through else last
-            at += WORKERS * every
-            if at > 5000:
-                problems.append("it never got through")
-                break
-        with os.fdopen(write, "w") as pipe:
-            json.dump({"tried": tried, "last": last, "problems": problems}, pipe)
-        return 0
+            struck += not through
+        return struck, problems
 
 
 def flip(snapshot: Snapshot) -> None:
@@ -237,6 +238,29 @@ def flip(snapshot: Snapshot) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
+
+
+def answers(calls: list[Callable[[], Answer]]) -> list[Answer]:
+    """What these return, each in a child of its own, all at once."""
+    pipes = []
+    for call in calls:
+        read, write = os.pipe()
+        child = forked(partial(_tell, call, write))
+        os.close(write)
+        pipes.append((child, read))
+    told = []
+    for child, read in pipes:
+        with os.fdopen(read) as pipe:
+            count, problems = json.loads(pipe.read())
+            told.append((count, problems))
+        os.waitpid(child, 0)
+    return told
+
+
+def _tell(call: Callable[[], Answer], write: int) -> int:
+    with os.fdopen(write, "w") as pipe:
+        json.dump(call(), pipe)
+    return 0
 
 
 def forked(run: Callable[[], int]) -> int:

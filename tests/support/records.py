@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 LOCAL, MOOSEFS = "local", "MooseFS"
+WRITTEN = "RELIABILITY_RECORDS" in os.environ
 
 
 def record(promise: str, fault: str, *, tried: int, survived: int, where: str = LOCAL, figure: str = "") -> None:

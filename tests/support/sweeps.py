@@ -15,13 +15,13 @@ from tests.support.records import LOCAL
 from tests.support.records import record as note
 
 SCENARIOS = {"seed": "a seed", "mend": "mending a damaged snapshot", "evict": "an eviction"}
-
+SCENARIOS |= {"seed-compressed": "a compressed seed", "compress": "compressing", "expand": "expanding"}
 
 FAULTS = {
     "kill": "SIGKILL before any step",
-    "torn": "half a write, then SIGKILL, at any step",
+    "torn": "half a write, then SIGKILL, at any write",
     "EIO": "EIO at any step",
-    "ENOSPC": "ENOSPC from any step on",
+    "ENOSPC": "ENOSPC from any step on that takes space",
 }
 
 

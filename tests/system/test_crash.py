@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.hub import Hub
+from tests.support.records import WRITTEN
 from tests.support.sweeps import sweep
 
 
@@ -18,6 +19,10 @@ from tests.support.sweeps import sweep
 def test_after_a_death_at_any_step_a_fresh_seed_ends_well(
     hub: Hub, tmp_path: Path, scenario: str, at_least: int, fault: str
 ) -> None:
-    every = 1 if fault == "kill" else 2  # each step has its kill, every second one the other faults
+    # The table of docs/reliability.md has all steps; otherwise some faults are tried at every third one.
+    all_steps = WRITTEN or (fault in ("kill", "torn") and scenario != "seed-compressed")
+    every = 1 if all_steps else 3
     record = sweep(hub, scenario, fault, "--base", str(tmp_path / "sweep"), "--every", str(every))
+    if fault == "torn":  # only writes can be torn
+        at_least = 10 * (scenario != "evict")
     assert record["survived"] == record["tried"] >= at_least // every
