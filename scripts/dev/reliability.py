@@ -28,6 +28,7 @@ TESTS = [
     "tests/system/test_moosefs.py",
     "tests/system/test_processes.py",
     "tests/volume/test_verify.py",
+    "tests/fill/test_compressed.py",
     "tests/test_warmstart.py",
     "tests/system/test_volumes.py",
     "tests/system/test_hostile.py",
