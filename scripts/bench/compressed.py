@@ -42,6 +42,7 @@ KINDS = {
     "float16, born in float32": ("float16", "float32"),
     "float32": ("float32", "float32"),
 }
+DOWNLOADS = {"as fast as it goes": 0.0, "500 MB/s": 500e6}
 _ROUNDS = 9
 CHART = "compressed.svg"
 
@@ -169,10 +170,18 @@ def seeds(folder: Path, size: int, runs: int) -> list[str]:
     hub_folder = folder / "hub"
     make_checkpoint(hub_folder / "bench" / "wide", size, "float32", born="bfloat16")
     make_checkpoint(hub_folder / "bench" / "half", size, "float16", born="bfloat16")
-    command = [sys.executable, "-m", "tests.support.hub", str(hub_folder)]
+    lines = ["| seed | download | plain, s | compressed, s | ratio, pair by pair | peak memory, plain / compressed |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for label, rate in DOWNLOADS.items():
+        lines += seeds_at(folder, hub_folder, label, rate, size, runs)
+    return [*lines, ""]
+
+
+def seeds_at(folder: Path, hub_folder: Path, label: str, rate: float, size: int, runs: int) -> list[str]:
+    """The rows of a hub that serves so many bytes a second."""
+    command = [sys.executable, "-m", "tests.support.hub", str(hub_folder), "--bytes-per-s", str(rate)]
     hub = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
-    lines = ["| seed | plain, s | compressed, s | ratio, pair by pair | peak memory, plain / compressed |"]
-    lines += ["|---|---|---|---|---|"]
+    lines = []
     try:
         assert hub.stdout is not None
         endpoint = hub.stdout.readline().strip()
@@ -188,14 +197,14 @@ def seeds(folder: Path, size: int, runs: int) -> list[str]:
             peaks = [max(peak for _s, peak in samples) / 1e6 for samples in (plain, compressed)]
             source = {"wide": "an fp32 checkpoint", "half": "a 16-bit checkpoint"}[repo]
             lines.append(
-                f"| {source} of {size / 1e9:g} GB in 16 bits | {statistics.median(s for s, _p in plain):.2f} "
+                f"| {source} of {size / 1e9:g} GB in 16 bits | {label} | {statistics.median(s for s, _p in plain):.2f} "
                 f"| {statistics.median(s for s, _p in compressed):.2f} | {statistics.median(ratios):.2f} "
                 f"({min(ratios):.2f} to {max(ratios):.2f}) | {peaks[0]:.0f} / {peaks[1]:.0f} MB |"
             )
     finally:
         hub.terminate()
         hub.wait()
-    return [*lines, ""]
+    return lines
 
 
 def seed(folder: Path, endpoint: str, repo: str, option: str) -> tuple[float, int]:
