@@ -45,7 +45,7 @@ def last(hub: Hub) -> Iterator[threading.Event]:
 
 def wait_for_done(store: ModelStore, count: int) -> StagingLayout:
     """The staging of the download that is under way, once so many shards of it are finished."""
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while time.monotonic() < until:
         found = list(store.layout.root.glob("staging/*/*/*/done/*.safetensors.json"))
         if len(found) >= count:
@@ -183,7 +183,7 @@ def test_finished_files_of_an_earlier_worker_are_read_beside_the_rest(
     opened = read_from_the_volume(monkeypatch)
     with ThreadPoolExecutor(1) as pool:
         start = pool.submit(begin, settings)
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while not opened and time.monotonic() < until:
             time.sleep(0.02)
         assert not start.done(), "read before the last shard came"
@@ -217,7 +217,7 @@ def test_weights_are_on_the_gpu_before_the_snapshot_is_published(
         if holder is not None:
             wait_for_done(store, 1)
         start = pool.submit(begin, settings)
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while one_gpu.state.copies <= len(files) - 1:  # and the one that tried the driver
             assert time.monotonic() < until, "nothing was moved"
             time.sleep(0.02)

@@ -236,7 +236,7 @@ def test_a_removal_that_is_interrupted_is_whole(hub: Hub, cli: Cli, store_env: d
         time.sleep(0.01)
     assert not folder.exists(), "it is unpublished, and waits for other mounts to see that"
     process.send_signal(signal.SIGINT)
-    _out, told = process.communicate(timeout=20)
+    _out, told = process.communicate(timeout=240)
     assert (process.returncode, told.count("\n")) == (130, 1)
     assert list((root / "trash").iterdir()) == []
     assert list(root.rglob(".evicting")) == []

@@ -276,7 +276,7 @@ def test_ctrl_c_and_then_again(
         wait_until_ours(process)
         time.sleep(after_s)
         process.send_signal(signal.SIGINT)
-        _out, err = process.communicate(timeout=30)
+        _out, err = process.communicate(timeout=240)
         assert process.returncode in (0, 130, -signal.SIGINT), f"{name}: {err}"
         assert "Traceback" not in err, name
         assert len([line for line in err.splitlines() if not line.startswith("INFO: ")]) <= 1, f"{name}: {err}"

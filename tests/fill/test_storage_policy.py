@@ -109,7 +109,7 @@ def test_shards_that_were_converted_before_another_ones_header_are_fetched_again
     event = hub.faults.held[last] = threading.Event()
 
     def release() -> None:
-        until = time.monotonic() + 30
+        until = time.monotonic() + 60
         while time.monotonic() < until:
             if list(store.layout.root.glob("staging/*/*/*/done/*.safetensors.json")):
                 break

@@ -46,7 +46,7 @@ def test_calls_that_do_not_end_are_left_counted_and_hold_up_no_other() -> None:
     offload = asyncio.run(run())
     assert time.monotonic() - began < 10, "the end of the loop does not wait for them"
     release.set()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while offload.stuck and time.monotonic() < until:
         time.sleep(0.01)
     assert offload.stuck == "", "what has ended does not count any more"

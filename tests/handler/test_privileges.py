@@ -76,7 +76,7 @@ def test_no_process_of_a_worker_shows_the_token(hub: Hub, store_env: dict[str, s
         try:
             message = {"role": "user", "content": "hello"}
             job = runpod.submit("1", {"messages": [message], "max_tokens": 2, "temperature": 0})
-            assert runpod.wait(lambda: job.status in FINAL, 90)
+            assert runpod.wait(lambda: job.status in FINAL)
             assert job.status == "COMPLETED", job.error
             family = {str(process.pid)}
             for _generation in range(3):

@@ -36,7 +36,7 @@ def evict(path: Path) -> None:
 
 
 def wait_until_cached(path: Path, offset: int, length: int) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not are_cached([(offset, length, path.name)], str(path.parent)):
         assert time.monotonic() < deadline, "it was not read"
         time.sleep(0.01)
@@ -62,7 +62,7 @@ def test_a_start_asks_for_what_was_recorded_and_leaves_no_process(
     assert read_record(str(record)) == [(0, 4 * MB, "lib.so"), (0, 1, "name with spaces.pyc")]
     readahead.begin()
     wait_until_cached(library, 0, 4 * MB)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while "readahead.py" in "".join(command_lines()):
         assert time.monotonic() < deadline, "it did not end"
         time.sleep(0.01)
@@ -84,7 +84,7 @@ def test_a_damaged_record_hinders_nobody(text: str, tmp_path: Path) -> None:
     record = tmp_path / "start-files"
     record.write_text(text)
     program = [sys.executable, "-I", "-S", readahead.__file__, str(record)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(program, capture_output=True, text=True, timeout=240)
     assert done.returncode == (1 if text else 0)
     assert done.stderr == ""
 

@@ -265,7 +265,7 @@ def test_an_end_of_the_process_frees_nothing_under_its_users(fake_cuda: FakeCuda
         "memory = gpus.allocate('cuda:0', 1 << 20)\n"
         "print(memory.size_bytes)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stdout, done.stderr) == (0, "1048576\n", "")
 
 

@@ -80,7 +80,7 @@ def test_a_port_answers_scrapes_as_the_volume_changes(hub: Hub, store: ModelStor
         env=os.environ | store_env, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         text = ""
         while not text and time.monotonic() < deadline:
             try:

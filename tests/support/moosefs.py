@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PROGRAMS = ("mfsmaster", "mfschunkserver", "mfsmount", "ip", "nsenter", "fusermount3")
-_START_S = 30.0
+_START_S = 90.0
 
 
 def why_not() -> str:

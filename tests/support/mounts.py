@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tests.support.s3_server import BUCKET, create_volume, moto
 
-_START_S = 30.0
+_START_S = 90.0
 _RCLONE_FAST = ("--dir-cache-time", "1s", "--attr-timeout", "1s", "--vfs-write-back", "1s")
 _KEYS = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
 

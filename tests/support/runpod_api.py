@@ -83,11 +83,11 @@ class RunPod:
             self.changed.notify_all()
             return job
 
-    def result(self, timeout_s: float = 60.0) -> tuple[str, dict[str, Any]]:
+    def result(self, timeout_s: float = 240.0) -> tuple[str, dict[str, Any]]:
         """The next posted result: job id and body."""
         return self.results.get(timeout=timeout_s)
 
-    def wait(self, ready: Callable[[], object], timeout_s: float = 60.0) -> bool:
+    def wait(self, ready: Callable[[], object], timeout_s: float = 240.0) -> bool:
         """Wait for something that a request changes."""
         with self.changed:
             return bool(self.changed.wait_for(ready, timeout_s))

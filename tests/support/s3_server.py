@@ -75,7 +75,7 @@ class _Proxy(BaseHTTPRequestHandler):
         if fault is not None and not fault.after:
             self._refuse(fault.status)
             return
-        connection = http.client.HTTPConnection("127.0.0.1", self.s3.backend, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.s3.backend, timeout=240)
         try:
             headers = dict(self.headers)
             if self.s3.ignores_conditions:

@@ -116,7 +116,7 @@ def test_a_thousand_jobs_survive_kills_and_swaps(hub: Hub, store_env: dict[str, 
         try:
             for _ in range(3):
                 fleet.start()
-            assert runpod.wait(lambda: len(runpod.pings) == 3, 90)
+            assert runpod.wait(lambda: len(runpod.pings) == 3)
             jobs = [runpod.submit(f"job-{number}", job_input(number)) for number in range(JOBS)]
             until, swaps = time.monotonic() + 240, 0
             ended = threading.Event()

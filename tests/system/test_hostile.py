@@ -340,14 +340,14 @@ def test_a_conversion_dies_with_its_parent(tmp_path: Path) -> None:
                 continue
         return found
 
-    until = time.monotonic() + 30
+    until = time.monotonic() + 60
     while not children() and time.monotonic() < until:
         time.sleep(0.05)
     assert children()
     time.sleep(1)  # past the first lines of its program
     parent.kill()
     parent.wait()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while children() and time.monotonic() < until:
         time.sleep(0.05)
     assert not children()

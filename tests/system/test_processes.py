@@ -76,7 +76,7 @@ def test_a_seeder_that_is_killed_at_60_percent_is_resumed_by_another(
     first = start(store_env)
     wait_for_share(hub, total, 0.6)
     first.send_signal(sent)
-    _out, err = first.communicate(timeout=30)
+    _out, err = first.communicate(timeout=240)
     assert first.returncode != 0
     assert "Traceback" not in err
     assert not store.layout.models.exists()
@@ -102,7 +102,7 @@ def test_ctrl_c_stops_a_slow_download_at_once_and_says_that_bytes_are_kept(
     wait_for_share(hub, weights_bytes(repo), 0.1)
     process.send_signal(signal.SIGINT)
     sent = time.monotonic()
-    _out, err = process.communicate(timeout=60)
+    _out, err = process.communicate(timeout=240)
     assert time.monotonic() - sent < 10.0
     assert process.returncode == 130
     assert err.strip().splitlines() == ["interrupted: downloaded bytes are kept, the same command goes on from there"]

@@ -68,7 +68,7 @@ def runpod(volume: dict[str, str]) -> Iterator[RunPod]:
     with RunPod().running() as runpod, serving(volume | runpod.env) as worker:
         yield runpod
         started = processes_of(worker.pid)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in started) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [pid for pid in started if Path(f"/proc/{pid}").exists()], "vLLM ends with the worker"
@@ -76,7 +76,7 @@ def runpod(volume: dict[str, str]) -> Iterator[RunPod]:
 
 @needs_vllm
 def test_it_answers_and_says_how_it_started(endpoint: Any) -> None:
-    output = endpoint.run_sync({"messages": QUESTION} | GREEDY, timeout=60)
+    output = endpoint.run_sync({"messages": QUESTION} | GREEDY, timeout=240)
     assert output["generated_text"] == "The capital of France is Paris."
     assert output["finish_reason"] == "stop"
     assert output["tokens_generated"] == 8
@@ -99,7 +99,7 @@ def test_an_adapter_answers_by_its_name_and_follows_its_alias(
     prompt, tokens = "The capital of France is", 4  # later ones differ by rounding: vLLM has adapters in float16
     right = {name: by_peft(folder / name, prompt, tokens) for name in ("one", "two")}
     job = {"prompt": prompt, "temperature": 0, "max_tokens": tokens}
-    outputs = [endpoint.run_sync(job | {"model": name}, timeout=60) for name in ("style", "other", NAME)]
+    outputs = [endpoint.run_sync(job | {"model": name}, timeout=240) for name in ("style", "other", NAME)]
     assert [output["generated_text"] for output in outputs[:2]] == [right["one"], right["two"]]
     assert [output["model"] for output in outputs] == ["style", "other", NAME]
     assert outputs[2]["generated_text"].startswith(" Paris")
@@ -127,8 +127,8 @@ def test_an_adapter_answers_by_its_name_and_follows_its_alias(
 @needs_vllm
 def test_prompts_are_answered_in_their_order(endpoint: Any) -> None:
     prompts = ["The capital of France is", "One, two, three,"]
-    together = endpoint.run_sync({"prompts": prompts} | GREEDY, timeout=60)
-    one_by_one = [endpoint.run_sync({"prompt": prompt} | GREEDY, timeout=60) for prompt in prompts]
+    together = endpoint.run_sync({"prompts": prompts} | GREEDY, timeout=240)
+    one_by_one = [endpoint.run_sync({"prompt": prompt} | GREEDY, timeout=240) for prompt in prompts]
     assert together["generated_text"] == [output["generated_text"] for output in one_by_one]
     assert together["tokens_generated"] == [output["tokens_generated"] for output in one_by_one]
     assert together["generated_text"][0].startswith(" Paris")
@@ -136,7 +136,7 @@ def test_prompts_are_answered_in_their_order(endpoint: Any) -> None:
 
 @needs_vllm
 def test_a_stream_comes_in_chunks_and_has_the_same_text(endpoint: Any) -> None:
-    whole = endpoint.run_sync({"messages": QUESTION} | GREEDY, timeout=60)
+    whole = endpoint.run_sync({"messages": QUESTION} | GREEDY, timeout=240)
     chunks = list(endpoint.run({"input": {"messages": QUESTION, "stream": True} | GREEDY}).stream())
     assert "".join(chunk["token"] for chunk in chunks) == whole["generated_text"]
     assert len(chunks) > 2
@@ -147,10 +147,10 @@ def test_a_stream_comes_in_chunks_and_has_the_same_text(endpoint: Any) -> None:
 def test_sampling_is_passed_on(endpoint: Any) -> None:
     job = {"prompt": "Once upon a time", "temperature": 1.5, "max_tokens": 12, "top_k": 50, "repetition_penalty": 1.1}
     first, again, other = (
-        endpoint.run_sync(job | {"seed": seed}, timeout=60)["generated_text"] for seed in (1, 1, 2)
+        endpoint.run_sync(job | {"seed": seed}, timeout=240)["generated_text"] for seed in (1, 1, 2)
     )  # fmt: skip
     assert first == again != other
-    stopped = endpoint.run_sync({"messages": QUESTION, "stop": " France"} | GREEDY, timeout=60)
+    stopped = endpoint.run_sync({"messages": QUESTION, "stop": " France"} | GREEDY, timeout=240)
     assert stopped["generated_text"] == "The capital of"
     assert stopped["finish_reason"] == "stop"
 
@@ -169,14 +169,14 @@ def test_a_request_that_cannot_be_answered_is_an_error(
     endpoint: Any, runpod: RunPod, job: dict[str, Any], code: str, words: str
 ) -> None:
     sent = endpoint.run({"input": job})
-    sent.output(timeout=60)
+    sent.output(timeout=240)
     assert runpod.jobs[sent.job_id].output == {"code": code}
     assert words in runpod.jobs[sent.job_id].error
 
 
 @needs_vllm
 def test_the_room_of_the_context_is_used_if_no_length_is_asked_for(endpoint: Any) -> None:
-    output = endpoint.run_sync({"prompt": "word " * 480, "temperature": 0}, timeout=60)
+    output = endpoint.run_sync({"prompt": "word " * 480, "temperature": 0}, timeout=240)
     assert 1 <= output["tokens_generated"] <= 32
 
 
@@ -185,7 +185,7 @@ def test_a_job_that_is_cancelled_ends_in_vllm_too(endpoint: Any, runpod: RunPod)
     job = endpoint.run({"input": {"prompt": "Once", "max_tokens": 490, "temperature": 1.5, "seed": 5, "stream": True}})
     assert runpod.wait(lambda: runpod.jobs[job.job_id].stream)
     job.cancel()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (jobs := endpoint.run_sync({"op": "status"})["jobs"])["cancelled"] == 0 and time.monotonic() < deadline:
         time.sleep(0.2)
     assert jobs["cancelled"] == 1
@@ -227,29 +227,29 @@ def test_the_openai_client_gets_vllms_errors_and_our_limits(client: Any) -> None
 @needs_vllm
 def test_a_field_reaches_vllm_or_is_refused_by_its_name(endpoint: Any, runpod: RunPod, client: Any) -> None:
     choice = {"structured_outputs": {"choice": ["blue", "green"]}}
-    assert endpoint.run_sync({"messages": QUESTION} | GREEDY | choice, timeout=60)["generated_text"] in (
+    assert endpoint.run_sync({"messages": QUESTION} | GREEDY | choice, timeout=240)["generated_text"] in (
         "blue",
         "green",
     )
     params = GREEDY | {"max_tokens": 3, "n": 2, "logprobs": 1, "bad_words": [" Paris"]}
-    output = endpoint.run_sync({"prompt": "The capital of France is", "sampling_params": params}, timeout=60)
+    output = endpoint.run_sync({"prompt": "The capital of France is", "sampling_params": params}, timeout=240)
     assert len(output["generated_text"]) == 2
     assert "Paris" not in output["generated_text"][0]
     assert [len(logprobs) for logprobs in output["logprobs"]] == [3, 3]
-    tokens = endpoint.run_sync({"prompt": [504, 3575, 282, 4649, 314]} | GREEDY, timeout=60)
+    tokens = endpoint.run_sync({"prompt": [504, 3575, 282, 4649, 314]} | GREEDY, timeout=240)
     assert tokens["generated_text"].startswith(" Paris")
     for fields, words in (
         ({"guided_json": {}}, "vLLM takes structured_outputs instead"),
         ({"max_token": 3}, "max_token is not served; the nearest field that is: max_tokens"),
     ):
         job = endpoint.run({"input": {"messages": QUESTION} | fields})
-        job.output(timeout=60)
+        job.output(timeout=240)
         assert words in runpod.jobs[job.job_id].error
         with pytest.raises(BadRequestError, match=words):
             client.chat.completions.create(model=NAME, messages=QUESTION, extra_body=fields)
     client.chat.completions.create(model=NAME, messages=QUESTION, max_tokens=2, user="me", store=False)
     job = endpoint.run({"input": {"messages": QUESTION, "tools": [{"type": "function", "function": {"name": "f"}}]}})
-    job.output(timeout=60)
+    job.output(timeout=240)
     assert "tools are served on OpenAI's routes" in runpod.jobs[job.job_id].error
 
 

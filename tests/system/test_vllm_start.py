@@ -41,7 +41,7 @@ def test_a_worker_whose_vllm_dies_answers_with_an_error_and_is_replaced(volume: 
         for pid in processes_of(worker.pid):
             os.kill(pid, signal.SIGKILL)
         job = runpod.submit("after", {"prompt": "a"})
-        assert runpod.wait(lambda: job.status in FINAL, 60)
+        assert runpod.wait(lambda: job.status in FINAL)
         assert job.status == "FAILED"
         assert "vLLM has ended" in job.error
         assert worker.wait(30) == 0, "the SDK ends a worker that asks to be replaced"
@@ -71,7 +71,7 @@ def test_damage_and_compiled_code_that_answers_wrongly_are_mended_in_one_start(v
     assert engine_caches.publish(layout, key, replace(cache, answer=" Rome"), "w", secret)
     with RunPod().running() as other, serving(volume | other.env, log=log):
         job = other.submit("one", {"messages": QUESTION} | GREEDY)
-        assert other.wait(lambda: job.status in FINAL, 60)
+        assert other.wait(lambda: job.status in FINAL)
         assert job.output["generated_text"] == "The capital of France is Paris."
     lines = "".join(log)
     assert "differs from the published bytes" in lines
@@ -118,12 +118,12 @@ def test_vllms_own_command_finds_or_makes_the_snapshot(volume: dict[str, str], t
             assert vllm.poll() is None, (tmp_path / "log").read_text()[-3000:]
             with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://vllm") as client:
                 question = {"model": name, "prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
-                answer = client.post("/v1/completions", json=question, timeout=60).json()
+                answer = client.post("/v1/completions", json=question, timeout=240).json()
             assert answer["choices"][0]["text"].startswith(" Paris")
             (reader,) = [
                 pid for pid in processes_of(vllm.pid) if b"serve_weights" in Path(f"/proc/{pid}/cmdline").read_bytes()
             ]
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 60
             while "memfd" in Path(f"/proc/{reader}/maps").read_text() and time.monotonic() < deadline:
                 time.sleep(0.2)
             assert "memfd" not in Path(f"/proc/{reader}/maps").read_text(), "its memory went back"
@@ -131,7 +131,7 @@ def test_vllms_own_command_finds_or_makes_the_snapshot(volume: dict[str, str], t
         finally:
             vllm.send_signal(signal.SIGTERM)
             vllm.wait(30)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{reader}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not Path(f"/proc/{reader}").exists()
@@ -150,7 +150,7 @@ def listens(path: Path) -> bool:
 def test_without_vllm_the_start_names_the_setting(store_env: dict[str, str], python: str) -> None:
     env = os.environ | store_env | {"MODEL_ID": "org/name", "ENGINE": "vllm", "MODELSTORE_VLLM_PYTHON": python}
     done = subprocess.run(
-        [sys.executable, "-m", "handler"], env=env, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "handler"], env=env, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 3
     assert "let MODELSTORE_VLLM_PYTHON name the interpreter" in done.stderr.strip().splitlines()[-1]

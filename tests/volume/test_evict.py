@@ -85,7 +85,7 @@ def test_a_worker_says_every_minute_that_it_is_there(
     for _again in range(2):
         for path in folder.iterdir():
             os.utime(path, (0, path.stat().st_mtime - 1000))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while any(time.time() - path.stat().st_mtime > 500 for path in folder.iterdir()):
             assert time.monotonic() < deadline, "the mark and .last are both touched"
             time.sleep(0.02)
@@ -108,7 +108,7 @@ def test_a_worker_that_was_frozen_says_at_once_that_it_is_there(
         time.sleep(0.1)  # the thread waits again
         os.utime(mark, (0, mark.stat().st_mtime - 1000))
         ahead[0] += jump
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while time.time() - mark.stat().st_mtime > 500:
             assert time.monotonic() < deadline
             time.sleep(0.02)
