@@ -380,7 +380,7 @@ FIELDS = (
         "MODELSTORE_COMPRESS",
         "compress",
         _switch,
-        "`1`: store weights in fewer bytes, without loss, and prefer those that are (docs/operations.md)",
+        "`1`: compress the weights of new models, without loss, and serve the compressed form if both are there",
     ),
     Field(
         "MODELSTORE_QUOTA",

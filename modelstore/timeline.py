@@ -236,7 +236,7 @@ def _rate(kind: tuple[str, str], record: Mapping[str, Any]) -> str:
         return ""
     plain_bytes = sum(span.get("plain_bytes", 0) for span in spans)
     decoding_s = sum(span.get("decoding_s", 0) for span in spans)
-    decoded = f", decoded to {plain_bytes / 1e9:.2f} GB in {decoding_s:.1f} s of threads" if plain_bytes else ""
+    decoded = f", decoded to {plain_bytes / 1e9:.2f} GB in {decoding_s:.1f} thread-seconds" if plain_bytes else ""
     return f" at {size_bytes / seconds / 1e6:.0f} MB/s{decoded}"
 
 

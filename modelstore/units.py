@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 
 def size(count: float) -> str:
@@ -63,3 +65,8 @@ def span(seconds: float) -> str:
 def ago(seconds: float) -> str:
     """A time in the past for a person."""
     return f"{span(seconds)} ago"
+
+
+def variant(record: Mapping[str, Any]) -> str:
+    """The variant in a snapshot's record: `float16`, `float16 compressed`."""
+    return f"{record['dtype']}{' compressed' if record.get('compressed') else ''}"

@@ -40,7 +40,7 @@ def seed(
     revision: REVISION = None,
     compress: Annotated[
         bool | None,
-        typer.Option("--compress/--plain", help="Store weights in fewer bytes, or plain; MODELSTORE_COMPRESS else."),
+        typer.Option("--compress/--plain", help="Compress the weights, or not; else as MODELSTORE_COMPRESS says."),
     ] = None,
     overflow: Annotated[
         str, typer.Option("--overflow", help="What to do if a weight does not fit float16: stop, or store bfloat16.")

@@ -21,14 +21,13 @@ from modelstore.cli.output import (
     print_snapshot,
     print_unfinished,
     print_verified,
-    variant,
     without_status,
 )
 from modelstore.errors import UsageError
 from modelstore.operate import inventory
 from modelstore.operate.inventory import find_key, find_plain, find_snapshot, with_twin
 from modelstore.store import ModelStore
-from modelstore.units import ago, counted, size, span
+from modelstore.units import ago, counted, size, span, variant
 from modelstore.volume import capabilities, engine_caches
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.unfinished import unfinished as unfinished_downloads

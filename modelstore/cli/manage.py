@@ -18,14 +18,14 @@ from modelstore.cli.app import (
     complete_reference,
     report_error,
 )
-from modelstore.cli.output import key_record, print_collected, variant
+from modelstore.cli.output import key_record, print_collected
 from modelstore.dtypes import parse_dtype
 from modelstore.errors import NoSpace, Refused, SnapshotNotFound, UsageError
 from modelstore.operate.inventory import find_key, find_snapshot, unfinished_record, with_twin
 from modelstore.reference import is_cut_commit, parse_reference, repo_id_of
 from modelstore.settings import parse_size
 from modelstore.store import ModelStore
-from modelstore.units import size, those
+from modelstore.units import size, those, variant
 from modelstore.volume import aliases, pins, refs
 from modelstore.volume.evict import Candidate, evict, survey
 from modelstore.volume.garbage import GRACE_S, GarbagePlan, plan_collection

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelstore.operate.seed_plan import SeedPreview
 from modelstore.reference import is_local
-from modelstore.units import ago, counted, printable_lines, size, span
+from modelstore.units import ago, counted, printable_lines, size, span, variant
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.snapshots import Snapshot
 
@@ -103,11 +103,6 @@ def print_adopted(console: Console, records: Sequence[Mapping[str, Any]], *, pla
         how = "is there already" if record["status"] == "present" else "adopted"
         made = f", {record['made']}" if how == "adopted" else ""
         console.print(f"{_outcome(how, record)}{made}\n{record['path']}")
-
-
-def variant(record: Mapping[str, Any]) -> str:
-    """The variant of a snapshot's record, in words."""
-    return f"{record['dtype']}{' compressed' if record.get('compressed') else ''}"
 
 
 def _outcome(how: str, record: Mapping[str, Any]) -> str:
@@ -216,8 +211,10 @@ def print_preview(console: Console, preview: SeedPreview) -> None:
                 record["reference"], "", "", "", "", f"failed: {FAILURES.get(record['exit_code'], 'see above')}"
             )
             continue
-        sizes = (size(record["bytes"]), size(record["downloaded_bytes"]))
-        rows.add_row(record["repo_id"], record["commit"][:12], variant(record), *sizes, record["status"])
+        is_bound = record.get("compressed") and record["status"] != "present"
+        stored = f"{'at most ' if is_bound else ''}{size(record['bytes'])}"
+        downloaded = size(record["downloaded_bytes"])
+        rows.add_row(record["repo_id"], record["commit"][:12], variant(record), stored, downloaded, record["status"])
     console.print(rows)
     for name in preview.aliases_moved:
         console.print(f"would point @{name} somewhere else than now")

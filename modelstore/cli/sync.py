@@ -9,7 +9,7 @@ import typer
 from modelstore.cli.app import DRY_RUN, Context, observer_of, report_error
 from modelstore.errors import ModelStoreError, UsageError
 from modelstore.operate.sync_plan import SyncPlan
-from modelstore.units import counted, size
+from modelstore.units import counted, size, variant
 
 
 def sync(
@@ -59,7 +59,7 @@ def sync(
             report_error(error, context)
             exit_code, failed = exit_code or error.exit_code, failed + 1
     lines = [
-        f"{record['status']}: {record['repo_id']} {record['commit'][:12]} {record['dtype']} on {record['to']}"
+        f"{record['status']}: {record['repo_id']} {record['commit'][:12]} {variant(record)} on {record['to']}"
         + (f", {size(record['copied_bytes'])}" if record["copied_bytes"] else "")
         for record in records
     ]

@@ -16,7 +16,7 @@ from modelstore.volume.snapshots import Snapshot
 class FillRequest:
     """A snapshot that is to be on the volume.
 
-    `compressed`: the weights are stored in fewer bytes. `code`: the repo's Python files may be stored. `link`: weights
+    `compressed`: the weights are compressed. `code`: the repo's Python files may be stored. `link`: weights
     that the source has on this volume, and that need no conversion, get a second name instead of a copy. `damaged`: the
     snapshot that is to be replaced; its intact files are used again. `wait_s`: how long to wait for another process
     that fills it, MODELSTORE_WAIT_S by default.

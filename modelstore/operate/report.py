@@ -14,7 +14,7 @@ from typing import Any
 from modelstore.operate import drawings
 from modelstore.operate.drawings import look_of, mark
 from modelstore.timeline import SPAN_KINDS, outcome_of, shared_s, total_s, verdict, waterfall
-from modelstore.units import ago, clock, counted, size
+from modelstore.units import ago, clock, counted, size, variant
 
 _SHOWN_STARTS = 40
 NO_STARTS = "No start has been recorded yet: start a worker with this volume, or run `modelstore warm REF`."
@@ -292,7 +292,7 @@ def _model_row(model: Mapping[str, Any], whole: int) -> str:
     used = "never used" if model["idle_s"] is None else f"used {ago(model['idle_s'])}"
     about = ", ".join([model["commit"][:12], used, *kept])
     colour = _colour_of(model)
-    name = f"<b>{escape(model['repo_id'])}</b> {escape(model['dtype'])}"
+    name = f"<b>{escape(model['repo_id'])}</b> {escape(variant(model))}"
     damaged = f"<br><span class=bad>damaged: {escape(problem)}</span>" if problem else ""
     return _row(name + damaged, model["bytes"], whole, colour, about)
 

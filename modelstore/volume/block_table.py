@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 Entry = Sequence[int]
 
 ALIGNMENT = 4096
-_UNIT = 64  # of the bytes that are parted into planes; the rest of a block is stored as it is
+_UNIT = 64  # of the bytes that are split into planes; the rest of a block is stored as it is
 
 
 def block_lengths(size_bytes: int, block_bytes: int) -> list[int]:

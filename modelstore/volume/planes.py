@@ -1,21 +1,21 @@
-"""Weights in fewer bytes, without loss: a block in byte planes, each compressed by zstd or stored as it is.
+"""Compressed weights, without loss: a block in byte planes, each compressed by zstd or stored as it is.
 
 The exponents of trained weights are far from evenly spread, and their lowest bits carry no pattern. So the words of a
-block are parted into a plane of the bytes that hold the exponents, which compresses, and planes of the others, which
+block are split into a plane of the bytes that hold the exponents, which compresses, and planes of the others, which
 often do not and are stored as they are. A block's entry in the table of its file is
 
-    [turn, length, …]       the stored length of each plane: 1, 2 or 4 of them; a plane as it is has its full length
+    [rotation, length, …]       the stored length of each of 1, 2 or 4 planes: its full length if it is not compressed
 
 and its stored bytes are those of the planes, one after the other, and the block's last `length % 64` bytes. With
 
 - one plane, this is all of the block;
 - two, the block is two halves of 16-bit words, x and y; with z the byte-swapped words of y and the mask m, which is
-  0xff00 turned left by `turn` bits, the first plane is (x & ~m) | (z & m), the second one (x & m) | (z & ~m);
+  0xff00 rotated left by `rotation` bits, the first plane is (x & ~m) | (z & m), the second one (x & m) | (z & ~m);
 - four, plane i has byte i of each 32-bit word.
 
-`turn` is 3 for float16 that was made from bfloat16: the lowest three bits of its words are zero, and with them in the
-plane of the exponents, the other one needs no decoding. To part and to join words by halves is twice as fast in numpy
-as by bytes (measured). All words are little-endian.
+`rotation` is 3 for float16 that was made from bfloat16: the lowest three bits of its words are zero, and with them in
+the plane of the exponents, the other one needs no decoding. To split and to join words by halves is twice as fast in
+numpy as by bytes (measured). All words are little-endian.
 
 This file is also loaded by the reader process, and imports nothing of the package.
 """
@@ -54,9 +54,9 @@ _codecs = threading.local()
 def encode(block: Bytes) -> tuple[list[int], list[Bytes]]:
     """The entry of a block, and its stored bytes in parts; a block that gains under 5 % is stored as it is."""
     data = np.frombuffer(block, np.uint8)
-    width, turn = _best_parting(data)
-    entry, parts = [turn], []
-    for plane in _parted(data, width, turn):
+    width, rotation = _best_split(data)
+    entry, parts = [rotation], []
+    for plane in _split(data, width, rotation):
         frame = _compressor().compress(plane.data)
         stored = frame if len(frame) < (1 - _LEAST_PLANE_GAIN) * plane.nbytes else plane.data
         entry.append(len(stored))
@@ -107,7 +107,7 @@ def _plane(part: memoryview, size: int) -> npt.NDArray[np.uint8]:
         raise ValueError(f"a plane cannot be decoded: {error}") from error
 
 
-def _parted(data: npt.NDArray[np.uint8], width: int, turn: int) -> list[npt.NDArray[np.uint8]]:
+def _split(data: npt.NDArray[np.uint8], width: int, rotation: int) -> list[npt.NDArray[np.uint8]]:
     if width == 1:
         return [data]
     data = data[: _even(data.nbytes)]
@@ -117,11 +117,11 @@ def _parted(data: npt.NDArray[np.uint8], width: int, turn: int) -> list[npt.NDAr
     low, high = np.empty(half, np.uint8), np.empty(half, np.uint8)
     for chunk in _chunks(half):
         x, y = data[:half][chunk], data[half:][chunk]
-        _exchange(x.view("<u8"), _swapped(y).view("<u8"), low[chunk].view("<u8"), high[chunk].view("<u8"), turn)
+        _exchange(x.view("<u8"), _swapped(y).view("<u8"), low[chunk].view("<u8"), high[chunk].view("<u8"), rotation)
     return [low, high]
 
 
-def _join(planes: Sequence[npt.NDArray[np.uint8]], target: npt.NDArray[np.uint8], turn: int) -> None:
+def _join(planes: Sequence[npt.NDArray[np.uint8]], target: npt.NDArray[np.uint8], rotation: int) -> None:
     if len(planes) == 1:
         target[...] = planes[0]
     elif len(planes) == 4:
@@ -134,7 +134,7 @@ def _join(planes: Sequence[npt.NDArray[np.uint8]], target: npt.NDArray[np.uint8]
         for chunk in _chunks(half):
             low, high = planes[0][chunk], planes[1][chunk]
             z = swapped[: low.nbytes]
-            _exchange(low.view("<u8"), high.view("<u8"), x[chunk].view("<u8"), z.view("<u8"), turn)
+            _exchange(low.view("<u8"), high.view("<u8"), x[chunk].view("<u8"), z.view("<u8"), rotation)
             y[chunk].view(">u2")[...] = z.view("<u2")
 
 
@@ -147,23 +147,23 @@ def _swapped(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def _exchange(
-    x: npt.NDArray[Any], y: npt.NDArray[Any], new_x: npt.NDArray[Any], new_y: npt.NDArray[Any], turn: int
+    x: npt.NDArray[Any], y: npt.NDArray[Any], new_x: npt.NDArray[Any], new_y: npt.NDArray[Any], rotation: int
 ) -> None:
     """Exchange the bits of the mask between words; to do it twice is to undo it."""
-    word = (0xFF00 << turn | 0xFF00 >> 16 - turn) & 0xFFFF
+    word = (0xFF00 << rotation | 0xFF00 >> 16 - rotation) & 0xFFFF
     difference = np.bitwise_xor(x, y)
     np.bitwise_and(difference, np.uint64(word * 0x0001_0001_0001_0001), out=difference)
     np.bitwise_xor(x, difference, out=new_x)
     np.bitwise_xor(y, difference, out=new_y)
 
 
-def _best_parting(data: npt.NDArray[np.uint8]) -> tuple[int, int]:
-    """The number of planes and the turn that make a block smallest, by the spread of the bytes in samples of it."""
+def _best_split(data: npt.NDArray[np.uint8]) -> tuple[int, int]:
+    """The number of planes and the rotation that make a block smallest, by the spread of the bytes in samples of it."""
     step = max(_even(data.nbytes // _SAMPLES), _UNIT)
     samples = [data[start : start + _SAMPLE_BYTES] for start in range(0, _even(data.nbytes), step)]
     sample = np.concatenate([each[: _even(each.nbytes)] for each in samples] or [data])
     choices = [(1, 0)] if sample.nbytes < _UNIT else [(2, 3), (2, 0), (4, 0), (1, 0)]
-    costs = [sum(map(_cost, _parted(sample, *choice))) for choice in choices]
+    costs = [sum(map(_cost, _split(sample, *choice))) for choice in choices]
     least = min(costs)
     return next(choice for cost, choice in zip(costs, choices, strict=True) if cost <= _AS_GOOD * least)
 

@@ -70,12 +70,12 @@ BLOCKS = {
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_a_block_comes_back_and_takes_what_its_kind_takes(kind: str) -> None:
-    array, width, turn, ratio = BLOCKS[kind]
+    array, width, rotation, ratio = BLOCKS[kind]
     block = array.tobytes()
     entry, data = stored(block)
     assert decoded(entry, data, len(block)) == block
     assert len(data) <= ratio * len(block) + ALIGNMENT
-    assert width is None or (len(entry) - 1, entry[0]) == (width, turn)
+    assert width is None or (len(entry) - 1, entry[0]) == (width, rotation)
 
 
 @given(st.binary(max_size=5000), st.integers(0, 300))
@@ -87,20 +87,20 @@ def test_any_bytes_of_any_length_come_back(noise: bytes, words: int) -> None:
         assert decoded(entry, data, len(block)) == block
 
 
-@pytest.mark.parametrize("turn", range(8))
+@pytest.mark.parametrize("rotation", range(8))
 @pytest.mark.parametrize("width", [1, 2, 4])
-def test_parting_and_joining_is_the_identity_for_each_width_and_turn(width: int, turn: int) -> None:
+def test_parting_and_joining_is_the_identity_for_each_width_and_turn(width: int, rotation: int) -> None:
     data = np.frombuffer(os.urandom(64 * 1001), np.uint8)
     target = np.empty_like(data)
-    planes._join(planes._parted(data, width, turn), target, turn)
+    planes._join(planes._split(data, width, rotation), target, rotation)
     assert (target == data).all()
 
 
 def test_a_second_implementation_by_the_documented_rule_reads_the_planes() -> None:
     block = HALF[: 64 * 50].tobytes() + b"rest"
     entry, data = stored(block)
-    turn, low_bytes, high_bytes = entry
-    assert turn == 3
+    rotation, low_bytes, high_bytes = entry
+    assert rotation == 3
     even = len(block) // 64 * 64
     low = np.frombuffer(data[:low_bytes], "<u2")
     high_plane = zstandard.ZstdDecompressor().decompress(data[low_bytes : low_bytes + high_bytes])
@@ -186,8 +186,8 @@ LIES: dict[str, Any] = {
     "three planes": lambda plain: plain | {"table": [[0, 1, 1, 1], *plain["table"][1:]]},
     "no plane": lambda plain: plain | {"table": [[0], *plain["table"][1:]]},
     "an empty entry": lambda plain: plain | {"table": [[], *plain["table"][1:]]},
-    "a turn of one plane": lambda plain: plain | {"table": [[3, 100], *plain["table"][1:]]},
-    "a turn of 8": lambda plain: plain | {"table": [[8, 10, 10], *plain["table"][1:]]},
+    "a rotation of one plane": lambda plain: plain | {"table": [[3, 100], *plain["table"][1:]]},
+    "a rotation of 8": lambda plain: plain | {"table": [[8, 10, 10], *plain["table"][1:]]},
     "another stored size": lambda plain: plain | {"table": [[0, 5000], *plain["table"][1:]]},
     "a huge plain size": lambda plain: plain | {"size": 1 << 60},
     "a text for a number": lambda plain: plain | {"table": [["0", 100], *plain["table"][1:]]},
