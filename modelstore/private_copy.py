@@ -50,7 +50,7 @@ def private_copy(settings: Settings, snapshot: Snapshot, *, observer: Observer, 
         made = ModelStore(own.root, settings=own).ensure(
             reference, dtype=snapshot.dtype, damaged=snapshot, observer=observer, timeline=timeline
         )
-        if not _same_contents(made, snapshot):
+        if not made.manifest.has_contents_of(snapshot.manifest):
             raise DigestMismatch(f"{snapshot.key} cannot be made as it was published: seed it again")
     except BaseException:
         folder.close()
@@ -58,9 +58,3 @@ def private_copy(settings: Settings, snapshot: Snapshot, *, observer: Observer, 
     atexit.register(folder.close)
     logger.warning("%s is wrong on the volume, which is used read-only: this worker has a copy of its own", made.key)
     return replace(made, manifest=replace(snapshot.manifest, files=made.manifest.files))
-
-
-def _same_contents(one: Snapshot, other: Snapshot) -> bool:
-    """Whether two snapshots are of the same files; how compressed ones are stored may differ."""
-    files = [[replace(file, stored=None) for file in each.manifest.contents] for each in (one, other)]
-    return files[0] == files[1]

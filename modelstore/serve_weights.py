@@ -110,13 +110,16 @@ class _Served:
             raise ProcessFailed(f"{self._key} was damaged, and its name leads to {snapshot.key} now: start vLLM again")
         self._key = snapshot.key
         self._reading, self._in_use = pending.reading, pending.in_use
+        files = shared_files(snapshot, pending.reading)
         if self._server is None:
             self._folder = ModelFolder(snapshot, pending.reading)
+            if not files:
+                self._folder.check_plain()
             socket = Path(self._place.name) / "socket"
             self._server = WeightsServer(socket, self._folder.path)
             dtype = DTYPES[snapshot.key.dtype].torch_name
             print(json.dumps({"folder": str(self._folder.path), "socket": str(socket), "dtype": dtype}), flush=True)
-        self._server.serve(pending.reading, shared_files(snapshot, pending.reading))
+        self._server.serve(pending.reading, files)
         pending.reading.wait_all()
         self._timeline.add(pending.reading.as_span(self._timeline))
 

@@ -250,6 +250,8 @@ def begin(
                     while_filling,
                     check_config,
                 )
+            if target == "shared":
+                snapshot = _readable_by_server(snapshot, catalog, check_fits)
             if mark is None or mark.key != snapshot.key:
                 if mark is not None:
                     mark.end()
@@ -381,6 +383,16 @@ def _number(gpu: str, gpus: Sequence[int]) -> int:
     return int(number) if number.isdigit() and int(number) < len(gpus) else 0
 
 
+def _readable_by_server(snapshot: Snapshot, catalog: Catalog, check_fits: Callable[[object, int], None]) -> Snapshot:
+    """The snapshot; its plain form, if that is there, if the host has no room to decode it for a server."""
+    if snapshot.has_compressed_files:
+        try:
+            check_fits(snapshot.key, snapshot.weights_bytes)
+        except DoesNotFit:
+            return catalog.published(snapshot.key.plain) or snapshot
+    return snapshot
+
+
 def _worth_reading(snapshot: Snapshot, check_fits: Callable[[object, int], None], target: Target) -> bool:
     """Whether to read the weights, too; raises DoesNotFit if nothing else will do."""
     try:
@@ -388,8 +400,11 @@ def _worth_reading(snapshot: Snapshot, check_fits: Callable[[object, int], None]
     except DoesNotFit as error:
         if target != "shared":
             raise
-        if snapshot.key.compressed:  # it cannot
-            raise
+        if snapshot.has_compressed_files:
+            raise DoesNotFit(
+                f"{error}; vLLM would read plain files from the volume by itself: run `modelstore expand "
+                f"{snapshot.repo_id}@{snapshot.commit[:12]}`"
+            ) from error
         logger.warning("the server will read the weights from the volume by itself: %s", error)
         return False
     return True

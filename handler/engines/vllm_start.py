@@ -149,7 +149,9 @@ class Loader:
             files = shared_files(snapshot, reading)
             if _has_own_loader(pending.settings):
                 self._folder.link_to_memory(reading)
-            elif files and self._weights is None:
+            elif not files:
+                self._folder.check_plain()
+            elif self._weights is None:
                 self._weights = WeightsServer(self._socket, self._folder.path)
             for name in (name for name in pending.settings.adapters if name not in self._adapters):
                 self._adapters[name] = find_or_make(pending.settings, name, snapshot.key, pending.timeline)

@@ -6,7 +6,7 @@ Servers keep compiled code by the path of the model, so a path that changed woul
 which process a folder belongs to: one that finds it locked takes the next (`<commit>.<dtype>.2`), the lock of a process
 that was killed is free again, and only the owner clears its folder up. The folder holds the small files, with the
 bytes that were read and compared, and links to the weights on the volume, or in the memory of the process that read
-them.
+them; of a compressed snapshot also the weights of its modules, which no reading has.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 from modelstore.errors import Refused
 from modelstore.load.reader import Reading
 from modelstore.runtime import OwnedFolder, runtime_folder
+from modelstore.volume.checksums import content_blocks
+from modelstore.volume.manifest import FileRecord
 from modelstore.volume.snapshots import Snapshot
 
 
@@ -37,6 +39,9 @@ class ModelFolder:
                 if not file.path.endswith(".safetensors"):
                     with path.open("wb") as copied:
                         copied.write(reading.wait(file.path))
+            for file in snapshot.weights_beside:
+                if file.table:
+                    self._decode(file)
             self._link_weights(self._on_volume)
         except BaseException:
             self._owned.close()
@@ -63,7 +68,7 @@ class ModelFolder:
 
     def check_plain(self) -> None:
         """Raise Refused if the server cannot read the weights from the volume by itself."""
-        if self._snapshot.key.compressed:
+        if self._snapshot.has_compressed_files:
             raise Refused(
                 f"{self._snapshot.key} has no plain files, and its weights do not go through this host's memory: run "
                 f"`modelstore expand {self._snapshot.repo_id}@{self._snapshot.commit[:12]}`"
@@ -80,9 +85,15 @@ class ModelFolder:
     def _on_volume(self, path: str) -> Path:
         return self._snapshot.path / path
 
+    def _decode(self, file: FileRecord) -> None:
+        """Write the plain form of a file. Raises DigestMismatch."""
+        with (self.path / file.path).open("wb") as plain:
+            stored = self._snapshot.path / file.on_volume.path
+            plain.writelines(content_blocks(stored, file, self._snapshot.manifest.block_bytes))
+
     def _link_weights(self, target: Callable[[str], Path]) -> None:
-        weights = (*self._snapshot.weights, *self._snapshot.weights_beside)
-        for file in weights:
+        plain = [file for file in self._snapshot.weights_beside if not file.table]  # the others were decoded
+        for file in (*self._snapshot.weights, *plain):
             link = self.path / file.path
             link.unlink(missing_ok=True)
             if not file.table or target != self._on_volume:

@@ -205,7 +205,8 @@ def find_key(
                 return key
     problem = f"{reference} is not in {store.settings.root}{as_variant}"
     if variants:
-        others = ", ".join(f"{key.repo_id}@{key.commit[:12]} --dtype {key.dtype}" for key in variants[:5])
+        names = dict.fromkeys(f"{key.repo_id}@{key.commit[:12]} --dtype {key.dtype}" for key in variants)
+        others = ", ".join(list(names)[:5])
         raise SnapshotNotFound(f"{problem}, but this is: {others}")
     if similar := store.catalog.similar(repo_id_of(parsed)):
         raise SnapshotNotFound(f"{problem}: did you mean {similar}?")
@@ -222,7 +223,7 @@ def find_plain(store: ModelStore, reference: str, revision: str | None, dtype: s
     """The published snapshot, plain, for programs that open its files. Raises Refused if there is only a compressed
     one, and the errors of `find_key`."""
     snapshot = find_snapshot(store, reference, revision, dtype)
-    plain = store.catalog.published(snapshot.key.plain)
+    plain = snapshot if not snapshot.has_compressed_files else store.catalog.published(snapshot.key.plain)
     if plain is None:
         raise Refused(
             f"{snapshot.key} has no plain files: run `modelstore expand {reference}`, or `modelstore export` if it was "

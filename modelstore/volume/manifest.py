@@ -27,7 +27,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from modelstore.dtypes import DTYPES
@@ -69,7 +69,8 @@ class PlainForm:
 class FileRecord:
     """One file of a snapshot, as it lies on the volume; `blocks` are XXH3-64 checksums in hex, 16 digits a block.
 
-    `plain`: what it holds, if it is compressed. `stored`: of the record of a content, the file that it lies in.
+    `plain`: the file that it holds, if it is compressed. `stored`: in a record that `content` makes, the record of the
+    compressed file on the volume.
     """
 
     path: str
@@ -160,6 +161,15 @@ class Manifest:
     def plain_bytes(self) -> int:
         """Bytes of all files as the model has them."""
         return sum(file.size_bytes for file in self.contents)
+
+    def has_contents_of(self, other: Manifest) -> bool:
+        """Whether both are of the same model's files; how those are stored may differ."""
+        contents = ([replace(file, stored=None) for file in each.contents] for each in (self, other))
+        return next(contents) == next(contents)
+
+    def is_of(self, other: Manifest) -> bool:
+        """Whether both describe one snapshot. A compressed one that was mended may be stored in other bytes."""
+        return replace(self, files=()) == replace(other, files=()) and self.has_contents_of(other)
 
     @property
     def paths(self) -> frozenset[str]:

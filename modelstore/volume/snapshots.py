@@ -78,6 +78,11 @@ class Snapshot:
         return self.manifest.size_bytes
 
     @property
+    def has_compressed_files(self) -> bool:
+        """Whether programs that open its files by their names would miss some."""
+        return any(file.plain is not None for file in self.manifest.files)
+
+    @property
     def plain_bytes(self) -> int:
         """Bytes of all files as the model has them."""
         return self.manifest.plain_bytes
@@ -265,7 +270,7 @@ class Catalog:
     def check_unchanged(self, snapshot: Snapshot) -> None:
         """Raise IntegrityError if the published snapshot is no longer the one that this manifest describes."""
         current = self.published(snapshot.key)
-        if current is None or current.manifest != snapshot.manifest:
+        if current is None or not current.manifest.is_of(snapshot.manifest):
             raise IntegrityError(f"{snapshot.key} is not on the volume as it was loaded: restart the worker")
 
     def manifest(self, key: SnapshotKey) -> Manifest | None:
