@@ -55,7 +55,7 @@ def find_or_make(settings: Settings, name: str, base: SnapshotKey, timeline: Tim
     reference: Reference = settings.adapters[name]
     with timeline.span("adapter", name):
         snapshot = store.ensure(reference, dtype="keep")
-        if snapshot.key.compressed:
+        if snapshot.has_compressed_files:
             raise NotServable(
                 f"the adapter {snapshot.key} is opened as plain files: run `modelstore expand {reference} --dtype keep`"
             )

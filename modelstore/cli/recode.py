@@ -1,4 +1,4 @@
-"""`modelstore compress` and `modelstore expand`: a published snapshot in fewer bytes, or in plain files again."""
+"""`modelstore compress` and `modelstore expand`: the weights of a published snapshot compressed, or plain again."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from modelstore.cli.app import DRY_RUN, REFS, REVISION, VARIANT, YES, Context, observer_of, report_error
-from modelstore.cli.output import key_record, variant
-from modelstore.errors import DigestMismatch, ModelStoreError
+from modelstore.cli.output import key_record
+from modelstore.errors import DigestMismatch, ModelStoreError, Refused, SnapshotNotFound
+from modelstore.fill.stored_file import stored_name
 from modelstore.operate.inventory import find_snapshot
 from modelstore.store import ModelStore
-from modelstore.units import size
+from modelstore.units import size, variant
 from modelstore.volume import pins
 from modelstore.volume.evict import evict
 from modelstore.volume.layout import SnapshotKey
@@ -31,7 +32,7 @@ def compress(
     dry_run: DRY_RUN = False,
     yes: YES = False,
 ) -> None:
-    """Store published weights in fewer bytes, without loss."""
+    """Compress published weights, without loss."""
     _Recode(context, compressed=True, keep=keep).run(references, dtype, revision, dry_run=dry_run, yes=yes)
 
 
@@ -61,6 +62,8 @@ class _Recode:
         self, references: Sequence[str], dtype: str | None, revision: str | None, *, dry_run: bool, yes: bool
     ) -> None:
         snapshots = dict.fromkeys(find_snapshot(self._store, each, revision, dtype) for each in references)
+        for snapshot in snapshots if self._compressed else ():
+            _check_gains(snapshot)
         if not dry_run and (lines := [line for line in map(self._plan, snapshots) if line]):
             self._context.confirm("; ".join(lines), yes=yes)
         records: list[dict[str, Any]] = []
@@ -106,22 +109,43 @@ class _Recode:
         from modelstore.fill.recode import Recoding  # numpy and zstandard are for few commands
 
         store, wanted = self._store, self._wanted(snapshot)
-        published = store.catalog.published(wanted)
-        status = "present"
-        if published is None:
-            status = "converted"
+        is_made = False
+        if snapshot.key != wanted and store.catalog.published(wanted) is None:
             with observer_of(self._context, doing="converting") as observer:
-                Recoding(store.layout, store.settings, snapshot, observer=observer).run()
-            published = store.catalog.published(wanted)
-            assert published is not None
+                is_made = Recoding(store.layout, store.settings, snapshot, observer=observer).run()
             pins.mark_used(store.layout, wanted)
-        if not self._plan(snapshot):
+        published = store.catalog.published(wanted)
+        if published is None:
+            raise SnapshotNotFound(f"{wanted} was removed by another process: look with `modelstore ls`")
+        status = "converted" if is_made else "present"
+        other = store.catalog.published(wanted.twin)
+        if self._keep or not store.layout.snapshot(wanted.twin).is_dir():
             return self._record(published, status, "")
         store.check_may_change()
-        if status == "present":
-            _check_intact(published)
-        removed = evict(store.layout, wanted.twin, for_twin=True)
-        return self._record(published, status, "" if removed else f"the {self._other} form stays: it is in use")
+        if not is_made:
+            self._check_replaces(published, other)
+        removed = evict(store.layout, wanted.twin, replaced_by_twin=True)
+        stays = not removed and store.layout.snapshot(wanted.twin).is_dir()
+        return self._record(published, status, f"the {self._other} form stays: it is in use" if stays else "")
+
+    def _check_replaces(self, published: Snapshot, other: Snapshot | None) -> None:
+        """Raise DigestMismatch if a form that was made before is damaged, and Refused if it holds another model than
+        the form that is to be removed."""
+        label = f"{published.repo_id}@{published.commit[:12]} --dtype {published.dtype}"
+        commands = ("compress", "expand") if self._compressed else ("expand", "compress")
+        if not verify_snapshot(published).intact or (
+            published.key.compressed and wrong_bytes(published.path, published.key)
+        ):
+            raise DigestMismatch(
+                f"{published.key} is damaged, and its {self._other} form stays: run `modelstore {commands[1]} "
+                f"{label}`, which removes the damaged form, and then `modelstore {commands[0]} {label}`"
+            )
+        if other is not None and not _is_same_model(published, other):
+            raise Refused(
+                f"{published.key} and {other.key} were seeded with different settings, and differ: to keep the "
+                f"{self._other} form, run `modelstore {commands[1]} {label} --keep`, else remove one with "
+                f"`modelstore rm {label}` and seed it again"
+            )
 
     def _record(self, snapshot: Snapshot, status: str, other: str) -> dict[str, Any]:
         record = key_record(snapshot.key, self._store.layout.snapshot(snapshot.key))
@@ -129,10 +153,16 @@ class _Recode:
         return {**record, **sizes, "status": status, "other": other}
 
 
-def _check_intact(snapshot: Snapshot) -> None:
-    """Raise DigestMismatch if a form that was made before is damaged: the other one may be all that there is."""
-    intact = verify_snapshot(snapshot).intact
-    if not intact or (snapshot.key.compressed and wrong_bytes(snapshot.path, snapshot.key)):
-        raise DigestMismatch(
-            f"{snapshot.key} is damaged, and the other form stays: `modelstore verify`, and seed it again"
-        )
+def _is_same_model(one: Snapshot, other: Snapshot) -> bool:
+    def stated(snapshot: Snapshot) -> tuple[str, bool]:
+        return snapshot.manifest.stored_unchanged, snapshot.manifest.remote_code
+
+    return stated(one) == stated(other) and one.manifest.has_contents_of(other.manifest)
+
+
+def _check_gains(snapshot: Snapshot) -> None:
+    """Raise Refused for a snapshot with no weights that are ever compressed."""
+    if not snapshot.has_compressed_files and not any(
+        stored_name(file.path, compressed=True) != file.path for file in snapshot.manifest.files
+    ):
+        raise Refused(f"{snapshot.key} has no weights to compress: adapters are always stored as they are")

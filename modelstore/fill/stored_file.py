@@ -21,21 +21,28 @@ _AHEAD = _ENCODERS + 1  # blocks that are being encoded, or wait to be written: 
 
 
 def stored_name(content: str, *, compressed: bool) -> str:
-    """The name on the volume of a file of a model."""
-    return f"{content}{COMPRESSED_SUFFIX}" if compressed and content.endswith(".safetensors") else content
+    """The name on the volume of a file of a model. Adapters stay plain: the libraries that load them open their files,
+    which are small."""
+    is_compressed = compressed and content.endswith(".safetensors") and not _is_adapter(content)
+    return f"{content}{COMPRESSED_SUFFIX}" if is_compressed else content
+
+
+def _is_adapter(content: str) -> bool:
+    return content.rpartition("/")[2] == "adapter_model.safetensors"
 
 
 class StoredFile:
     """Writes a file of weights from its first byte to its last. Use with `with`, which closes it."""
 
-    def __init__(self, target: Path, *, compressed: bool, digests: Digests | None = None) -> None:
-        """`target`: its path on the volume; a file of an earlier process there is removed, as it may be a link.
+    def __init__(self, target: Path, *, digests: Digests | None = None) -> None:
+        """`target`: its path on the volume, whose name says if it is compressed; a file of an earlier process there is
+        removed, as it may be a link.
         `digests`: of the bytes that will be written, if they are known: to make them again would take longer than all
         else."""
         self._target = target
         self._digests = RunningDigests()
         self._position = 0
-        self._plain = _Plain(digests) if compressed else None
+        self._plain = _Plain(digests) if target.name.endswith(COMPRESSED_SUFFIX) else None
         durable.make_folder(target.parent)
         durable.remove_file(target)
         self._fd = durable.open_for_write(target)

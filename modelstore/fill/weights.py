@@ -146,7 +146,7 @@ class WeightsPipeline:
 
     def _linkable(self, file: SourceFile) -> tuple[Path, Header] | None:
         """The file on this volume with its header, if it can be taken as it is."""
-        may_link = self._request.link and not self._request.compressed
+        may_link = self._request.link and self._name(file) == stored_path(file.path)
         path = self._request.source.path_of(self._request.resolved, file) if may_link else None
         if path is None or file.sha256 is None or stored_path(file.path) != file.path:
             return None
@@ -195,7 +195,7 @@ class WeightsPipeline:
         header = read_header(path, where=self._label(file))
         policy = self.plan.policy_of(file.path).for_tensors(header.tensors)
         is_unchanged = converted_tensors(header, policy) is header.tensors and origin is None
-        if is_unchanged and not self._request.compressed:
+        if is_unchanged and self._name(file) == stored:
             target = self._staging.paths.snapshot_file(stored)
             durable.make_folder(target.parent)
             durable.sync_path(path)
@@ -250,7 +250,7 @@ class WeightsPipeline:
 
     def _stored_file(self, file: SourceFile, digests: Digests | None = None) -> StoredFile:
         path = self._staging.paths.snapshot_file(self._name(file))
-        return StoredFile(path, compressed=self._request.compressed, digests=digests)
+        return StoredFile(path, digests=digests)
 
     def _memory(self, file: SourceFile) -> Callable[[int], memoryview | None]:
         return partial(self._observer.memory, self._request.key, stored_path(file.path))

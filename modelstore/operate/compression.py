@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import time
 from dataclasses import dataclass
 
 from modelstore.units import size
-from modelstore.volume import durable
-from modelstore.volume.block_table import block_lengths, stored_length
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.snapshots import Snapshot
 
-_SAMPLES = 4
 _WORTH_IT = 0.95
 
 
@@ -40,7 +35,7 @@ class Estimate:
         advice = (
             f"`modelstore compress {self.key.repo_id}` shortens starts that wait for the read"
             if self.is_worth_it
-            else "decoding takes as long here, and it gains space alone"
+            else "here decoding takes as long as the shorter read saves, so it would only save space"
         )
         return f"{figures}: {advice}"
 
@@ -48,31 +43,10 @@ class Estimate:
 def estimate(snapshot: Snapshot, bytes_per_s: float, *, processors: int) -> Estimate:
     """For a plain snapshot on a volume of this rate. One processor imports meanwhile, if there are several, and the
     others decode. Raises OSError."""
-    from modelstore.volume import planes  # numpy and zstandard are for few commands
+    from modelstore.fill.recode import sampled  # numpy and zstandard are for few commands
 
-    block_bytes = snapshot.manifest.block_bytes
-    places = [
-        (file, index * block_bytes, length)
-        for file in snapshot.weights
-        for index, length in enumerate(block_lengths(file.size_bytes, block_bytes))
-    ]
-    sampled_bytes = stored_bytes = 0
-    decoding_s = 0.0
-    for file, offset, length in places[:: -(-len(places) // _SAMPLES)]:
-        fd = durable.open_for_read(snapshot.path / file.path)
-        try:
-            block = os.pread(fd, length, offset)
-        finally:
-            os.close(fd)
-        entry, parts = planes.encode(block)
-        stored, target = memoryview(b"".join(parts)), memoryview(bytearray(len(block)))
-        began = time.thread_time()
-        planes.decode(entry, stored, target)
-        decoding_s += time.thread_time() - began
-        sampled_bytes += len(block)
-        stored_bytes += stored_length(entry, len(block))
-    plain_bytes = snapshot.weights_bytes
-    compressed_bytes = round(plain_bytes * stored_bytes / sampled_bytes)
-    reading_s = compressed_bytes / bytes_per_s
-    decoding_s *= plain_bytes / sampled_bytes / max(1, processors - 1)
-    return Estimate(snapshot.key, plain_bytes, compressed_bytes, plain_bytes / bytes_per_s, max(reading_s, decoding_s))
+    sample, plain_bytes = sampled(snapshot), snapshot.plain_bytes
+    reading_s = sample.stored_bytes / bytes_per_s
+    decoding_s = sample.decoding_s / max(1, processors - 1)
+    seconds = max(reading_s, decoding_s)
+    return Estimate(snapshot.key, plain_bytes, sample.stored_bytes, plain_bytes / bytes_per_s, seconds)

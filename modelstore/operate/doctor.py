@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +23,7 @@ from modelstore.settings import Settings
 from modelstore.units import counted, size
 from modelstore.volume import aliases, durable, refs
 from modelstore.volume.capabilities import MEANINGS, Use, decided_by, probe, probe_folder, use_from
+from modelstore.volume.content import has_decoder
 from modelstore.volume.garbage import plan_collection
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.snapshots import Catalog
@@ -244,7 +244,7 @@ def _compression(layout: Layout, bytes_per_s: float) -> Iterator[CheckResult]:
     try:
         plain = [each for each in Catalog(layout).snapshots() if not each.key.compressed and each.weights_bytes]
         largest = max(plain, key=lambda snapshot: snapshot.weights_bytes, default=None)
-        if largest is None or largest.weights_bytes < _WORTH_COMPRESSING or find_spec("zstandard") is None:
+        if largest is None or largest.weights_bytes < _WORTH_COMPRESSING or not has_decoder():
             return
         yield _ok("compression", estimate(largest, bytes_per_s, processors=len(os.sched_getaffinity(0))).text)
     except (ModelStoreError, OSError) as error:

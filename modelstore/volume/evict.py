@@ -55,7 +55,9 @@ def survey(layout: Layout, keys: Sequence[SnapshotKey] | None = None) -> tuple[C
         marks = pins.marks(layout, key)
         touched_at = marks[0].touched_at if marks else tree.newest_mtime(folder)
         users = pins.users_of(marks, now)
-        size = tree.tree_bytes(folder, unshared=True) + tree.tree_bytes(layout.engine_caches_of(key))
+        size = tree.tree_bytes(folder, unshared=True)
+        if not layout.snapshot(key.twin).is_dir():  # else its compiled code stays for the other form
+            size += tree.tree_bytes(layout.engine_caches_of(key))
         pinned = pins.is_pinned(layout, key)
         candidates.append(Candidate(key, size, now - touched_at, pinned, users, aliased.keeping(key)))
     return tuple(sorted(candidates, key=lambda candidate: -candidate.idle_s))
@@ -77,14 +79,14 @@ def evict(
     key: SnapshotKey,
     *,
     force: bool = False,
-    for_twin: bool = False,
+    replaced_by_twin: bool = False,
     sleep: Callable[[float], None] = time.sleep,
 ) -> bool:
     """Unpublish a snapshot, then delete it; False if it was used, pinned or removed since, or if an
     alias points to it.
 
-    `force`: even if it is in use or pinned. `for_twin`: if its twin is published, which answers in its place: even if
-    an alias points to it, or it is pinned.
+    `force`: even if it is in use or pinned. `replaced_by_twin`: even if an alias points to it, or it is pinned, if its
+    twin is published, which answers in its place.
     """
     path, aside = layout.snapshot(key), layout.aside(layout.trash, key)
     tree.check_no_links(layout.root, path)
@@ -93,7 +95,7 @@ def evict(
     with pins.evicting(layout, key, sleep=sleep) as in_time:
         if not force:
             now = pins.volume_time(layout)
-            if for_twin:  # two processes that remove one form each have announced it before they look
+            if replaced_by_twin:  # two processes that remove one form each have announced it before they look
                 goes = tree.exists(layout.used(key.twin) / pins.EVICTING)
                 spared = goes or Catalog(layout).published(key.twin) is None
             else:

@@ -30,7 +30,7 @@ def convert(
     source, target = folder / "in.safetensors", folder / "out.safetensors"
     save_torch(tensors, source)
     header = read_header(source, where="in")
-    with StoredFile(target, compressed=False) as output:
+    with StoredFile(target) as output:
         convert_file(source, output, header, storage_policy(dtype, config), guard=lambda: None)
         record = output.finish(target.name, None)
     data = target.read_bytes()

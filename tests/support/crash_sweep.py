@@ -128,7 +128,7 @@ class Sweep:
             evict(store.layout, snapshot.key)
         elif self.scenario in ("compress", "expand"):
             Recoding(store.layout, store.settings, snapshot, observer=SILENT).run()
-            evict(store.layout, snapshot.key, for_twin=True)
+            evict(store.layout, snapshot.key, replaced_by_twin=True)
         else:
             store.ensure("org/name", damaged=snapshot)
 
