@@ -34,10 +34,11 @@ from modelstore.settings import Settings
 from modelstore.timeline import Span, Timeline
 from modelstore.volume import aliases, capabilities, durable, history, refs, tree
 from modelstore.volume.claim import Claim, Contender, Holder, current_record
-from modelstore.volume.content import check_decoder
+from modelstore.volume.content import check_decoder, has_decoder
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.pins import mark_used, wait_while_evicting
 from modelstore.volume.snapshots import Catalog, Snapshot
+from modelstore.volume.unfinished import is_running
 from modelstore.volume.verify import known_problem, save_result, verify_snapshot, wrong_bytes
 
 logger = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ class ModelStore:
     def preview_adopted(self, source: Source, resolved: Resolved, *, dtype: str | None = None) -> dict[str, Any]:
         """The outcome of `adopt`, without doing it: the record of `preview`."""
         request = FillRequest(source=source, resolved=resolved, dtype=self._requested_dtype(dtype) or DEFAULT_DTYPE)
-        return self._preview(request, self.catalog.published(request.key))
+        return self._preview(request, self.catalog.published_twin(request.key))
 
     def adopt(
         self, source: Source, resolved: Resolved, *, dtype: str | None = None, observer: Observer = SILENT
@@ -177,7 +178,7 @@ class ModelStore:
         code = source.may_bring_code(resolved, self.settings, named=None)
         variant = self._requested_dtype(dtype) or DEFAULT_DTYPE
         request = FillRequest(source=source, resolved=resolved, dtype=variant, code=code, link=True, observer=observer)
-        snapshot = self._obtain(request)
+        snapshot = self.catalog.published_twin(request.key) or self._obtain(request)
         refs.record_commit(
             self.layout,
             resolved.repo_id,
@@ -217,7 +218,8 @@ class ModelStore:
         result, as `seed` does; float16 then, if no dtype is given. `overflow="bfloat16"`: if a weight does not fit
         float16, store the bfloat16 variant instead. `damaged`: a snapshot whose bytes a load found to be wrong; it is
         compared again, and if need be quarantined and made anew, from the files of it that are intact and the source.
-        Weights that are there are taken as they are, plain or compressed: MODELSTORE_COMPRESS is for others.
+        A snapshot that is there in either form, plain or compressed, is returned: MODELSTORE_COMPRESS says how a new
+        one is stored, and which form is returned if both are there.
         `wait_s`: how long to wait for another's claim, MODELSTORE_WAIT_S by default.
 
         Raises a ModelStoreError: NotFound, AccessDenied, HubUnavailable, IntegrityError, NoSpace, WaitTimeout, Refused.
@@ -247,7 +249,14 @@ class ModelStore:
                 self._record_variant(present.key, before, named, seeds=refresh)
                 return present
         with timeline.span("lookup"):
-            source, resolved = self._resolve(parsed, refresh=refresh)
+            try:
+                source, resolved = self._resolve(parsed, refresh=refresh)
+            except ModelStoreError as error:
+                if (other := self._other_form(damaged)) is None:
+                    raise
+                logger.warning("%s is damaged and cannot be mended: %s serves (%s)", parsed, other.key, error)
+                mark_used(self.layout, other.key)
+                return other
         if mended is not None and (mended.repo_id, mended.commit) == (resolved.repo_id, resolved.commit):
             damaged, variant = mended, parse_dtype("dtype", mended.dtype)
         request = FillRequest(
@@ -290,6 +299,12 @@ class ModelStore:
                 snapshot.commit[:12],
             )
         return snapshot
+
+    def _other_form(self, damaged: Snapshot | None) -> Snapshot | None:
+        """The other form of a damaged snapshot, if that is published, and this process can read it."""
+        if damaged is None or not (damaged.key.compressed or has_decoder()):
+            return None
+        return self.catalog.published(damaged.key.twin)
 
     def _answer(self, reference: Reference) -> SnapshotKey | None:
         """The key that answers a reference, no alias, if no variant is asked for, and if it is there."""
@@ -408,11 +423,15 @@ class ModelStore:
             self._sleep(min(_POLL_S, left_s))
 
     def _in_form_under_way(self, request: FillRequest) -> FillRequest:
-        """The request, for the other form if another worker is making that: one of them is enough."""
-        _generation, record = current_record(self.layout.claims(request.key.twin))
-        if record is None or record.state != "held" or self.catalog.published(request.key) is not None:
+        """The request, for the other form if another worker is making that: one of them is enough. Files that are to be
+        linked stay plain."""
+        twin = request.key.twin
+        if request.link or not is_running(self.layout, twin) or self.catalog.published(request.key) is not None:
             return request
-        return replace(request, compressed=not request.compressed)
+        if twin.compressed and not has_decoder():
+            return request
+        logger.info("%s is being made by another worker: it is used", twin)
+        return replace(request, compressed=twin.compressed)
 
     def _is_published(self, key: SnapshotKey, damaged: Snapshot | None) -> bool:
         """Whether a snapshot is there that is not the damaged one; False if the volume does not say."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -169,13 +170,18 @@ class HfCacheSource(Source):
 
 
 def _expand(path: Path, content: FileRecord, block_bytes: int, blob: Path) -> None:
-    """Write the plain form of a compressed file, which has its name only once it is whole."""
-    partial = blob.with_name(f"{blob.name}.incomplete")
-    with StoredFile(partial, compressed=False) as target:
-        for block in content_blocks(path, content, block_bytes):
-            target.write(block)
-        target.finish(blob.name, None)
-    durable.rename(partial, blob)
+    """Write the plain form of a compressed file, which has its name only once it is whole. The name until then is of
+    this process alone: `<blob>.incomplete` belongs to huggingface_hub."""
+    temporary = blob.with_name(f".{blob.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with StoredFile(temporary) as target:
+            for block in content_blocks(path, content, block_bytes):
+                target.write(block)
+            target.finish(blob.name, None)
+        durable.rename(temporary, blob)
+    except BaseException:
+        durable.remove_file(temporary)
+        raise
 
 
 def export_to_hf_cache(snapshot: Snapshot, cache: Path, *, revision: str) -> Path:

@@ -35,7 +35,7 @@ from modelstore.fill.progress import Progress
 from modelstore.reference import Reference, repo_id_of, revision_of
 from modelstore.volume import durable, refs
 from modelstore.volume.layout import MANIFEST, Layout, SnapshotKey
-from modelstore.volume.manifest import FileRecord, parse_manifest
+from modelstore.volume.manifest import FileRecord, Manifest, parse_manifest
 from modelstore.volume.snapshots import Snapshot
 
 PART_BYTES = 32 << 20
@@ -57,20 +57,29 @@ class RemoteVolume:
 
     def has(self, snapshot: Snapshot) -> bool:
         """Whether the volume holds this snapshot, every file with its size."""
-        data = self.bucket.read(self.key_of(snapshot, MANIFEST))
-        if data is None:
-            return False
-        try:
-            manifest = parse_manifest(data, where=str(self.target))
-        except ModelStoreError as error:
-            logger.warning("%s: %s: it is written again", self.target, error)
+        manifest = self._manifest(snapshot)
+        if manifest is None:
             return False
         with ThreadPoolExecutor(AT_ONCE) as pool:
             sizes = pool.map(lambda file: self.bucket.size(self.key_of(snapshot, file.path)), manifest.files)
             return all(size == file.size_bytes for size, file in zip(sizes, manifest.files, strict=True))
 
+    def _manifest(self, snapshot: Snapshot) -> Manifest | None:
+        """The manifest in the snapshot's place on the volume; None if there is none that can be trusted."""
+        data = self.bucket.read(self.key_of(snapshot, MANIFEST))
+        try:
+            return parse_manifest(data, where=str(self.target)) if data is not None else None
+        except ModelStoreError as error:
+            logger.warning("%s: %s: it is written again", self.target, error)
+            return None
+
     def verify(self, snapshot: Snapshot) -> None:
-        """Read all of it back and compare. Raises IntegrityError."""
+        """Read all of it back and compare with the manifest there, which has to be of this snapshot. Raises
+        IntegrityError."""
+
+        def unpublished(problem: str) -> IntegrityError:
+            self.bucket.call("delete_object", Key=self.key_of(snapshot, MANIFEST))
+            return IntegrityError(f"{self.target}: {problem}: unpublished, upload it again")
 
         def compare(path: str, size: int, sha256: str) -> None:
             digest = hashlib.sha256()
@@ -82,16 +91,13 @@ class RemoteVolume:
             except ObjectMissing:
                 digest = hashlib.sha256(b"?")
             if digest.hexdigest() != sha256:
-                self.bucket.call("delete_object", Key=self.key_of(snapshot, MANIFEST))
-                raise IntegrityError(
-                    f"{self.target}: {path} of {snapshot.key} differs from the uploaded file: unpublished, "
-                    "upload it again"
-                )
+                raise unpublished(f"{path} of {snapshot.key} differs from the uploaded file")
 
+        manifest = self._manifest(snapshot)
+        if manifest is None or not manifest.has_contents_of(snapshot.manifest):
+            raise unpublished(f"{snapshot.key} is not the snapshot that was uploaded")
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            _all_of(
-                pool, [partial(compare, file.path, file.size_bytes, file.sha256) for file in snapshot.manifest.files]
-            )
+            _all_of(pool, [partial(compare, file.path, file.size_bytes, file.sha256) for file in manifest.files])
 
     def upload(self, snapshot: Snapshot, *, observer: Observer = SILENT) -> int:
         """Send the files that the volume lacks of a snapshot, the manifest last; returns how many bytes were sent.

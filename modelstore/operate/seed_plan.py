@@ -245,11 +245,13 @@ class SeedPlan:
         return tuple(moved)
 
     def _prunable(self, kept: Sequence[SnapshotKey] | Any) -> tuple[Candidate, ...]:
-        """The snapshots that a pruning run would remove: an alias that the list moves keeps nothing."""
+        """The snapshots that a pruning run would remove: an alias that the list moves keeps nothing. Both forms of a
+        listed snapshot, plain and compressed, stay."""
+        forms = {key.plain for key in kept}
         named_aliases = {name for model in self.models for name in model.aliases}
         candidates = survey(self.store.layout)
         after = (replace(each, aliases=tuple(set(each.aliases) - named_aliases)) for each in candidates)
-        return tuple(each for each in after if each.key not in kept and not each.retained_by)
+        return tuple(each for each in after if each.key.plain not in forms and not each.retained_by)
 
     def _record_variants(self, records: Sequence[Mapping[str, Any]]) -> None:
         """If the list names several variants of one commit, let the last one answer that was not made for an export."""
@@ -264,9 +266,10 @@ class SeedPlan:
     def _pruned(self, kept: set[SnapshotKey], may_remove: Collection[SnapshotKey] | None) -> list[dict[str, Any]]:
         """Remove every other snapshot, of those that may go, that is not in use, pinned or an alias's."""
         records = []
+        forms = {key.plain for key in kept}
         for candidate in survey(self.store.layout):
             key = candidate.key
-            if key in kept:
+            if key.plain in forms:
                 continue
             if may_remove is not None and key not in may_remove and not candidate.retained_by:
                 logger.warning("%s stays: it was not in the plan that you were asked about", key)

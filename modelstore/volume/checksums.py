@@ -126,9 +126,10 @@ def content_blocks(path: Path, content: FileRecord, block_bytes: int) -> Iterato
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         for index, block in enumerate(read_blocks(fd, content, block_bytes)):
             if xxhash.xxh3_64_hexdigest(block) != content.blocks[index * CHECKSUM_HEX : (index + 1) * CHECKSUM_HEX]:
-                place = index * block_bytes
-                raise DigestMismatch(f"{path} differs from the published bytes at byte {place}: seed it again")
+                raise DigestMismatch(f"byte {index * block_bytes} of the model's file is another one")
             yield block
+    except DigestMismatch as error:
+        raise DigestMismatch(f"{path} differs from the published bytes ({error}): seed it again") from error
     finally:
         os.close(fd)
 

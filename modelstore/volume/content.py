@@ -12,9 +12,14 @@ from modelstore.volume.block_table import places
 from modelstore.volume.manifest import BLOCK_BYTES, FileRecord
 
 
+def has_decoder() -> bool:
+    """Whether this process can read and write compressed files."""
+    return find_spec("zstandard") is not None
+
+
 def check_decoder() -> None:
     """Raise NotFound if this process cannot read and write compressed files."""
-    if find_spec("zstandard") is None:
+    if not has_decoder():
         raise NotFound("zstandard, for compressed weights, is not installed: pip install 'runpod-modelstore[compress]'")
 
 
@@ -30,13 +35,14 @@ def read_content(fd: int, content: FileRecord, length: int, offset: int, block_b
 def read_blocks(
     fd: int, content: FileRecord, block_bytes: int, first: int = 0, end: int | None = None
 ) -> Iterator[bytes | bytearray]:
-    """The blocks from `first` up to `end`, or to the last one. Raises OSError, and DigestMismatch if the bytes of a
-    compressed one cannot be decoded."""
+    """The blocks from `first` up to `end`, or to the last one. Raises OSError, DigestMismatch if the bytes of a
+    compressed one cannot be decoded, and NotFound if this process cannot decode any."""
     if not content.table:
         stop = content.size_bytes if end is None else end * block_bytes
         for offset in range(first * block_bytes, min(stop, content.size_bytes), block_bytes):
             yield os.pread(fd, min(block_bytes, content.size_bytes - offset), offset)
         return
+    check_decoder()
     from modelstore.volume import planes  # numpy and zstandard are for compressed files alone
 
     placed = zip(content.table, places(content.table, content.size_bytes, block_bytes), strict=True)

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -16,21 +17,27 @@ from typing import Any
 
 import pytest
 import torch
+import zstandard
 from safetensors.torch import load_file, save_file
 
 from modelstore import ModelStore, load_tensors
-from modelstore.errors import DigestMismatch, NotFound
+from modelstore.errors import DigestMismatch, DoesNotFit, IntegrityError, NotFound, Refused
+from modelstore.fill.hf_cache import export_to_hf_cache
 from modelstore.fill.observer import Observer
 from modelstore.fill.recode import Recoding
+from modelstore.load import memory
+from modelstore.load.model_folder import ModelFolder
+from modelstore.load.reader import start_reading
 from modelstore.reference import parse_reference
-from modelstore.volume import aliases, pins
+from modelstore.volume import aliases, pins, planes
 from modelstore.volume.evict import evict
 from modelstore.volume.manifest import BLOCK_BYTES
 from modelstore.volume.snapshots import Snapshot
+from modelstore.volume.unfinished import is_running
 from modelstore.volume.verify import verify_snapshot
 from modelstore.warmstart import begin
 from tests.conftest import Cli, MakeStore, leave_unfinished
-from tests.support.checkpoints import write_repo
+from tests.support.checkpoints import random_tensors, write_repo
 from tests.support.hub import Hub
 from tests.support.records import WRITTEN, record
 
@@ -197,6 +204,22 @@ def test_an_export_is_the_repos_own_files(
     for path in (hub.folder / "org" / "name").glob("*.safetensors"):
         assert (folder / path.name).read_bytes() == path.read_bytes()
     cli("export", "org/name", "--hf-cache", str(tmp_path / "cache"))
+    for blob in (tmp_path / "cache").glob("*/blobs/*"):
+        blob.unlink()
+        blob.with_name(f"{blob.name}.incomplete").write_bytes(b"of huggingface_hub")
+    cli("export", "org/name", "--hf-cache", str(tmp_path / "cache"))
+    assert all(path.read_bytes() == b"of huggingface_hub" for path in folder.parents[1].glob("blobs/*.incomplete"))
+    assert not list(folder.parents[1].glob("blobs/.*"))
+
+
+def test_without_the_library_an_export_is_one_line(
+    make_store: MakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: dict[str, torch.Tensor]
+) -> None:
+    snapshot = make_store(compress=True).ensure("org/name", dtype="keep")
+    monkeypatch.setattr("modelstore.volume.content.find_spec", lambda name: None)
+    with pytest.raises(NotFound, match=r"runpod-modelstore\[compress\]"):
+        export_to_hf_cache(snapshot, tmp_path / "cache", revision="main")
+    assert not list((tmp_path / "cache").glob("*/blobs/.*"))
 
 
 def test_rm_means_both_forms(make_store: MakeStore, cli: Cli, tensors: dict[str, torch.Tensor]) -> None:
@@ -351,8 +374,177 @@ def test_an_intact_form_is_not_removed_for_a_damaged_one(
     compressed = store.catalog.published(plain.key.twin)
     assert compressed is not None
     flip(compressed_file(compressed), 5000, 1)
-    assert "is damaged, and the other form stays" in cli("compress", "org/name", "--yes", code=5).stderr
+    told = cli("compress", "org/name", "--yes", code=5).stderr
+    assert "is damaged, and its plain form stays" in told
     assert verify_snapshot(plain).ok
+    for name, word in (("expand", "present"), ("compress", "converted")):  # as the line says
+        assert f"modelstore {name} org/name@" in told
+        assert cli.json(name, "org/name", "--yes")[0]["status"] == word
+    mended = store.catalog.published(plain.key.twin)
+    assert mended is not None
+    assert verify_snapshot(mended).ok
+
+
+def test_a_form_that_holds_another_model_is_not_taken_for_it(
+    store: ModelStore, cli: Cli, tensors: dict[str, torch.Tensor]
+) -> None:
+    """One was stored with the repo's code, the other one without."""
+    plain = store.ensure("org/name")
+    cli("compress", "org/name", "--keep")
+    (plain.path / "manifest.json").write_bytes(replace(plain.manifest, remote_code=True).encode())
+    assert "were seeded with different settings" in cli("compress", "org/name", "--yes", code=8).stderr
+    assert len(list(store.catalog.keys())) == 2
+
+
+def test_a_dead_worker_does_not_say_how_weights_are_stored(
+    make_store: MakeStore, hub: Hub, tensors: dict[str, torch.Tensor]
+) -> None:
+    compressing, plain = make_store(compress=True), make_store()
+    compressing.ensure("org/name")
+    key = next(iter(plain.catalog.keys()))
+    (claim,) = plain.layout.claims(key).iterdir()
+    record = json.loads(claim.read_bytes())
+    claim.write_bytes(json.dumps(record | {"state": "held"}).encode().ljust(1024))
+    assert is_running(plain.layout, key)
+    os.utime(claim, (time.time() - 60, time.time() - 60))
+    assert not is_running(plain.layout, key)
+    evict(plain.layout, key, force=True)
+    assert not plain.ensure("org/name").key.compressed
+
+
+def test_a_conversion_needs_room_for_what_it_makes_and_evicts_nothing(
+    make_store: MakeStore, hub: Hub, cli: Cli, tensors: dict[str, torch.Tensor]
+) -> None:
+    write_repo(hub.folder / "org" / "other", random_tensors(1, (64, 64)))
+    store = make_store()
+    other, snapshot = store.ensure("org/other"), store.ensure("org/name")
+    taken = other.size_bytes + snapshot.size_bytes
+    cli.env |= {"MODELSTORE_EVICT": "1", "MODELSTORE_QUOTA": str(taken + snapshot.size_bytes // 2)}
+    assert "MODELSTORE_QUOTA" in cli("compress", "org/name", "--yes", code=6).stderr
+    assert len(list(store.catalog.keys())) == 2
+    cli.env |= {"MODELSTORE_QUOTA": str(taken + int(0.8 * snapshot.size_bytes))}
+    cli("compress", "org/name", "--yes")
+    assert {model["repo_id"] for model in cli.json("ls")} == {"org/name", "org/other"}
+
+
+def test_an_intact_form_serves_if_the_other_one_cannot_be_mended(
+    make_store: MakeStore, hub: Hub, cli: Cli, tensors: dict[str, torch.Tensor]
+) -> None:
+    store = make_store()
+    plain = store.ensure("org/name")
+    cli("compress", "org/name", "--keep")
+    flip(plain.path / "model-00002-of-00002.safetensors", 5000, 1)
+    offline = make_store(offline=True)
+    other = offline.ensure("org/name", damaged=plain)
+    assert other.key == plain.key.twin
+    assert are_those(load_tensors(other), tensors, torch.float16)
+
+
+def test_a_pruning_seed_keeps_both_forms_of_a_listed_model(
+    make_store: MakeStore, cli: Cli, tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    make_store().ensure("org/name")
+    cli("compress", "org/name", "--keep")
+    listed = tmp_path / "models.toml"
+    listed.write_text('[[model]]\nreference = "org/name"\naliases = ["chat"]\n')
+    assert cli.json("seed", "--from", str(listed), "--prune", "--dry-run")["removed"] == []
+    cli("seed", "--from", str(listed), "--prune", "--yes")
+    assert len(cli.json("ls")) == 2
+
+
+def test_adapters_stay_plain(make_store: MakeStore, hub: Hub, cli: Cli) -> None:
+    folder = write_repo(hub.folder / "org" / "style", random_tensors(1, (64, 64)))
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    snapshot = make_store(compress=True).ensure("org/style", dtype="keep")
+    assert not snapshot.has_compressed_files
+    assert load_file(snapshot.path / "adapter_model.safetensors")
+    assert cli("path", "org/style").stdout.strip() == str(snapshot.path)
+    other = make_store(root=tmp_root(snapshot)).ensure("org/style", dtype="keep")
+    cli.env |= {"MODELSTORE_ROOT": str(tmp_root(snapshot))}
+    assert "adapters are always stored as they are" in cli("compress", "org/style", code=8).stderr
+    assert other.path.is_dir()
+
+
+def tmp_root(snapshot: Snapshot) -> Path:
+    """The root of another store beside that of a snapshot."""
+    return snapshot.path.parents[2].with_name("other")
+
+
+def test_a_server_gets_the_weights_of_modules_plain(
+    hub: Hub, make_store: MakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No reading has them, and vLLM would leave out a module without a file in silence."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    repo = write_repo(hub.folder / "org" / "name", born_in(torch.bfloat16, rows=64), save=save_file)
+    (repo / "2_Dense").mkdir()
+    save_file(
+        {"linear.weight": born_in(torch.bfloat16, rows=64)["layers.0.weight"]}, repo / "2_Dense/model.safetensors"
+    )
+    (repo / "2_Dense" / "config.json").write_text("{}")
+    kinds = {"": "Transformer", "2_Dense": "Dense"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (repo / "modules.json").write_text(json.dumps(modules))
+    plain, compressed = (
+        make_store().ensure("org/name"),
+        make_store(compress=True, root=tmp_path / "c").ensure("org/name"),
+    )
+    assert compressed.has_compressed_files
+    reading = start_reading(compressed, beside=True)
+    folder = ModelFolder(compressed, reading)
+    stored = (folder.path / "2_Dense" / "model.safetensors").read_bytes()
+    assert stored == (plain.path / "2_Dense" / "model.safetensors").read_bytes()
+    with pytest.raises(Refused, match="modelstore expand"):
+        folder.check_plain()
+    folder.link_to_memory(reading)
+    assert (folder.path / "2_Dense" / "model.safetensors").read_bytes() == stored
+    folder.close()
+    reading.close()
+
+
+def test_a_server_without_memory_for_the_weights_gets_plain_files_or_a_hint(
+    make_store: MakeStore, cli: Cli, monkeypatch: pytest.MonkeyPatch, tensors: dict[str, torch.Tensor]
+) -> None:
+    store = make_store(compress=True)
+    compressed = store.ensure("org/name")
+    settings = replace(store.settings, model=parse_reference("org/name"))
+    monkeypatch.setattr(
+        "modelstore.warmstart.memory.free_host_memory", lambda: memory.FreeMemory(1 << 20, "the host", "use another")
+    )
+    with pytest.raises(DoesNotFit, match="modelstore expand org/name@"):
+        begin(settings, target="shared")
+    cli("expand", "org/name", "--keep")
+    pending = begin(settings, target="shared")
+    assert pending.snapshot.key == compressed.key.plain
+    pending.reading.close()
+    pending.in_use.end()
+
+
+def test_a_snapshot_that_was_mended_in_other_bytes_is_the_same_one(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Encoders may differ in the frames that they write."""
+    store = make_store(compress=True)
+    first = store.ensure("org/name")
+    monkeypatch.setattr(planes, "_PARAMETERS", zstandard.ZstdCompressionParameters(compression_level=3))
+    monkeypatch.setattr(planes, "_codecs", threading.local())
+    second = make_store(compress=True, root=tmp_root(first)).ensure("org/name")
+    assert first.manifest.files != second.manifest.files
+    assert second.manifest.has_contents_of(first.manifest)
+    store.catalog.check_unchanged(replace(first, manifest=replace(first.manifest, files=second.manifest.files)))
+    with pytest.raises(IntegrityError):
+        store.catalog.check_unchanged(replace(first, manifest=replace(first.manifest, remote_code=True)))
+
+
+def test_an_adoption_takes_the_compressed_form_that_is_there(
+    store: ModelStore, cli: Cli, tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    store.ensure("org/name", dtype="keep")
+    cli("export", "org/name", "--hf-cache", str(tmp_path / "volume" / "cache"))
+    cli("compress", "org/name", "--dtype", "keep", "--yes")
+    (record,) = cli.json("adopt", str(tmp_path / "volume" / "cache"), "--dtype", "keep")
+    assert (record["status"], record["compressed"]) == ("present", True)
+    assert len(list(store.catalog.keys())) == 1
 
 
 def test_two_conversions_at_once_leave_one_form(store: ModelStore, cli: Cli, tensors: dict[str, torch.Tensor]) -> None:
@@ -360,9 +552,9 @@ def test_two_conversions_at_once_leave_one_form(store: ModelStore, cli: Cli, ten
     cli("compress", "org/name", "--keep")
     for key in (plain, plain.twin):
         with pins.evicting(store.layout, key.twin):
-            assert not evict(store.layout, key, for_twin=True), "the other one goes"
-    assert evict(store.layout, plain, for_twin=True)
-    assert not evict(store.layout, plain.twin, for_twin=True), "it is the only one"
+            assert not evict(store.layout, key, replaced_by_twin=True), "the other one goes"
+    assert evict(store.layout, plain, replaced_by_twin=True)
+    assert not evict(store.layout, plain.twin, replaced_by_twin=True), "it is the only one"
 
 
 def test_an_eviction_takes_nothing_that_is_being_converted(
