@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from modelstore.errors import (
     AccessDenied,
@@ -28,9 +30,10 @@ from modelstore.fill.bucket import Bucket, Target, parse_target
 from modelstore.fill.upload import RemoteVolume
 from modelstore.reference import parse_reference
 from modelstore.store import ModelStore
+from modelstore.volume import planes
 from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.verify import verify_snapshot
-from tests.conftest import Cli
+from tests.conftest import Cli, MakeStore
 from tests.support.checkpoints import random_tensors, write_repo
 from tests.support.hub import Hub
 from tests.support.s3_server import BUCKET, S3, Fault, running_s3
@@ -357,3 +360,32 @@ def test_a_key_with_a_line_break_is_named_and_not_shown(s3: S3, monkeypatch: pyt
     with pytest.raises(AccessDenied, match="line break") as raised:
         Bucket(parse_target("s3://vol123@EU-RO-1"), endpoint=s3.url)
     assert "s3cr3t" not in str(raised.value)
+
+
+def test_a_compressed_snapshot_is_as_its_own_manifest_says(
+    hub: Hub, make_store: MakeStore, s3: S3, volume: RemoteVolume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two encoders write two forms of one model: the form that is there is compared with the manifest there."""
+    write_repo(hub.folder / "org" / "name", random_tensors(2, (1024, 1024)))
+    source = make_store(compress=True)
+    first = source.ensure("org/name")
+    assert volume.upload(first) > 0
+    volume.record_commit(source.layout, first, parse_reference("org/name"))
+    store = on_volume(s3, tmp_path / "pod")
+    mounted = store.lookup("org/name")
+    assert mounted is not None
+    assert verify_snapshot(mounted).ok
+    monkeypatch.setattr(planes, "_PARAMETERS", zstandard.ZstdCompressionParameters(compression_level=3))
+    monkeypatch.setattr(planes, "_codecs", threading.local())
+    second = make_store(compress=True, root=tmp_path / "second").ensure("org/name")
+    assert second.manifest.files != first.manifest.files
+    assert volume.has(second)
+    volume.verify(second)
+    assert volume.has(first), "it is still published"
+    path = volume.key_of(first, "model.safetensors.compressed")
+    data = bytearray(s3.read(path))
+    data[100] ^= 1
+    s3.client().put_object(Bucket=BUCKET, Key=path, Body=bytes(data))
+    with pytest.raises(IntegrityError, match="unpublished"):
+        volume.verify(second)
+    assert not volume.has(first)
