@@ -45,7 +45,7 @@ def serving(env: dict[str, str], *arguments: str, log: list[str] | None = None) 
     following = threading.Thread(target=follow, daemon=True)
     following.start()
     try:
-        assert ready.wait(280), "it is not ready"
+        assert ready.wait(500), "it is not ready"
         assert process.poll() is None, "the worker ended"
         yield process
     finally:

@@ -95,7 +95,10 @@ def test_the_command_lines_that_are_shown_work_one_after_the_other(
             os.close(main)
         assert code == (130 if "metrics" in line else 0), f"{line}: {shown}"
         assert seen == (line.split()[1] in ("watch", "metrics")), line
-        asks = line.startswith(("modelstore rm", "modelstore alias")) and "--yes" not in line
+        asks = (
+            line.startswith(("modelstore rm", "modelstore alias", "modelstore compress", "modelstore expand"))
+            and "--yes" not in line
+        )
         assert asked == asks or " gc " in line, line
 
     run("modelstore seed org/name --dtype keep")

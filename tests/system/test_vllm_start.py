@@ -24,6 +24,8 @@ from tests.support.runpod_api import FINAL, RunPod
 from tests.support.vllm import GREEDY, PYTHON, QUESTION, environment, needs_vllm, processes_of
 from tests.support.workers import serving
 
+pytestmark = pytest.mark.timeout(900)  # vLLM boots twice in one test
+
 
 @pytest.fixture(scope="module")
 def volume(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
