@@ -34,7 +34,7 @@ def sweep(hub: Hub, scenario: str, fault: str, *options: str, where: str = LOCAL
         env=os.environ | {"PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -11,6 +11,7 @@ from tests.support.records import WRITTEN
 from tests.support.sweeps import sweep
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("fault", ["kill", "torn", "EIO", "ENOSPC"])
 @pytest.mark.parametrize(
     ("scenario", "at_least"),

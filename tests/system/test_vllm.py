@@ -24,6 +24,8 @@ from tests.support.runpod_api import RunPod
 from tests.support.vllm import GREEDY, MODEL, NAME, PYTHON, QUESTION, environment, needs_vllm, processes_of
 from tests.support.workers import serving
 
+pytestmark = pytest.mark.timeout(900)  # the first one boots vLLM
+
 
 @needs_vllm
 def test_the_options_of_worker_vllms_variables_are_vllms() -> None:
