@@ -214,12 +214,24 @@ def seed(folder: Path, endpoint: str, repo: str, option: str) -> tuple[float, in
         command = [sys.executable, "-m", "modelstore", "seed", f"bench/{repo}", option, "--quiet"]
         began = time.monotonic()
         process = subprocess.Popen(command, env=env, cwd=HERE)
-        _pid, status, usage = os.wait4(process.pid, 0)
+        peak_bytes = 0
+        while process.poll() is None:
+            peak_bytes = max(peak_bytes, peak_of(process.pid))
+            time.sleep(0.02)
         seconds = time.monotonic() - began
-        if status:
+        if process.returncode:
             raise SystemExit(f"a seed failed: {command}")
     os.sync()
-    return seconds, usage.ru_maxrss * 1024
+    return seconds, peak_bytes
+
+
+def peak_of(pid: int) -> int:
+    """The most memory that a process had so far, in bytes; not `ru_maxrss`, which has its parent's from before exec."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # it has ended
+        return 0
+    return next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM")), 0)
 
 
 def main() -> None:

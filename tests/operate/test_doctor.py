@@ -56,8 +56,11 @@ def test_it_says_what_compression_would_give_at_the_measured_rate_and_on_this_ho
     assert slow.is_worth_it
     assert slow.compressed_s == pytest.approx(0.69 * slow.plain_s, rel=0.03)
     assert not fast.is_worth_it
+    few, many = (estimate(snapshot, 1e9, processors=number) for number in (2, 16))
+    assert many.is_worth_it
+    assert few.compressed_s > many.compressed_s
     text = found(store.settings)["compression"].what
-    assert f"`modelstore compress {snapshot.repo_id}`" in text or "space alone" in text
+    assert f"`modelstore compress {snapshot.repo_id}`" in text or "only save space" in text
     assert "compression" not in found(replace(store.settings, root=tmp_path / "empty" / "modelstore"))
 
 
