@@ -50,10 +50,10 @@ def unfinished(layout: Layout) -> Iterator[Unfinished]:
 
 def is_running(layout: Layout, key: SnapshotKey) -> bool:
     """Whether a worker is making this snapshot now. One that died a few seconds ago still looks so."""
-    record, beat_at = _last_claim(layout, key)
-    if record is None or record.state != "held":
+    if not tree.exists(layout.claims(key)):
         return False
-    return pins.volume_time(layout) - beat_at < _SILENT_S
+    record, beat_at = _last_claim(layout, key)
+    return record is not None and record.state == "held" and pins.volume_time(layout) - beat_at < _SILENT_S
 
 
 def _last_claim(layout: Layout, key: SnapshotKey) -> tuple[ClaimRecord | None, float]:
