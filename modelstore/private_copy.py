@@ -18,7 +18,7 @@ from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.timeline import Timeline
 from modelstore.volume.snapshots import Snapshot
-from modelstore.volume.verify import verify_snapshot, wrong_bytes
+from modelstore.volume.verify import is_as_published
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +30,7 @@ def private_copy(settings: Settings, snapshot: Snapshot, *, observer: Observer, 
     no room, and the errors of `ModelStore.ensure`.
     """
     with timeline.span("verify"):
-        if verify_snapshot(snapshot).intact and not (
-            snapshot.key.compressed and wrong_bytes(snapshot.path, snapshot.key)
-        ):
+        if is_as_published(snapshot):
             logger.warning("%s reads back as published: the damage was on its way to this worker", snapshot.key)
             return snapshot
     folder = OwnedFolder(runtime_folder() / "private")  # one that a killed process left is cleared

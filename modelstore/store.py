@@ -39,7 +39,7 @@ from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.pins import mark_used, wait_while_evicting
 from modelstore.volume.snapshots import Catalog, Snapshot
 from modelstore.volume.unfinished import is_running
-from modelstore.volume.verify import known_problem, save_result, verify_snapshot, wrong_bytes
+from modelstore.volume.verify import is_as_published, known_problem, save_result, verify_snapshot, wrong_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -454,7 +454,7 @@ class ModelStore:
                     return replace(snapshot, status="waited")
                 with request.timeline.span("verify"):
                     verified = verify_snapshot(snapshot)
-                if verified.intact and not (key.compressed and wrong_bytes(snapshot.path, key)):
+                if is_as_published(snapshot, verified):
                     save_result(self.layout, key, verified, whole=True)
                     logger.warning("%s reads back as it was published: the damage was on its way to this worker", key)
                     claim.finish("published")

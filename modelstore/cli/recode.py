@@ -10,7 +10,7 @@ import typer
 from modelstore.cli.app import DRY_RUN, REFS, REVISION, VARIANT, YES, Context, observer_of, report_error
 from modelstore.cli.output import key_record
 from modelstore.errors import DigestMismatch, ModelStoreError, Refused, SnapshotNotFound
-from modelstore.fill.stored_file import stored_name
+from modelstore.fill.stored_file import is_compressible
 from modelstore.operate.inventory import find_snapshot
 from modelstore.store import ModelStore
 from modelstore.units import size, variant
@@ -18,7 +18,7 @@ from modelstore.volume import pins
 from modelstore.volume.evict import evict
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.snapshots import Snapshot
-from modelstore.volume.verify import verify_snapshot, wrong_bytes
+from modelstore.volume.verify import is_as_published
 
 _KEEP = Annotated[bool, typer.Option("--keep", help="Keep the other form, too.")]
 
@@ -133,9 +133,7 @@ class _Recode:
         the form that is to be removed."""
         label = f"{published.repo_id}@{published.commit[:12]} --dtype {published.dtype}"
         commands = ("compress", "expand") if self._compressed else ("expand", "compress")
-        if not verify_snapshot(published).intact or (
-            published.key.compressed and wrong_bytes(published.path, published.key)
-        ):
+        if not is_as_published(published):
             raise DigestMismatch(
                 f"{published.key} is damaged, and its {self._other} form stays: run `modelstore {commands[1]} "
                 f"{label}`, which removes the damaged form, and then `modelstore {commands[0]} {label}`"
@@ -162,7 +160,5 @@ def _is_same_model(one: Snapshot, other: Snapshot) -> bool:
 
 def _check_gains(snapshot: Snapshot) -> None:
     """Raise Refused for a snapshot with no weights that are ever compressed."""
-    if not snapshot.has_compressed_files and not any(
-        stored_name(file.path, compressed=True) != file.path for file in snapshot.manifest.files
-    ):
+    if not any(is_compressible(file.path) for file in snapshot.manifest.contents):
         raise Refused(f"{snapshot.key} has no weights to compress: adapters are always stored as they are")

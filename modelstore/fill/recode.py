@@ -16,7 +16,7 @@ from modelstore.fill.progress import Progress
 from modelstore.fill.publication import Publication
 from modelstore.fill.source import SourceFile
 from modelstore.fill.staging import Staging
-from modelstore.fill.stored_file import StoredFile, stored_name
+from modelstore.fill.stored_file import StoredFile, is_compressible, stored_name
 from modelstore.settings import Settings
 from modelstore.volume import durable
 from modelstore.volume.block_table import block_lengths, stored_length
@@ -45,7 +45,7 @@ def sampled(snapshot: Snapshot) -> Sample:
     from modelstore.volume import planes  # zstandard is for compressed files alone
 
     block_bytes = snapshot.manifest.block_bytes
-    weights = [file for file in snapshot.manifest.files if stored_name(file.path, compressed=True) != file.path]
+    weights = [file for file in snapshot.manifest.files if is_compressible(file.path)]
     places = [
         (file, index * block_bytes, length)
         for file in weights

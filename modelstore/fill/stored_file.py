@@ -21,14 +21,14 @@ _AHEAD = _ENCODERS + 1  # blocks that are being encoded, or wait to be written: 
 
 
 def stored_name(content: str, *, compressed: bool) -> str:
-    """The name on the volume of a file of a model. Adapters stay plain: the libraries that load them open their files,
+    """The name on the volume of a file of a model."""
+    return f"{content}{COMPRESSED_SUFFIX}" if compressed and is_compressible(content) else content
+
+
+def is_compressible(content: str) -> bool:
+    """Whether a file of a model may be compressed. Adapters stay plain: the libraries that load them open their files,
     which are small."""
-    is_compressed = compressed and content.endswith(".safetensors") and not _is_adapter(content)
-    return f"{content}{COMPRESSED_SUFFIX}" if is_compressed else content
-
-
-def _is_adapter(content: str) -> bool:
-    return content.rpartition("/")[2] == "adapter_model.safetensors"
+    return content.endswith(".safetensors") and content.rpartition("/")[2] != "adapter_model.safetensors"
 
 
 class StoredFile:

@@ -92,6 +92,13 @@ def verify_snapshot(snapshot: Snapshot) -> Verified:
     return verify_folder(snapshot.path, snapshot.key)
 
 
+def is_as_published(snapshot: Snapshot, verified: Verified | None = None) -> bool:
+    """Whether all files read back as they were published; of compressed ones also the files that they hold, which
+    `verify_snapshot` does not decode. `verified`: the result of that, if it is known."""
+    verified = verified or verify_snapshot(snapshot)
+    return verified.intact and not (snapshot.key.compressed and wrong_bytes(snapshot.path, snapshot.key))
+
+
 def wrong_bytes(folder: Path, key: SnapshotKey) -> str:
     """Which bytes of a snapshot's folder were read and are wrong, or that it holds what no store puts there: links,
     pipes; empty if neither is so.
