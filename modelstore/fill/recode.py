@@ -95,8 +95,7 @@ class Recoding:
         SnapshotNotFound if it goes meanwhile, and what `Publication.run` raises."""
         mark = UsageMark(self._layout, self._snapshot.key, self._worker)  # no eviction takes what is read here
         try:
-            if wait_while_evicting(self._layout, self._snapshot.key):
-                raise SnapshotNotFound(f"{self._snapshot.key} was being removed: look with `modelstore ls`")
+            wait_while_evicting(self._layout, self._snapshot.key)  # an eviction that was cut short left it in place
             needed_bytes = sampled(self._snapshot).stored_bytes if self.key.compressed else self._snapshot.plain_bytes
             return self._publication.run(self._fill, needed_bytes=needed_bytes)
         except FileNotFoundError as error:
