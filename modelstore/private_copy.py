@@ -41,7 +41,7 @@ def private_copy(settings: Settings, snapshot: Snapshot, *, observer: Observer, 
         quota_bytes=None,
         allowed_models=(),
         evict=False,
-        compress=snapshot.key.compressed,
+        compress="always" if snapshot.key.compressed else "never",
     )
     reference = Reference("hub", snapshot.repo_id, snapshot.commit)
     try:

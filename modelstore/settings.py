@@ -27,6 +27,7 @@ from modelstore.units import truth
 
 EngineName = Literal["text", "diffusion", "embedding", "vllm"]
 EngineCacheMode = Literal["off", "read", "write"]
+CompressMode = Literal["never", "always", "auto"]
 VolumeMode = Literal["full", "read-only"]
 
 HUB = "https://huggingface.co"
@@ -46,7 +47,7 @@ class Settings:
     model: Reference | None = None
     dtype: Dtype | None = None
     volume_mode: VolumeMode | None = None
-    compress: bool = False
+    compress: CompressMode = "never"
     quota_bytes: int | None = None
     evict: bool = False
     lease_s: float = 30.0
@@ -277,6 +278,15 @@ def _engine_cache(variable: str, text: str) -> EngineCacheMode:
     return "write" if value else "off"
 
 
+def _compress(variable: str, text: str) -> CompressMode:
+    if text.lower() == "auto":
+        return "auto"
+    value = truth(text)
+    if value is None:
+        raise InvalidSetting(f"{variable}={text[:40]!r} is not usable: use 1, auto or 0")
+    return "always" if value else "never"
+
+
 def _volume_mode(variable: str, text: str) -> VolumeMode:
     name = text.lower().replace("_", "-")
     if name not in get_args(VolumeMode):
@@ -379,8 +389,9 @@ FIELDS = (
     Field(
         "MODELSTORE_COMPRESS",
         "compress",
-        _switch,
-        "`1`: compress the weights of new models, without loss, and serve the compressed form if both are there",
+        _compress,
+        "`1`: compress the weights of new models, without loss, and serve the compressed form if both are there; "
+        "`auto`: if that shortens a start at the read rate that `modelstore doctor` has measured, on this host",
     ),
     Field(
         "MODELSTORE_QUOTA",

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from modelstore.volume.claim import Claim, Contender, Holder, current_record
 from modelstore.volume.content import check_decoder, has_decoder
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.pins import mark_used, wait_while_evicting
+from modelstore.volume.preferred_form import prefers_compressed, recorded_rate
 from modelstore.volume.snapshots import Catalog, Snapshot
 from modelstore.volume.unfinished import is_running
 from modelstore.volume.verify import is_as_published, known_problem, save_result, verify_snapshot, wrong_bytes
@@ -59,9 +61,13 @@ class ModelStore:
     ) -> None:
         self.settings = replace(settings or Settings.from_env(root=Path(root)), root=Path(root).absolute())
         self.layout = Layout(self.settings.root)
-        self.catalog = Catalog(self.layout, compressed=self.settings.compress)
         self._sleep = sleep
         self._clock = clock
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """The published snapshots, and which form of one is preferred."""
+        return Catalog.of(self.settings)
 
     @classmethod
     def from_env(cls) -> ModelStore:
@@ -127,7 +133,7 @@ class ModelStore:
             source=source,
             resolved=resolved,
             dtype=variant,
-            compressed=self.settings.compress,
+            compressed=prefers_compressed(self.layout, self.settings.compress),
             code=code,
         )
         return self._preview(request, snapshot)
@@ -263,7 +269,7 @@ class ModelStore:
             source=source,
             resolved=resolved,
             dtype=variant,
-            compressed=self.settings.compress if damaged is None else damaged.key.compressed,
+            compressed=self._form_to_store() if damaged is None else damaged.key.compressed,
             code=source.may_bring_code(resolved, self.settings, named=named),
             damaged=damaged,
             wait_s=wait_s,
@@ -421,6 +427,12 @@ class ModelStore:
             timeline.waited_for = outcome.record.worker if outcome.record else timeline.waited_for
             request.observer.waiting(key, outcome, left_s=left_s)
             self._sleep(min(_POLL_S, left_s))
+
+    def _form_to_store(self) -> bool:
+        """Whether a new snapshot is compressed."""
+        if self.settings.compress == "auto" and recorded_rate(self.layout) is None:
+            logger.info("MODELSTORE_COMPRESS=auto: stored plain, until `modelstore doctor` has measured the read rate")
+        return prefers_compressed(self.layout, self.settings.compress)
 
     def _in_form_under_way(self, request: FillRequest) -> FillRequest:
         """The request, for the other form if another worker is making that: one of them is enough. Files that are to be

@@ -231,7 +231,7 @@ def begin(
     try:
         for attempt in range(_LOOKS):
             with timeline.span("lookup"):
-                catalog = Catalog(layout, compressed=settings.compress)
+                catalog = Catalog.of(settings)
                 snapshot = catalog.find(settings.model, settings.dtype, worker=settings.worker_id)
             if snapshot is None and target == "shared":
                 from modelstore.store import ModelStore
@@ -301,7 +301,7 @@ def find_or_make(settings: Settings, timeline: Timeline, check_config: CheckConf
         raise _no_model()
     settings.check_allowed(settings.model)
     with timeline.span("lookup"):
-        catalog = Catalog(Layout(settings.root), compressed=settings.compress)
+        catalog = Catalog.of(settings)
         snapshot = catalog.find(settings.model, settings.dtype, worker=settings.worker_id)
     if snapshot is not None:
         return snapshot

@@ -55,7 +55,7 @@ def test_an_alias_leads_to_it(adapter: Path, store: ModelStore) -> None:
 
 
 def test_it_is_opened_as_plain_files(adapter: Path, store: ModelStore) -> None:
-    compressing = ModelStore(store.settings.root, settings=replace(store.settings, compress=True))
+    compressing = ModelStore(store.settings.root, settings=replace(store.settings, compress="always"))
     assert not obtained(compressing).snapshot.key.compressed
     evict(store.layout, obtained(store).snapshot.key, force=True)
     assert compressing.ensure("org/style", dtype="keep").key.compressed

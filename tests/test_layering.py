@@ -36,6 +36,7 @@ GROUND = {
     "environment",
     "isolation",
     "runtime",
+    "processors",
     "startup",
     "model_types",
     "servable",

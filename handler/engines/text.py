@@ -282,7 +282,7 @@ class TextEngine:
         assert settings.model is not None
         settings.check_allowed(settings.model)
         with timeline.span("lookup"):
-            catalog = Catalog(Layout(settings.root), compressed=settings.compress)
+            catalog = Catalog.of(settings)
             snapshot = catalog.find(settings.model, settings.dtype, worker=settings.worker_id)
         for loaded in (self._loaded, self._kept):
             if loaded is not None and snapshot is not None and snapshot.key == loaded.key:

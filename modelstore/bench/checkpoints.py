@@ -116,7 +116,11 @@ def _bfloat16(values: Any) -> Any:
 
 def seeded(root: Path, checkpoint: Path, *, compressed: bool = False) -> Path:
     """The checkpoint in a store, in float16; returns the snapshot's folder."""
-    return ModelStore(root, settings=Settings(root=root, compress=compressed)).ensure(f"file://{checkpoint}").path
+    return (
+        ModelStore(root, settings=Settings(root=root, compress="always" if compressed else "never"))
+        .ensure(f"file://{checkpoint}")
+        .path
+    )
 
 
 def snapshot_of(root: Path) -> Path:

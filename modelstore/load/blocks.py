@@ -127,7 +127,8 @@ class ReadConcurrency:
         if self._copies:
             return False
         self._copies = True
-        before, self.readers = self.readers, max(self.readers, min(self._most, processors()))
+        count: int = _of_package("modelstore.processors").processors()
+        before, self.readers = self.readers, max(self.readers, min(self._most, count))
         return self.readers != before
 
     def read(self, size_bytes: int, now: float) -> bool:
@@ -305,7 +306,7 @@ class BlockReader:
         began = time.monotonic()
         if file.compressed:
             try:
-                _planes().decode(file.compressed[block][1], source, view[:length])
+                _of_package("modelstore.volume.planes").decode(file.compressed[block][1], source, view[:length])
             except ValueError:
                 return WRONG, slot, 0.0
         decoding_s = time.monotonic() - began
@@ -343,17 +344,6 @@ class CachedPages:
         return not self._mincore(self._address + offset, length, pages) and b"\0" not in pages.raw
 
 
-def processors(quota: str = "/sys/fs/cgroup/cpu.max") -> int:
-    """The processors that this process may use; a container has a share of its host's."""
-    count = len(os.sched_getaffinity(0))
-    try:
-        with open(quota) as file:
-            limit, period = file.read().split()
-        return max(1, min(count, round(int(limit) / int(period))))
-    except (OSError, ValueError):  # no such file, or "max"
-        return count
-
-
 def _scratch(size_bytes: int) -> memoryview:
     """Memory of this thread for the stored bytes of a block, which is used again for the next one."""
     memory: memoryview | None = getattr(_of_thread, "scratch", None)
@@ -363,10 +353,11 @@ def _scratch(size_bytes: int) -> memoryview:
 
 
 @cache
-def _planes() -> Any:
-    """`planes.py`, with numpy and zstandard, if a file is compressed; this process may have nothing of the package."""
-    path = Path(__file__).parent.parent / "volume" / "planes.py"
-    spec = spec_from_file_location("modelstore.volume.planes", path)
+def _of_package(name: str) -> Any:
+    """A module of the package, from its file: this process may have nothing of the package on its path."""
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = spec_from_file_location(name, Path(__file__).parent.parent.joinpath(*name.split(".")[1:]).with_suffix(".py"))
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)

@@ -6,11 +6,8 @@ from dataclasses import dataclass
 
 from modelstore.units import size
 from modelstore.volume.layout import SnapshotKey
+from modelstore.volume.preferred_form import compressed_read_s, is_worth_it
 from modelstore.volume.snapshots import Snapshot
-
-_WORTH_IT = 0.95
-_IMPORTING_PROCESSORS = 1.5  # measured: with two processors in all, a start at 1 GB/s takes longer if it decodes
-_LEAST_PROCESSORS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +22,7 @@ class Estimate:
 
     @property
     def is_worth_it(self) -> bool:
-        return self.compressed_s < _WORTH_IT * self.plain_s
+        return is_worth_it(self.plain_s, self.compressed_s)
 
     @property
     def text(self) -> str:
@@ -43,12 +40,9 @@ class Estimate:
 
 
 def estimate(snapshot: Snapshot, bytes_per_s: float, *, processors: int) -> Estimate:
-    """For a plain snapshot on a volume of this rate. Imports take one and a half processors meanwhile, and the others
-    decode. Raises OSError."""
+    """For a plain snapshot on a volume of this rate. Raises OSError."""
     from modelstore.fill.recode import sampled  # numpy and zstandard are for few commands
 
     sample, plain_bytes = sampled(snapshot), snapshot.plain_bytes
-    reading_s = sample.stored_bytes / bytes_per_s
-    decoding_s = sample.decoding_s / max(_LEAST_PROCESSORS, processors - _IMPORTING_PROCESSORS)
-    seconds = max(reading_s, decoding_s)
+    seconds = compressed_read_s(sample.stored_bytes / bytes_per_s, sample.decoding_s, on=processors)
     return Estimate(snapshot.key, plain_bytes, sample.stored_bytes, plain_bytes / bytes_per_s, seconds)

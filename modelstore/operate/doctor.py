@@ -18,6 +18,7 @@ from modelstore.fill.sources import sources_for
 from modelstore.mount import check_place, kind_of, mount_of, read_mounts
 from modelstore.operate import inventory
 from modelstore.operate.compression import estimate
+from modelstore.processors import processors
 from modelstore.reference import Reference, parse_reference
 from modelstore.settings import Settings
 from modelstore.units import counted, size
@@ -26,6 +27,7 @@ from modelstore.volume.capabilities import MEANINGS, Use, decided_by, probe, pro
 from modelstore.volume.content import has_decoder
 from modelstore.volume.garbage import plan_collection
 from modelstore.volume.layout import Layout, SnapshotKey
+from modelstore.volume.preferred_form import prefers_compressed, record_rate
 from modelstore.volume.snapshots import Catalog
 from modelstore.volume.unfinished import unfinished
 from modelstore.volume.verify import known_problem
@@ -144,7 +146,9 @@ def _probed(layout: Layout, settings: Settings, peer: Path | None, probe_bytes: 
             wrote, read = _rates(folder, probe_bytes)
         yield _rate("write rate", wrote, probe_bytes)
         yield _rate("read rate", read, probe_bytes)
-        yield from _compression(layout, read)
+        if settings.volume_mode != "read-only":
+            record_rate(layout, read)
+        yield from _compression(layout, settings, read)
     except NoSpace as error:
         yield _failed("space", error, "no model can be published", "remove one, or run gc")
     except FileNotFoundError:
@@ -239,14 +243,19 @@ def _rate(name: str, rate: float, probe_bytes: int) -> CheckResult:
     return _ok(name, f"{rate / 1e6:.0f} MB/s over {probe_bytes / 1e6:.0f} MB")
 
 
-def _compression(layout: Layout, bytes_per_s: float) -> Iterator[CheckResult]:
-    """Whether the largest plain model would start sooner if it were compressed, at this rate and on this host."""
+def _compression(layout: Layout, settings: Settings, bytes_per_s: float) -> Iterator[CheckResult]:
+    """The form that `auto` chooses, and whether the largest plain model would start sooner if it were compressed, at
+    this rate and on this host."""
+    if settings.compress == "auto":
+        form = "compressed" if prefers_compressed(layout, "auto") else "plain"
+        count = counted(processors(), "processor")
+        yield _ok("new weights", f"MODELSTORE_COMPRESS=auto stores them {form} at this read rate, with {count}")
     try:
         plain = [each for each in Catalog(layout).snapshots() if not each.key.compressed and each.weights_bytes]
         largest = max(plain, key=lambda snapshot: snapshot.weights_bytes, default=None)
         if largest is None or largest.weights_bytes < _WORTH_COMPRESSING or not has_decoder():
             return
-        yield _ok("compression", estimate(largest, bytes_per_s, processors=len(os.sched_getaffinity(0))).text)
+        yield _ok("compression", estimate(largest, bytes_per_s, processors=processors()).text)
     except (ModelStoreError, OSError) as error:
         logger.debug("compression is not judged: %s", error)
 
@@ -343,7 +352,7 @@ def _access(layout: Layout, settings: Settings, reference: str) -> CheckResult:
     folder, an HF cache on the volume, the Hub."""
     try:
         parsed = parse_reference(reference)
-        snapshot = Catalog(layout, compressed=settings.compress).find(parsed, settings.dtype)
+        snapshot = Catalog.of(settings).find(parsed, settings.dtype)
         if snapshot is not None and (problem := known_problem(layout, snapshot.key)):
             text = f"{reference} is published, {snapshot.key}, and damaged: {problem}"
             return _warning("access", text, "the start makes it again, which takes the network", "seed it")

@@ -23,6 +23,7 @@ from modelstore.fill.observer import SILENT, Observer
 from modelstore.fill.progress import Progress
 from modelstore.operate import inventory
 from modelstore.operate.seed_list import ListedModel
+from modelstore.settings import CompressMode
 from modelstore.store import ModelStore
 from modelstore.volume import aliases, pins, refs
 from modelstore.volume.claim import Holder
@@ -202,9 +203,10 @@ class SeedPlan:
     def _store_of(self, model: ListedModel) -> ModelStore:
         """The store, as it stores and prefers the form of weights that a model asks for."""
         settings = self.store.settings
-        if model.compress is None or model.compress == settings.compress:
+        if model.compress is None:
             return self.store
-        return ModelStore(settings.root, settings=replace(settings, compress=model.compress))
+        mode: CompressMode = "always" if model.compress else "never"
+        return ModelStore(settings.root, settings=replace(settings, compress=mode))
 
     def _previewed_or_failed(self, model: ListedModel) -> dict[str, Any]:
         """The same; the record of the error if there are other models."""

@@ -2,6 +2,7 @@
 
     <root>/
       FORMAT                                         "1"
+      read-rate.json                                 the measured read rate (preferred_form.py)
       models/<org>--<name>/<commit>.<dtype>/         a published snapshot: the model's files and manifest.json
       models/<org>--<name>/<commit>.<dtype>.compressed/    the same, its weights compressed; so everywhere below
       staging/<org>--<name>/<commit>.<dtype>/<generation>-<random>/
@@ -178,6 +179,10 @@ class Layout:
     @property
     def format_file(self) -> Path:
         return self.root / "FORMAT"
+
+    @property
+    def read_rate(self) -> Path:
+        return self.root / "read-rate.json"
 
     @property
     def models(self) -> Path:

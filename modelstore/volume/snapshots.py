@@ -20,6 +20,7 @@ from typing import Any, Literal
 from modelstore.dtypes import DEFAULT_DTYPE
 from modelstore.errors import BadManifest, CodeRefused, IntegrityError
 from modelstore.reference import Reference
+from modelstore.settings import Settings
 from modelstore.units import counted, size
 from modelstore.volume import aliases, durable, refs, tree
 from modelstore.volume.layout import (
@@ -31,6 +32,7 @@ from modelstore.volume.layout import (
     repo_folder,
 )
 from modelstore.volume.manifest import FileRecord, Manifest, parse_manifest
+from modelstore.volume.preferred_form import prefers_compressed
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +155,12 @@ class Catalog:
         """`compressed`: of a snapshot that is there both plain and compressed, the compressed one is found."""
         self._layout = layout
         self._compressed = compressed
+
+    @classmethod
+    def of(cls, settings: Settings) -> Catalog:
+        """The catalog of the store that these settings name, which prefers the form that they ask for."""
+        layout = Layout(settings.root)
+        return cls(layout, compressed=prefers_compressed(layout, settings.compress))
 
     def find(self, reference: Reference, dtype: str | None, *, worker: str | None = None) -> Snapshot | None:
         """The snapshot that the volume's records lead to, or None; an alias has its own dtype, and may lead this worker

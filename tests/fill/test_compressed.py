@@ -73,7 +73,7 @@ def compressed_file(snapshot: Snapshot) -> Path:
 def test_a_seed_stores_fewer_bytes_and_every_start_gets_the_same_weights(
     make_store: MakeStore, tensors: dict[str, torch.Tensor]
 ) -> None:
-    store = make_store(compress=True)
+    store = make_store(compress="always")
     snapshot = store.ensure("org/name")
     assert snapshot.key.compressed
     assert snapshot.status == "downloaded"
@@ -109,7 +109,7 @@ def test_each_dtype_is_stored_within_its_share_and_comes_back_bit_for_bit(
 ) -> None:
     source = born_in(born, count=1)
     write_repo(hub.folder / "org" / "name", source, save=save_file)
-    snapshot = make_store(compress=True).ensure("org/name", dtype=dtype)
+    snapshot = make_store(compress="always").ensure("org/name", dtype=dtype)
     wanted = born if dtype == "keep" else getattr(torch, dtype)
     assert snapshot.size_bytes <= limit * snapshot.plain_bytes
     assert are_those(load_tensors(snapshot), source, wanted)
@@ -117,7 +117,7 @@ def test_each_dtype_is_stored_within_its_share_and_comes_back_bit_for_bit(
 
 def test_the_same_bytes_as_plain_are_compressed(make_store: MakeStore, tensors: dict[str, torch.Tensor]) -> None:
     plain = make_store().ensure("org/name")
-    compressed = make_store(compress=True, root=plain.path.parents[2].with_name("other")).ensure("org/name")
+    compressed = make_store(compress="always", root=plain.path.parents[2].with_name("other")).ensure("org/name")
     contents = [replace(file, stored=None) for file in compressed.manifest.contents]
     assert contents == list(plain.manifest.files)
 
@@ -125,7 +125,7 @@ def test_the_same_bytes_as_plain_are_compressed(make_store: MakeStore, tensors: 
 def test_a_start_takes_what_is_there_and_prefers_what_the_setting_says(
     make_store: MakeStore, cli: Cli, hub: Hub, tensors: dict[str, torch.Tensor]
 ) -> None:
-    plain, compressing = make_store(), make_store(compress=True)
+    plain, compressing = make_store(), make_store(compress="always")
     assert not plain.ensure("org/name").key.compressed
     hub.served.bytes.clear()
     assert not compressing.ensure("org/name").key.compressed
@@ -186,7 +186,7 @@ def test_a_form_that_is_in_use_stays(store: ModelStore, cli: Cli, tensors: dict[
 def test_no_program_gets_the_path_of_compressed_files(
     make_store: MakeStore, cli: Cli, tensors: dict[str, torch.Tensor]
 ) -> None:
-    make_store(compress=True).ensure("org/name")
+    make_store(compress="always").ensure("org/name")
     error = cli("path", "org/name", code=8).stderr
     assert "modelstore expand org/name" in error
     assert "export" in error
@@ -199,7 +199,7 @@ def test_no_program_gets_the_path_of_compressed_files(
 def test_an_export_is_the_repos_own_files(
     make_store: MakeStore, cli: Cli, hub: Hub, tmp_path: Path, tensors: dict[str, torch.Tensor]
 ) -> None:
-    make_store(compress=True).ensure("org/name", dtype="keep")
+    make_store(compress="always").ensure("org/name", dtype="keep")
     folder = Path(cli("export", "org/name", "--hf-cache", str(tmp_path / "cache")).stdout.strip())
     for path in (hub.folder / "org" / "name").glob("*.safetensors"):
         assert (folder / path.name).read_bytes() == path.read_bytes()
@@ -215,7 +215,7 @@ def test_an_export_is_the_repos_own_files(
 def test_without_the_library_an_export_is_one_line(
     make_store: MakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: dict[str, torch.Tensor]
 ) -> None:
-    snapshot = make_store(compress=True).ensure("org/name", dtype="keep")
+    snapshot = make_store(compress="always").ensure("org/name", dtype="keep")
     monkeypatch.setattr("modelstore.volume.content.find_spec", lambda name: None)
     with pytest.raises(NotFound, match=r"runpod-modelstore\[compress\]"):
         export_to_hf_cache(snapshot, tmp_path / "cache", revision="main")
@@ -233,7 +233,7 @@ def test_rm_means_both_forms(make_store: MakeStore, cli: Cli, tensors: dict[str,
 def test_a_flipped_bit_anywhere_is_found_and_a_load_never_returns_it(
     make_store: MakeStore, tensors: dict[str, torch.Tensor]
 ) -> None:
-    store = make_store(compress=True)
+    store = make_store(compress="always")
     snapshot = store.ensure("org/name")
     chance = random.Random(0)
     paths = [snapshot.path / file.path for file in snapshot.manifest.files]
@@ -268,7 +268,7 @@ def flip(path: Path, place: int, bit: int) -> None:
 def test_a_start_mends_what_is_damaged_and_stays_compressed(
     make_store: MakeStore, hub: Hub, tensors: dict[str, torch.Tensor]
 ) -> None:
-    store = make_store(compress=True)
+    store = make_store(compress="always")
     snapshot = store.ensure("org/name")
     flip(compressed_file(snapshot), 100, 1)
     hub.served.bytes.clear()
@@ -282,7 +282,7 @@ def test_a_start_mends_what_is_damaged_and_stays_compressed(
 
 
 def test_a_seed_that_was_cut_short_goes_on(make_store: MakeStore, hub: Hub, tensors: dict[str, torch.Tensor]) -> None:
-    store = make_store(compress=True)
+    store = make_store(compress="always")
     leave_unfinished(hub, store)
     hub.served.bytes.clear()
     snapshot = store.ensure("org/name")
@@ -354,7 +354,7 @@ def test_a_seed_takes_the_form_that_is_there_and_undoes_nothing(
 def test_a_worker_without_the_setting_waits_for_the_form_that_is_being_made(
     make_store: MakeStore, hub: Hub, tensors: dict[str, torch.Tensor]
 ) -> None:
-    compressing, plain = make_store(compress=True), make_store()
+    compressing, plain = make_store(compress="always"), make_store()
     claimed = threading.Event()
     observer = Observer()
     observer.planned = lambda key, *, weights_bytes: claimed.set()  # type: ignore[method-assign]
@@ -399,7 +399,7 @@ def test_a_form_that_holds_another_model_is_not_taken_for_it(
 def test_a_dead_worker_does_not_say_how_weights_are_stored(
     make_store: MakeStore, hub: Hub, tensors: dict[str, torch.Tensor]
 ) -> None:
-    compressing, plain = make_store(compress=True), make_store()
+    compressing, plain = make_store(compress="always"), make_store()
     compressing.ensure("org/name")
     key = next(iter(plain.catalog.keys()))
     (claim,) = plain.layout.claims(key).iterdir()
@@ -456,7 +456,7 @@ def test_adapters_stay_plain(make_store: MakeStore, hub: Hub, cli: Cli) -> None:
     folder = write_repo(hub.folder / "org" / "style", random_tensors(1, (64, 64)))
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     (folder / "config.json").rename(folder / "adapter_config.json")
-    snapshot = make_store(compress=True).ensure("org/style", dtype="keep")
+    snapshot = make_store(compress="always").ensure("org/style", dtype="keep")
     assert not snapshot.has_compressed_files
     assert load_file(snapshot.path / "adapter_model.safetensors")
     assert cli("path", "org/style").stdout.strip() == str(snapshot.path)
@@ -487,7 +487,7 @@ def test_a_server_gets_the_weights_of_modules_plain(
     (repo / "modules.json").write_text(json.dumps(modules))
     plain, compressed = (
         make_store().ensure("org/name"),
-        make_store(compress=True, root=tmp_path / "c").ensure("org/name"),
+        make_store(compress="always", root=tmp_path / "c").ensure("org/name"),
     )
     assert compressed.has_compressed_files
     reading = start_reading(compressed, beside=True)
@@ -505,7 +505,7 @@ def test_a_server_gets_the_weights_of_modules_plain(
 def test_a_server_without_memory_for_the_weights_gets_plain_files_or_a_hint(
     make_store: MakeStore, cli: Cli, monkeypatch: pytest.MonkeyPatch, tensors: dict[str, torch.Tensor]
 ) -> None:
-    store = make_store(compress=True)
+    store = make_store(compress="always")
     compressed = store.ensure("org/name")
     settings = replace(store.settings, model=parse_reference("org/name"))
     monkeypatch.setattr(
@@ -524,11 +524,11 @@ def test_a_snapshot_that_was_mended_in_other_bytes_is_the_same_one(
     make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, tensors: dict[str, torch.Tensor]
 ) -> None:
     """Encoders may differ in the frames that they write."""
-    store = make_store(compress=True)
+    store = make_store(compress="always")
     first = store.ensure("org/name")
     monkeypatch.setattr(planes, "_PARAMETERS", zstandard.ZstdCompressionParameters(compression_level=3))
     monkeypatch.setattr(planes, "_codecs", threading.local())
-    second = make_store(compress=True, root=tmp_root(first)).ensure("org/name")
+    second = make_store(compress="always", root=tmp_root(first)).ensure("org/name")
     assert first.manifest.files != second.manifest.files
     assert second.manifest.has_contents_of(first.manifest)
     store.catalog.check_unchanged(replace(first, manifest=replace(first.manifest, files=second.manifest.files)))
@@ -574,7 +574,7 @@ def test_a_conversion_takes_nothing_that_a_download_left(
     make_store: MakeStore, hub: Hub, cli: Cli, tensors: dict[str, torch.Tensor]
 ) -> None:
     """Its config still names the dtype of the source."""
-    compressing, store = make_store(compress=True), make_store()
+    compressing, store = make_store(compress="always"), make_store()
     leave_unfinished(hub, compressing)
     (left,) = compressing.layout.root.glob("staging/*/*.compressed")
     aside = left.rename(left.with_name("aside"))
@@ -600,7 +600,7 @@ def test_a_table_that_does_not_fit_its_bytes_is_found_and_mended(
     make_store: MakeStore, hub: Hub, tensors: dict[str, torch.Tensor]
 ) -> None:
     """All stored checksums are right: only decoding shows it."""
-    store = make_store(compress=True)
+    store = make_store(compress="always")
     snapshot = store.ensure("org/name")
     files = []
     for file in snapshot.manifest.files:
@@ -623,7 +623,7 @@ def test_without_the_library_the_line_names_the_extra(
 ) -> None:
     monkeypatch.setattr("modelstore.volume.content.find_spec", lambda name: None)
     with pytest.raises(NotFound, match=r"runpod-modelstore\[compress\]"):
-        make_store(compress=True).ensure("org/name")
+        make_store(compress="always").ensure("org/name")
     assert not hub.served.bytes["model-00001-of-00002.safetensors"]
 
 
@@ -639,6 +639,6 @@ def test_it_asks_before_it_removes_a_form_and_a_dry_run_says_so(
 def test_an_older_version_refuses_the_manifest_in_one_line(
     make_store: MakeStore, tensors: dict[str, torch.Tensor]
 ) -> None:
-    snapshot = make_store(compress=True).ensure("org/name")
+    snapshot = make_store(compress="always").ensure("org/name")
     assert json.loads((snapshot.path / "manifest.json").read_bytes())["format_version"] == 2
     assert snapshot.path.name.endswith(".float16.compressed")  # and does not take the folder for a variant

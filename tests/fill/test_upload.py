@@ -367,7 +367,7 @@ def test_a_compressed_snapshot_is_as_its_own_manifest_says(
 ) -> None:
     """Two encoders write two forms of one model: the form that is there is compared with the manifest there."""
     write_repo(hub.folder / "org" / "name", random_tensors(2, (1024, 1024)))
-    source = make_store(compress=True)
+    source = make_store(compress="always")
     first = source.ensure("org/name")
     assert volume.upload(first) > 0
     volume.record_commit(source.layout, first, parse_reference("org/name"))
@@ -377,7 +377,7 @@ def test_a_compressed_snapshot_is_as_its_own_manifest_says(
     assert verify_snapshot(mounted).ok
     monkeypatch.setattr(planes, "_PARAMETERS", zstandard.ZstdCompressionParameters(compression_level=3))
     monkeypatch.setattr(planes, "_codecs", threading.local())
-    second = make_store(compress=True, root=tmp_path / "second").ensure("org/name")
+    second = make_store(compress="always", root=tmp_path / "second").ensure("org/name")
     assert second.manifest.files != first.manifest.files
     assert volume.has(second)
     volume.verify(second)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from modelstore import processors
 from modelstore.errors import DigestMismatch, SnapshotNotFound
 from modelstore.load import blocks
 from modelstore.load.blocks import MOST_AT_ONCE, CachedPages, ReadConcurrency
@@ -331,15 +332,6 @@ def test_a_full_ring_holds_up_no_file_with_memory_of_its_own(tmp_path: Path, bes
     reading.close()
 
 
-def test_a_container_has_its_share_of_the_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(12)))
-    quota = tmp_path / "cpu.max"
-    for text, count in (("400000 100000\n", 4), ("max 100000\n", 12), ("50000 100000\n", 1), ("", 12)):
-        quota.write_text(text)
-        assert blocks.processors(str(quota)) == count
-    assert blocks.processors(str(tmp_path / "none")) == 12
-
-
 def test_a_reader_that_breaks_is_an_error_and_not_a_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_arguments: object) -> None:
         raise MemoryError("no memory")
@@ -372,8 +364,8 @@ def test_more_reads_at_once_as_long_as_that_is_faster() -> None:
 
 
 def test_blocks_of_the_page_cache_are_copied_by_all_processors_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for processors, readers in ((2, 4), (12, 12), (64, MOST_AT_ONCE)):
-        monkeypatch.setattr(blocks, "processors", lambda processors=processors: processors)
+    for count, readers in ((2, 4), (12, 12), (64, MOST_AT_ONCE)):
+        monkeypatch.setattr(processors, "processors", lambda count=count: count)
         pace = ReadConcurrency(4)
         assert pace.copy() == (readers != 4)
         assert pace.readers == readers

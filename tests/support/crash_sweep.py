@@ -34,7 +34,7 @@ from modelstore.errors import ModelStoreError
 from modelstore.fill import staged_file
 from modelstore.fill.observer import SILENT
 from modelstore.fill.recode import Recoding
-from modelstore.settings import Settings
+from modelstore.settings import CompressMode, Settings
 from modelstore.store import ModelStore
 from modelstore.volume.durable import remove_tree
 from modelstore.volume.evict import evict
@@ -101,7 +101,7 @@ class Sweep:
 
     def store(self, base: Path, name: str) -> ModelStore:
         root = base / name
-        compress = self.scenario in ("seed-compressed", "expand")
+        compress: CompressMode = "always" if self.scenario in ("seed-compressed", "expand") else "never"
         return ModelStore(root, settings=Settings(root=root, hf_endpoint=self.hub, worker_id="w", compress=compress))
 
     def prepare(self, name: str) -> None:
