@@ -1,8 +1,10 @@
 """Start a worker: the read first, then the imports, then the model, then jobs.
 
     MODEL_ID=org/name python -m handler [--rp_serve_api | --test_input JSON]
+    MODEL_ID=org/name python -m handler --http [--host ADDRESS] [--port NUMBER]
 
-Arguments are the RunPod SDK's. A start that fails exits with the error's code and its reason as the last line.
+Without --http, arguments are the RunPod SDK's. A start that fails exits with the error's code and its reason as the
+last line.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from handler import readahead, sdk
 from handler.engines import ENGINES, engine_for, vllm_choice
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from handler.engines import Engine, Loader
+    from handler.listening import Listening
     from modelstore.volume.snapshots import Snapshot
 
 logger = logging.getLogger("handler")
@@ -67,7 +70,7 @@ def start() -> Callable[[], None]:
         for line in ineffective():
             logger.warning("%s", line)
         paths = VolumePaths(settings.root)
-        return _started(settings)
+        return _started(settings, _listening(sys.argv[1:], settings))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
@@ -75,17 +78,28 @@ def start() -> Callable[[], None]:
         raise
 
 
-def _started(settings: Settings) -> Callable[[], None]:
+def _listening(arguments: Sequence[str], settings: Settings) -> Listening | None:
+    """The open ports of a worker that serves HTTP."""
+    if "--http" not in arguments:
+        return None
+    from handler.listening import Listening, Place  # asyncio is imported later otherwise
+
+    place = Place.of(arguments, settings)
+    return Listening(place, settings.health_path)
+
+
+def _started(settings: Settings, listening: Listening | None) -> Callable[[], None]:
     forget_secrets()
-    become_owner_of(settings.root)  # forks, so no thread may run before
+    become_owner_of(settings.root)  # forks, so no thread may run before; the port may be root's to open
+    if listening is not None:
+        listening.begin()
     readahead.begin()
     timeline = Timeline(worker=settings.worker_id, model=str(settings.model or ""), dtype=settings.dtype or "")
     layout = Layout(settings.root)
     try:
-        engine = _loaded(settings, timeline)
+        engine = _loaded(settings, timeline, "runpod" if listening is None else "uvicorn")
         from handler.compilation import compile_model
         from handler.warm_up import warm_up
-        from handler.worker import serve
 
         compile_model(engine, settings, timeline)
         warm_up(engine, settings, timeline)
@@ -95,19 +109,25 @@ def _started(settings: Settings) -> Callable[[], None]:
     timeline.mark("ready")
     print(timeline.log_line(), file=sys.stderr, flush=True)
     history.add(layout, timeline)
+    if listening is not None:
+        from handler.http_server import serve_http
+
+        return partial(serve_http, engine, settings, timeline.as_json(), listening)
+    from handler.worker import serve
+
     return partial(serve, engine, settings, timeline.as_json())
 
 
-def _loaded(settings: Settings, timeline: Timeline) -> Engine:
-    """The engine that serves the model. The read starts before the imports, but for an engine that is a server: that
-    one imports while the snapshot is looked up."""
+def _loaded(settings: Settings, timeline: Timeline, library: Literal["runpod", "uvicorn"]) -> Engine:
+    """The engine that serves the model; `library` brings it requests. The read starts before the imports, but for an
+    engine that is a server: that one imports while the snapshot is looked up."""
 
     def import_engine(name: EngineName) -> ModuleType:
         entry = ENGINES[name]
         try:
-            for library in entry.libraries[:-1]:
-                with timeline.span("import", library):
-                    import_module(library)
+            for each in entry.libraries[:-1]:
+                with timeline.span("import", each):
+                    import_module(each)
             with timeline.span("import", entry.libraries[-1]):
                 module = import_module(f"handler.engines.{entry.module}")
                 import_module("handler.worker")
@@ -116,13 +136,13 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
         take_library_logs()
         return module
 
-    def import_sdk() -> None:
-        with timeline.span("import", "runpod"):
-            sdk.import_sdk()  # last, because nothing before needs it
+    def import_server() -> None:  # last, because nothing before needs it
+        with timeline.span("import", library):
+            sdk.import_sdk() if library == "runpod" else import_module("handler.http_server")
 
     def while_filling() -> None:
         import_engine(settings.engine or "text")  # the engine is known only with the model's own index
-        import_sdk()
+        import_server()
 
     def check_config(config: Mapping[str, Any], files: Collection[str], label: str) -> None:
         ENGINES[settings.engine or engine_for(config, files)].check_config(config, files, label)
@@ -133,8 +153,8 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
         chosen = find_or_make(settings, timeline, check_config)  # vLLM reads to another place than the others
         name, reason = _engine_of(chosen, settings)
         if name == "vllm":  # which understands more variables
-            token, key = settings.hf_token, settings.engine_cache_key  # the environment has them no more
-            settings = replace(Settings.from_env(engine="vllm"), hf_token=token, engine_cache_key=key)
+            secrets = {name: getattr(settings, name) for name in ("hf_token", "engine_cache_key", "api_key")}
+            settings = replace(Settings.from_env(engine="vllm"), **secrets)  # the environment has them no more
     target = ENGINES[name].target if name else "device"
     loader: Loader | None = None
     if name and target == "shared":
@@ -154,7 +174,7 @@ def _loaded(settings: Settings, timeline: Timeline) -> Engine:
                     f"MODEL_ADAPTERS is set, and the engine {name} serves none: unset it, or use {_WITH_ADAPTERS[0]}"
                 )
             loader = loader or import_engine(name).Loader(settings)
-            return loader.load(pending, import_sdk)
+            return loader.load(pending, import_server)
         except BaseException:
             pending.in_use.end()
             raise

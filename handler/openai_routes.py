@@ -288,8 +288,18 @@ def _top(token: TokenLogprob) -> dict[str, float | None]:
 def failed(error: JobError) -> dict[str, str]:
     """The handler's return value for an error. RunPod takes a text alone as a job's error: this one is OpenAI's error
     object as JSON, with the HTTP status that it has there."""
+    return {"error": json.dumps(_error_object(error) | {"status": status_of(error)}), "code": error.code.value}
+
+
+def error_body(error: JobError) -> dict[str, Any]:
+    """The body of an answer over HTTP that is an error."""
+    return {"error": _error_object(error)}
+
+
+def status_of(error: JobError) -> int:
+    """The HTTP status of an error."""
     status, _kind, _code = _ERRORS[error.code]
-    return {"error": json.dumps(_error_object(error) | {"status": status}), "code": error.code.value}
+    return status
 
 
 def error_events(error: JobError) -> list[str]:

@@ -59,20 +59,25 @@ class Worker:
         self._counts = {"running": 0, "completed": 0, "failed": 0, "cancelled": 0}
 
     async def handle(self, job: Job) -> Any:
-        """The output of one job, or its error; raises nothing but cancellation."""
-        self._counts["running"] += 1
-        how = "cancelled"
-        try:
-            output, error = await self._answered(job)
-            how = "completed" if error is None else "failed"
-        finally:
-            self._counts["running"] -= 1
-            self._counts[how] += 1
+        """The handler of RunPod's SDK: the output of one job, or its error; raises nothing but cancellation."""
+        output, error = await self.answer(job, self._channel)
         if error is not None:
             output = error_output(error, job)
         if self.retiring and self.is_idle:
             self.config["refresh_worker"] = True  # the SDK says so with this job's result, and ends
         return output
+
+    async def answer(self, job: Job, channel: JobChannel) -> tuple[Any, JobError | None]:
+        """The output of one job, or its error; what it streams goes to `channel`. Raises nothing but cancellation."""
+        self._counts["running"] += 1
+        outcome = "cancelled"
+        try:
+            output, error = await self._answered(job, channel)
+            outcome = "completed" if error is None else "failed"
+        finally:
+            self._counts["running"] -= 1
+            self._counts[outcome] += 1
+        return output, error
 
     @property
     def is_idle(self) -> bool:
@@ -82,7 +87,12 @@ class Worker:
     @property
     def retiring(self) -> bool:
         """Whether this worker takes no more jobs, and ends with the last that it has."""
-        return bool(self._engine.broken or self._replace_because)
+        return bool(self.broken or self._replace_because)
+
+    @property
+    def broken(self) -> str:
+        """Why no job can be answered; empty if all is well."""
+        return self._engine.broken
 
     def concurrency(self, _current: int) -> int:
         """How many jobs to take at once. While this changes, the SDK takes none before it is free."""
@@ -93,10 +103,10 @@ class Worker:
         logger.warning("this worker asks to be replaced: %s", reason)
         self._replace_because = reason
 
-    async def _answered(self, job: Job) -> tuple[Any, JobError | None]:
+    async def _answered(self, job: Job, channel: JobChannel) -> tuple[Any, JobError | None]:
         limit_s = self._settings.max_job_s or None
         clock = asyncio.timeout(limit_s)
-        delivery = Delivery(job, self._channel, most_bytes=self._settings.max_result_bytes)
+        delivery = Delivery(job, channel, most_bytes=self._settings.max_result_bytes)
         try:
             async with clock:
                 return await self._answer(job, delivery), None
@@ -171,6 +181,16 @@ def _job_error(error: BaseException) -> JobError:
     return JobError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {str(error)[:500]}")
 
 
+def follow_aliases(engine: Engine, settings: Settings, worker: Worker) -> None:
+    """From now on, exchange the model and the adapters that aliases name when those are moved."""
+    if settings.model is not None and settings.model.kind == "alias":
+        AliasFollower(engine, settings, worker.replace).start()
+    if isinstance(engine, ServesAdapters):
+        for name, reference in settings.adapters.items():
+            if reference.kind == "alias":
+                AdapterFollower(engine, settings, name, worker.replace).start()
+
+
 def serve(engine: Engine, settings: Settings, timeline: Mapping[str, Any]) -> None:
     """Take jobs until the SDK ends the process."""
     import runpod
@@ -182,13 +202,7 @@ def serve(engine: Engine, settings: Settings, timeline: Mapping[str, Any]) -> No
     runpod.serverless.register_fitness_check(model_is_as_published)
     worker = Worker(engine, settings, channel=JobChannel() if IS_LOCAL_TEST else RunPodChannel(), timeline=timeline)
 
-    if settings.model is not None and settings.model.kind == "alias":
-        AliasFollower(engine, settings, worker.replace).start()
-    if isinstance(engine, ServesAdapters):
-        for name, reference in settings.adapters.items():
-            if reference.kind == "alias":
-                AdapterFollower(engine, settings, name, worker.replace).start()
-
+    follow_aliases(engine, settings, worker)
     termination = Termination(lambda: worker.is_idle, engine.close)
 
     async def handler(job: Job) -> Any:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from modelstore.settings import ENGINE_CACHE_KEY, FIELDS, HUB_TOKENS
+from modelstore.settings import API_KEY, ENGINE_CACHE_KEY, FIELDS, SECRETS
 
 WEIGHTS_SOURCE = "MODELSTORE_WEIGHTS"
 
@@ -19,7 +19,7 @@ _OF_COMPILERS = re.compile(
     r"(VLLM|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|INDUCTOR|ATEN|ONEDNN|DNNL|OMP|MKL|NCCL|CUDA|CUBLAS|CUDNN|FLASHINFER|DG)_"
     r"(?!.*(API_KEY|HOST_IP|PORT$|LOGGING|VISIBLE_DEVICES))"
 )
-_SECRET = re.compile(rf"TOKEN|SECRET|PASSWORD|^AWS_ACCESS_KEY|^RUNPOD_.*API_KEY$|^{ENGINE_CACHE_KEY}$")
+_SECRET = re.compile(rf"TOKEN|SECRET|PASSWORD|^AWS_ACCESS_KEY|^RUNPOD_.*API_KEY$|^{ENGINE_CACHE_KEY}$|^{API_KEY}$")
 
 
 def bare_environment() -> dict[str, str]:
@@ -99,10 +99,10 @@ def prepare_for_cuda() -> None:
 
 
 def forget_secrets() -> None:
-    """Take the Hub's tokens and the key of engines' caches out of this process's environment, after the settings were
+    """Take the secrets among the settings out of this process's environment, after the settings were
     read: no child needs them, nor a model's own code. A program that can read this process's memory finds them still.
     """
-    values = [value for name in (*HUB_TOKENS, ENGINE_CACHE_KEY) if (value := os.environ.pop(name, ""))]
+    values = [value for name in SECRETS if (value := os.environ.pop(name, ""))]
     if values:
         _overwrite_in_first_environment(values)
 

@@ -34,6 +34,8 @@ HUB = "https://huggingface.co"
 
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # the Hub's library reads the second, too
 ENGINE_CACHE_KEY = "MODELSTORE_ENGINE_CACHE_KEY"
+API_KEY = "MODELSTORE_API_KEY"
+SECRETS = (*HUB_TOKENS, ENGINE_CACHE_KEY, API_KEY)
 _DTYPE_NAMES = "{}` or `{}".format("`, `".join([*DTYPES][:-1]), [*DTYPES][-1])
 
 logger = logging.getLogger(__name__)
@@ -76,11 +78,16 @@ class Settings:
     engine_cache: EngineCacheMode = "off"
     engine_cache_key: str | None = field(default=None, repr=False)
     max_job_s: float = 600.0
+    http_port: str | None = None
+    health_port: str | None = None
+    health_path: str = "/ping"
+    api_key: str | None = field(default=None, repr=False)
     hf_token: str | None = field(default=None, repr=False)
     hf_endpoint: str = HUB
     s3_endpoint: str | None = None
     visible_gpus: str | None = None
     worker_id: str = field(default_factory=socket.gethostname)
+    on_runpod: bool = False
 
     @classmethod
     def from_env(
@@ -121,6 +128,7 @@ class Settings:
                 values[setting.attribute] = setting.parse(variable, text)
         _check_adapter_names(values)
         values["worker_id"] = env.get("RUNPOD_POD_ID") or socket.gethostname()
+        values["on_runpod"] = bool(env.get("RUNPOD_POD_ID"))
         return cls(**values)
 
     @property
@@ -320,6 +328,12 @@ def _endpoint(variable: str, text: str) -> str:
 
 def _path(_variable: str, text: str) -> Path:
     return Path(text)
+
+
+def _health_path(variable: str, text: str) -> str:
+    if not text.startswith("/") or not text.isascii() or not text.isprintable() or set(text) & set(" ?#{}"):
+        raise InvalidSetting(f"{variable}={text[:40]!r} is not a path: write it like /ping")
+    return text
 
 
 def _as_it_is(_variable: str, text: str) -> str:
@@ -525,6 +539,22 @@ FIELDS = (
         "`BUCKET_SECRET_ACCESS_KEY`; jobs get addresses",
     ),
     Field("MODELSTORE_MAX_JOB_S", "max_job_s", _seconds(0), "seconds after which a job ends with an error; `0`: never"),
+    Field(
+        "PORT",
+        "http_port",
+        _as_it_is,
+        "RunPod's own, for `python -m handler --http`: the port of requests",
+        "80 on RunPod, 8000 elsewhere",
+    ),
+    Field("PORT_HEALTH", "health_port", _as_it_is, "RunPod's own: the port of questions for the health", "`PORT`"),
+    Field("HEALTH_CHECK_PATH", "health_path", _health_path, "RunPod's own: the path of questions for the health"),
+    Field(
+        API_KEY,
+        "api_key",
+        _secret,
+        "a secret of at least 16 characters that each request over HTTP has to carry, as `Authorization: Bearer` or "
+        "`X-API-Key`; without it anyone who reaches the port is served",
+    ),
     Field(
         HUB_TOKENS[0],
         "hf_token",

@@ -96,8 +96,9 @@ LARGE = 1 << 25  # characters of pictures or of many texts: more than RunPod tak
 class Loader(Protocol):
     """Loads an engine of one kind: the class `Loader` of the engine's module, made with the settings."""
 
-    def load(self, pending: PendingStart, import_sdk: Callable[[], None]) -> Engine:
-        """The engine of a start whose bytes are in flight; `import_sdk` is called once, while bytes still arrive."""
+    def load(self, pending: PendingStart, import_server: Callable[[], None]) -> Engine:
+        """The engine of a start whose bytes are in flight; `import_server` is called once, while bytes still
+        arrive, for the library that brings it requests."""
 
     def cancel(self) -> None:
         """Give up: `load` failed, or was never called."""

@@ -382,9 +382,9 @@ class Loader:
     def __init__(self, settings: Settings) -> None:
         pass
 
-    def load(self, pending: PendingStart, import_sdk: Callable[[], None]) -> DiffusionEngine:
+    def load(self, pending: PendingStart, import_server: Callable[[], None]) -> DiffusionEngine:
         """See `handler.engines.Loader`."""
-        return pending.load(partial(DiffusionEngine.load, while_reading=import_sdk))
+        return pending.load(partial(DiffusionEngine.load, while_reading=import_server))
 
     def cancel(self) -> None:
         """See `handler.engines.Loader`."""

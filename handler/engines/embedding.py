@@ -259,9 +259,9 @@ class Loader:
     def __init__(self, settings: Settings) -> None:
         pass
 
-    def load(self, pending: PendingStart, import_sdk: Callable[[], None]) -> EmbeddingEngine:
+    def load(self, pending: PendingStart, import_server: Callable[[], None]) -> EmbeddingEngine:
         """See `handler.engines.Loader`."""
-        return pending.load(partial(EmbeddingEngine.load, while_reading=import_sdk))
+        return pending.load(partial(EmbeddingEngine.load, while_reading=import_server))
 
     def cancel(self) -> None:
         """See `handler.engines.Loader`."""

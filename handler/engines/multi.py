@@ -247,9 +247,9 @@ class Loader:
     def __init__(self, settings: Settings) -> None:
         self._renderer = Renderer()
 
-    def load(self, pending: PendingStart, import_sdk: Callable[[], None]) -> MultiModelEngine:
+    def load(self, pending: PendingStart, import_server: Callable[[], None]) -> MultiModelEngine:
         """See `handler.engines.Loader`."""
-        load = partial(TextEngine.load, while_reading=import_sdk, renderer=self._renderer)
+        load = partial(TextEngine.load, while_reading=import_server, renderer=self._renderer)
         engine = pending.load(load)
         self._renderer.start()
         return MultiModelEngine(engine, pending.settings, self._load_another)

@@ -88,9 +88,9 @@ class Loader:
         self._weights: WeightsServer | None = None
         self._folder: ModelFolder | None = None
 
-    def load(self, pending: PendingStart, import_sdk: Callable[[], None]) -> VllmEngine:
+    def load(self, pending: PendingStart, import_server: Callable[[], None]) -> VllmEngine:
         """See `handler.engines.Loader`."""
-        imports = [import_sdk]
+        imports = [import_server]
 
         def load(pending: PendingStart) -> VllmEngine:
             self._give(pending)

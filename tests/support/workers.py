@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -58,6 +59,15 @@ def serving(env: dict[str, str], *arguments: str, log: list[str] | None = None) 
         following.join()
         assert process.stderr is not None
         process.stderr.close()
+
+
+@contextmanager
+def serving_http(env: dict[str, str], *, log: list[str] | None = None) -> Iterator[str]:
+    """A worker that is ready and serves HTTP: its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with serving(env, "--http", "--port", str(port), log=log):
+        yield f"http://127.0.0.1:{port}"
 
 
 class Engine:

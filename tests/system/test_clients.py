@@ -16,7 +16,7 @@ from tests.handler.test_embedding import plain
 from tests.support.hub import running_hub
 from tests.support.models import write_model
 from tests.support.runpod_api import ENDPOINT, KEY, RunPod
-from tests.support.workers import serving
+from tests.support.workers import serving, serving_http
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the clients' own
 
@@ -29,8 +29,9 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="module")
-def runpod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunPod]:
+@pytest.fixture(scope="module", params=["queue", "http"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """OpenAI's routes of one worker, behind RunPod's queue and by itself: clients see no difference."""
     folder = tmp_path_factory.mktemp("clients")
     with running_hub(folder / "hub") as hub, RunPod().running() as runpod:
         model = hub.folder / "org" / "name"
@@ -39,14 +40,19 @@ def runpod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunPod]:
         tokenizer.chat_template = TEMPLATE
         tokenizer.save_pretrained(model)
         env = {"HF_ENDPOINT": hub.url, "MODELSTORE_ROOT": str(folder / "volume" / "modelstore"), "HF_HOME": str(folder)}
-        names = {"MODEL_ID": "org/name", "SERVED_MODEL_NAME": "gpt-4, chat"}
-        with serving(env | names | runpod.env):
-            yield runpod
+        env |= {"MODEL_ID": "org/name", "SERVED_MODEL_NAME": "gpt-4, chat"}
+        if request.param == "queue":
+            with serving(env | runpod.env):
+                yield f"{runpod.url}/{ENDPOINT}/openai/v1"
+        else:
+            with serving_http(env) as url:
+                yield f"{url}/v1"
 
 
-@pytest.fixture(scope="module")
-def base(runpod: RunPod) -> str:
-    return f"{runpod.url}/{ENDPOINT}/openai/v1"
+@pytest.fixture
+def client(base: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=base, api_key=KEY, max_retries=0) as client:
+        yield client
 
 
 def chat(client: openai.OpenAI, **more: Any) -> Any:

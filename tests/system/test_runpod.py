@@ -20,21 +20,34 @@ import pytest
 from tests.support.hub import running_hub
 from tests.support.models import write_model
 from tests.support.runpod_api import ENDPOINT, FINAL, KEY, RunPod
-from tests.support.workers import serving
+from tests.support.workers import serving, serving_http
 
 HERE = Path(__file__).parent.parent.parent
 GREEDY = {"temperature": 0, "max_tokens": 6}
 
 
 @pytest.fixture(scope="module")
-def runpod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunPod]:
-    """A stand-in with one worker that serves a tiny model."""
+def worker_env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a worker that serves a tiny model."""
     folder = tmp_path_factory.mktemp("runpod")
-    with running_hub(folder / "hub") as hub, RunPod().running() as runpod:
+    with running_hub(folder / "hub") as hub:
         write_model(hub.folder / "org" / "name", seed=1, context=512, ends=False)
-        env = {"HF_ENDPOINT": hub.url, "MODELSTORE_ROOT": str(folder / "volume" / "modelstore"), "HF_HOME": str(folder)}
-        with serving(env | {"MODEL_ID": "org/name"} | runpod.env):
-            yield runpod
+        root = str(folder / "volume" / "modelstore")
+        yield {"HF_ENDPOINT": hub.url, "MODELSTORE_ROOT": root, "HF_HOME": str(folder), "MODEL_ID": "org/name"}
+
+
+@pytest.fixture(scope="module")
+def runpod(worker_env: dict[str, str]) -> Iterator[RunPod]:
+    """A stand-in with one worker."""
+    with RunPod().running() as runpod, serving(worker_env | runpod.env):
+        yield runpod
+
+
+@pytest.fixture(scope="module")
+def worker_url(worker_env: dict[str, str]) -> Iterator[str]:
+    """A worker by itself."""
+    with serving_http(worker_env) as url:
+        yield url
 
 
 def test_run_sync_answers(endpoint: Any) -> None:
@@ -190,10 +203,16 @@ BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (HERE / "docs" / "client.md")
 
 
 @pytest.mark.parametrize(("language", "block"), BLOCKS, ids=range(len(BLOCKS)))
-def test_every_block_of_the_clients_page_works(language: str, block: str, runpod: RunPod) -> None:
+def test_every_block_of_the_clients_page_works(language: str, block: str, runpod: RunPod, worker_url: str) -> None:
     command = ["bash", "-euo", "pipefail", "-c", block] if language == "bash" else [sys.executable, "-c", block]
     done = subprocess.run(
-        command, cwd=HERE, env=environment(runpod), capture_output=True, text=True, timeout=120, check=False
+        command,
+        cwd=HERE,
+        env=environment(runpod) | {"WORKER_URL": worker_url},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -1,0 +1,141 @@
+"""The ports of a worker that serves HTTP: open from the start of the process on, so that a load balancer, which asks
+for its health meanwhile, can tell a worker that starts from one that is gone.
+
+Until the worker is ready a small loop in a thread answers: 204 to a question for its health, 503 to all else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import resource
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from modelstore.errors import InvalidSetting, UsageError
+from modelstore.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+_REQUEST_S = 5.0
+_SETTLE_S = 0.01
+_REQUEST_BYTES = 1 << 14
+_FILES = 65_536  # each connection takes one
+_STARTING = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"
+_BODY = b'{"error": {"message": "the worker is starting", "type": "server_error", "param": null, "code": "starting"}}'
+_NOT_YET = (
+    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 5\r\nContent-Type: application/json\r\n"
+    b"Content-Length: %d\r\n\r\n%b" % (len(_BODY), _BODY)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The address, and the ports, of which the second is for questions of health; it may be the first one."""
+
+    host: str
+    port: int
+    health_port: int
+
+    @classmethod
+    def of(cls, arguments: Sequence[str], settings: Settings) -> Place:
+        """The place that a command line with --http and the settings name. On RunPod it is every address, and port 80;
+        elsewhere this machine's own, and port 8000. Raises UsageError and InvalidSetting."""
+        parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+        parser.add_argument("--http", action="store_true")
+        parser.add_argument("--host")
+        parser.add_argument("--port")
+        try:
+            options, others = parser.parse_known_args(arguments)
+        except argparse.ArgumentError as error:
+            raise UsageError(f"{error}: write it like --http --port 8000") from error
+        if others:
+            raise UsageError(f"{others[0]} is not known beside --http: use --host and --port")
+        host = options.host or ("0.0.0.0" if settings.on_runpod else "127.0.0.1")  # noqa: S104
+        usual = "80" if settings.on_runpod else "8000"
+        port = _port("--port", options.port) if options.port else _port("PORT", settings.http_port or usual)
+        return cls(host, port, _port("PORT_HEALTH", settings.health_port) if settings.health_port else port)
+
+
+class Listening:
+    """The open ports, and the answers to questions of health until the worker is ready."""
+
+    def __init__(self, place: Place, health_path: str) -> None:
+        """Raises InvalidSetting if a port cannot be opened. No thread runs before `begin`."""
+        self._health_path = health_path
+        self._thread: threading.Thread | None = None
+        self._connections: set[asyncio.StreamWriter] = set()
+        self._end: Callable[[], object] = lambda: None
+        self.place = place
+        self.sockets = [_opened(place.host, port) for port in dict.fromkeys((place.port, place.health_port))]
+
+    def begin(self) -> None:
+        """Answer from now on."""
+        began = threading.Event()
+        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(began),), name="health", daemon=True)
+        self._thread.start()
+        began.wait()
+
+    def end(self) -> list[socket.socket]:
+        """Answer no more; returns the ports, still open. Connections that come meanwhile wait."""
+        if self._thread is not None:
+            self._end()
+            self._thread.join()
+        return self.sockets
+
+    async def _serve(self, began: threading.Event) -> None:
+        ending = asyncio.Event()
+        self._end = partial(asyncio.get_running_loop().call_soon_threadsafe, ending.set)
+        copies = [each.dup() for each in self.sockets]  # a server closes its own, and the port stays open
+        servers = [await asyncio.start_server(self._answer, sock=copy, limit=_REQUEST_BYTES) for copy in copies]
+        began.set()
+        await ending.wait()
+        for server in servers:
+            server.close()
+        await asyncio.sleep(_SETTLE_S)  # for connections that have just come
+        for connection in self._connections:
+            connection.close()
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections.add(writer)
+        try:
+            async with asyncio.timeout(_REQUEST_S):
+                head = await reader.readuntil(b"\r\n\r\n")
+                path = head.split(b" ", 2)[1].partition(b"?")[0].decode("latin-1") if head.count(b" ") > 1 else ""
+                writer.write(_STARTING if path == self._health_path else _NOT_YET)
+                await writer.drain()
+        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
+            pass  # that was no request
+        finally:
+            self._connections.discard(writer)
+            writer.close()
+
+
+def _port(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text[:6]) < 65536):
+        raise InvalidSetting(f"{name} {text[:40]!r} is not a port: give a number from 1 to 65535")
+    return int(text)
+
+
+def allow_many_connections() -> None:
+    """Let this process have as many open files as it may, up to a number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _opened(host: str, port: int) -> socket.socket:
+    try:
+        family, _kind, _protocol, _name, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise InvalidSetting(f"{host} port {port} cannot be opened: {reason}; set PORT to a free one") from error
