@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Create an endpoint on RunPod with its template, or bring those of that name up to date; again and again is fine.
+"""Create an endpoint on RunPod, or bring the one of that name up to date; again and again is fine.
 
     RUNPOD_API_KEY=… python scripts/deploy.py chat --image you/modelstore-worker --model org/name --volume VOLUME_ID \\
-        --gpu ADA_24,AMPERE_24 --preset cost [--env KEY=VALUE]… [--dry-run]
-    RUNPOD_API_KEY=… python scripts/deploy.py chat --model org/other [--env KEY=VALUE]… [--unset KEY]…
+        --gpu ADA_24,AMPERE_24 --preset cost [--http] [--env NAME=VALUE]… [--dry-run | --plan]
+    RUNPOD_API_KEY=… python scripts/deploy.py chat --model org/other [--env NAME=VALUE]… [--unset NAME]…
 
-A second run changes what it names, and nothing else; it prints the differences. --gpu: in order of preference. Presets
-(figures for a 7B model; each can be overridden):
+A second run changes what it names, and nothing else; it prints the differences. --http makes an endpoint of the type
+LOAD_BALANCER, whose workers are asked over HTTP, without a queue. Workers run in the data centers of the volumes.
+Presets (figures for a 7B model; each can be overridden):
 
     dev      0 to 1 workers,  idle 30 s,  jobs up to 300 s
     latency  2 to 10 workers, idle 120 s, jobs up to 60 s
@@ -30,23 +31,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from modelstore.errors import InvalidSetting, ModelStoreError, UsageError
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings, ineffective
+from scripts.runpod_api import Api, Unreachable
 
-_ENDPOINT = (
-    "id name templateId gpuIds gpuCount networkVolumeId locations workersMin workersMax idleTimeout executionTimeoutMs "
-    "scalerType scalerValue flashBootType allowedCudaVersions minCudaVersion"
-)
-_TEMPLATE = (
-    "id name imageName dockerArgs containerDiskInGb containerRegistryAuthId volumeInGb ports isServerless readme "
-    "env { key value }"
-)
-_FIND = f"query {{ myself {{ endpoints {{ {_ENDPOINT} }} podTemplates {{ {_TEMPLATE} }} }} }}"
-_NEW_TEMPLATE = {"dockerArgs": "", "containerDiskInGb": 20, "volumeInGb": 0, "ports": "", "readme": ""}
-_NEW_ENDPOINT = {
-    "gpuIds": "ADA_24,AMPERE_24", "gpuCount": 1, "locations": "", "scalerType": "QUEUE_DELAY", "scalerValue": 4,
-}  # fmt: skip
-_UNKNOWN: Mapping[str, Sequence[Mapping[str, Any]]] = {"endpoints": (), "podTemplates": ()}
 _SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD)(_ID)?$")
 _AS_NEW = "whether the endpoint is there is not known; this is the plan for a new one"
+_SERVE_HTTP = "python -m handler --http"
+_VOLUMES_UNKNOWN = "the data centers follow from the volumes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +49,6 @@ class Preset:
     execution_timeout: int
     flashboot: bool = False
 
-    def as_input(self) -> dict[str, Any]:
-        """The values as the API names them."""
-        return {
-            "workersMin": self.workers_min,
-            "workersMax": self.workers_max,
-            "idleTimeout": self.idle_timeout,
-            "executionTimeoutMs": self.execution_timeout * 1000,
-            "flashBootType": "FLASHBOOT" if self.flashboot else "OFF",
-        }
-
 
 PRESETS = {
     "dev": Preset(0, 1, 30, 300),
@@ -77,61 +57,88 @@ PRESETS = {
 }
 
 
-def graphql(value: Any) -> str:
-    """A value as GraphQL writes it: as JSON, but for the names of fields and of enums."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {graphql(each)}" for name, each in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(graphql(each) for each in value) + "]"
-    return str(value) if isinstance(value, _Enum) else json.dumps(value)
+def wanted(options: argparse.Namespace, before: Mapping[str, Any], data_centers: Sequence[str]) -> dict[str, Any]:
+    """The endpoint as it shall be: as `before`, empty if there is none, with the changes of the command line. A preset
+    gives the values of a new endpoint, and of an old one if it is named."""
+    is_new = not before
+    preset = PRESETS[options.preset or "cost"] if is_new or options.preset else None
+    is_http = options.http or before.get("type") == "LOAD_BALANCER"
+    changes: dict[str, Any] = {
+        "image": options.image,
+        "disk": options.disk,
+        "args": options.args,
+        "env": _environment(options, before),
+        "registry": options.registry,
+        "networkVolumes": options.volume,
+        "dataCenterIds": list(data_centers) if options.volume or options.locations else None,
+        "timeout": _milliseconds(options.execution_timeout, preset),
+        "flashboot": _flashboot(options, preset),
+        "scaling": _scaling(options, is_http=is_http, is_new=is_new),
+    }
+    if is_new:
+        usual = {"disk": 20, "type": "LOAD_BALANCER" if is_http else "QUEUE"}
+        usual |= {"args": _SERVE_HTTP, "ports": ["80/http"]} if is_http else {}
+        changes = usual | _given(changes)
+    endpoint = {**before, "name": before.get("name", options.name), **_given(changes)}
+    endpoint["gpu"] = _gpu(options, before.get("gpu") or {}, is_new=is_new)
+    endpoint["workers"] = _workers(options, preset, before.get("workers") or {})
+    if endpoint.get("type") == "QUEUE" and endpoint["scaling"]["type"] == "REQUEST_COUNT":
+        endpoint["workers"].pop("idleTimeout", None)  # such an endpoint has none
+    return endpoint
 
 
-class _Enum(str):
-    """A name that GraphQL knows."""
-
-
-def template_input(options: argparse.Namespace, before: Mapping[str, Any]) -> dict[str, Any]:
-    """The template to save: that of `before`, empty if there is none, with the changes of the command line."""
-    env = {entry["key"]: entry["value"] for entry in before.get("env") or ()}
+def _environment(options: argparse.Namespace, before: Mapping[str, Any]) -> dict[str, str]:
+    env = dict(before.get("env") or {})
     env |= {"MODEL_ID": str(parse_reference(options.model))} if options.model else {}
     env |= dict(options.env)
     if missing := [name for name in options.unset if name not in env and before]:
-        raise UsageError(f"--unset {missing[0]}: the template has no such variable")
+        raise UsageError(f"--unset {missing[0]}: the endpoint has no such variable")
+    return {name: value for name, value in sorted(env.items()) if name not in options.unset}
+
+
+def _milliseconds(seconds: int | None, preset: Preset | None) -> int | None:
+    seconds = preset.execution_timeout if seconds is None and preset is not None else seconds
+    return None if seconds is None else seconds * 1000
+
+
+def _flashboot(options: argparse.Namespace, preset: Preset | None) -> str | None:
+    if options.flashboot or (preset is not None and preset.flashboot):
+        return "FLASHBOOT"
+    return "OFF" if preset is not None else None
+
+
+def _scaling(options: argparse.Namespace, *, is_http: bool, is_new: bool) -> dict[str, Any] | None:
+    if options.queue_delay is not None:
+        if is_http:
+            raise UsageError("--queue-delay is of an endpoint with a queue: use --request-count for one with --http")
+        return {"type": "QUEUE_DELAY", "queueDelay": options.queue_delay}
+    if options.request_count is not None:
+        return {"type": "REQUEST_COUNT", "requestCount": options.request_count}
+    if not is_new:
+        return None
+    return {"type": "REQUEST_COUNT", "requestCount": 4} if is_http else {"type": "QUEUE_DELAY", "queueDelay": 4}
+
+
+def _gpu(options: argparse.Namespace, before: Mapping[str, Any], *, is_new: bool) -> dict[str, Any]:
+    usual = {"pools": ["ADA_24", "AMPERE_24"], "count": 1} if is_new else {}
     changes = {
-        "name": before.get("name", f"{options.name}-modelstore"),
-        "imageName": options.image,
-        "containerDiskInGb": options.disk,
-        "isServerless": True,
-        "env": [{"key": key, "value": value} for key, value in sorted(env.items()) if key not in options.unset],
+        "pools": options.gpu,
+        "excludedTypes": options.exclude_gpu,
+        "count": options.gpu_count,
+        "minCudaVersion": options.cuda,
     }
-    return _merged(_NEW_TEMPLATE, before, changes)
+    return {**usual, **before, **_given(changes)}
 
 
-def endpoint_input(options: argparse.Namespace, before: Mapping[str, Any], template_id: str) -> dict[str, Any]:
-    """The same for the endpoint. A preset gives the values of a new endpoint, and of an old one if it is named."""
-    preset = PRESETS[options.preset or "cost"].as_input()
-    flashboot = {"flashBootType": "FLASHBOOT"} if options.flashboot else {}
-    changes = {
-        "name": before.get("name", options.name),
-        "templateId": template_id,
-        "gpuIds": options.gpu,
-        "gpuCount": options.gpu_count,
-        "networkVolumeId": options.volume,
-        "locations": options.locations,
-        "workersMin": options.workers_min,
-        "workersMax": options.workers_max,
-        "idleTimeout": options.idle_timeout,
-        "executionTimeoutMs": options.execution_timeout and options.execution_timeout * 1000,
-    }
-    merged = _merged(
-        _NEW_ENDPOINT | preset, before, {**(preset if options.preset else {}), **_given(changes), **flashboot}
-    )
-    return {name: _Enum(value) if name == "flashBootType" else value for name, value in merged.items()}
-
-
-def _merged(new: Mapping[str, Any], before: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """What stands there already stays, if the command line does not name it; what stands nowhere is as in `new`."""
-    return {**new, **_given(before), **_given(changes)}
+def _workers(options: argparse.Namespace, preset: Preset | None, before: Mapping[str, Any]) -> dict[str, Any]:
+    usual = {}
+    if preset is not None:
+        usual = {"min": preset.workers_min, "max": preset.workers_max, "idleTimeout": preset.idle_timeout}
+    changes = {"min": options.workers_min, "max": options.workers_max, "idleTimeout": options.idle_timeout}
+    workers = {**before, **usual, **_given(changes)}
+    if workers["min"] > workers["max"]:
+        raise UsageError(f"--workers-min {workers['min']} is more than --workers-max {workers['max']}")
+    return workers
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,108 +147,118 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The template and the endpoint to save, and what there is now; empty if there is none."""
+    """The endpoint as it shall be, and as it is now; empty if there is none."""
 
-    template: Mapping[str, Any]
-    template_before: Mapping[str, Any]
     endpoint: Mapping[str, Any]
-    endpoint_before: Mapping[str, Any]
+    before: Mapping[str, Any]
+
+    def body(self) -> dict[str, Any]:
+        """The body of the request that makes the one of the other; empty if nothing changes. `gpu` and `workers` go
+        whole where a part of them changes, for a list of pools alone would clear the excluded types."""
+        changed = {name: value for name, value in self.endpoint.items() if value != self.before.get(name)}
+        if "gpu" in changed and self.before:
+            gpu, gpu_before = self.endpoint["gpu"], self.before.get("gpu") or {}
+            parts = {name: value for name, value in gpu.items() if value != gpu_before.get(name)}
+            selection = {name: gpu[name] for name in ("pools", "excludedTypes") if name in gpu}
+            changed["gpu"] = parts | (selection if parts.keys() & selection.keys() else {})
+        return changed
 
     def differences(self) -> Iterator[str]:
         """A line for each value that changes: `+` for a new one, `-` for one that goes; secrets are not shown."""
-        before = {**_flat("template", self.template_before), **_flat("endpoint", self.endpoint_before)}
-        after = {**_flat("template", self.template), **_flat("endpoint", self.endpoint)}
+        before, after = _flat(self.before), _flat(self.endpoint)
         for name in sorted({*before, *after}):
             old, new = ("…" if value and _is_secret(name) else value for value in (before.get(name), after.get(name)))
-            if before.get(name) == after.get(name) or (old is None and new in ("", 0, False)):
+            if before.get(name) == after.get(name):
                 continue
-            yield (
-                f"+ {name}: {new}"
-                if old is None
-                else f"- {name}: {old}"
-                if new is None
-                else f"  {name}: {old} -> {new}"
-            )
+            if old is None:
+                yield f"+ {name}: {new}"
+            elif new is None:
+                yield f"- {name}: {old}"
+            else:
+                yield f"  {name}: {old} -> {new}"
 
     def as_json(self) -> dict[str, Any]:
         """The plan without its secrets."""
-        env = [{**entry, "value": "…"} if _is_secret(entry["key"]) else dict(entry) for entry in self.template["env"]]
-        return {
-            "endpoint": ("update" if self.endpoint_before else "create", dict(self.endpoint)),
-            "template": ("update" if self.template_before else "create", {**self.template, "env": env}),
-            "changes": list(self.differences()),
-        }
+        body = self.body()
+        if "env" in body:
+            body["env"] = {name: "…" if _is_secret(name) else value for name, value in body["env"].items()}
+        return {"endpoint": ("update" if self.before else "create", body), "changes": list(self.differences())}
 
 
-def _flat(label: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    values = {f"{label} {name}": value for name, value in _given(record).items() if name not in ("env", "id")}
-    return values | {f"environment {entry['key']}": entry["value"] for entry in record.get("env") or ()}
+def _flat(endpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The values by the names that a person knows them by."""
+    values: dict[str, Any] = {}
+    for name, value in _given(endpoint).items():
+        if name == "env":
+            values |= {f"environment {key}": text for key, text in value.items()}
+        elif isinstance(value, dict):
+            values |= {f"endpoint {name} {part}": each for part, each in _given(value).items()}
+        elif name not in ("id", "createdAt", "requestUrls"):
+            values[f"endpoint {name}"] = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return values
 
 
 def _is_secret(name: str) -> bool:
     return _SECRET.search(name.upper()) is not None
 
 
-def make_plan(options: argparse.Namespace, present: Mapping[str, Sequence[Mapping[str, Any]]]) -> Plan:
-    """The plan, given the endpoints and templates that exist. Raises UsageError if a new endpoint lacks something."""
-    # RunPod marks what has FlashBoot by a suffix to its name.
-    endpoint = _of_name(present["endpoints"], options.name) or _of_name(present["endpoints"], f"{options.name} -fb")
-    own = [each for each in present["podTemplates"] if each["id"] == endpoint.get("templateId")]
-    template = own[0] if own else _of_name(present["podTemplates"], f"{options.name}-modelstore")
-    names_a_model = {"MODEL_ID", "MODEL_NAME"} & dict(options.env).keys()
-    needed = {"--image": template, "--model": template or names_a_model, "--volume": endpoint}
-    missing = [name for name, before in needed.items() if not before and not getattr(options, name[2:])]
-    if missing and present is _UNKNOWN:
+def make_plan(options: argparse.Namespace, api: Api | None) -> Plan:
+    """The plan, given what there is on the account, which `api` tells; without it, for a new endpoint.
+
+    Raises UsageError if a new endpoint lacks something.
+    """
+    before = _endpoint_of_name(api, options.name) if api is not None else {}
+    needed = {
+        "--image": options.image,
+        "--model": options.model or {"MODEL_ID", "MODEL_NAME"} & dict(options.env).keys(),
+    }
+    needed |= {"--volume": options.volume}
+    missing = [name for name, value in needed.items() if not value and not before]
+    if missing and api is None:
         print(f"a new endpoint also needs {', '.join(missing)}", file=sys.stderr)
     elif missing:
         raise UsageError(f"there is no endpoint {options.name} yet, and a new one needs {', '.join(missing)}")
-    return Plan(
-        template=template_input(options, template),
-        template_before=template,
-        endpoint=endpoint_input(options, endpoint, str(template.get("id", "the new template's"))),
-        endpoint_before=endpoint,
-    )
+    if before and options.http and before.get("type", "QUEUE") == "QUEUE":
+        raise UsageError(f"the endpoint {options.name} has a queue, for good: deploy under another name with --http")
+    return Plan(wanted(options, before, _data_centers(options, api)), before)
 
 
-def save(plan: Plan) -> str:
-    """Create or update both, template first; returns the endpoint's id. Raises the SDK's errors."""
-    from runpod.api.graphql import run_graphql_query
-
-    query = f"mutation {{ saveTemplate(input: {graphql(plan.template)}) {{ id }} }}"
-    template_id = run_graphql_query(query)["data"]["saveTemplate"]["id"]
-    endpoint = {**plan.endpoint, "templateId": template_id}
-    query = f"mutation {{ saveEndpoint(input: {graphql(endpoint)}) {{ id }} }}"
-    return str(run_graphql_query(query)["data"]["saveEndpoint"]["id"])
-
-
-def _present(options: argparse.Namespace) -> Mapping[str, Sequence[Mapping[str, Any]]]:
-    """The endpoints and templates of this account; for a dry run none if they cannot be asked for."""
-    import requests
-    import runpod
-    from runpod.api.graphql import run_graphql_query
-
-    if not os.environ.get("RUNPOD_API_KEY"):
-        if options.dry_run:
-            print(f"RUNPOD_API_KEY is not set: {_AS_NEW}", file=sys.stderr)
-            return _UNKNOWN
-        raise InvalidSetting("RUNPOD_API_KEY is not set: make a key in RunPod's settings")
-    runpod.api_key = os.environ["RUNPOD_API_KEY"]
-    try:
-        present: Mapping[str, Sequence[Mapping[str, Any]]] = run_graphql_query(_FIND)["data"]["myself"]
-    except (requests.ConnectionError, requests.Timeout) as error:
-        if not options.dry_run:
-            raise
-        print(f"RunPod cannot be reached ({type(error).__name__}): {_AS_NEW}", file=sys.stderr)
-        return _UNKNOWN
-    return present
+def _endpoint_of_name(api: Api, name: str) -> Mapping[str, Any]:
+    """The endpoint of this name; empty if there is none. RunPod adds a suffix to the name of one with FlashBoot."""
+    endpoints = api.get("/v2/serverless")["endpoints"]
+    for text in (name, f"{name} -fb"):
+        named = [each for each in endpoints if each["name"] == text]
+        if len(named) > 1:
+            raise UsageError(f"there are {len(named)} endpoints of the name {text!r}: rename or remove all but one")
+        if named:
+            return dict(named[0])
+    return {}
 
 
-def _of_name(records: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
-    """The record of this name; empty if there is none."""
-    named = [record for record in records if record["name"] == name]
-    if len(named) > 1:
-        raise UsageError(f"there are {len(named)} of the name {name!r}: rename or remove all but one")
-    return named[0] if named else {}
+def _data_centers(options: argparse.Namespace, api: Api | None) -> list[str]:
+    """The data centers in which workers may run: those of the volumes, unless --locations names some of them."""
+    if api is None or not options.volume:
+        if options.volume and not options.locations:
+            print(_VOLUMES_UNKNOWN, file=sys.stderr)
+        return list(options.locations or ())
+    volumes = {each["id"]: each for each in api.get("/v2/network-volumes")["networkVolumes"]}
+    unknown = [volume for volume in options.volume if volume not in volumes]
+    if unknown:
+        known = ", ".join(f"{each['id']} ({each['name']}, {each['dataCenter']})" for each in volumes.values())
+        raise UsageError(f"there is no volume {unknown[0]}; the account has {known or 'none: make one first'}")
+    places = list(dict.fromkeys(volumes[volume]["dataCenter"] for volume in options.volume))
+    for place in options.locations or ():
+        if place not in places:
+            raise UsageError(f"--locations {place} has none of the volumes: they lie in {', '.join(places)}")
+    return list(options.locations or places)
+
+
+def save(plan: Plan, api: Api) -> Mapping[str, Any]:
+    """Create or update the endpoint; returns it as it is then."""
+    body = plan.body()
+    if not plan.before:
+        return api.post("/v2/serverless", body)
+    return api.patch(f"/v2/serverless/{plan.before['id']}", body) if body else plan.before
 
 
 def _variable(text: str) -> tuple[str, str]:
@@ -251,69 +268,108 @@ def _variable(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _list(text: str) -> list[str]:
+    return list(filter(None, map(str.strip, text.split(","))))
+
+
 def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="the endpoint's name")
     parser.add_argument("--image", help="the image, as it was pushed")
     parser.add_argument("--model", help="org/name, org/name@revision or @alias")
-    parser.add_argument("--volume", help="the network volume's id")
-    parser.add_argument("--gpu", help="pools of GPUs, in order of preference; ADA_24,AMPERE_24 for a new endpoint")
+    parser.add_argument("--volume", type=_list, help="the network volume's id; several in several data centers")
+    parser.add_argument(
+        "--http", action="store_true", help="HTTP without a queue: an endpoint of the type LOAD_BALANCER"
+    )
+    parser.add_argument("--gpu", type=_list, help="pools of GPUs; ADA_24,AMPERE_24 for a new endpoint")
+    parser.add_argument(
+        "--exclude-gpu", type=_list, metavar="TYPES", help="types of GPUs in these pools that are not used"
+    )
     parser.add_argument("--gpu-count", type=int, help="for each worker; 1 for a new endpoint")
+    parser.add_argument("--cuda", metavar="VERSION", help="the lowest version of CUDA that a host may have, as in 12.8")
     parser.add_argument("--preset", choices=PRESETS, help="cost for a new endpoint")
     for name in ("workers-min", "workers-max", "idle-timeout", "execution-timeout"):
         parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
+    scaling = parser.add_mutually_exclusive_group()
+    scaling.add_argument(
+        "--queue-delay", type=float, metavar="S", help="more workers if jobs wait so long; 4 s by default"
+    )
+    scaling.add_argument("--request-count", type=int, metavar="N", help="so many requests for a worker; 4 with --http")
     parser.add_argument("--flashboot", action="store_true", help="FlashBoot, also if the preset has none")
     parser.add_argument("--disk", type=int, help="GB of the container, 20 for a new endpoint; no model goes there")
-    parser.add_argument("--locations", help="datacenters; the volume's by default")
+    parser.add_argument("--args", help=f"the container's command; {_SERVE_HTTP!r} with --http")
+    parser.add_argument("--registry", metavar="ID", help="the credential of a private registry")
+    parser.add_argument("--locations", type=_list, help="data centers; the volumes' by default")
     parser.add_argument(
         "--env", type=_variable, action="append", default=[], metavar="NAME=VALUE", help="a setting of the worker"
     )
     parser.add_argument("--unset", action="append", default=[], metavar="NAME", help="remove a setting of the worker")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, and do nothing; needs no key")
+    plan = parser.add_mutually_exclusive_group()
+    plan.add_argument("--dry-run", action="store_true", help="print the request, and do nothing; needs no key")
+    plan.add_argument("--plan", action="store_true", help="the same, compared with what is deployed")
     return parser.parse_args()
+
+
+def _api(options: argparse.Namespace) -> Api | None:
+    """The account; None for a dry run that has no key."""
+    key = os.environ.get("RUNPOD_API_KEY", "")
+    if key:
+        return Api(key)
+    if options.dry_run:
+        print(f"RUNPOD_API_KEY is not set: {_AS_NEW}", file=sys.stderr)
+        return None
+    raise InvalidSetting("RUNPOD_API_KEY is not set: make a key in RunPod's settings")
+
+
+def _planned(options: argparse.Namespace, api: Api | None) -> Plan:
+    try:
+        return make_plan(options, api)
+    except Unreachable as error:
+        if not options.dry_run:
+            raise
+        print(f"{error}: {_AS_NEW}", file=sys.stderr)
+        return make_plan(options, None)
 
 
 def main() -> int:
     options = _parsed()
+    changes = not (options.dry_run or options.plan)
     try:
-        import requests
-        from runpod.error import RunPodError
-
-        plan = make_plan(options, _present(options))
-        env = {entry["key"]: entry["value"] for entry in plan.template["env"]}
-        if Settings.from_env(env, root=Path("/volume")).model is None and plan.template_before:
+        api = _api(options)
+        plan = _planned(options, api)
+        env = plan.endpoint["env"]
+        if Settings.from_env(env, root=Path("/volume")).model is None and plan.before:
             raise UsageError("the environment has no MODEL_ID then, and no worker could start: name one with --model")
         for line in ineffective(env):
             print(f"warning: {line}", file=sys.stderr)
         for line in list(plan.differences()) or ["nothing changes"]:
             print(line, file=sys.stderr)
-        record = {"done": not options.dry_run, **plan.as_json()}
-        if not options.dry_run:
-            endpoint_id = save(plan)
-            record |= {"id": endpoint_id, "url": _url(endpoint_id)}
+        record = {"done": changes, **plan.as_json()}
+        if changes and api is not None:
+            endpoint = save(plan, api)
+            record |= {"id": endpoint["id"], "url": _url(endpoint)}
     except ModelStoreError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except (RunPodError, requests.RequestException) as error:
-        print(f"error: RunPod says: {error}", file=sys.stderr)
-        return 1
     print(json.dumps(record, indent=2, ensure_ascii=False))
-    if not options.dry_run:
-        print(f"the endpoint is {record['url']}; a first job:\n{_curl(record['url'])}", file=sys.stderr)
+    if changes:
+        print(f"the endpoint is {record['url']}; a first job:\n{_curl(endpoint)}", file=sys.stderr)
     return 0
 
 
-def _url(endpoint_id: str) -> str:
-    import runpod
+def _url(endpoint: Mapping[str, Any]) -> str:
+    """The address under which its routes lie."""
+    urls = endpoint["requestUrls"]
+    return str(urls["base"] if "base" in urls else urls["runSync"].removesuffix("/runsync"))
 
-    return f"{runpod.endpoint_url_base}/{endpoint_id}"
 
-
-def _curl(url: str) -> str:
-    job = json.dumps({"input": {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}})
+def _curl(endpoint: Mapping[str, Any]) -> str:
+    job = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+    urls = endpoint["requestUrls"]
+    address, body = (f"{urls['base']}/generate", job) if "base" in urls else (urls["runSync"], {"input": job})
     return (
-        f"curl -s {url}/runsync -H \"Authorization: Bearer $RUNPOD_API_KEY\" -H 'Content-Type: application/json' "
-        f"-d '{job}'"
+        f"curl -s {address} -H \"Authorization: Bearer $RUNPOD_API_KEY\" -H 'Content-Type: application/json' "
+        f"-d '{json.dumps(body)}'"
     )
 
 

@@ -2,7 +2,7 @@
 
     worker   job-take, job-take-batch, job-stop (long polls), job-done, job-stream, ping
     client   run, runsync, status, stream, cancel, health, purge-queue, openai/v1/…
-    owner    GraphQL: saveTemplate, saveEndpoint, and what there is
+    owner    REST, version 2: see runpod_owner.py
 
 Jobs of a worker that stops to ping go back to the queue, if a test asks for it.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import queue
-import re
 import socket
 import sys
 import threading
@@ -23,6 +22,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.support.runpod_owner import PREFIXES, Account
 
 ENDPOINT = "endpoint-1"
 KEY = "rpa_key"
@@ -68,13 +69,13 @@ class RunPod:
         self.changed = threading.Condition()
         self.refusals: list[int] = []  # statuses for the client's next requests; 0 breaks the connection
         self.requests: list[tuple[str, str]] = []
-        self.saved: dict[str, list[dict[str, Any]]] = {}
         self._lost_after_s = lost_after_s
         self._queue: list[Job] = []
         self._stops: dict[str, list[str]] = {}
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.runpod = self
         self.url = f"http://127.0.0.1:{self._server.server_port}/v2"
+        self.account = Account(KEY, self.url)
 
     def submit(self, job_id: str, job_input: object) -> Job:
         with self.changed:
@@ -191,24 +192,6 @@ class RunPod:
             (job.after_the_end if job.status in FINAL else job.stream).append(body["output"])
             self.changed.notify_all()
 
-    def graphql(self, query: str) -> dict[str, Any]:
-        """What the owner's API answers to the few things that are asked of it here."""
-        mutation = re.match(r"mutation { (saveTemplate|saveEndpoint)\(", query)
-        if mutation is None:
-            kinds = {"endpoints": "saveEndpoint", "podTemplates": "saveTemplate"}
-            return {"data": {"myself": {kind: self.saved.get(kept, []) for kind, kept in kinds.items()}}}
-        name = mutation[1]
-        given = _parsed_input(query[query.index("input:") + 6 :])
-        kept = self.saved.setdefault(name, [])
-        known = next((one for one in kept if one["id"] == given.get("id")), None)
-        if known is None and any(one["name"] == given["name"] for one in kept):
-            return {"errors": [{"message": f"{given['name']} exists"}]}
-        if known is None:
-            known = {"id": f"{name}-{len(kept)}"}
-            kept.append(known)
-        known.update(given)
-        return {"data": {name: {"id": known["id"]}}}
-
     def health(self) -> dict[str, Any]:
         count = dict.fromkeys(("IN_QUEUE", "IN_PROGRESS", "COMPLETED", "FAILED"), 0)
         for job in self.jobs.values():
@@ -220,16 +203,6 @@ class RunPod:
             "failed": count["FAILED"],
         }
         return {"jobs": jobs, "workers": {"running": len(self.pings), "idle": 0}}
-
-
-_WORD = re.compile(r'("(?:[^"\\]|\\.)*")|([A-Za-z_]\w*)')
-
-
-def _parsed_input(text: str) -> dict[str, Any]:
-    """GraphQL's input object: JSON but for the quotes around names."""
-    quoted = _WORD.sub(lambda m: m[1] or (m[2] if m[2] in ("true", "false") else f'"{m[2]}"'), text)
-    value: dict[str, Any] = json.JSONDecoder().raw_decode(quoted.strip())[0]
-    return value
 
 
 class _Server(ThreadingHTTPServer):
@@ -250,15 +223,21 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._route(None)
 
+    def do_DELETE(self) -> None:
+        self._route(None)
+
+    def do_PATCH(self) -> None:
+        self.do_POST()
+
     def do_POST(self) -> None:
         data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self._route(json.loads(data) if data.strip() else {})
 
     def _route(self, body: Any) -> None:
         url = urlsplit(self.path)
-        if url.path == "/graphql":
-            known = self.headers.get("Authorization") == f"Bearer {KEY}"
-            return self._answer(200 if known else 401, self.server.runpod.graphql(body["query"]) if known else {})
+        if url.path.split("/")[2:3] and url.path.split("/")[2] in PREFIXES:
+            key = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            return self._answer(*self.server.runpod.account.answer(self.command, url.path, body, key))
         _, _v2, endpoint, action, *rest = [unquote(part) for part in url.path.split("/")]
         runpod = self.server.runpod
         if endpoint != ENDPOINT:
@@ -359,10 +338,10 @@ class _Handler(BaseHTTPRequestHandler):
             error = {"message": text}
         return self._answer(error.pop("status", 500), {"error": error})
 
-    def _answer(self, status: int, body: Any = None) -> None:
+    def _answer(self, status: int, body: Any = None, kind: str = "application/json") -> None:
         data = b"" if body is None else json.dumps(body).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 
 from handler.jobs import Limits, parse_text
+from modelstore.errors import UsageError
 from modelstore.settings import FIELDS, Settings
 from tests.support.hub import Hub
 from tests.support.installed import environment_of
 from tests.support.models import write_model
-from tests.support.runpod_api import RunPod
+from tests.support.runpod_api import KEY, RunPod
+from tests.support.runpod_owner import READ_ONLY_KEY, errors_of
 
 HERE = Path(__file__).parent.parent.parent
 HUB: dict[str, Any] = json.loads((HERE / ".runpod" / "hub.json").read_text())
@@ -134,9 +136,13 @@ def test_the_image_copies_only_existing_files() -> None:
 
 
 def deploy(runpod: RunPod, *arguments: str, **env: str) -> tuple[int, dict[str, Any], str]:
-    command = [sys.executable, "scripts/deploy.py", "chat", "--image", "you/worker", "--model", "org/name"]
+    return again(runpod, "--image", "you/worker", "--model", "org/name", "--volume", "vol1", *arguments, **env)
+
+
+def again(runpod: RunPod, *arguments: str, name: str = "chat", **env: str) -> tuple[int, dict[str, Any], str]:
+    """`deploy.py NAME` with these arguments alone."""
     done = subprocess.run(
-        [*command, "--volume", "vol1", *arguments],
+        [sys.executable, "scripts/deploy.py", name, *arguments],
         cwd=HERE, env=os.environ | runpod.client_env | env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return done.returncode, json.loads(done.stdout or "{}"), done.stderr
@@ -145,103 +151,139 @@ def deploy(runpod: RunPod, *arguments: str, **env: str) -> tuple[int, dict[str, 
 @pytest.fixture
 def runpod() -> Iterator[RunPod]:
     with RunPod().running() as runpod:
+        for number, place in ((1, "EU-RO-1"), (2, "US-KS-2"), (9, "US-TX-3")):
+            name = f"vol{number}"
+            runpod.account.volumes[name] = {
+                "id": name, "name": f"models-{number}", "size": 100, "dataCenter": place, "type": "STANDARD",
+            }  # fmt: skip
         yield runpod
 
 
-def test_a_dry_run_prints_the_plan_and_changes_nothing(runpod: RunPod) -> None:
-    code, plan, _ = deploy(runpod, "--dry-run", "--preset", "latency", "--gpu", "ADA_80_PRO,AMPERE_80")
+def changes_of(runpod: RunPod) -> list[tuple[str, str, Any]]:
+    return [request for request in runpod.account.requests if request[0] != "GET"]
+
+
+def endpoint_of(runpod: RunPod) -> dict[str, Any]:
+    (endpoint,) = runpod.account.endpoints.values()
+    return endpoint
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--plan"])
+def test_a_plan_is_the_request_and_changes_nothing(runpod: RunPod, option: str) -> None:
+    code, plan, _ = deploy(runpod, option, "--preset", "latency", "--gpu", "ADA_80_PRO,AMPERE_80", "--cuda", "12.8")
     assert code == 0
     assert not plan["done"]
-    how, endpoint = plan["endpoint"]
-    assert how == "create"
-    assert (endpoint["workersMin"], endpoint["workersMax"], endpoint["idleTimeout"]) == (2, 10, 120)
-    assert endpoint["executionTimeoutMs"] == 60_000
-    assert endpoint["gpuIds"] == "ADA_80_PRO,AMPERE_80"
-    assert not runpod.saved
+    kind, body = plan["endpoint"]
+    assert kind == "create"
+    assert body["workers"] == {"min": 2, "max": 10, "idleTimeout": 120}
+    assert body["timeout"] == 60_000
+    assert body["gpu"] == {"pools": ["ADA_80_PRO", "AMPERE_80"], "count": 1, "minCudaVersion": "12.8"}
+    assert body["dataCenterIds"] == ["EU-RO-1"], "the volume's"
+    assert not errors_of(body, {"$ref": "#/components/schemas/CreateEndpointRequest"})
+    assert not changes_of(runpod)
 
 
 def test_a_second_deployment_updates_the_first(runpod: RunPod) -> None:
     code, first, _ = deploy(runpod, "--env", "MODELSTORE_QUOTA=200GB", "--env", 'NOTE=a "quoted" {thing}')
     assert code == 0
-    assert (first["endpoint"][0], first["template"][0]) == ("create", "create")
-    template, endpoint = runpod.saved["saveTemplate"], runpod.saved["saveEndpoint"]
-    assert {entry["key"]: entry["value"] for entry in template[0]["env"]} == {
-        "MODEL_ID": "org/name",
-        "MODELSTORE_QUOTA": "200GB",
-        "NOTE": 'a "quoted" {thing}',
-    }
-    assert endpoint[0]["templateId"] == template[0]["id"]
-    assert endpoint[0]["networkVolumeId"] == "vol1"
-    assert endpoint[0]["flashBootType"] == "FLASHBOOT"
+    assert first["endpoint"][0] == "create"
+    endpoint = endpoint_of(runpod)
+    assert endpoint["env"] == {"MODEL_ID": "org/name", "MODELSTORE_QUOTA": "200GB", "NOTE": 'a "quoted" {thing}'}
+    assert (endpoint["type"], endpoint["scaling"]) == ("QUEUE", {"type": "QUEUE_DELAY", "queueDelay": 4})
+    assert (endpoint["networkVolumes"], endpoint["flashboot"]) == (["vol1"], "FLASHBOOT")
     code, second, _ = deploy(runpod, "--workers-max", "7", "--preset", "dev")
-    assert (second["endpoint"][0], second["template"][0]) == ("update", "update")
-    assert len(template) == len(endpoint) == 1
-    assert (endpoint[0]["workersMax"], endpoint[0]["idleTimeout"]) == (7, 30)
+    assert second["endpoint"][0] == "update"
+    assert endpoint_of(runpod)["workers"] == {"min": 0, "max": 7, "idleTimeout": 30}
+    assert [method for method, _path, _body in changes_of(runpod)] == ["POST", "PATCH"]
 
 
-def again(runpod: RunPod, *arguments: str, **env: str) -> tuple[int, dict[str, Any], str]:
-    """`deploy.py chat` with these arguments alone."""
-    done = subprocess.run(
-        [sys.executable, "scripts/deploy.py", "chat", *arguments],
-        cwd=HERE, env=os.environ | runpod.client_env | env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return done.returncode, json.loads(done.stdout or "{}"), done.stderr
-
-
-def environment(runpod: RunPod) -> dict[str, str]:
-    return {entry["key"]: entry["value"] for entry in runpod.saved["saveTemplate"][0]["env"]}
-
-
-def test_a_second_run_keeps_what_it_does_not_name(runpod: RunPod) -> None:
+def test_a_second_run_sends_what_it_names_alone(runpod: RunPod) -> None:
     deploy(
         runpod, "--env", "HF_TOKEN=hf_secret", "--env", "MODELSTORE_QUOTA=200GB", "--preset", "latency", "--disk", "30"
     )
-    runpod.saved["saveEndpoint"][0]["minCudaVersion"] = "12.6"  # as somebody set it in the console
+    endpoint_of(runpod)["gpu"] |= {"minCudaVersion": "12.6", "excludedTypes": ["NVIDIA L4"]}  # by the console
+    endpoint_of(runpod)["registry"] = "r1"
+    before = json.loads(json.dumps(endpoint_of(runpod)))
     code, _, told = again(runpod, "--env", "MODELSTORE_QUOTA=300GB", "--idle-timeout", "90")
     assert code == 0
-    assert environment(runpod) == {"HF_TOKEN": "hf_secret", "MODEL_ID": "org/name", "MODELSTORE_QUOTA": "300GB"}
-    (endpoint,), (template,) = runpod.saved["saveEndpoint"], runpod.saved["saveTemplate"]
-    assert (endpoint["workersMin"], endpoint["workersMax"], endpoint["idleTimeout"]) == (2, 10, 90)
-    assert (endpoint["minCudaVersion"], endpoint["networkVolumeId"]) == ("12.6", "vol1")
-    assert (template["imageName"], template["containerDiskInGb"]) == ("you/worker", 30)
+    env = {"HF_TOKEN": "hf_secret", "MODEL_ID": "org/name", "MODELSTORE_QUOTA": "300GB"}
+    workers = {"min": 2, "max": 10, "idleTimeout": 90}
+    assert endpoint_of(runpod) == before | {"env": env, "workers": workers}
+    assert changes_of(runpod)[-1][2] == {"env": env, "workers": workers}
     changes = [line for line in told.splitlines() if line.startswith(("+", "-", "  "))]
-    assert changes == ["  endpoint idleTimeout: 120 -> 90", "  environment MODELSTORE_QUOTA: 200GB -> 300GB"]
+    assert changes == ["  endpoint workers idleTimeout: 120 -> 90", "  environment MODELSTORE_QUOTA: 200GB -> 300GB"]
     assert "nothing changes" in again(runpod)[2]
+    assert len(changes_of(runpod)) == 2, "and nothing is sent"
+    assert again(runpod, "--gpu", "AMPERE_80")[0] == 0
+    assert endpoint_of(runpod)["gpu"]["excludedTypes"] == ["NVIDIA L4"], "pools alone would clear them"
+    assert endpoint_of(runpod)["gpu"]["minCudaVersion"] == "12.6"
+
+
+def test_http_is_a_load_balancer_for_good(runpod: RunPod) -> None:
+    code, plan, told = deploy(runpod, "--http")
+    assert code == 0, told
+    endpoint = endpoint_of(runpod)
+    assert (endpoint["type"], endpoint["scaling"]) == ("LOAD_BALANCER", {"type": "REQUEST_COUNT", "requestCount": 4})
+    assert (endpoint["args"], endpoint["ports"]) == ("python -m handler --http", ["80/http"])
+    assert plan["url"] == endpoint["requestUrls"]["base"]
+    assert f"{plan['url']}/generate" in told
+    assert again(runpod, "--request-count", "8")[0] == 0
+    assert endpoint_of(runpod)["scaling"]["requestCount"] == 8
+    code, _, told = again(runpod, "--queue-delay", "2")
+    assert (code, "--request-count" in told) == (2, True)
+    again(runpod, "--image", "i", "--model", "org/name", "--volume", "vol1", name="queue")
+    code, _, told = again(runpod, "--http", name="queue")
+    assert (code, told) == (
+        2,
+        "error: the endpoint queue has a queue, for good: deploy under another name with --http\n",
+    )
+
+
+def test_a_queue_that_scales_by_requests_has_no_idle_timeout(runpod: RunPod) -> None:
+    assert deploy(runpod, "--request-count", "2")[0] == 0
+    body = changes_of(runpod)[0][2]
+    assert body["workers"] == {"min": 0, "max": 5}
+
+
+def test_workers_run_where_the_volumes_lie(runpod: RunPod) -> None:
+    code, _, _ = deploy(runpod, "--volume", "vol1,vol2")
+    assert code == 0
+    assert endpoint_of(runpod)["dataCenterIds"] == ["EU-RO-1", "US-KS-2"]
+    code, _, told = again(runpod, "--volume", "vol1", "--locations", "US-KS-2")
+    assert (code, told) == (2, "error: --locations US-KS-2 has none of the volumes: they lie in EU-RO-1\n")
+    code, _, told = again(runpod, "--volume", "vol7")
+    assert code == 2
+    assert told.startswith("error: there is no volume vol7; the account has vol1 (models-1, EU-RO-1), vol2")
 
 
 def test_a_setting_goes_only_by_unset(runpod: RunPod) -> None:
     deploy(runpod, "--env", "HF_TOKEN=hf_secret", "--env", "NOTE=x")
     code, plan, told = again(runpod, "--unset", "HF_TOKEN", "--model", "org/other")
     assert code == 0
-    assert environment(runpod) == {"MODEL_ID": "org/other", "NOTE": "x"}
+    assert endpoint_of(runpod)["env"] == {"MODEL_ID": "org/other", "NOTE": "x"}
     assert "- environment HF_TOKEN: …" in told
     assert "  environment MODEL_ID: org/name -> org/other" in told
     assert "hf_secret" not in told + json.dumps(plan)
     code, _, told = again(runpod, "--unset", "HF_TOKEN")
-    assert (code, told) == (2, "error: --unset HF_TOKEN: the template has no such variable\n")
+    assert (code, told) == (2, "error: --unset HF_TOKEN: the endpoint has no such variable\n")
 
 
-def test_an_endpoint_of_another_workers_keeps_its_template_and_environment(runpod: RunPod) -> None:
+def test_an_endpoint_of_another_workers_keeps_what_is_not_named(runpod: RunPod) -> None:
     """As somebody who moves here from worker-vllm has it."""
-    env = [{"key": "MODEL_NAME", "value": "org/name"}, {"key": "MAX_MODEL_LEN", "value": "4096"}]
-    runpod.saved["saveTemplate"] = [{"id": "t-old", "name": "prod-vllm", "imageName": "runpod/worker-vllm", "env": env}]
-    runpod.saved["saveEndpoint"] = [{"id": "e-old", "name": "prod", "templateId": "t-old", "networkVolumeId": "vol9"}]
-    done = subprocess.run(
-        [sys.executable, "scripts/deploy.py", "prod", "--image", "you/vllm", "--env", "ENGINE=vllm"],
-        cwd=HERE, env=os.environ | runpod.client_env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (template,), (endpoint,) = runpod.saved["saveTemplate"], runpod.saved["saveEndpoint"]
-    assert environment(runpod) == {"ENGINE": "vllm", "MAX_MODEL_LEN": "4096", "MODEL_NAME": "org/name"}
-    assert (template["name"], template["imageName"]) == ("prod-vllm", "you/vllm")
-    assert (endpoint["templateId"], endpoint["networkVolumeId"]) == ("t-old", "vol9")
+    assert again(runpod, "--image", "runpod/worker-vllm", "--model", "x/y", "--volume", "vol9", name="prod -fb")[0] == 0
+    endpoint_of(runpod)["env"] = {"MODEL_NAME": "org/name", "MAX_MODEL_LEN": "4096"}
+    code, _, told = again(runpod, "--image", "you/vllm", "--env", "ENGINE=vllm", name="prod")
+    assert code == 0, told
+    endpoint = endpoint_of(runpod)
+    assert endpoint["env"] == {"ENGINE": "vllm", "MAX_MODEL_LEN": "4096", "MODEL_NAME": "org/name"}
+    assert (endpoint["name"], endpoint["image"], endpoint["networkVolumes"]) == ("prod -fb", "you/vllm", ["vol9"])
 
 
 def test_a_preset_that_is_named_replaces_the_values(runpod: RunPod) -> None:
     deploy(runpod, "--preset", "cost")
     again(runpod, "--preset", "dev")
-    (endpoint,) = runpod.saved["saveEndpoint"]
-    assert (endpoint["workersMax"], endpoint["idleTimeout"], endpoint["flashBootType"]) == (1, 30, "OFF")
+    endpoint = endpoint_of(runpod)
+    assert (endpoint["workers"]["max"], endpoint["workers"]["idleTimeout"], endpoint["flashboot"]) == (1, 30, "OFF")
 
 
 @pytest.mark.parametrize("env", [{"RUNPOD_API_KEY": ""}, {"RUNPOD_API_BASE_URL": "http://127.0.0.1:9"}], ids=str)
@@ -249,14 +291,15 @@ def test_a_dry_run_needs_neither_a_key_nor_a_network(runpod: RunPod, env: dict[s
     code, plan, told = deploy(runpod, "--dry-run", **env)
     assert (code, plan["done"], plan["endpoint"][0]) == (0, False, "create")
     assert "this is the plan for a new one" in told
-    assert not runpod.requests
+    assert not runpod.account.requests
+    assert deploy(runpod, "--plan", **env)[0] in (2, 4), "a comparison needs both"
 
 
 def test_a_new_endpoint_needs_an_image_a_model_and_a_volume(runpod: RunPod) -> None:
     code, _, told = again(runpod, "--image", "you/worker")
     assert code == 2
     assert told == "error: there is no endpoint chat yet, and a new one needs --model, --volume\n"
-    assert not runpod.saved
+    assert not changes_of(runpod)
 
 
 def test_the_whole_environment_is_checked(runpod: RunPod) -> None:
@@ -269,7 +312,7 @@ def test_the_whole_environment_is_checked(runpod: RunPod) -> None:
     ):
         code, _, told = again(runpod, *arguments)
         assert (code, words in told) == (2, True), told
-    assert environment(runpod) == {"ENGINE": "vllm", "MAX_MODEL_LEN": "4096", "MODEL_ID": "org/name"}
+    assert endpoint_of(runpod)["env"] == {"ENGINE": "vllm", "MAX_MODEL_LEN": "4096", "MODEL_ID": "org/name"}
     told = again(runpod, "--env", "MODELSTORE_MAX_TOKENS=99", "--env", "TOKENIZER=org/x")[2]
     assert "MODELSTORE_MAX_TOKENS: 99" in told, "no secret"
 
@@ -277,13 +320,13 @@ def test_the_whole_environment_is_checked(runpod: RunPod) -> None:
 def test_a_dry_run_of_a_change_needs_no_key_either(runpod: RunPod) -> None:
     code, plan, _ = again(runpod, "--model", "org/other", "--unset", "HF_TOKEN", "--dry-run", RUNPOD_API_KEY="")
     assert code == 0
-    assert plan["template"][1]["env"] == [{"key": "MODEL_ID", "value": "org/other"}]
+    assert plan["endpoint"][1]["env"] == {"MODEL_ID": "org/other"}
 
 
 def test_the_end_is_the_address_and_a_job_that_works(runpod: RunPod) -> None:
     code, plan, told = deploy(runpod)
     assert code == 0
-    assert plan["url"].endswith(f"/v2/{plan['id']}")
+    assert plan["url"] == f"{runpod.url}/{plan['id']}"
     curl = next(line for line in told.splitlines() if line.startswith("curl "))
     assert f"{plan['url']}/runsync" in curl
     words = shlex.split(curl)
@@ -294,7 +337,7 @@ def test_no_token_is_printed(runpod: RunPod) -> None:
     code, plan, error = deploy(runpod, "--env", "HF_TOKEN=hf_secret")
     assert code == 0
     assert "hf_secret" not in json.dumps(plan) + error
-    assert {"key": "HF_TOKEN", "value": "hf_secret"} in runpod.saved["saveTemplate"][0]["env"]
+    assert endpoint_of(runpod)["env"]["HF_TOKEN"] == "hf_secret"
 
 
 @pytest.mark.parametrize(
@@ -303,8 +346,14 @@ def test_no_token_is_printed(runpod: RunPod) -> None:
         (("--env", "MODELSTORE_QUOTA=lots"), {}, 2, "MODELSTORE_QUOTA"),
         (("--env", "nonsense"), {}, 2, "NAME=VALUE"),
         ((), {"RUNPOD_API_KEY": ""}, 2, "RUNPOD_API_KEY is not set"),
-        ((), {"RUNPOD_API_KEY": "wrong"}, 1, "Unauthorized"),
+        ((), {"RUNPOD_API_KEY": "wrong"}, 4, "RunPod does not know this key"),
+        ((), {"RUNPOD_API_KEY": READ_ONLY_KEY}, 4, "has no write access to serverless; make one that has"),
+        ((), {"RUNPOD_API_BASE_URL": "http://127.0.0.1:9"}, 4, "RunPod cannot be reached"),
         (("--preset", "free"), {}, 2, "invalid choice"),
+        (("--workers-min", "9"), {}, 2, "--workers-min 9 is more than --workers-max 5"),
+        (("--idle-timeout", "9999"), {}, 2, "9999 is greater than the maximum of 3600"),
+        (("--cuda", "twelve"), {}, 2, "'twelve' does not match"),
+        (("--queue-delay", "2", "--request-count", "3"), {}, 2, "not allowed with"),
     ],
 )
 def test_bad_input_is_one_line_with_the_remedy(
@@ -314,4 +363,22 @@ def test_bad_input_is_one_line_with_the_remedy(
     assert found == code
     assert words in error
     assert "Traceback" not in error
-    assert not runpod.saved
+    assert not runpod.account.endpoints
+
+
+def test_what_runpod_does_not_take_now_is_sent_again_and_a_failure_said(runpod: RunPod) -> None:
+    runpod.account.refusals = [429, 503]
+    assert deploy(runpod)[0] == 0
+    runpod.account.refusals = [500]
+    code, _, told = again(runpod, "--disk", "40")
+    assert code == 4
+    assert "RunPod has failed (500: try again)" in told
+
+
+def test_the_stand_in_takes_no_field_that_is_none(runpod: RunPod) -> None:
+    from scripts.runpod_api import Api
+
+    api = Api(KEY, runpod.url.removesuffix("/v2"))
+    deploy(runpod)
+    with pytest.raises(UsageError, match=r"RunPod refuses it \(422\): request validation failed; .*workersMax"):
+        api.patch(f"/v2/serverless/{endpoint_of(runpod)['id']}", {"workersMax": 3})
