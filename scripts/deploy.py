@@ -62,7 +62,7 @@ def wanted(options: argparse.Namespace, before: Mapping[str, Any], data_centers:
     gives the values of a new endpoint, and of an old one if it is named."""
     is_new = not before
     preset = PRESETS[options.preset or "cost"] if is_new or options.preset else None
-    is_http = options.http or before.get("type") == "LOAD_BALANCER"
+    is_http = options.http or _is_http(before)
     changes: dict[str, Any] = {
         "image": options.image,
         "disk": options.disk,
@@ -77,14 +77,35 @@ def wanted(options: argparse.Namespace, before: Mapping[str, Any], data_centers:
     }
     if is_new:
         usual = {"disk": 20, "type": "LOAD_BALANCER" if is_http else "QUEUE"}
-        usual |= {"args": _SERVE_HTTP, "ports": ["80/http"]} if is_http else {}
+        usual |= {"args": _SERVE_HTTP} if is_http else {}
         changes = usual | _given(changes)
     endpoint = {**before, "name": before.get("name", options.name), **_given(changes)}
-    endpoint["gpu"] = _gpu(options, before.get("gpu") or {}, is_new=is_new)
+    if gpu := _gpu(options, before.get("gpu") or {}, is_new=is_new):
+        if before.get("cpu"):
+            raise UsageError(f"the endpoint {options.name} runs on CPUs, for good: leave the options for GPUs out")
+        endpoint["gpu"] = gpu
     endpoint["workers"] = _workers(options, preset, before.get("workers") or {})
-    if endpoint.get("type") == "QUEUE" and endpoint["scaling"]["type"] == "REQUEST_COUNT":
-        endpoint["workers"].pop("idleTimeout", None)  # such an endpoint has none
+    if not is_http and endpoint["scaling"]["type"] == "REQUEST_COUNT":  # such an endpoint has none
+        if options.idle_timeout is not None:
+            raise UsageError("--idle-timeout has no effect with --request-count: leave it out, or use --queue-delay")
+        endpoint["workers"].pop("idleTimeout", None)
+    if (is_http and {"PORT", "PORT_HEALTH"} & endpoint["env"].keys()) or (is_http and is_new):
+        _open_ports(endpoint)
     return endpoint
+
+
+def _open_ports(endpoint: dict[str, Any]) -> None:
+    """Let the load balancer reach the ports that the worker's environment names. Its own default is 80 for both."""
+    env = endpoint["env"]
+    if "PORT" in env:
+        env.setdefault("PORT_HEALTH", env["PORT"])
+    ports = dict.fromkeys((env.get("PORT", "80"), env.get("PORT_HEALTH", "80")))
+    endpoint["ports"] = [f"{port}/http" for port in ports]
+
+
+def _is_http(endpoint: Mapping[str, Any]) -> bool:
+    """Whether an endpoint that there is has no queue."""
+    return endpoint.get("type") == "LOAD_BALANCER" or "base" in (endpoint.get("requestUrls") or {})
 
 
 def _environment(options: argparse.Namespace, before: Mapping[str, Any]) -> dict[str, str]:
@@ -126,6 +147,7 @@ def _gpu(options: argparse.Namespace, before: Mapping[str, Any], *, is_new: bool
         "excludedTypes": options.exclude_gpu,
         "count": options.gpu_count,
         "minCudaVersion": options.cuda,
+        "allowedCudaVersions": [] if options.cuda and before.get("allowedCudaVersions") else None,
     }
     return {**usual, **before, **_given(changes)}
 
@@ -218,9 +240,9 @@ def make_plan(options: argparse.Namespace, api: Api | None) -> Plan:
         print(f"a new endpoint also needs {', '.join(missing)}", file=sys.stderr)
     elif missing:
         raise UsageError(f"there is no endpoint {options.name} yet, and a new one needs {', '.join(missing)}")
-    if before and options.http and before.get("type", "QUEUE") == "QUEUE":
+    if before and options.http and not _is_http(before):
         raise UsageError(f"the endpoint {options.name} has a queue, for good: deploy under another name with --http")
-    return Plan(wanted(options, before, _data_centers(options, api)), before)
+    return Plan(wanted(options, before, _data_centers(options, before, api)), before)
 
 
 def _endpoint_of_name(api: Api, name: str) -> Mapping[str, Any]:
@@ -235,18 +257,19 @@ def _endpoint_of_name(api: Api, name: str) -> Mapping[str, Any]:
     return {}
 
 
-def _data_centers(options: argparse.Namespace, api: Api | None) -> list[str]:
+def _data_centers(options: argparse.Namespace, before: Mapping[str, Any], api: Api | None) -> list[str]:
     """The data centers in which workers may run: those of the volumes, unless --locations names some of them."""
-    if api is None or not options.volume:
-        if options.volume and not options.locations:
+    named = options.volume or (before.get("networkVolumes") if options.locations else None)
+    if api is None or not named:
+        if named and not options.locations:
             print(_VOLUMES_UNKNOWN, file=sys.stderr)
         return list(options.locations or ())
     volumes = {each["id"]: each for each in api.get("/v2/network-volumes")["networkVolumes"]}
-    unknown = [volume for volume in options.volume if volume not in volumes]
+    unknown = [volume for volume in named if volume not in volumes]
     if unknown:
         known = ", ".join(f"{each['id']} ({each['name']}, {each['dataCenter']})" for each in volumes.values())
         raise UsageError(f"there is no volume {unknown[0]}; the account has {known or 'none: make one first'}")
-    places = list(dict.fromkeys(volumes[volume]["dataCenter"] for volume in options.volume))
+    places = list(dict.fromkeys(volumes[volume]["dataCenter"] for volume in named))
     for place in options.locations or ():
         if place not in places:
             raise UsageError(f"--locations {place} has none of the volumes: they lie in {', '.join(places)}")
@@ -359,16 +382,23 @@ def main() -> int:
 
 def _url(endpoint: Mapping[str, Any]) -> str:
     """The address under which its routes lie."""
-    urls = endpoint["requestUrls"]
-    return str(urls["base"] if "base" in urls else urls["runSync"].removesuffix("/runsync"))
+    if _is_http(endpoint):
+        return str(_urls(endpoint).get("base") or f"https://{endpoint['id']}.api.runpod.ai")
+    return str(_urls(endpoint).get("runSync") or f"https://api.runpod.ai/v2/{endpoint['id']}").removesuffix("/runsync")
+
+
+def _urls(endpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    return endpoint.get("requestUrls") or {}
 
 
 def _curl(endpoint: Mapping[str, Any]) -> str:
     job = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
-    urls = endpoint["requestUrls"]
-    address, body = (f"{urls['base']}/generate", job) if "base" in urls else (urls["runSync"], {"input": job})
+    is_http = _is_http(endpoint)
+    body = job if is_http else {"input": job}
+    own_key = '-H "X-API-Key: $MODELSTORE_API_KEY" ' if is_http and "MODELSTORE_API_KEY" in endpoint["env"] else ""
     return (
-        f"curl -s {address} -H \"Authorization: Bearer $RUNPOD_API_KEY\" -H 'Content-Type: application/json' "
+        f"curl -s {_url(endpoint)}/{'generate' if is_http else 'runsync'} "
+        f"-H \"Authorization: Bearer $RUNPOD_API_KEY\" {own_key}-H 'Content-Type: application/json' "
         f"-d '{json.dumps(body)}'"
     )
 

@@ -37,6 +37,10 @@ class Api:
             timeout=_TIMEOUT_S,
         )
 
+    def close(self) -> None:
+        """Close its connections."""
+        self._client.close()
+
     def get(self, path: str) -> Any:
         """The answer to a GET. Raises ModelStoreError, as the others do."""
         return self._answer("GET", path)
@@ -82,18 +86,22 @@ def _wait_s(response: httpx.Response, number: int) -> float:
 def _content(method: str, path: str, response: httpx.Response) -> Any:
     """What a request returns, or its error."""
     status = response.status_code
-    if status < 400:
-        return response.json() if response.content else None
+    if status < 300:
+        try:
+            return response.json() if response.content else None
+        except ValueError as error:
+            raise Unreachable(f"RunPod's answer to {method} {path} is no JSON: try again") from error
     problem = _problem(response)
     if status == 401:
         raise AccessDenied("RunPod does not know this key: make one in its settings, and set RUNPOD_API_KEY")
-    if status == 403:
+    if status == 403 and "quota" not in problem.lower():
         raise AccessDenied(f"the key may not do this ({method} {path}): {problem}; make one that has the permission")
     if status in (429, 503):
         raise Unreachable(f"RunPod takes no more requests now ({status}): try again later")
     if status >= 500:
         raise Unreachable(f"RunPod has failed ({status}: {problem}): try again; a second run goes on")
-    raise UsageError(f"RunPod refuses it ({status}): {problem}")
+    advice = "; ask RunPod for a larger quota, or lower --workers-max" if "quota" in problem.lower() else ""
+    raise UsageError(f"RunPod refuses it ({status}): {problem}{advice}")
 
 
 def _problem(response: httpx.Response) -> str:

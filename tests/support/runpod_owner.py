@@ -50,6 +50,7 @@ class Account:
     endpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
     volumes: dict[str, dict[str, Any]] = field(default_factory=dict)
     requests: list[tuple[str, str, Any]] = field(default_factory=list)
+    quota: int = 30  # workers
     refusals: list[int] = field(default_factory=list)  # statuses of the next answers
 
     def answer(self, method: str, path: str, body: Any, key: str) -> tuple[int, Any, str]:
@@ -128,21 +129,31 @@ class Account:
         }
         self._check(endpoint)
         self.endpoints[number] = endpoint
+        return self._shown(endpoint)
+
+    @staticmethod
+    def _shown(endpoint: dict[str, Any]) -> dict[str, Any]:
+        if endpoint["type"] == "QUEUE" and endpoint["scaling"]["type"] == "REQUEST_COUNT":
+            endpoint["workers"].pop("idleTimeout", None)
         return endpoint
 
     def _updateEndpoint(self, name: str, body: Mapping[str, Any]) -> Any:  # noqa: N802
         before = self._known(self.endpoints, name, "endpoint")
         gpu = dict(body.get("gpu", {}))
         cleared = {"excludedTypes"} if "pools" in gpu and "excludedTypes" not in gpu else set()
-        kept = {part: value for part, value in before["gpu"].items() if part not in cleared}
+        kept = {part: value for part, value in (before["gpu"] or {}).items() if part not in cleared}
         workers = before["workers"] | dict(body.get("workers", {}))
-        endpoint = {**before, **body, "gpu": kept | gpu, "workers": workers}
+        endpoint = {**before, **body, "gpu": kept | gpu or None, "workers": workers}
+        if "gpu" in body and before.get("cpu"):
+            raise Problem(400, "Bad Request", "the endpoint runs on CPUs")
         self._check(endpoint)
         self.endpoints[name] = endpoint
-        return endpoint
+        return self._shown(endpoint)
 
     def _check(self, endpoint: dict[str, Any]) -> None:
-        if endpoint["gpu"]["allowedCudaVersions"] and endpoint["gpu"]["minCudaVersion"]:
+        if endpoint["workers"]["max"] > self.quota:
+            raise Problem(403, "Forbidden", f"the account's quota is {self.quota} workers")
+        if endpoint["gpu"] and endpoint["gpu"]["allowedCudaVersions"] and endpoint["gpu"]["minCudaVersion"]:
             raise Problem(400, "Bad Request", "allowedCudaVersions and minCudaVersion exclude each other")
         if endpoint["type"] == "LOAD_BALANCER" and endpoint["scaling"]["type"] != "REQUEST_COUNT":
             raise Problem(400, "Bad Request", "a load balancer scales on REQUEST_COUNT")

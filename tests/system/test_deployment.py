@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,12 @@ def test_http_is_a_load_balancer_for_good(runpod: RunPod) -> None:
     assert (endpoint["args"], endpoint["ports"]) == ("python -m handler --http", ["80/http"])
     assert plan["url"] == endpoint["requestUrls"]["base"]
     assert f"{plan['url']}/generate" in told
-    assert again(runpod, "--request-count", "8")[0] == 0
+    assert (
+        again(runpod, "--request-count", "8", "--env", "PORT=5000", "--env", f"MODELSTORE_API_KEY={'k' * 16}")[0] == 0
+    )
+    assert endpoint_of(runpod)["ports"] == ["5000/http"]
+    assert endpoint_of(runpod)["env"]["PORT_HEALTH"] == "5000", "the load balancer would ask port 80"
+    assert '-H "X-API-Key: $MODELSTORE_API_KEY"' in again(runpod)[2]
     assert endpoint_of(runpod)["scaling"]["requestCount"] == 8
     code, _, told = again(runpod, "--queue-delay", "2")
     assert (code, "--request-count" in told) == (2, True)
@@ -239,10 +245,40 @@ def test_http_is_a_load_balancer_for_good(runpod: RunPod) -> None:
     )
 
 
+def test_a_floor_of_cuda_takes_the_place_of_a_list_of_versions(runpod: RunPod) -> None:
+    deploy(runpod)
+    endpoint_of(runpod)["gpu"]["allowedCudaVersions"] = ["12.4"]
+    code, _, told = again(runpod, "--cuda", "12.8")
+    assert code == 0, told
+    assert (endpoint_of(runpod)["gpu"]["allowedCudaVersions"], endpoint_of(runpod)["gpu"]["minCudaVersion"]) == (
+        [],
+        "12.8",
+    )
+
+
+def test_an_endpoint_of_cpus_stays_one(runpod: RunPod) -> None:
+    deploy(runpod)
+    endpoint_of(runpod).update(gpu=None, cpu=[{"id": "cpu5c", "vcpuCount": 4, "memory": 8}])
+    assert "nothing changes" in again(runpod)[2]
+    assert again(runpod, "--disk", "30")[0] == 0
+    assert changes_of(runpod)[-1][2] == {"disk": 30}
+    code, _, told = again(runpod, "--gpu", "ADA_24")
+    assert (code, "runs on CPUs" in told) == (2, True)
+
+
+def test_an_answer_without_addresses_is_enough(runpod: RunPod) -> None:
+    deploy(runpod, "--http")
+    del endpoint_of(runpod)["requestUrls"]
+    code, plan, _ = again(runpod, "--disk", "30")
+    assert (code, plan["url"]) == (0, f"https://{plan['id']}.api.runpod.ai")
+
+
 def test_a_queue_that_scales_by_requests_has_no_idle_timeout(runpod: RunPod) -> None:
     assert deploy(runpod, "--request-count", "2")[0] == 0
     body = changes_of(runpod)[0][2]
     assert body["workers"] == {"min": 0, "max": 5}
+    assert "nothing changes" in again(runpod)[2]
+    assert len(changes_of(runpod)) == 1
 
 
 def test_workers_run_where_the_volumes_lie(runpod: RunPod) -> None:
@@ -349,6 +385,8 @@ def test_no_token_is_printed(runpod: RunPod) -> None:
         ((), {"RUNPOD_API_KEY": "wrong"}, 4, "RunPod does not know this key"),
         ((), {"RUNPOD_API_KEY": READ_ONLY_KEY}, 4, "has no write access to serverless; make one that has"),
         ((), {"RUNPOD_API_BASE_URL": "http://127.0.0.1:9"}, 4, "RunPod cannot be reached"),
+        (("--workers-max", "99"), {}, 2, "quota is 30 workers; ask RunPod for a larger quota, or lower --workers-max"),
+        (("--request-count", "2", "--idle-timeout", "9"), {}, 2, "--idle-timeout has no effect with --request-count"),
         (("--preset", "free"), {}, 2, "invalid choice"),
         (("--workers-min", "9"), {}, 2, "--workers-min 9 is more than --workers-max 5"),
         (("--idle-timeout", "9999"), {}, 2, "9999 is greater than the maximum of 3600"),
@@ -378,7 +416,9 @@ def test_what_runpod_does_not_take_now_is_sent_again_and_a_failure_said(runpod: 
 def test_the_stand_in_takes_no_field_that_is_none(runpod: RunPod) -> None:
     from scripts.runpod_api import Api
 
-    api = Api(KEY, runpod.url.removesuffix("/v2"))
     deploy(runpod)
-    with pytest.raises(UsageError, match=r"RunPod refuses it \(422\): request validation failed; .*workersMax"):
+    with (
+        closing(Api(KEY, runpod.url.removesuffix("/v2"))) as api,
+        pytest.raises(UsageError, match=r"RunPod refuses it \(422\): request validation failed; .*workersMax"),
+    ):
         api.patch(f"/v2/serverless/{endpoint_of(runpod)['id']}", {"workersMax": 3})
