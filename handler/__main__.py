@@ -103,6 +103,8 @@ def _started(settings: Settings, listening: Listening | None) -> Callable[[], No
 
         compile_model(engine, settings, timeline)
         warm_up(engine, settings, timeline)
+        if listening is not None:
+            _check(engine)  # RunPod's SDK checks a worker itself before its first job
     except BaseException as error:
         history.add(layout, timeline, error=f"{type(error).__name__}: {error}")
         raise
@@ -116,6 +118,15 @@ def _started(settings: Settings, listening: Listening | None) -> Callable[[], No
     from handler.worker import serve
 
     return partial(serve, engine, settings, timeline.as_json())
+
+
+def _check(engine: Engine) -> None:
+    """Raise ModelStoreError, and close the engine, if it does not serve what the volume's records name."""
+    try:
+        engine.check()
+    except BaseException:
+        engine.close()
+        raise
 
 
 def _loaded(settings: Settings, timeline: Timeline, library: Literal["runpod", "uvicorn"]) -> Engine:

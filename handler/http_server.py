@@ -20,7 +20,7 @@ import logging
 import signal
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
@@ -29,7 +29,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -37,8 +37,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from handler import openai_routes
 from handler.delivery import Job, JobChannel
 from handler.engines import Engine
-from handler.errors import JobError
-from handler.listening import Listening, allow_many_connections
+from handler.errors import Code, JobError
+from handler.http_protocol import HEAD_S, LimitedProtocol
+from handler.listening import Listening
 from handler.termination import Termination
 from handler.worker import Worker, follow_aliases
 from modelstore.settings import Settings
@@ -49,12 +50,14 @@ logger = logging.getLogger(__name__)
 MOST_BYTES = 30_000_000  # of a request and of an answer, as RunPod's load balancer has it
 _MOST_JOB_S = 325.0  # it ends a request after 330 s, without a word
 _MOST_WAITING = 1000
-_MOST_WAITING_BYTES = 256_000_000
+_MOST_HELD_BYTES = 256_000_000
+_MOST_VALUES = 1_000_000  # in a body, which costs memory and the time to parse it
+_VALUE_BYTES = 64
 _BODY_S = 60.0  # for a body to arrive
-_SEND_S = 60.0  # for the end of an answer to be taken
-_KEEP_ALIVE_S = 75
+_PIECE_BYTES = 1 << 16  # of an answer
 _LEAVES_AFTER_S = 10.0  # a load balancer has seen by then that this worker is not healthy
-_LARGE_BYTES = 1 << 20  # a body that is parsed in a thread
+_ENDS_AFTER_S = 2.0  # the same after a signal, whose sender may not wait long
+_CLOSE = {"Connection": "close"}  # its body is not read to the end
 _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
@@ -68,7 +71,7 @@ def limited(settings: Settings) -> Settings:
 
 
 class _ResponseChannel(JobChannel):
-    """The way to a client: the chunks of a stream, as server-sent events, and each is taken before the next is made."""
+    """The way to a client: the chunks of a stream, as server-sent events. It waits for a client that reads slowly."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -79,7 +82,7 @@ class _ResponseChannel(JobChannel):
             self.has_begun = True
             await self._send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
         text = "".join(each if isinstance(each, str) else f"data: {json.dumps(each)}\n\n" for each in chunks)
-        await self._send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+        await _send_pieces(self._send, text.encode())
 
     async def end(self) -> None:
         """The end of the stream."""
@@ -93,15 +96,22 @@ class Requests:
     def __init__(self, worker: Worker, settings: Settings) -> None:
         self._worker = worker
         self._key = settings.api_key
+        self._limit_s = settings.max_job_s or None
         self._slots = asyncio.Semaphore(worker.concurrency(0))
         self._held_bytes = 0
+        self._unanswered = 0
         self.waiting = 0
-        self.is_closing = False
+        self.closing_since: float | None = None
 
     @property
     def is_healthy(self) -> bool:
         """Whether more requests should come."""
-        return not (self.is_closing or self._worker.retiring)
+        return self.closing_since is None and not self._worker.retiring
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether each request is answered."""
+        return not self._unanswered and self._worker.is_idle
 
     def check_key(self, request: Request) -> None:
         """Raise HTTPException if a key is set, and the request has another one."""
@@ -115,10 +125,10 @@ class Requests:
 
     def check_open(self) -> None:
         """Raise HTTPException if no more requests are taken, or too many wait."""
-        if self.is_closing or self._worker.broken:
+        if self._worker.broken:
             raise HTTPException(503, "this worker takes no more requests: send it again", {"Retry-After": "1"})
-        if self.waiting >= _MOST_WAITING or self._held_bytes >= _MOST_WAITING_BYTES:
-            raise HTTPException(503, "too many requests wait for this worker: send it later", {"Retry-After": "2"})
+        if self.waiting >= _MOST_WAITING or self._held_bytes >= _MOST_HELD_BYTES:
+            raise _too_many()
 
     async def openai(self, request: Request) -> ASGIApp:
         """A request on one of OpenAI's routes."""
@@ -129,17 +139,25 @@ class Requests:
         return await self._taken(request, is_openai=False)
 
     async def _taken(self, request: Request, *, is_openai: bool) -> ASGIApp:
+        """The answer to a request, which holds a place in the queue from now on."""
         self.check_key(request)
         self.check_open()
-        data, size_bytes = await self._body(request) if request.method == "POST" else (None, 0)
+        self.waiting += 1
+        self._unanswered += 1
+        try:
+            data, size_bytes = await self._body(request) if request.method == "POST" else (None, 0)
+        except BaseException:
+            self.waiting -= 1
+            self._unanswered -= 1
+            raise
         if is_openai:
             data = {"openai_route": request.url.path, "openai_input": data}
         elif data is not None and isinstance(data.get("input"), dict):
             data = data["input"]
         job = {"id": uuid.uuid4().hex, "input": data}
 
-        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-            work = asyncio.create_task(self._answer(job, size_bytes, scope, receive, send))
+        async def answer(_scope: Scope, receive: Receive, send: Send) -> None:
+            work = asyncio.create_task(self._answer(job, size_bytes, send))
             leaving = asyncio.create_task(_gone(receive))
             try:
                 await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -148,16 +166,17 @@ class Requests:
                 if not work.done():
                     work.cancel()
                 await asyncio.wait({work})
+                self._unanswered -= 1
             if not work.cancelled():
                 work.result()
 
         return answer
 
     async def _body(self, request: Request) -> tuple[dict[str, Any], int]:
-        """The JSON object that a request carries, and its size in bytes, which counts as held from now on. Raises
-        HTTPException."""
+        """The JSON object that a request carries, and the bytes that it takes in memory, which count as held from now
+        on. Raises HTTPException."""
         if request.headers.get("content-type", "").strip().lower().startswith("multipart/"):
-            raise HTTPException(415, "forms are not served: send JSON")
+            raise HTTPException(415, "forms are not served: send JSON", _CLOSE)
         stated = request.headers.get("content-length", "")
         if stated.isdigit() and int(stated[:20]) > MOST_BYTES:
             raise _too_large()
@@ -169,61 +188,107 @@ class Requests:
                     self._held_bytes += len(part)
                     if len(body) > MOST_BYTES:
                         raise _too_large()
-            data = await asyncio.to_thread(json.loads, body) if len(body) > _LARGE_BYTES else json.loads(body)
+                    if self._held_bytes > _MOST_HELD_BYTES:
+                        raise _too_many()
+            values = sum(body.count(each) for each in (b",", b"[", b"{"))
+            if values > _MOST_VALUES:
+                raise HTTPException(400, f"a request has at most {_MOST_VALUES} values, not {values}")
+            data = json.loads(body)
             if not isinstance(data, dict):
                 raise HTTPException(400, "the body must be a JSON object")
         except BaseException as error:
             self._held_bytes -= len(body)
+            if isinstance(error, ClientDisconnect):
+                raise HTTPException(400, "the client went away") from error  # nobody reads this
             if isinstance(error, TimeoutError):
-                raise HTTPException(408, f"the body has not arrived within {_BODY_S:g} s: send it again") from error
+                text = f"the body has not arrived within {_BODY_S:g} s: send it again"
+                raise HTTPException(408, text, _CLOSE) from error
             if isinstance(error, ValueError | RecursionError):
                 raise HTTPException(400, one_line(f"the body is no JSON: {error}", 200)) from error
             raise
-        return data, len(body)
+        self._held_bytes += _VALUE_BYTES * values
+        return data, len(body) + _VALUE_BYTES * values
 
-    async def _answer(self, job: Job, size_bytes: int, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a job when it is its turn."""
+    async def _answer(self, job: Job, size_bytes: int, send: Send) -> None:
+        """Answer a job when it is its turn. The limit of its time counts from its arrival."""
         arrived_at = time.monotonic()
-        self.waiting += 1
+        channel, has_slot = _ResponseChannel(send), False
+        output: Any = None
+        error: JobError | None = None
         try:
-            await self._slots.acquire()
+            try:
+                async with asyncio.timeout(self._limit_s):
+                    has_slot = _takes_a_slot(job) and await self._slots.acquire()
+            except TimeoutError:
+                text = f"its turn has not come within {self._limit_s:g} s: send it later, or add workers"
+                error = JobError(Code.TIMEOUT, text)
+            finally:
+                self.waiting -= 1
+                self._held_bytes -= size_bytes
+            began_at = time.monotonic()
+            if error is None:
+                left_s = self._limit_s and max(self._limit_s - (began_at - arrived_at), 0.001)
+                output, error = await self._worker.answer(job, channel, limit_s=left_s)
         finally:
-            self.waiting -= 1
-            self._held_bytes -= size_bytes
-        began_at = time.monotonic()
-        channel = _ResponseChannel(send)
-        try:
-            output, error = await self._worker.answer(job, channel)
-        finally:
-            self._slots.release()
+            if has_slot:
+                self._slots.release()
         times = {
             "delayTime": round(1000 * (began_at - arrived_at)),
             "executionTime": round(1000 * (time.monotonic() - began_at)),
         }
-        try:
-            async with asyncio.timeout(_SEND_S):
-                if channel.has_begun:
-                    await channel.end()
-                else:
-                    await _whole_answer(job, output, error, times)(scope, receive, send)
-        except TimeoutError:
-            logger.warning("job %s: its client has stopped to read", job["id"])
+        if channel.has_begun:
+            await channel.end()
+        else:
+            await _send_whole(send, *_whole_answer(job, output, error, times))
 
 
-def _whole_answer(job: Job, output: Any, error: JobError | None, times: Mapping[str, int]) -> Response:
-    """An answer that is no stream: in OpenAI's form, or as RunPod's /runsync has it, with its times in milliseconds."""
-    status = 200 if error is None else openai_routes.status_of(error)
-    if openai_routes.is_request(job["input"] or {}):
-        return JSONResponse(output if error is None else openai_routes.error_body(error), status)
+def _takes_a_slot(job: Job) -> bool:
+    """Whether answering a job is work."""
+    data = job["input"] or {}
+    return data.get("op") is None and data.get("openai_route") != "/v1/models"
+
+
+def _whole_answer(job: Job, output: Any, error: JobError | None, times: Mapping[str, int]) -> tuple[bytes, int]:
+    """An answer that is no stream, and its HTTP status: in OpenAI's form, or as RunPod's /runsync has it; `times` in
+    milliseconds."""
+    is_openai = openai_routes.is_request(job["input"] or {})
     if error is None:
-        return JSONResponse({"id": job["id"], "status": "COMPLETED", **times, "output": output})
+        try:
+            completed = {"id": job["id"], "status": "COMPLETED", **times, "output": output}
+            return _encoded(output if is_openai else completed), 200
+        except ValueError:
+            error = JobError(Code.INTERNAL_ERROR, "the model's answer holds NaN or infinity, which JSON has not")
+    if is_openai:
+        return _encoded(openai_routes.error_body(error)), openai_routes.status_of(error)
     payload = error.payload()
     failed = {"error": payload["error"], "output": {"code": payload["code"]}}
-    return JSONResponse({"id": job["id"], "status": "FAILED", **times, **failed}, status)
+    return _encoded({"id": job["id"], "status": "FAILED", **times, **failed}), openai_routes.status_of(error)
+
+
+def _encoded(content: Any) -> bytes:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+
+
+async def _send_whole(send: Send, body: bytes, status: int) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await _send_pieces(send, body)
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _send_pieces(send: Send, body: bytes) -> None:
+    """Send bytes piece by piece, each when there is room for it: see `http_protocol.TAKEN_S`."""
+    for begin in range(0, len(body), _PIECE_BYTES):
+        piece = body[begin : begin + _PIECE_BYTES]
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
 
 
 def _too_large() -> HTTPException:
-    return HTTPException(413, f"a request has at most {size(MOST_BYTES)}: send less at once")
+    return HTTPException(413, f"a request has at most {size(MOST_BYTES)}: send less at once", _CLOSE)
+
+
+def _too_many() -> HTTPException:
+    return HTTPException(503, "too many requests wait for this worker: send it later", {"Retry-After": "2"})
 
 
 async def _gone(receive: Receive) -> None:
@@ -237,8 +302,7 @@ def _error_answer(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     body = {"error": {"message": error.detail, "type": kind, "param": None, "code": None}}
-    # Its body may not have been read to the end.
-    return JSONResponse(body, error.status_code, {**(error.headers or {}), "Connection": "close"})
+    return JSONResponse(body, error.status_code, error.headers)
 
 
 def application(worker: Worker, requests: Requests, settings: Settings) -> Starlette:
@@ -255,12 +319,24 @@ def application(worker: Worker, requests: Requests, settings: Settings) -> Starl
             raise HTTPException(501, "prometheus_client is not installed: add it to the image") from error
         return PlainTextResponse(as_text(worker, requests.waiting))
 
+    async def model(request: Request) -> Response:
+        requests.check_key(request)
+        name = request.path_params["name"]
+        job = {"id": "models", "input": {"openai_route": "/v1/models"}}
+        output, error = await worker.answer(job, JobChannel())
+        listed = output["data"] if error is None else ()
+        for each in listed:
+            if each["id"] == name:
+                return JSONResponse(each)
+        raise HTTPException(404, one_line(f"{name} is not served here: GET /v1/models lists what is", 300))
+
     return Starlette(
         routes=[
             Route(settings.health_path, health),
             Route("/metrics", metrics),
             Route("/generate", requests.generate, methods=["POST"]),
             Route("/v1/models", requests.openai, methods=["GET"]),
+            Route("/v1/models/{name:path}", model, methods=["GET"]),
             Route("/v1/{route:path}", requests.openai, methods=["POST"]),
         ],
         exception_handlers={HTTPException: _error_answer},
@@ -268,11 +344,14 @@ def application(worker: Worker, requests: Requests, settings: Settings) -> Starl
 
 
 class _Server(uvicorn.Server):
-    """Ends when it is told so, or with the last request of a worker that takes no more."""
+    """Ends some time after a signal, or with the last request of a worker that takes no more."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+    def __init__(self, config: uvicorn.Config, worker: Worker, requests: Requests, ending: Callable[[], None]) -> None:
+        """`ending` is called when it begins to end."""
         super().__init__(config)
         self._worker = worker
+        self._requests = requests
+        self._ending = ending
         self._retiring_since: float | None = None
 
     @contextmanager
@@ -281,43 +360,56 @@ class _Server(uvicorn.Server):
         yield
 
     async def on_tick(self, counter: int) -> bool:
+        now, closing_since = time.monotonic(), self._requests.closing_since
+        if closing_since is not None and now - closing_since > _ENDS_AFTER_S:
+            self.should_exit = True
         if self._worker.retiring:
-            self._retiring_since = self._retiring_since or time.monotonic()
-            is_known = time.monotonic() - self._retiring_since > _LEAVES_AFTER_S
-            self.should_exit = self.should_exit or (is_known and self._worker.is_idle)
+            self._retiring_since = self._retiring_since or now
+            if now - self._retiring_since > _LEAVES_AFTER_S and self._requests.is_idle:
+                self.should_exit = True
+        if self.should_exit:
+            self._ending()
         return await super().on_tick(counter)
 
 
 def serve_http(engine: Engine, settings: Settings, timeline: Mapping[str, Any], listening: Listening) -> None:
-    """Take requests until a signal, or the worker itself, ends that; those that were taken are answered."""
+    """Take requests until a signal, or the worker itself, ends that; those that were taken are answered. Raises
+    SystemExit with status 1 if the worker cannot answer any more."""
     settings = limited(settings)
-    engine.check()
     worker = Worker(engine, settings, timeline=timeline)
     requests = Requests(worker, settings)
     follow_aliases(engine, settings, worker)
-    allow_many_connections()
-    config = uvicorn.Config(
+    termination = Termination(lambda: requests.is_idle, engine.close)
+    server = _Server(configured(worker, requests, settings), worker, requests, termination.begin)
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and requests.closing_since is not None:
+            server.should_exit = server.force_exit = True
+        requests.closing_since = requests.closing_since or time.monotonic()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    termination.watch_signals()
+    logger.info("requests are taken at %s", listening.place.url)
+    try:
+        server.run(listening.end())
+        broken = worker.broken
+    finally:
+        termination.close()
+    if broken:
+        logger.error("the worker ends: %s", broken)
+        raise SystemExit(1)
+
+
+def configured(worker: Worker, requests: Requests, settings: Settings) -> uvicorn.Config:
+    """How uvicorn serves it."""
+    return uvicorn.Config(
         application(worker, requests, settings),
-        http="h11",  # its parser bounds the head of a request, which httptools does not
+        http=LimitedProtocol,  # of h11, whose parser bounds the head of a request, which httptools does not
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_keep_alive=int(HEAD_S),
     )
-    server = _Server(config, worker)
-
-    def end(number: int, frame: FrameType | None) -> None:
-        requests.is_closing = True
-        server.handle_exit(number, frame)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-    termination = Termination(lambda: worker.is_idle, engine.close)
-    termination.watch_signals()
-    logger.info("requests are taken at http://%s:%d", listening.place.host, listening.place.port)
-    try:
-        server.run(listening.end())
-    finally:
-        termination.close()

@@ -60,19 +60,28 @@ class Place:
         host = options.host or ("0.0.0.0" if settings.on_runpod else "127.0.0.1")  # noqa: S104
         usual = "80" if settings.on_runpod else "8000"
         port = _port("--port", options.port) if options.port else _port("PORT", settings.http_port or usual)
-        return cls(host, port, _port("PORT_HEALTH", settings.health_port) if settings.health_port else port)
+        health = settings.health_port or ("80" if settings.on_runpod else str(port))
+        return cls(host, port, _port("PORT_HEALTH", health))
+
+    @property
+    def url(self) -> str:
+        """The address of requests."""
+        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
 
 
 class Listening:
     """The open ports, and the answers to questions of health until the worker is ready."""
 
     def __init__(self, place: Place, health_path: str) -> None:
-        """Raises InvalidSetting if a port cannot be opened. No thread runs before `begin`."""
+        """Raises InvalidSetting if the path is none, or a port cannot be opened. No thread runs before `begin`."""
+        if not health_path.startswith("/") or not health_path.isascii() or set(health_path) & set(" ?#{}"):
+            raise InvalidSetting(f"HEALTH_CHECK_PATH={health_path[:40]!r} is not a path: write it like /ping")
         self._health_path = health_path
         self._thread: threading.Thread | None = None
         self._connections: set[asyncio.StreamWriter] = set()
         self._end: Callable[[], object] = lambda: None
         self.place = place
+        _allow_many_connections()
         self.sockets = [_opened(place.host, port) for port in dict.fromkeys((place.port, place.health_port))]
 
     def begin(self) -> None:
@@ -92,9 +101,10 @@ class Listening:
     async def _serve(self, began: threading.Event) -> None:
         ending = asyncio.Event()
         self._end = partial(asyncio.get_running_loop().call_soon_threadsafe, ending.set)
-        copies = [each.dup() for each in self.sockets]  # a server closes its own, and the port stays open
-        servers = [await asyncio.start_server(self._answer, sock=copy, limit=_REQUEST_BYTES) for copy in copies]
         began.set()
+        serve = partial(asyncio.start_server, self._answer, limit=_REQUEST_BYTES, backlog=_BACKLOG)
+        # Copies, because a server closes its own, and the ports stay open.
+        servers = [await serve(sock=each.dup()) for each in self.sockets]
         await ending.wait()
         for server in servers:
             server.close()
@@ -111,6 +121,10 @@ class Listening:
                 path = head.split(b" ", 2)[1].partition(b"?")[0].decode("latin-1") if head.count(b" ") > 1 else ""
                 writer.write(_STARTING if path == self._health_path else _NOT_YET)
                 await writer.drain()
+                if head.startswith(b"POST"):  # a body that nobody reads would reset the connection
+                    writer.write_eof()
+                    while await reader.read(_REQUEST_BYTES):
+                        pass
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
             pass  # that was no request
         finally:
@@ -124,7 +138,7 @@ def _port(name: str, text: str) -> int:
     return int(text)
 
 
-def allow_many_connections() -> None:
+def _allow_many_connections() -> None:
     """Let this process have as many open files as it may, up to a number."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
@@ -136,6 +150,7 @@ def _opened(host: str, port: int) -> socket.socket:
     try:
         family, _kind, _protocol, _name, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+    except (OSError, UnicodeError) as error:  # UnicodeError: a host name with a part that is too long
+        number = getattr(error, "errno", None) or 0
+        reason = os.strerror(number) if number > 0 else str(error)
         raise InvalidSetting(f"{host} port {port} cannot be opened: {reason}; set PORT to a free one") from error

@@ -67,12 +67,15 @@ class Worker:
             self.config["refresh_worker"] = True  # the SDK says so with this job's result, and ends
         return output
 
-    async def answer(self, job: Job, channel: JobChannel) -> tuple[Any, JobError | None]:
-        """The output of one job, or its error; what it streams goes to `channel`. Raises nothing but cancellation."""
+    async def answer(
+        self, job: Job, channel: JobChannel, *, limit_s: float | None = None
+    ) -> tuple[Any, JobError | None]:
+        """The output of one job, or its error; what it streams goes to `channel`. `limit_s`: the time for all of it,
+        MODELSTORE_MAX_JOB_S by default. Raises nothing but cancellation."""
         self._counts["running"] += 1
         outcome = "cancelled"
         try:
-            output, error = await self._answered(job, channel)
+            output, error = await self._answered(job, channel, limit_s or self._settings.max_job_s or None)
             outcome = "completed" if error is None else "failed"
         finally:
             self._counts["running"] -= 1
@@ -103,8 +106,7 @@ class Worker:
         logger.warning("this worker asks to be replaced: %s", reason)
         self._replace_because = reason
 
-    async def _answered(self, job: Job, channel: JobChannel) -> tuple[Any, JobError | None]:
-        limit_s = self._settings.max_job_s or None
+    async def _answered(self, job: Job, channel: JobChannel, limit_s: float | None) -> tuple[Any, JobError | None]:
         clock = asyncio.timeout(limit_s)
         delivery = Delivery(job, channel, most_bytes=self._settings.max_result_bytes)
         try:
@@ -118,7 +120,7 @@ class Worker:
                 delivery.close()
                 raise
             if clock.expired():
-                text = f"the job took longer than {limit_s:g} s: ask for fewer tokens, or raise MODELSTORE_MAX_JOB_S"
+                text = f"the job took longer than {limit_s:.4g} s: ask for fewer tokens, or raise MODELSTORE_MAX_JOB_S"
                 failed = JobError(Code.TIMEOUT, text)
             else:
                 failed = _job_error(error)

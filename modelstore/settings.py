@@ -308,9 +308,9 @@ def _secret(variable: str, text: str) -> str:
     return text
 
 
-def _token(_variable: str, text: str) -> str:
+def _token(variable: str, text: str) -> str:
     if any(not 33 <= ord(c) < 127 for c in text):
-        raise InvalidSetting("HF_TOKEN holds characters that no token has: copy it again (it is not shown here)")
+        raise InvalidSetting(f"{variable} holds characters that no token has: copy it again (it is not shown here)")
     return text
 
 
@@ -330,10 +330,8 @@ def _path(_variable: str, text: str) -> Path:
     return Path(text)
 
 
-def _health_path(variable: str, text: str) -> str:
-    if not text.startswith("/") or not text.isascii() or not text.isprintable() or set(text) & set(" ?#{}"):
-        raise InvalidSetting(f"{variable}={text[:40]!r} is not a path: write it like /ping")
-    return text
+def _api_key(variable: str, text: str) -> str:
+    return _token(variable, _secret(variable, text))
 
 
 def _as_it_is(_variable: str, text: str) -> str:
@@ -547,11 +545,11 @@ FIELDS = (
         "80 on RunPod, 8000 elsewhere",
     ),
     Field("PORT_HEALTH", "health_port", _as_it_is, "RunPod's own: the port of questions for the health", "`PORT`"),
-    Field("HEALTH_CHECK_PATH", "health_path", _health_path, "RunPod's own: the path of questions for the health"),
+    Field("HEALTH_CHECK_PATH", "health_path", _as_it_is, "RunPod's own: the path of questions for the health"),
     Field(
         API_KEY,
         "api_key",
-        _secret,
+        _api_key,
         "a secret of at least 16 characters that each request over HTTP has to carry, as `Authorization: Bearer` or "
         "`X-API-Key`; without it anyone who reaches the port is served",
     ),

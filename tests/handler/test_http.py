@@ -7,20 +7,21 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
-from handler import http_server
-from handler.answers import TextDelta
+from handler import http_protocol, http_server, listening
+from handler.answers import Answer, TextDelta, whole
 from handler.errors import JobError
-from handler.http_server import MOST_BYTES, Requests, application, limited
+from handler.http_server import MOST_BYTES, Requests, configured, limited
+from handler.jobs import JobContext
 from handler.listening import Listening, Place
 from handler.worker import Worker
 from modelstore.errors import InvalidSetting, UsageError
@@ -28,7 +29,7 @@ from modelstore.settings import Settings
 from tests.support.workers import Engine
 
 SETTINGS = Settings(root=Path("/nowhere"))
-KEY = "sixteen characters"
+KEY = "sixteen-characters"
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -39,8 +40,8 @@ class Served:
         self.engine = engine
         self.worker = Worker(engine, settings, timeline={"spans": [{"name": "read", "start": 0.0, "end": 1.5}]})
         self.requests = Requests(self.worker, settings)
-        config = uvicorn.Config(application(self.worker, self.requests, settings), log_config=None, http="h11")
-        self.server = http_server._Server(config, self.worker)
+        config = configured(self.worker, self.requests, settings)
+        self.server = http_server._Server(config, self.worker, self.requests, lambda: None)
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.port: int = self.socket.getsockname()[1]
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
@@ -70,7 +71,19 @@ def served(engine: Engine | None = None, **settings: Any) -> Iterator[Served]:
         assert not made.thread.is_alive()
 
 
-def eventually(is_so: Callable[[], object], within_s: float = 10.0) -> bool:
+@contextmanager
+def asking(http: Served, body: Any, path: str = "/v1/chat/completions") -> Iterator[socket.socket]:
+    """A connection on which a request was sent, and nothing is read."""
+    data = json.dumps(body).encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+        connection.connect(("127.0.0.1", http.port))
+        head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data)
+        yield connection
+
+
+def eventually(is_so: Callable[[], object], within_s: float = 30.0) -> bool:
     until = time.monotonic() + within_s
     while not is_so() and time.monotonic() < until:
         time.sleep(0.01)
@@ -108,6 +121,8 @@ def test_openais_routes_are_answered_whole_and_as_events() -> None:
         assert text == "hi there"
         assert arrived[-1][0] - arrived[0][0] > 0.03, "the first piece came before the last was made"
         assert http.client.get("/v1/models").json()["data"][0]["id"] == "org/name"
+        assert http.client.get("/v1/models/org/name").json()["object"] == "model"
+        assert http.client.get("/v1/models/org/other").json()["error"]["message"].startswith("org/other is not served")
 
 
 def test_a_native_stream_is_events_too() -> None:
@@ -215,11 +230,7 @@ def test_a_key_is_asked_for_but_not_by_the_health() -> None:
 def test_the_work_ends_if_the_client_goes_away(stream: bool) -> None:
     many = [TextDelta(0, "a", 1) for _ in range(500)]
     with served(Engine(*many, takes_s=0.02)) as http:
-        body = json.dumps(CHAT | {"stream": stream}).encode()
-        with socket.create_connection(("127.0.0.1", http.port)) as connection:
-            connection.sendall(
-                b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-            )
+        with asking(http, CHAT | {"stream": stream}):
             assert eventually(lambda: not http.worker.is_idle)
         assert eventually(lambda: http.worker.is_idle, 5)
         assert eventually(lambda: http.engine.left == ["early"])
@@ -259,13 +270,12 @@ def test_no_more_jobs_run_at_once_than_the_worker_takes() -> None:
 
 def test_too_many_that_wait_are_sent_away_and_told_when_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "_MOST_WAITING", 1)
-    with served(Engine(takes_s=0.5), max_concurrency=1) as http:
-        threads = [
-            threading.Thread(target=http.client.post, args=("/generate",), kwargs={"json": {"prompt": "hi"}})
-            for _ in range(2)
-        ]
-        for thread in threads:
-            thread.start()
+    with served(Engine(takes_s=1.0), max_concurrency=1) as http:
+        ask = partial(http.client.post, "/generate", json={"prompt": "hi"})
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        threads[0].start()
+        assert eventually(lambda: not http.worker.is_idle)
+        threads[1].start()
         assert eventually(lambda: http.requests.waiting == 1)
         answer = http.client.post("/generate", json={"prompt": "hi"})
         assert answer.status_code == 503
@@ -275,21 +285,119 @@ def test_too_many_that_wait_are_sent_away_and_told_when_to_come_back(monkeypatch
             thread.join()
 
 
-def test_a_client_that_stops_to_read_ends_with_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "_SEND_S", 0.3)
-    with served(Engine(*[TextDelta(0, "a" * 100_000, 1) for _ in range(100)]), max_job_s=1.0) as http:
-        body = json.dumps(CHAT | {"stream": True}).encode()
-        with socket.create_connection(("127.0.0.1", http.port)) as connection:
-            connection.sendall(
-                b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-            )
-            assert eventually(lambda: not http.worker.is_idle)
-            assert eventually(lambda: http.worker.is_idle, 20)
+class Large(Engine):
+    """Answers with 10 MB at once."""
+
+    async def answer(self, data: Mapping[str, Any], job: JobContext) -> Answer:
+        return whole({"picture": "a" * 10_000_000})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_stops_to_read_loses_its_connection_and_its_slot(
+    monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr(http_protocol, "TAKEN_S", 0.5)
+    engine = Engine(*[TextDelta(0, "a" * 100_000, 1) for _ in range(300)]) if stream else Large()
+    with served(engine, max_concurrency=1) as http, asking(http, CHAT | {"stream": stream}) as connection:
+        connection.settimeout(20)
+        assert eventually(lambda: http.requests._unanswered)
+        assert eventually(lambda: not http.server.server_state.connections), "though it did not go away"
+        assert eventually(lambda: http.requests.is_idle)
+        http.engine.pieces = (TextDelta(0, "hi", 1, "stop", 1),)
         assert http.client.get("/ping").status_code == 200
 
 
+def test_a_client_that_reads_slowly_gets_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "TAKEN_S", 3.0)
+    with served(Large()) as http, asking(http, {"prompt": "hi"}, "/generate") as connection:
+        count, began = 0, time.monotonic()
+        while count < 10_000_000:
+            part = connection.recv(1 << 16)
+            assert part, f"it was cut off after {count} bytes"
+            count += len(part)
+            time.sleep(0.008)
+        assert time.monotonic() - began > 3.0, "it took longer than a client may read nothing"
+
+
+def test_a_connection_on_which_no_request_comes_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "HEAD_S", 1.5)
+    with served(Engine(takes_s=1.0)) as http:
+        with socket.create_connection(("127.0.0.1", http.port), timeout=10) as silent, suppress(ConnectionResetError):
+            assert silent.recv(1) == b""
+        with socket.create_connection(("127.0.0.1", http.port), timeout=10) as drips, suppress(OSError):
+            for _ in range(100):
+                drips.sendall(b"G")
+                time.sleep(0.05)
+            pytest.fail("it may send for ever")
+        assert http.client.post("/generate", json={"prompt": "hi"}).status_code == 200, "a long answer is none of that"
+
+
+def test_bodies_that_come_at_once_are_held_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "_MOST_HELD_BYTES", 1_000_000)
+    head = b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 600000\r\n\r\n"
+    with served() as http, ExitStack() as stack:
+        many = [stack.enter_context(socket.create_connection(("127.0.0.1", http.port), timeout=10)) for _ in range(5)]
+        for connection in many:
+            connection.sendall(head + b'{"prompt": "')
+        assert eventually(lambda: http.requests.waiting == 5), "one whose body is on its way waits, too"
+        for connection in many:
+            connection.sendall(b"a" * 500_000)
+        assert eventually(lambda: http.requests.waiting <= 2)
+        assert http.requests._held_bytes <= 1_100_000
+        refused = 0
+        for connection in many:
+            connection.settimeout(1)
+            with suppress(TimeoutError):
+                refused += connection.recv(1 << 16).startswith(b"HTTP/1.1 503")
+        assert refused >= 3
+        assert http.client.get("/ping").status_code == 200
+    assert eventually(lambda: http.requests._held_bytes == 0)
+
+
+def test_a_body_of_many_small_values_is_refused_before_it_is_parsed() -> None:
+    body = b'{"prompt": [' + b"[]," * 5_000_000 + b"[]]}"
+    with served() as http:
+        began = time.monotonic()
+        answer = http.client.post("/generate", content=body)
+        assert answer.status_code == 400
+        assert "at most 1000000 values" in answer.json()["error"]["message"]
+        assert time.monotonic() - began < 5
+
+
+def test_the_wait_for_a_turn_counts_into_the_limit_of_time() -> None:
+    with served(Engine(takes_s=30), max_concurrency=1, max_job_s=3.0) as http:
+        codes: list[int] = []
+        began = time.monotonic()
+        ask = lambda: codes.append(http.client.post("/v1/chat/completions", json=CHAT).status_code)  # noqa: E731
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        assert eventually(lambda: http.requests.waiting == 2)
+        status = http.client.post("/generate", json={"op": "status"}).json()["output"]
+        assert status["jobs"]["running"] >= 1, "its answer takes no turn"
+        assert http.client.get("/v1/models").status_code == 200
+        assert time.monotonic() - began < 2.9
+        for thread in threads:
+            thread.join()
+        assert codes == [504] * 3
+        assert time.monotonic() - began < 8
+
+
+def test_a_number_that_json_has_not_is_an_error() -> None:
+    class Broken(Engine):
+        async def answer(self, data: Mapping[str, Any], job: JobContext) -> Answer:
+            return whole({"vectors": [float("nan")]})
+
+    with served(Broken()) as http:
+        answer = http.client.post("/generate", json={"texts": ["a"]})
+        assert answer.status_code == 500
+        assert answer.json()["output"] == {"code": "INTERNAL_ERROR"}
+        answer = http.client.post("/v1/embeddings", json={"input": "a"})
+        assert (answer.status_code, "NaN" in answer.json()["error"]["message"]) == (500, True)
+
+
 def test_a_thousand_idle_connections_and_a_flood_of_bad_requests_leave_the_health_true() -> None:
-    http_server.allow_many_connections()
+    listening._allow_many_connections()
     with served() as http:
         idle = [socket.create_connection(("127.0.0.1", http.port)) for _ in range(1000)]
         try:
@@ -311,7 +419,7 @@ def test_a_thousand_idle_connections_and_a_flood_of_bad_requests_leave_the_healt
 def test_a_worker_that_is_to_be_replaced_answers_until_the_load_balancer_knows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(http_server, "_LEAVES_AFTER_S", 1.0)
+    monkeypatch.setattr(http_server, "_LEAVES_AFTER_S", 3.0)
     with served() as http:
         http.worker.replace("@chat points elsewhere")
         assert http.client.get("/ping").status_code == 503
@@ -321,7 +429,7 @@ def test_a_worker_that_is_to_be_replaced_answers_until_the_load_balancer_knows(
 
 
 def test_a_broken_worker_refuses_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "_LEAVES_AFTER_S", 1.0)
+    monkeypatch.setattr(http_server, "_LEAVES_AFTER_S", 3.0)
     with served() as http:
         http.engine.broken = "the GPU is lost"
         refused = http.client.post("/generate", json={"prompt": "a"})
@@ -357,6 +465,7 @@ def test_the_place_follows_the_command_line_the_settings_and_the_host() -> None:
 
     assert place() == Place("127.0.0.1", 8000, 8000)
     assert place(on_runpod=True) == Place("0.0.0.0", 80, 80)
+    assert place(on_runpod=True, http_port="5000") == Place("0.0.0.0", 5000, 80), "as the platform has it"
     assert place(on_runpod=True, http_port="5000", health_port="5001") == Place("0.0.0.0", 5000, 5001)
     assert place("--port", "9000", "--host", "::1", http_port="5000") == Place("::1", 9000, 9000)
     for text in ("0", "65536", "http", "-1", "٣"):
@@ -373,8 +482,8 @@ def test_the_place_follows_the_command_line_the_settings_and_the_host() -> None:
 def test_health_is_told_while_the_worker_starts() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    listening = Listening(Place("127.0.0.1", port, port), "/health")
-    listening.begin()
+    starting = Listening(Place("127.0.0.1", port, port), "/health")
+    starting.begin()
     url = f"http://127.0.0.1:{port}"
     assert httpx.get(f"{url}/health?x=1", trust_env=False).status_code == 204
     refused = httpx.post(f"{url}/v1/chat/completions", json=CHAT, trust_env=False)
@@ -384,8 +493,8 @@ def test_health_is_told_while_the_worker_starts() -> None:
     with pytest.raises(InvalidSetting, match=f"127.0.0.1 port {port} cannot be opened: Address already in use"):
         Listening(Place("127.0.0.1", port, port), "/health")
     silent = socket.create_connection(("127.0.0.1", port))
-    assert eventually(lambda: listening._connections)
-    (kept,) = listening.end()
+    assert eventually(lambda: starting._connections)
+    (kept,) = starting.end()
     with socket.create_connection(("127.0.0.1", port)) as waits:
         connection, _address = kept.accept()
         waits.sendall(b"x")

@@ -18,7 +18,7 @@ from tests.support.hub import Hub
 from tests.support.models import write_model
 from tests.support.workers import serving_http
 
-KEY = "a key of sixteen"
+KEY = "a-key-of-sixteen"
 LONG = {"prompt": "hello", "max_tokens": 1500, "temperature": 2, "stream": True}
 
 
@@ -44,6 +44,7 @@ def test_health_is_204_then_200_and_a_signal_lets_what_runs_end(hub: Hub, store_
     try:
         seen: dict[int | None, float] = {}
         while 200 not in seen:
+            assert process.poll() is None, log
             assert time.monotonic() - began < 240
             seen.setdefault(health(url), time.monotonic() - began)
             time.sleep(0.05)
@@ -82,6 +83,12 @@ def test_health_is_204_then_200_and_a_signal_lets_what_runs_end(hub: Hub, store_
         (("--http", "--rp_serve_api"), {}, 2, "--rp_serve_api is not known beside --http"),
         (("--http",), {"PORT": "0"}, 2, "PORT '0' is not a port"),
         (("--http",), {"MODELSTORE_API_KEY": "short"}, 2, "MODELSTORE_API_KEY is too short"),
+        (
+            ("--http",),
+            {"MODELSTORE_API_KEY": "a key of sixteen"},
+            2,
+            "MODELSTORE_API_KEY holds characters that no token has",
+        ),
         (("--http",), {"HEALTH_CHECK_PATH": "ping"}, 2, "HEALTH_CHECK_PATH='ping' is not a path"),
         (("--http", "--host", "192.0.2.1"), {}, 2, "192.0.2.1 port 8000 cannot be opened"),
     ],
