@@ -29,6 +29,7 @@ TESTS = [
     "tests/system/test_processes.py",
     "tests/volume/test_verify.py",
     "tests/fill/test_compressed.py",
+    "tests/volume/test_planes.py",
     "tests/test_warmstart.py",
     "tests/system/test_volumes.py",
     "tests/system/test_hostile.py",
