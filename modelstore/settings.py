@@ -278,21 +278,23 @@ def _switch(variable: str, text: str) -> bool:
 
 
 def _engine_cache(variable: str, text: str) -> EngineCacheMode:
-    if text.lower() == "read":
-        return "read"
-    value = truth(text)
-    if value is None:
-        raise InvalidSetting(f"{variable}={text[:40]!r} is not usable: use 1, read or 0")
-    return "write" if value else "off"
+    value = _switch_or(variable, text, "read")
+    return "read" if value is None else "write" if value else "off"
 
 
 def _compress(variable: str, text: str) -> CompressMode:
-    if text.lower() == "auto":
-        return "auto"
+    value = _switch_or(variable, text, "auto")
+    return "auto" if value is None else "always" if value else "never"
+
+
+def _switch_or(variable: str, text: str, word: str) -> bool | None:
+    """A switch that has a third position, `word`: None."""
+    if text.lower() == word:
+        return None
     value = truth(text)
     if value is None:
-        raise InvalidSetting(f"{variable}={text[:40]!r} is not usable: use 1, auto or 0")
-    return "always" if value else "never"
+        raise InvalidSetting(f"{variable}={text[:40]!r} is not usable: use 1, {word} or 0")
+    return value
 
 
 def _volume_mode(variable: str, text: str) -> VolumeMode:
