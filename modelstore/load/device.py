@@ -3,14 +3,16 @@ torch is imported.
 
     devices = open_devices(["cuda:0"])
     memory = devices.allocate("cuda:0", size_bytes)
-    event = devices.copy([Part(memory, 0, view)])       asks for a copy; the interpreter's lock is not held meanwhile
+    event = devices.copy([Part(memory, 0, view)])       asks for a copy
     devices.wait(event)
     torch.as_tensor(memory, device="cuda:0")            the memory itself, without a copy
 
 Each GPU is used through its primary context, which torch joins later. `GpuMemory` is freed when the last reference to
 it goes, that of a tensor included, in any thread; the context is given back with the last memory and the last `Gpus`.
 Copies run on a stream of their own, out of host memory that is pinned piece by piece when its first block is copied:
-pinning a gigabyte at once would take a tenth of a second in which nothing moves.
+pinning a gigabyte at once would take a tenth of a second in which nothing moves. The interpreter's lock is released for
+every call but those that make a context current: beside 12 threads that read, or an import, to get it back takes far
+longer than such a call.
 
 Not guaranteed: torch does not count this memory as its own (`torch.cuda.memory_allocated`), and does not use it again.
 Guaranteed by `open_devices`: before it takes this way, the driver has done each kind of call once; if one is refused,
@@ -68,6 +70,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuEventSynchronize": (_Handle,),
     "cuEventDestroy_v2": (_Handle,),
 }
+_QUICK = ("cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2")  # of the thread alone: they wait for no lock of the driver
 _NOT_READY = 600
 
 
@@ -135,6 +138,7 @@ class Gpus:
         self._streams: dict[str, _Stream] = {}
         self._pinned: set[int] = set()
         self._may_pin = True
+        self._may_be_copying = False
         try:
             for gpu in self._gpus.values():
                 self._streams[gpu.place] = _Stream(gpu.new_stream())
@@ -164,21 +168,20 @@ class Gpus:
         """See Device."""
         if (address := address_of(memory)) in self._pinned:
             self._pinned.discard(address)
-            self._finish_copies()
+            if self._may_be_copying:
+                self._finish_copies()
             next(iter(self._gpus.values())).unregister(address)
 
     def copy(self, parts: Sequence[Part]) -> list[_Event]:
         """See Device."""
-        places = []
+        self._may_be_copying = True
+        of_gpus: dict[str, list[Part]] = {}
         for part in parts:
             if isinstance(part.memory, memoryview):
                 self._host.copy([part])
-                continue
-            stream = self._streams[part.memory.place]
-            self._gpus[part.memory.place].copy(part.memory.address + part.begin, part.view, stream.handle)
-            if part.memory.place not in places:
-                places.append(part.memory.place)
-        return [self._recorded(place) for place in places]
+            else:
+                of_gpus.setdefault(part.memory.place, []).append(part)
+        return [self._copied(place, parts) for place, parts in of_gpus.items()]
 
     def is_done(self, event: list[_Event]) -> bool:
         """See Device."""
@@ -204,14 +207,15 @@ class Gpus:
         """Return when no copy is under way, not even one whose event could not be recorded."""
         for place, stream in self._streams.items():
             self._gpus[place].finish(stream.handle)
+        self._may_be_copying = False
 
-    def _recorded(self, place: str) -> _Event:
+    def _copied(self, place: str, parts: Sequence[Part]) -> _Event:
         gpu, stream = self._gpus[place], self._streams[place]
         if not stream.free:
             stream.events.append(gpu.new_event())
             stream.free.append(stream.events[-1])
         handle = stream.free.pop()
-        gpu.record(handle, stream.handle)
+        gpu.copy(parts, stream.handle, handle)
         return _Event(gpu, handle)
 
     def _give_back(self, event: list[_Event]) -> None:
@@ -236,17 +240,29 @@ class _Driver:
         prepare_for_cuda()
         try:
             self._library: Any = ctypes.CDLL(library)
-            for name, types in _SIGNATURES.items():
-                getattr(self._library, name).argtypes = types
+            quick: Any = ctypes.PyDLL(library)  # keeps the interpreter's lock
+            self._calls = {name: getattr(quick if name in _QUICK else self._library, name) for name in _SIGNATURES}
+            for name, call in self._calls.items():
+                call.argtypes = _SIGNATURES[name]
         except (OSError, AttributeError) as error:
             raise DeviceFailed(f"the GPU's driver is missing or too old ({error})") from error
         self.call("cuInit", 0)
 
     def call(self, name: str, *arguments: Any) -> None:
         """Raises DeviceFailed."""
-        code = getattr(self._library, name)(*arguments)
+        code = self._calls[name](*arguments)
         if code:
-            raise DeviceFailed(f"the GPU's driver refuses {name}: {self._text(code)}", code)
+            raise self._refusal(name, code)
+
+    def is_ready(self, name: str, *arguments: Any) -> bool:
+        """The answer of a call that asks whether something is done. Raises DeviceFailed."""
+        code = self._calls[name](*arguments)
+        if code not in (0, _NOT_READY):
+            raise self._refusal(name, code)
+        return not code
+
+    def _refusal(self, name: str, code: int) -> DeviceFailed:
+        return DeviceFailed(f"the GPU's driver refuses {name}: {self._text(code)}", code)
 
     def _text(self, code: int) -> str:
         text = ctypes.c_char_p()
@@ -313,9 +329,13 @@ class _Gpu:
         with self._current() as driver:
             driver.call("cuMemHostUnregister", address)
 
-    def copy(self, target: int, view: memoryview, stream: ctypes.c_void_p) -> None:
+    def copy(self, parts: Sequence[Part], stream: ctypes.c_void_p, event: ctypes.c_void_p) -> None:
+        """Ask for copies to this GPU, and for `event` at their end."""
         with self._current() as driver:
-            driver.call("cuMemcpyHtoDAsync_v2", target, address_of(view), len(view), stream)
+            for part in parts:
+                target = part.memory.address + part.begin
+                driver.call("cuMemcpyHtoDAsync_v2", target, address_of(part.view), len(part.view), stream)
+            driver.call("cuEventRecord", event, stream)
 
     def new_stream(self) -> ctypes.c_void_p:
         stream = ctypes.c_void_p()
@@ -339,19 +359,9 @@ class _Gpu:
             driver.call("cuEventCreate", ctypes.byref(event), _EVENT)
         return event
 
-    def record(self, event: ctypes.c_void_p, stream: ctypes.c_void_p) -> None:
-        with self._current() as driver:
-            driver.call("cuEventRecord", event, stream)
-
     def is_done(self, event: ctypes.c_void_p) -> bool:
         with self._current() as driver:
-            try:
-                driver.call("cuEventQuery", event)
-            except DeviceFailed as error:
-                if error.code != _NOT_READY:
-                    raise
-                return False
-        return True
+            return driver.is_ready("cuEventQuery", event)
 
     def wait(self, event: ctypes.c_void_p) -> None:
         with self._current() as driver:
