@@ -88,6 +88,7 @@ class TorchDevices:
         self._host = HostMemory()
         self._streams = {device: make(device) for device in map(torch.device, places) if device.type == "cuda"}
         self._pinned: set[int] = set()
+        self._may_pin = bool(self._streams)
 
     def allocate(self, place: str, size_bytes: int) -> torch.Tensor | memoryview:
         """See Device."""
@@ -99,12 +100,13 @@ class TorchDevices:
         return memory
 
     def pin(self, memory: memoryview) -> None:
-        """See Device. If it cannot be pinned, copies out of it are only slower."""
-        if not self._streams:
+        """See Device. If it cannot be pinned, copies out of it are only slower; that is logged once."""
+        if not self._may_pin:
             return
         if _cudart("cudaHostRegister", address_of(memory), len(memory), _FOR_EVERY_DEVICE):
             self._pinned.add(address_of(memory))
             return
+        self._may_pin = False
         logger.warning("host memory cannot be pinned: the model goes to the GPU more slowly")
         # torch would find the driver's last error later, and take it for its own.
         with contextlib.suppress(RuntimeError):

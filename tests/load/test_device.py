@@ -101,13 +101,12 @@ def test_slots_wait_for_the_copies_out_of_them(
     fake_cuda.check_released()
 
 
-def test_a_large_ring_is_pinned_in_pieces(fake_cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelstore.load.transfer._PIN_BYTES", 2 * MB)
+def test_each_slot_of_the_ring_is_pinned_by_itself(fake_cuda: FakeCuda, tmp_path: Path) -> None:
     files = [weights_file(tmp_path, "0.safetensors", 20 * MB, MB)]
     reading = start(tmp_path, files, MB, ring_bytes=8 * MB)
     on_gpus(reading).wait()
     reading.close()
-    assert fake_cuda.state.pinned_at_once == 2 * MB
+    assert fake_cuda.state.pinned_at_once == MB
     fake_cuda.check_released()
 
 
@@ -158,7 +157,6 @@ def test_memory_that_cannot_be_pinned_is_copied_all_the_same(
 ) -> None:
     device = Gpus([0])
     monkeypatch.setenv("FAKE_CUDA_REFUSE", "cuMemHostRegister_v2")
-    monkeypatch.setattr("modelstore.load.transfer._PIN_BYTES", 1)
     reading = start_reading(snapshot, ring_bytes=1)
     transfer = Transfer(reading, lambda: device, lambda _name: "cuda:0")
     tensors = load_tensors(snapshot, "cpu", reading=reading, transfer=transfer)

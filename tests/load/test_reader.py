@@ -363,15 +363,44 @@ def test_more_reads_at_once_as_long_as_that_is_faster() -> None:
     assert rates(ReadConcurrency(4), one_disk, seconds=30).count(8) > 1, "and tried again later"
 
 
-def test_blocks_of_the_page_cache_are_copied_by_all_processors_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for count, readers in ((2, 4), (12, 12), (64, MOST_AT_ONCE)):
+def test_a_stretch_of_the_page_cache_is_no_slow_volume() -> None:
+    pace, now = ReadConcurrency(4), 0.0
+    per_reader = {4: 100.0, 8: 200.0, MOST_AT_ONCE: 400.0}
+    for number in range(2000):
+        if number in (150, 400):
+            now += 5.0  # of copies
+            pace.read(1_000_000, now, is_copy=True)
+        now += 1 / per_reader[pace.readers]
+        before = pace.readers
+        pace.read(1_000_000, now)
+        assert pace.readers >= before, "every trial was faster"
+    assert pace.readers == MOST_AT_ONCE
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another account")
+def test_the_page_cache_is_not_known_to_those_who_may_not_write(tmp_path: Path) -> None:
+    """To them the kernel says that all of a file is in it."""
+    write(tmp_path, "0.safetensors", 5 * MB, MB)
+    (tmp_path / "0.safetensors").chmod(0o644)
+    fd = os.open(tmp_path / "0.safetensors", os.O_RDONLY)
+    pid = os.fork()
+    if not pid:
+        os.setuid(65534)
+        os._exit(int(CachedPages(fd, 5 * MB).hold(0, 5 * MB)))
+    assert os.waitpid(pid, 0)[1] == 0
+    os.close(fd)
+
+
+def test_blocks_of_the_page_cache_are_copied_by_most_processors_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for count, readers in ((2, 4), (8, 6), (16, 12), (64, MOST_AT_ONCE)):
         monkeypatch.setattr(processors, "processors", lambda count=count: count)
         pace = ReadConcurrency(4)
         assert pace.copy() == (readers != 4)
         assert pace.readers == readers
         assert not pace.copy(), "once"
+        assert not any(pace.read(1_000_000, now / 1000, is_copy=True) for now in range(10_000)), "no trial of more"
         full = dict.fromkeys(range(1, MOST_AT_ONCE + 1), 3000.0)
-        assert max(rates(pace, full, seconds=10)) <= MOST_AT_ONCE
+        assert max(rates(pace, full, seconds=10)) <= MOST_AT_ONCE, "the blocks that come from the volume are"
 
 
 def test_the_page_cache_is_asked_for_each_block(tmp_path: Path) -> None:

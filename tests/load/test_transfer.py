@@ -205,7 +205,7 @@ class FakeCuda:
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         assert address % 4096 == 0
-        assert size >= 4 * (8 << 20)
+        assert size == 8 << 20, "one slot"
         self.calls.append("register")
         return self.register
 
@@ -245,7 +245,7 @@ def test_torch_copies_on_a_stream_of_its_own_out_of_memory_that_is_pinned_meanwh
     shards = len(snapshot.weights)
     assert cuda.calls[0] == "stream"
     assert cuda.calls.count("wait for the current stream") == shards, "memory of each came from others"
-    assert cuda.calls.count("register") == 1
+    assert cuda.calls.count("register") == (1 if refused else cuda.calls.count("unregister"))
     assert cuda.calls.count("copy") == cuda.calls.count("record") == shards
     assert cuda.calls[-1] == ("synchronize" if refused else "unregister")
     assert ("cannot be pinned" in caplog.text) == refused

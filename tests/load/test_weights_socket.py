@@ -171,8 +171,8 @@ def test_a_client_is_told_if_another_reading_has_no_weights(
     reading, reader = standing_still(snapshot)
     server.serve(reading, shared_files(snapshot, reading))
     with connect(tmp_path / "socket") as weights:
-        os.kill(reader, signal.SIGCONT)
         reading.failed(DigestMismatch("damaged"))
+        os.kill(reader, signal.SIGCONT)
         server.serve(start_reading(snapshot), [])
         with pytest.raises(ProcessFailed, match="without them"):
             weights.wait(weights.files[-1], weights.files[-1].size_bytes)
