@@ -4,9 +4,15 @@
     RUNPOD_API_KEY=… python scripts/deploy.py chat --image you/modelstore-worker --model org/name --volume VOLUME_ID \\
         --gpu ADA_24,AMPERE_24 --preset cost [--http] [--env NAME=VALUE]… [--dry-run | --plan]
     RUNPOD_API_KEY=… python scripts/deploy.py chat --model org/other [--env NAME=VALUE]… [--unset NAME]…
+    RUNPOD_API_KEY=… python scripts/deploy.py up models.toml --name chat --image you/modelstore-worker \\
+        --data-center EU-RO-1 [the same options]…
+    RUNPOD_API_KEY=… python scripts/deploy.py down chat [--keep-volume]
 
 A second run changes what it names, and nothing else; it prints the differences. --http makes an endpoint of the type
 LOAD_BALANCER, whose workers are asked over HTTP, without a queue. Workers run in the data centers of the volumes.
+
+`up` makes all that a list of models needs: a network volume, the models on it, the endpoint, and a first job, whose
+answer it prints. If it is interrupted, run it again. `down` asks, and removes them.
 Presets (figures for a 7B model; each can be overridden):
 
     dev      0 to 1 workers,  idle 30 s,  jobs up to 300 s
@@ -21,12 +27,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from modelstore.errors import InvalidSetting, ModelStoreError, UsageError
-from modelstore.settings import Settings, ineffective
-from scripts.endpoint_plan import PRESETS, SERVE_HTTP, Plan, curl_of, make_plan, save, url_of
+from scripts.deployment import Deployment
+from scripts.endpoint_plan import PRESETS, SERVE_HTTP, Plan, check_environment, curl_of, make_plan, save, url_of
 from scripts.runpod_api import Api, Unreachable
 
 _AS_NEW = "whether the endpoint is there is not known; this is the plan for a new one"
@@ -44,8 +51,39 @@ def _list(text: str) -> list[str]:
 
 
 def _parsed() -> argparse.Namespace:
+    command = sys.argv[1] if sys.argv[1:2] in (["up"], ["down"]) else "endpoint"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="the endpoint's name")
+    parser.set_defaults(command=command)
+    if command != "endpoint":
+        parser.add_argument("command", choices=["up", "down"], help=argparse.SUPPRESS)
+    if command == "down":
+        parser.add_argument("name", help="the name that `up` had")
+        parser.add_argument("--keep-volume", action="store_true", help="and all models on it")
+        parser.add_argument("--yes", action="store_true", help="do not ask")
+        return parser.parse_args()
+    if command == "up":
+        parser.add_argument("list", type=Path, help="a TOML file, as for `modelstore seed --from`")
+        parser.add_argument("--name", help="of the endpoint, the volume and the pod; the list's by default")
+        parser.add_argument("--data-center", metavar="ID", help="of a new volume")
+        parser.add_argument("--volume-size", type=int, metavar="GB", help="instead of the size that the list needs")
+        parser.add_argument(
+            "--seed",
+            choices=["pod", "s3", "none"],
+            help="by a pod without a GPU, or from here over S3, which is done if AWS_ACCESS_KEY_ID is set",
+        )
+        parser.add_argument("--seed-cpu", default="cpu5c", metavar="FLAVOR", help="of that pod; %(default)s")
+        parser.add_argument("--seed-wait-s", type=float, default=7200, metavar="S", help="for the seed; %(default)s")
+        parser.add_argument("--wait-s", type=float, default=1800, metavar="S", help="for the answer; %(default)s")
+    else:
+        parser.add_argument("name", help="the endpoint's name")
+        plan = parser.add_mutually_exclusive_group()
+        plan.add_argument("--dry-run", action="store_true", help="print the request, and do nothing; needs no key")
+        plan.add_argument("--plan", action="store_true", help="the same, compared with what is deployed")
+    _add_options(parser)
+    return parser.parse_args()
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", help="the image, as it was pushed")
     parser.add_argument("--model", help="org/name, org/name@revision or @alias")
     parser.add_argument("--volume", type=_list, help="the network volume's id; several in several data centers")
@@ -75,18 +113,16 @@ def _parsed() -> argparse.Namespace:
         "--env", type=_variable, action="append", default=[], metavar="NAME=VALUE", help="a setting of the worker"
     )
     parser.add_argument("--unset", action="append", default=[], metavar="NAME", help="remove a setting of the worker")
-    plan = parser.add_mutually_exclusive_group()
-    plan.add_argument("--dry-run", action="store_true", help="print the request, and do nothing; needs no key")
-    plan.add_argument("--plan", action="store_true", help="the same, compared with what is deployed")
-    return parser.parse_args()
 
 
-def _api(options: argparse.Namespace) -> Api | None:
+def _api(*, may_lack_key: bool) -> Api | None:
     """The account; None for a dry run that has no key."""
-    key = os.environ.get("RUNPOD_API_KEY", "")
+    key = os.environ.get("RUNPOD_API_KEY", "").strip()
+    if key and not key.isascii():
+        raise InvalidSetting("RUNPOD_API_KEY is no key of RunPod's: copy it from its settings")
     if key:
         return Api(key)
-    if options.dry_run:
+    if may_lack_key:
         print(f"RUNPOD_API_KEY is not set: {_AS_NEW}", file=sys.stderr)
         return None
     raise InvalidSetting("RUNPOD_API_KEY is not set: make a key in RunPod's settings")
@@ -104,28 +140,57 @@ def _planned(options: argparse.Namespace, api: Api | None) -> Plan:
 
 def main() -> int:
     options = _parsed()
-    changes = not (options.dry_run or options.plan)
     try:
-        api = _api(options)
-        plan = _planned(options, api)
-        env = plan.endpoint["env"]
-        if Settings.from_env(env, root=Path("/volume")).model is None and plan.before:
-            raise UsageError("the environment has no MODEL_ID then, and no worker could start: name one with --model")
-        for line in ineffective(env):
-            print(f"warning: {line}", file=sys.stderr)
-        for line in list(plan.differences()) or ["nothing changes"]:
-            print(line, file=sys.stderr)
-        record = {"done": changes, **plan.as_json()}
-        if changes and api is not None:
-            endpoint = save(plan, api)
-            record |= {"id": endpoint["id"], "url": url_of(endpoint)}
+        record = _deployed(options) if options.command == "endpoint" else _up_or_down(options)
     except ModelStoreError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: what was made is there; repeat the command to go on", file=sys.stderr)
+        return 130
     print(json.dumps(record, indent=2, ensure_ascii=False))
-    if changes:
-        print(f"the endpoint is {record['url']}; a first job:\n{curl_of(endpoint)}", file=sys.stderr)
     return 0
+
+
+def _deployed(options: argparse.Namespace) -> dict[str, Any]:
+    changes = not (options.dry_run or options.plan)
+    api = _api(may_lack_key=options.dry_run)
+    plan = _planned(options, api)
+    if api is not None or options.model:  # else it may be a plan without a model
+        check_environment(plan.endpoint["env"])
+    for line in list(plan.differences()) or ["nothing changes"]:
+        print(line, file=sys.stderr)
+    record: dict[str, Any] = {"done": changes, **plan.as_json()}
+    if changes and api is not None:
+        endpoint = save(plan, api)
+        record |= {"id": endpoint["id"], "url": url_of(endpoint)}
+        print(f"the endpoint is {record['url']}; a first job:\n{curl_of(endpoint)}", file=sys.stderr)
+    return record
+
+
+def _up_or_down(options: argparse.Namespace) -> dict[str, Any]:
+    name = options.name or options.list.stem
+    if name in ("up", "down"):
+        raise UsageError(f"{name} is no name for an endpoint, but a command: choose another --name")
+    api = _api(may_lack_key=False)
+    assert api is not None
+    deployment = Deployment(api, name, os.environ["RUNPOD_API_KEY"].strip())
+    if options.command == "up":
+        options.name = name
+        return deployment.up(options.list, options)
+    return {"removed": deployment.down(confirm=_agreed if options.yes else _confirm, keep_volume=options.keep_volume)}
+
+
+def _agreed(_question: str) -> None:
+    """--yes."""
+
+
+def _confirm(question: str) -> None:
+    if not sys.stdin.isatty():
+        raise UsageError(f"{question} Nobody can be asked here: repeat the command with --yes")
+    print(question, "[y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UsageError("nothing was removed")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from modelstore.errors import UsageError
 from modelstore.reference import parse_reference
+from modelstore.settings import Settings, ineffective
 from scripts.runpod_api import Api
 
 _SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD)(_ID)?$")
@@ -47,7 +49,7 @@ def wanted(options: argparse.Namespace, before: Mapping[str, Any], data_centers:
         "image": options.image,
         "disk": options.disk,
         "args": options.args,
-        "env": _environment(options, before),
+        "env": environment(options, before),
         "registry": options.registry,
         "networkVolumes": options.volume,
         "dataCenterIds": list(data_centers) if options.volume or options.locations else None,
@@ -88,13 +90,22 @@ def serves_http(endpoint: Mapping[str, Any]) -> bool:
     return endpoint.get("type") == "LOAD_BALANCER" or "base" in (endpoint.get("requestUrls") or {})
 
 
-def _environment(options: argparse.Namespace, before: Mapping[str, Any]) -> dict[str, str]:
+def environment(options: argparse.Namespace, before: Mapping[str, Any]) -> dict[str, str]:
+    """The environment of the workers, with the changes of the command line."""
     env = dict(before.get("env") or {})
     env |= {"MODEL_ID": str(parse_reference(options.model))} if options.model else {}
     env |= dict(options.env)
     if missing := [name for name in options.unset if name not in env and before]:
         raise UsageError(f"--unset {missing[0]}: the endpoint has no such variable")
     return {name: value for name, value in sorted(env.items()) if name not in options.unset}
+
+
+def check_environment(env: Mapping[str, str]) -> None:
+    """Print a warning for each variable that has no effect. Raises ModelStoreError if no worker could start."""
+    if Settings.from_env(env, root=Path("/volume")).model is None:
+        raise UsageError("the environment has no MODEL_ID then, and no worker could start: name one with --model")
+    for line in ineffective(env):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def _milliseconds(seconds: int | None, preset: Preset | None) -> int | None:

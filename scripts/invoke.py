@@ -44,9 +44,13 @@ class Endpoint:
         """The id of a job that is begun."""
         return str(self._post("run", {"input": job_input})["id"])
 
+    def status(self, job_id: str) -> dict[str, Any]:
+        """A job as it is now: `status`, and `output` or `error` once that is one of FINAL."""
+        return self._get(f"status/{job_id}")
+
     def wait(self, job_id: str, *, every_s: float = 1.0) -> Any:
         """The output of a job, asked for again and again."""
-        while (job := self._get(f"status/{job_id}"))["status"] not in FINAL:
+        while (job := self.status(job_id))["status"] not in FINAL:
             print(f"{job_id}: {job['status']}", file=sys.stderr)
             time.sleep(every_s)
         return self._finished(job)

@@ -5,8 +5,10 @@ Its schema is published at https://docs.runpod.io; errors are problem details (R
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -18,6 +20,7 @@ _TIMEOUT_S = 30.0
 _TRIES = 4
 _MOST_WAIT_S = 30.0
 _LINE_CHARACTERS = 500
+_LOG_S = 10.0
 
 
 class Unreachable(ModelStoreError):
@@ -54,8 +57,12 @@ class Api:
         return self._answer("PATCH", path, body)
 
     def delete(self, path: str) -> None:
-        """Remove an object."""
+        """Remove an object, unless it is gone already."""
         self._answer("DELETE", path)
+
+    def log(self, path: str) -> Log:
+        """The log at an address."""
+        return Log(self._client, path)
 
     def _answer(self, method: str, path: str, body: Any = None) -> Any:
         for number in range(1, _TRIES + 1):
@@ -66,11 +73,56 @@ class Api:
                     raise Unreachable(f"RunPod cannot be reached ({type(error).__name__}): try again") from error
                 wait_s = float(number)
             else:
+                if method == "DELETE" and response.status_code == 404:
+                    return None
                 if response.status_code not in (429, 503) or number == _TRIES:
                     return _content(method, path, response)
                 wait_s = _wait_s(response, number)
             time.sleep(wait_s)
         raise AssertionError("it returned, or raised")
+
+
+class Log:
+    """A log that is written meanwhile: server-sent events, each with an id, so that a connection that breaks loses and
+    repeats nothing."""
+
+    def __init__(self, client: httpx.Client, path: str) -> None:
+        self._client = client
+        self._path = path
+        self._last_id = ""
+
+    def lines(self) -> Iterator[str]:
+        """The lines since the last one that was taken, as they come, for some seconds; ask again then. There are none
+        if there is no log yet, or RunPod does not answer now. Raises ModelStoreError if it refuses."""
+        headers = {"Last-Event-ID": self._last_id} if self._last_id else {}
+        timeout = httpx.Timeout(_TIMEOUT_S, read=_LOG_S)
+        event_id, deadline = self._last_id, time.monotonic() + _LOG_S
+        try:
+            with self._client.stream("GET", self._path, headers=headers, timeout=timeout) as response:
+                if response.status_code in (404, 429) or response.status_code >= 500:
+                    return
+                if response.status_code >= 300:
+                    response.read()
+                    _content("GET", self._path, response)
+                for text in response.iter_lines():
+                    name, _colon, value = text.partition(":")
+                    if name == "id":
+                        event_id = value.strip()
+                    elif name == "data":
+                        self._last_id = event_id
+                        yield one_line(_line_of(value), _LINE_CHARACTERS)
+                    if time.monotonic() > deadline:
+                        return
+        except httpx.TransportError:
+            return
+
+
+def _line_of(data: str) -> str:
+    """The text of an event; an event of another form as it is."""
+    try:
+        return str(json.loads(data)["line"])
+    except (ValueError, KeyError, TypeError):
+        return data.strip()
 
 
 def _may_repeat(method: str, error: httpx.TransportError) -> bool:

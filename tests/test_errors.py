@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 FILES = [path for package in ("modelstore", "handler", "scripts") for path in sorted((ROOT / package).rglob("*.py"))]
 BUILTIN = {"BaseException", "Exception", "ValueError", "LookupError", "TimeoutError", "RuntimeError", "OSError"}
 # A job's errors end one job with an answer, and no start and no command; the fourth is no error: it unwinds a build; the
-# last is of a script.
-OUTSIDE = {"JobError", "TemplateError", "TemplateTimeout", "_ValueNeeded", "Unreachable"}
+# last three are of scripts.
+OUTSIDE = {"JobError", "TemplateError", "TemplateTimeout", "_ValueNeeded", "NoAnswer", "SeedFailed", "Unreachable"}
 
 
 def classes() -> dict[str, set[str]]:

@@ -23,7 +23,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.support.runpod_owner import PREFIXES, Account
+from tests.support.runpod_owner import PREFIXES, Account, Problem
 
 ENDPOINT = "endpoint-1"
 KEY = "rpa_key"
@@ -75,7 +75,7 @@ class RunPod:
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.runpod = self
         self.url = f"http://127.0.0.1:{self._server.server_port}/v2"
-        self.account = Account(KEY, self.url)
+        self.account = Account(KEY, self.url, worker_env=self.worker_env)
 
     def submit(self, job_id: str, job_input: object) -> Job:
         with self.changed:
@@ -237,10 +237,12 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         if url.path.split("/")[2:3] and url.path.split("/")[2] in PREFIXES:
             key = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            if url.path.endswith("/logs"):
+                return self._log(url.path, key)
             return self._answer(*self.server.runpod.account.answer(self.command, url.path, body, key))
         _, _v2, endpoint, action, *rest = [unquote(part) for part in url.path.split("/")]
         runpod = self.server.runpod
-        if endpoint != ENDPOINT:
+        if endpoint not in (ENDPOINT, *runpod.account.endpoints):
             return self._answer(404, {"error": "no such endpoint"})
         if self.headers.get("Authorization", "").removeprefix("Bearer ") != KEY:
             return self._answer(401, {"error": "unauthorized"})
@@ -263,9 +265,36 @@ class _Handler(BaseHTTPRequestHandler):
             if action == "job-stream":
                 runpod.stream(rest[1], body)
                 return self._answer(200, {})
-            return self._client(action, rest, body)
+            return self._client(endpoint, action, rest, body)
 
-    def _client(self, action: str, rest: list[str], body: Any) -> None:
+    def _log(self, path: str, key: str) -> None:
+        """The lines of a container as server-sent events, until its end or the client's."""
+        account = self.server.runpod.account
+        try:
+            name = account.log(path, key)
+        except Problem as problem:
+            return self._answer(problem.status, problem.body, "application/problem+json")
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        begin = int(self.headers.get("Last-Event-ID") or -1) + 1
+        machines = account.machines
+        assert machines is not None
+        with suppress(ConnectionError):
+            while True:
+                has_ended = machines.status(name) != "RUNNING"
+                lines = machines.lines(name)
+                for number, line in enumerate(lines[begin:], begin):
+                    record = {"ts": "2026-06-01T12:00:00Z", "source": "container", "line": line}
+                    self.wfile.write(f"id: {number}\ndata: {json.dumps(record)}\n\n".encode())
+                begin = max(begin, len(lines))
+                if has_ended:
+                    return None
+                time.sleep(0.05)
+
+    def _client(self, endpoint: str, action: str, rest: list[str], body: Any) -> None:
         runpod = self.server.runpod
         runpod.requests.append((self.command, action))
         if runpod.refusals:
@@ -287,6 +316,7 @@ class _Handler(BaseHTTPRequestHandler):
             if "input" not in body:
                 return self._answer(400, {"error": "input is missing"})
             job = runpod.submit(f"{uuid.uuid4()}-e1", body["input"])
+            runpod.account.job_arrived(endpoint)
             if action == "runsync":
                 runpod.wait(lambda: job.status in FINAL)
             return self._answer(200, job.as_json())

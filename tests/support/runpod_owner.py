@@ -1,4 +1,4 @@
-"""A stand-in for RunPod's REST API, version 2: the endpoints and volumes of one account.
+"""A stand-in for RunPod's REST API, version 2: the endpoints, volumes and pods of one account.
 
 Each request and each answer is compared with RunPod's own schema (`runpod_openapi.json`, published as 2.0.0 on 2026-08-20,
 here without its prose), so a field that is none fails, whoever invents it.
@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tests.support.runpod_machines import Machines
+
 READ_ONLY_KEY = "rpa_read_only"
 PREFIXES = ("serverless", "network-volumes", "pods", "catalog")
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
 
 
 @cache
@@ -49,6 +58,10 @@ class Account:
     url: str = "https://api.runpod.ai/v2"
     endpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
     volumes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    machines: Machines | None = None  # without, nothing runs
+    worker_env: Callable[[str], Mapping[str, str]] = lambda _worker: {}
+    on_change: Callable[[str, str], None] = lambda _method, _path: None  # called after a change was made
     requests: list[tuple[str, str, Any]] = field(default_factory=list)
     quota: int = 30  # workers
     refusals: list[int] = field(default_factory=list)  # statuses of the next answers
@@ -79,12 +92,82 @@ class Account:
                 raise Problem(422, "Unprocessable Entity", "request validation failed", errors)
         act: Callable[..., Any] = getattr(self, f"_{operation['operationId']}")
         result = act(*names, *([body] if "requestBody" in operation else []))
+        if method != "GET":
+            self.on_change(method, path)
         status = next(int(code) for code in operation["responses"] if code.startswith("2"))
         if status != 204:
             answer = operation["responses"][str(status)]["content"]["application/json"]["schema"]
             wrong = errors_of(result, answer)
             assert not wrong, (template, wrong)
         return status, result
+
+    def log(self, path: str, key: str) -> str:
+        """The name of the container whose log lies at this address. Raises Problem."""
+        _operation("GET", path)
+        name = path.split("/")[-2]
+        if key != self.key:
+            raise Problem(401, "Unauthorized", "invalid API key")
+        if self.machines is None or not self.machines.lines(name):
+            raise Problem(404, "Not Found", f"{name} has no log")
+        return name
+
+    def job_arrived(self, endpoint_id: str) -> None:
+        """Start a worker of an endpoint, if none runs."""
+        endpoint = self.endpoints.get(endpoint_id)
+        if endpoint is not None and self.machines is not None:
+            worker = f"{endpoint_id}-w1"
+            env = {**endpoint["env"], **self.worker_env(worker)}
+            self.machines.start(worker, endpoint["args"], env, *endpoint["networkVolumes"][:1])
+
+    # Pods
+
+    def _listPods(self) -> Any:  # noqa: N802
+        return {"pods": [self._pod(name) for name in self.pods]}
+
+    def _getPod(self, name: str) -> Any:  # noqa: N802
+        self._known(self.pods, name, "pod")
+        return self._pod(name)
+
+    def _deletePod(self, name: str) -> None:  # noqa: N802
+        self._known(self.pods, name, "pod")
+        del self.pods[name]
+        if self.machines is not None:
+            self.machines.stop(name)
+
+    def _createPod(self, body: Mapping[str, Any]) -> Any:  # noqa: N802
+        if ("gpu" in body) == ("cpu" in body):
+            raise Problem(400, "Bad Request", "exactly one of gpu and cpu must be set")
+        (mount,) = body["mounts"]["network"]
+        volume = self._known(self.volumes, mount["volumeId"], "network volume")
+        if body.get("dataCenterIds", []) != [volume["dataCenter"]]:
+            raise Problem(400, "Bad Request", f"the volume is in {volume['dataCenter']}")
+        name = f"p{len(self.requests)}"
+        config = {key: body[key] for key in ("name", "image", "args", "disk", "env", "mounts")}
+        self.pods[name] = {
+            **config,
+            "id": name,
+            "actions": ["stop", "restart", "terminate"],
+            "cpu": {**body["cpu"], "memory": 2 * body["cpu"]["vcpuCount"]},
+            "ports": [],
+            "registry": None,
+            "cloud": "SECURE",
+            "dataCenterId": volume["dataCenter"],
+            "cudaVersion": None,
+            "ssh": {"proxy": None, "direct": None},
+            "template": None,
+            "cost": 0.12,
+            "locked": False,
+            "runtime": None,
+            "createdAt": "2026-06-01T12:00:00Z",
+            "startedAt": None,
+            "globalNetworking": {"enabled": False},
+        }
+        if self.machines is not None:
+            self.machines.start(name, body["args"], body["env"], mount["volumeId"])
+        return self._pod(name)
+
+    def _pod(self, name: str) -> dict[str, Any]:
+        return {**self.pods[name], "status": self.machines.status(name) if self.machines else "PROVISIONING"}
 
     # Endpoints
 
@@ -97,6 +180,16 @@ class Account:
     def _deleteEndpoint(self, name: str) -> None:  # noqa: N802
         self._known(self.endpoints, name, "endpoint")
         del self.endpoints[name]
+        if self.machines is not None:
+            self.machines.stop(f"{name}-w1")
+
+    def _listEndpointWorkers(self, name: str) -> Any:  # noqa: N802
+        self._known(self.endpoints, name, "endpoint")
+        worker = f"{name}-w1"
+        runs = self.machines is not None and self.machines.status(worker) == "RUNNING"
+        states = dict.fromkeys(("running", "idle", "initializing", "throttled", "unhealthy"), 0)
+        workers = [{"id": worker, "status": "INITIALIZING", "gpuCount": 1, "isStale": False}] if runs else []
+        return {"workers": workers, "summary": states | {"initializing": len(workers), "total": len(workers)}}
 
     def _createEndpoint(self, body: Mapping[str, Any]) -> Any:  # noqa: N802
         if ("gpu" in body) == ("cpu" in body):
@@ -107,7 +200,8 @@ class Account:
         actions = {"run": "run", "runSync": "runsync", "purgeQueue": "purge-queue", "health": "health"}
         actions |= {name: f"{name}/{{job_id}}" for name in ("status", "stream", "cancel", "retry")}
         queue = {name: f"{base}/{action}" for name, action in actions.items()}
-        http = {"base": f"https://{number}.api.runpod.ai", "health": f"https://{number}.api.runpod.ai/ping"}
+        base_url = f"https://{number}.api.runpod.ai" if self.machines is None else f"http://127.0.0.1:{free_port()}"
+        http = {"base": base_url, "health": f"{base_url}/ping"}
         usual = {"min": 0, "max": 3, "idleTimeout": 10}
         gpu = {"count": 1, "allowedCudaVersions": [], "minCudaVersion": None} | dict(body.get("gpu", {}))
         endpoint = {
@@ -129,6 +223,9 @@ class Account:
         }
         self._check(endpoint)
         self.endpoints[number] = endpoint
+        if not is_queue and self.machines is not None:
+            env = {**endpoint["env"], "PORT": base_url.rpartition(":")[2]}
+            self.machines.start(f"{number}-w1", endpoint["args"], env, endpoint["networkVolumes"][0])
         return self._shown(endpoint)
 
     @staticmethod
@@ -171,6 +268,38 @@ class Account:
         volume = {"type": "STANDARD", **body, "id": f"v{len(self.requests)}"}
         self.volumes[volume["id"]] = volume
         return volume
+
+    def _updateNetworkVolume(self, name: str, body: Mapping[str, Any]) -> Any:  # noqa: N802
+        volume = self._known(self.volumes, name, "network volume")
+        if body.get("size", volume["size"]) < volume["size"]:
+            raise Problem(400, "Bad Request", "a volume cannot be made smaller")
+        volume |= body
+        return volume
+
+    def _deleteNetworkVolume(self, name: str) -> None:  # noqa: N802
+        self._known(self.volumes, name, "network volume")
+        if any(name in endpoint["networkVolumes"] for endpoint in self.endpoints.values()):
+            raise Problem(409, "Conflict", f"the volume {name} is in use")
+        del self.volumes[name]
+        if self.machines is not None:
+            self.machines.remove_volume(name)
+
+    @staticmethod
+    def _listDataCenters() -> Any:  # noqa: N802
+        types = {"EU-RO-1": ["STANDARD"], "US-KS-2": ["STANDARD"], "US-NO-1": []}
+        return {
+            "dataCenters": [
+                {
+                    "id": name,
+                    "name": name,
+                    "region": "EUROPE" if name.startswith("EU") else "NORTH_AMERICA",
+                    "networkVolumeTypes": kinds,
+                    "compliance": [],
+                    "globalNetwork": True,
+                }
+                for name, kinds in types.items()
+            ]
+        }
 
     @staticmethod
     def _known(records: dict[str, dict[str, Any]], name: str, kind: str) -> dict[str, Any]:
