@@ -7,6 +7,9 @@
 #   docker build --platform linux/amd64 --build-arg EXTRA=vllm --build-arg BASE_IMAGE=vllm/vllm-openai:v0.32.0 \
 #       --build-arg VLLM_PYTHON=/usr/bin/python3 -t you/modelstore-vllm .
 #
+# A release also names itself: --build-arg VERSION=0.1.0 --build-arg REVISION=$(git rev-parse HEAD)
+# --build-arg SOURCE=https://github.com/you/repository. The torch of the constraints needs hosts with CUDA 13.
+#
 # scripts/build_image builds the same file without a Docker engine, runs its main job and tells its size.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
@@ -47,14 +50,16 @@ WORKDIR /tmp
 # A start with a tiny random model: it shows that the image works, and leaves the byte-code of all that a start imports.
 # A second one records the files that it opens: a later start asks the kernel for them ahead (handler/readahead.py)
 RUN if [ "${EXTRA}" = vllm ]; then \
-        exec /opt/venv/bin/python -c "import handler.engines.vllm_start, handler.worker, runpod, modelstore.store"; \
+        exec /opt/venv/bin/python -c "import handler.engines.vllm_start, handler.health, \
+            handler.http_server, handler.worker, runpod, modelstore.store"; \
     fi; \
     /opt/venv/bin/python -c "from pathlib import Path; from modelstore.bench.checkpoints import make_checkpoint; \
         make_checkpoint(Path('/tmp/tiny'), 2_000_000, 'float16')" \
     && MODEL_ID=file:///tmp/tiny MODELSTORE_ROOT=/tmp/store /opt/venv/bin/python -m handler \
         --test_input '{"input": {"prompt": "a", "max_tokens": 2}}' \
     && MODEL_ID=file:///tmp/tiny MODELSTORE_ROOT=/tmp/store /opt/venv/bin/python -m handler.readahead \
-    && /opt/venv/bin/python -c "import jinja2.ext, jinja2.sandbox, transformers.utils.chat_template_utils" \
+    && /opt/venv/bin/python -c "import jinja2.ext, jinja2.sandbox, transformers.utils.chat_template_utils, \
+        handler.health, handler.http_server, uvicorn.protocols.http.h11_impl, uvicorn.lifespan.off" \
     && rm -rf /tmp/tiny /tmp/store
 
 FROM ${BASE_IMAGE}
@@ -72,10 +77,20 @@ ENV MODELSTORE_VLLM_PYTHON=${VLLM_PYTHON}
 RUN [ -z "${VLLM_PYTHON}" ] || PYTHONDONTWRITEBYTECODE='' "${VLLM_PYTHON}" -m compileall -q -j 0 \
         "$("${VLLM_PYTHON}" -c 'import importlib.util as u; print(u.find_spec("vllm").submodule_search_locations[0])')/.." \
     || true
+ARG VERSION=0.1.0
+ARG REVISION=
+ARG SOURCE=
+LABEL org.opencontainers.image.title="modelstore worker" \
+    org.opencontainers.image.description="A serverless GPU worker that starts from a model on a network volume" \
+    org.opencontainers.image.version="${VERSION}" \
+    org.opencontainers.image.revision="${REVISION}" \
+    org.opencontainers.image.source="${SOURCE}"
 WORKDIR /worker
 COPY --from=build /opt/venv /opt/venv
 COPY handler/test_input.json .
 # RunPod mounts the volume as root's, so the image starts as root; the worker becomes the account that owns the store's
 # folder, if that is another one (handler/privileges.py).
+# For your own machine; RunPod asks in its own way. A first download may take long
+HEALTHCHECK --interval=10s --timeout=10s --start-period=30m CMD ["python", "-m", "handler.health"]
 ENTRYPOINT []
 CMD ["python", "-m", "handler"]

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from modelstore.errors import InvalidSetting, ModelStoreError, UsageError
 from scripts.deployment import Deployment
-from scripts.endpoint_plan import PRESETS, SERVE_HTTP, Plan, check_environment, curl_of, make_plan, save, url_of
+from scripts.endpoint_plan import CUDA, PRESETS, SERVE_HTTP, Plan, check_environment, curl_of, make_plan, save, url_of
 from scripts.runpod_api import Api, Unreachable
 
 _AS_NEW = "whether the endpoint is there is not known; this is the plan for a new one"
@@ -95,7 +95,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--exclude-gpu", type=_list, metavar="TYPES", help="types of GPUs in these pools that are not used"
     )
     parser.add_argument("--gpu-count", type=int, help="for each worker; 1 for a new endpoint")
-    parser.add_argument("--cuda", metavar="VERSION", help="the lowest version of CUDA that a host may have, as in 12.8")
+    parser.add_argument(
+        "--cuda", metavar="VERSION", help=f"the lowest version of CUDA that a host may have; {CUDA} for a new endpoint"
+    )
     parser.add_argument("--preset", choices=PRESETS, help="cost for a new endpoint")
     for name in ("workers-min", "workers-max", "idle-timeout", "execution-timeout"):
         parser.add_argument(f"--{name}", type=int, help="instead of the preset's")

@@ -17,6 +17,7 @@ from modelstore.settings import Settings, ineffective
 from scripts.runpod_api import Api
 
 _SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD)(_ID)?$")
+CUDA = "13.0"  # of the torch in our image: on a host with an older driver it sees no GPU
 SERVE_HTTP = "python -m handler --http"
 _VOLUMES_UNKNOWN = "the data centers follow from the volumes"
 
@@ -132,7 +133,7 @@ def _scaling(options: argparse.Namespace, *, is_http: bool, is_new: bool) -> dic
 
 
 def _gpu(options: argparse.Namespace, before: Mapping[str, Any], *, is_new: bool) -> dict[str, Any]:
-    usual = {"pools": ["ADA_24", "AMPERE_24"], "count": 1} if is_new else {}
+    usual = {"pools": ["ADA_24", "AMPERE_24"], "count": 1, "minCudaVersion": CUDA} if is_new else {}
     changes = {
         "pools": options.gpu,
         "excludedTypes": options.exclude_gpu,

@@ -30,15 +30,93 @@ TESTS: dict[str, Any] = json.loads((HERE / ".runpod" / "tests.json").read_text()
 VARIABLES = {field.variable: field for field in FIELDS}
 
 
-def test_the_hubs_page_is_complete() -> None:
-    assert HUB["title"]
+CUDA_VERSIONS = {"type": "array", "items": {"type": "string", "pattern": r"^\d+\.\d+$"}}
+TEXT = {"type": "string", "minLength": 1}
+
+
+def record(required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A schema of an object with these fields and no others."""
+    return {
+        "type": "object",
+        "properties": {**required, **(optional or {})},
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+INPUT = record(
+    {"name": TEXT, "type": {"enum": ["string", "number", "boolean", "huggingface"]}, "description": TEXT},
+    {
+        "default": {"type": ["string", "number", "boolean"]},
+        "options": {"type": "array", "items": record({"label": TEXT, "value": {"type": "string"}})},
+        "min": {"type": "number"},
+        "max": {"type": "number"},
+        "trueValue": TEXT,
+        "falseValue": TEXT,
+        "required": {"type": "boolean"},
+        "advanced": {"type": "boolean"},
+    },
+)
+ENV = {
+    "type": "array",
+    "items": {"oneOf": [record({"key": TEXT, "value": TEXT}), record({"key": TEXT, "input": INPUT})]},
+}
+PRESET = record({"name": TEXT, "defaults": {"type": "object"}})
+# The fields of the Hub's publishing guide (docs.runpod.io/hub/publishing-guide, read on 2026-08-20).
+HUB_SCHEMA = record(
+    {
+        "title": TEXT,
+        "description": TEXT,
+        "type": {"const": "serverless"},
+        "category": {"enum": ["audio", "embedding", "language", "video", "image"]},
+        "config": record(
+            {
+                "runsOn": {"const": "GPU"},
+                "containerDiskInGb": {"type": "integer"},
+                "gpuCount": {"type": "integer"},
+                "gpuIds": TEXT,
+            },
+            {
+                "endpointType": {"const": "LB"},
+                "allowedCudaVersions": CUDA_VERSIONS,
+                "env": ENV,
+                "presets": {"type": "array", "items": PRESET},
+            },
+        ),
+    },
+    {"iconUrl": TEXT},
+)
+TEST = record({"name": TEXT, "input": {"type": "object"}}, {"timeout": {"type": "integer"}})
+TESTS_SCHEMA = record(
+    {
+        "tests": {"type": "array", "items": TEST, "minItems": 1},
+        "config": record(
+            {"gpuTypeId": TEXT, "gpuCount": {"type": "integer"}},
+            {
+                "env": {"type": "array", "items": record({"key": TEXT, "value": TEXT})},
+                "allowedCudaVersions": CUDA_VERSIONS,
+            },
+        ),
+    }
+)
+
+
+def test_the_hubs_files_have_the_fields_that_it_documents() -> None:
+    assert not errors_of(HUB, HUB_SCHEMA)
+    assert not errors_of(TESTS, TESTS_SCHEMA)
+    assert errors_of(HUB | {"categories": []}, HUB_SCHEMA)
     assert len(HUB["description"]) <= 200
-    assert HUB["type"] == "serverless"
-    assert HUB["category"] in ("audio", "embedding", "language", "video", "image")
-    config = HUB["config"]
-    assert config["runsOn"] in ("GPU", "CPU")
-    assert 5 <= config["containerDiskInGb"] <= 100
-    assert config["gpuCount"] >= 1
+    assert 5 <= HUB["config"]["containerDiskInGb"] <= 100
+    assert HUB["config"]["gpuCount"] >= 1
+    for name in ("handler.py", "README.md", "Dockerfile"):
+        assert (HERE / ".runpod" / name).exists() or (HERE / name).exists(), "the Hub looks in both folders"
+
+
+def test_every_way_of_deploying_asks_for_the_same_cuda() -> None:
+    from scripts.endpoint_plan import CUDA
+
+    for versions in (HUB["config"]["allowedCudaVersions"], TESTS["config"]["allowedCudaVersions"]):
+        assert min(versions, key=lambda text: tuple(map(int, text.split(".")))) == CUDA
 
 
 @pytest.mark.parametrize("entry", HUB["config"]["env"], ids=lambda entry: entry["key"])
