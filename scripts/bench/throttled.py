@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -56,11 +57,19 @@ def throttled(size_bytes: int, rates: tuple[int, ...], folder: Path) -> Iterator
         for rate in rates:
             group = _BLKIO / f"bench-{os.getpid()}-{rate}"
             group.mkdir()
-            stack.callback(group.rmdir)
+            stack.callback(_remove, group)
             limit = f"{os.major(number)}:{os.minor(number)} {rate}"
             (group / "blkio.throttle.read_bps_device").write_text(limit)
             groups[rate] = group
         yield Throttled(mount, groups)
+
+
+def _remove(group: Path) -> None:
+    """Remove a group once its last process, such as a worker's reader, has ended."""
+    deadline = time.monotonic() + 10
+    while (group / "cgroup.procs").read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    group.rmdir()
 
 
 def _run(*command: str) -> str:
