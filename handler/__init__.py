@@ -8,6 +8,7 @@
     errors            why a job fails
     alias_follower    swaps the model when the worker's alias is repointed
     termination       ends a worker whose engine hangs
+    first_answer      adds the first answer to the record of the start
     health            the check of a container that runs by itself
     privileges        gives up root and the token
     engines/          the engines: transformers, diffusers, vLLM; `ENGINES` is the table

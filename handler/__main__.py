@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from handler import readahead, sdk
 from handler.engines import ENGINES, engine_for, vllm_choice
+from handler.first_answer import FirstAnswer
 from handler.privileges import become_owner_of
 from handler.redaction import VolumePaths
 from handler.start_failure import tell_waiting_jobs
@@ -110,14 +111,14 @@ def _started(settings: Settings, listening: Listening | None) -> Callable[[], No
         raise
     timeline.mark("ready")
     print(timeline.log_line(), file=sys.stderr, flush=True)
-    history.add(layout, timeline)
+    first_answer = FirstAnswer(history.add(layout, timeline), timeline.began)
     if listening is not None:
         from handler.http_server import serve_http
 
-        return partial(serve_http, engine, settings, timeline.as_json(), listening)
+        return partial(serve_http, engine, settings, timeline.as_json(), listening, first_answer)
     from handler.worker import serve
 
-    return partial(serve, engine, settings, timeline.as_json())
+    return partial(serve, engine, settings, timeline.as_json(), first_answer)
 
 
 def _check(engine: Engine) -> None:

@@ -74,6 +74,7 @@ class Delivery:
         self._sent: list[Any] = []
         self._waiting: list[Any] = []
         self._sending: asyncio.Task[None] | None = None
+        self.first_piece_at: float | None = None  # on time.monotonic's clock: a text's first token
 
     async def run(self, pieces: AsyncIterator[P], responder: Responder[P]) -> Any:
         """Take all pieces, and send the chunks that the responder makes of each; chunks that come while others are sent
@@ -83,6 +84,7 @@ class Delivery:
         last_progress_at = time.monotonic()
         async with aclosing(pieces) as source:  # type: ignore[type-var]
             async for piece in source:
+                self.first_piece_at = self.first_piece_at or time.monotonic()
                 self._waiting += responder.chunks(piece)
                 if self._waiting and (self._sending is None or self._sending.done()):
                     if self._sending is not None:

@@ -38,6 +38,7 @@ from handler import openai_routes
 from handler.delivery import Job, JobChannel
 from handler.engines import Engine
 from handler.errors import Code, JobError
+from handler.first_answer import FirstAnswer
 from handler.http_protocol import HEAD_S, LimitedProtocol
 from handler.listening import Listening
 from handler.termination import Termination
@@ -372,11 +373,13 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def serve_http(engine: Engine, settings: Settings, timeline: Mapping[str, Any], listening: Listening) -> None:
+def serve_http(
+    engine: Engine, settings: Settings, timeline: Mapping[str, Any], listening: Listening, first_answer: FirstAnswer
+) -> None:
     """Take requests until a signal, or the worker itself, ends that; those that were taken are answered. Raises
     SystemExit with status 1 if the worker cannot answer any more."""
     settings = limited(settings)
-    worker = Worker(engine, settings, timeline=timeline)
+    worker = Worker(engine, settings, timeline=timeline, first_answer=first_answer)
     requests = Requests(worker, settings)
     follow_aliases(engine, settings, worker)
     termination = Termination(lambda: requests.is_idle, engine.close)

@@ -25,6 +25,7 @@ from handler.alias_follower import AdapterFollower, AliasFollower
 from handler.delivery import Delivery, Job, JobChannel, RunPodChannel
 from handler.engines import Engine, ServesAdapters
 from handler.errors import Code, JobError, is_out_of_memory, shown
+from handler.first_answer import FirstAnswer
 from handler.jobs import JobContext, Limits, input_of
 from handler.redaction import VolumePaths
 from handler.termination import Termination
@@ -44,8 +45,10 @@ class Worker:
         channel: JobChannel | None = None,
         timeline: Mapping[str, Any] | None = None,
         may_upload: bool = True,
+        first_answer: FirstAnswer | None = None,
     ) -> None:
-        """`timeline`: the record of this worker's start, for its status. `may_upload`: see JobContext."""
+        """`timeline`: the record of this worker's start, for its status. `may_upload`: see JobContext. `first_answer`:
+        is told of each answer."""
         self._engine = engine
         self._settings = settings
         self._limits = Limits.of(settings)
@@ -53,6 +56,7 @@ class Worker:
         self._channel = channel or JobChannel()
         self._timeline = timeline
         self._may_upload = may_upload
+        self._first_answer = first_answer
         self._replace_because = ""
         self.config: dict[str, Any] = {}
         self._began = time.monotonic()
@@ -108,10 +112,14 @@ class Worker:
 
     async def _answered(self, job: Job, channel: JobChannel, limit_s: float | None) -> tuple[Any, JobError | None]:
         clock = asyncio.timeout(limit_s)
+        taken_at = time.monotonic()
         delivery = Delivery(job, channel, most_bytes=self._settings.max_result_bytes)
         try:
             async with clock:
-                return await self._answer(job, delivery), None
+                output = await self._answer(job, delivery)
+            if self._first_answer is not None:
+                self._first_answer.note(job, taken_at, delivery.first_piece_at)
+            return output, None
         except JobError as error:
             logger.info("job %s: %s: %s", job.get("id"), error.code, error)
             failed = error
@@ -193,7 +201,7 @@ def follow_aliases(engine: Engine, settings: Settings, worker: Worker) -> None:
                 AdapterFollower(engine, settings, name, worker.replace).start()
 
 
-def serve(engine: Engine, settings: Settings, timeline: Mapping[str, Any]) -> None:
+def serve(engine: Engine, settings: Settings, timeline: Mapping[str, Any], first_answer: FirstAnswer) -> None:
     """Take jobs until the SDK ends the process."""
     import runpod
     from runpod.serverless.modules.worker_state import IS_LOCAL_TEST
@@ -202,7 +210,8 @@ def serve(engine: Engine, settings: Settings, timeline: Mapping[str, Any]) -> No
         engine.check()
 
     runpod.serverless.register_fitness_check(model_is_as_published)
-    worker = Worker(engine, settings, channel=JobChannel() if IS_LOCAL_TEST else RunPodChannel(), timeline=timeline)
+    channel = JobChannel() if IS_LOCAL_TEST else RunPodChannel()
+    worker = Worker(engine, settings, channel=channel, timeline=timeline, first_answer=first_answer)
 
     follow_aliases(engine, settings, worker)
     termination = Termination(lambda: worker.is_idle, engine.close)

@@ -13,7 +13,7 @@ import typer
 from modelstore.cli.app import Context
 from modelstore.cli.output import WIDE, table
 from modelstore.errors import UsageError, not_installed
-from modelstore.operate import inventory
+from modelstore.operate import compression, fleet, inventory
 from modelstore.timeline import OUTCOMES, outcome_of, total_s, verdict
 from modelstore.units import counted
 from modelstore.volume import durable, history, refs
@@ -48,7 +48,7 @@ def past_starts(
             of_model = f" of {model}" if model else ""
             console.print(f"no start{of_model} has been recorded{' that matches' if since or outcome else ' yet'}")
             return
-        rows = table("when, UTC", "model", "outcome", "worker", "ready", "slowest part")
+        rows = table("when, UTC", "model", "outcome", "worker", "ready", "first token", "slowest part")
         for record in records:
             row = (
                 time.strftime("%m-%d %H:%M", time.gmtime(record["at"])),
@@ -56,6 +56,7 @@ def past_starts(
                 outcome_of(record) + (" (swap)" if record["kind"] == "swap" else ""),
                 record["worker"],
                 f"{total_s(record):.1f} s",
+                f"{record['first_job']['first_token']:.1f} s" if fleet.was_waited_for(record) else "",
             )
             if console.width >= WIDE:
                 rows.add_row(*row, verdict(record))
@@ -64,6 +65,11 @@ def past_starts(
                 console.print(Padding(verdict(record), (0, 0, 0, 4)), soft_wrap=False)
         if console.width >= WIDE:
             console.print(rows)
+        whole = fleet.totals(records)
+        if whole.starts > 1:
+            console.print(whole.text, soft_wrap=True)
+            if (change := fleet.best_change(records, compression.share_of(layout))) is not None:
+                console.print(change.text(whole.seconds), soft_wrap=True)
 
     context.print(records, text)
 
@@ -87,7 +93,7 @@ def write_report(
         context.print(starts, lambda console: console.print(shown or report.NO_STARTS))
         return
     models, space = inventory.models(store.layout), inventory.space(store.layout, store.settings)
-    page = report.html(models, space, starts, made_at=time.time())
+    page = report.html(models, space, starts, made_at=time.time(), share_of=compression.share_of(store.layout))
     durable.write_atomic(out.absolute(), page.encode(errors="replace"))
     record = {"path": str(out.absolute()), "starts": len(starts), "models": len(models)}
     text_of_page = f"{out.absolute()}: {counted(len(starts), 'start')}, {counted(len(models), 'model')}"

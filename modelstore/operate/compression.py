@@ -1,13 +1,15 @@
-"""Whether a model's starts would be shorter if it were compressed: an estimate from a sample of its blocks."""
+"""What compression would give a model, from a sample of its blocks: shorter starts, and a share of its bytes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from modelstore.errors import ModelStoreError
 from modelstore.units import size
-from modelstore.volume.layout import SnapshotKey
+from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.preferred_form import compressed_read_s, is_worth_it
-from modelstore.volume.snapshots import Snapshot
+from modelstore.volume.snapshots import Catalog, Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +48,21 @@ def estimate(snapshot: Snapshot, bytes_per_s: float, *, processors: int) -> Esti
     sample, plain_bytes = sampled(snapshot), snapshot.plain_bytes
     seconds = compressed_read_s(sample.stored_bytes / bytes_per_s, sample.decoding_s, on=processors)
     return Estimate(snapshot.key, plain_bytes, sample.stored_bytes, plain_bytes / bytes_per_s, seconds)
+
+
+def share_of(layout: Layout) -> Callable[[str, str], float | None]:
+    """A function of the commit and the dtype of a plain snapshot: the share of its bytes that it would take
+    compressed, from a sample of its blocks; None if it is not here, or the library for that is not."""
+
+    def share(commit: str, dtype: str) -> float | None:
+        for snapshot in Catalog(layout).snapshots():
+            if (snapshot.commit, snapshot.dtype) == (commit, dtype) and not snapshot.has_compressed_files:
+                try:
+                    from modelstore.fill.recode import sampled
+
+                    return sampled(snapshot).stored_bytes / snapshot.plain_bytes
+                except (ImportError, OSError, ModelStoreError):
+                    return None
+        return None
+
+    return share

@@ -7,11 +7,12 @@ starts, and the volume. `drawings.py` has the drawings.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from modelstore.operate import drawings
+from modelstore.operate import drawings, fleet
 from modelstore.operate.drawings import look_of, mark
 from modelstore.timeline import SPAN_KINDS, outcome_of, shared_s, total_s, verdict, waterfall
 from modelstore.units import ago, clock, counted, size, variant
@@ -99,10 +100,15 @@ details[open] { padding-bottom: .8rem } details p { font-size: .87rem }
 
 
 def html(
-    models: Sequence[Mapping[str, Any]], space: Mapping[str, Any], records: Sequence[dict[str, Any]], *, made_at: float
+    models: Sequence[Mapping[str, Any]],
+    space: Mapping[str, Any],
+    records: Sequence[dict[str, Any]],
+    *,
+    made_at: float,
+    share_of: fleet.ShareOf,
 ) -> str:
     """The page. `models`, `space`: records of `inventory`; `records`: of starts and swaps, of `history`; `made_at`:
-    seconds since 1970."""
+    seconds since 1970; `share_of`: see `fleet`."""
     starts = [record for record in records if record["kind"] == "start"]
     warm = [record for record in starts if outcome_of(record) == "hit"]
     body = [
@@ -113,6 +119,8 @@ def html(
     ]
     if records:
         body += ["<h2>Starts over time</h2>", drawings.marks_key(records), drawings.over_time(records)]
+    if starts:
+        body += ["<h2>The time that was paid for</h2>", _fleet(records, share_of)]
     if warm:
         body += ["<h2>Where the time of warm starts goes</h2>", _time_of(warm)]
     body += [_failures(records), _latest(records), "<h2>The volume</h2>", _volume(models, space)]
@@ -127,7 +135,17 @@ def html(
 def text(record: dict[str, Any], *, width: int) -> str:
     """One start as bars, a line each, in `width` columns, under its verdict."""
     head = f"{clock(record['at'])} UTC  {record['model']}  {look_of(record)}  by {record['worker']}"
-    return f"{head}\n{verdict(record)}\n{waterfall(record['spans'], width=width)}"
+    first = f"; {text}" if (text := first_token(record)) else ""
+    return f"{head}\n{verdict(record)}{first}\n{waterfall(record['spans'], width=width)}"
+
+
+def first_token(record: Mapping[str, Any]) -> str:
+    """When the first token came, in words; empty if no job was recorded."""
+    if not fleet.was_waited_for(record):
+        return ""
+    wait = fleet.request_s(record)
+    since = "" if wait is None else f", {wait:.1f} s after its request"
+    return f"first token after {record['first_job']['first_token']:.1f} s{since}"
 
 
 def _palettes() -> str:
@@ -188,6 +206,26 @@ def _cards(space: Mapping[str, Any], starts: Sequence[Mapping[str, Any]], warm: 
     return f"<div class=cards>{''.join(f'<div class=card>{card}</div>' for card in cards)}</div>"
 
 
+def _fleet(records: Sequence[Mapping[str, Any]], share_of: fleet.ShareOf) -> str:
+    """The seconds of all starts, and the change that would have saved most of them."""
+    whole = fleet.totals(records)
+    change = fleet.best_change(records, share_of)
+    advice = ""
+    if change is not None:
+        text = re.sub("`([^`]*)`", r"<code>\1</code>", escape(change.text(whole.seconds)))
+        advice = f"<p><b>{text}.</b></p>"
+    first = (
+        "" if whole.first_token_s is None else f" The first token came after {whole.first_token_s:.1f} s, the median."
+    )
+    if whole.request_s is not None:
+        first = f" From the request to the first token it took {whole.request_s:.1f} s, the median."
+    about = (
+        f"{counted(whole.starts, 'start')} took {whole.seconds:.1f} s of workers' time until they were ready, which is "
+        f"billed.{first} Time that several steps share is divided among them."
+    )
+    return f"{advice}{drawings.shares(whole.by_step)}<p class=faint>{about}</p>"
+
+
 def _time_of(warm: Sequence[Mapping[str, Any]]) -> str:
     seconds = _mean_seconds(warm)
     between = sum(map(total_s, warm)) / len(warm) - sum(seconds.values())
@@ -239,6 +277,7 @@ def _latest(records: Sequence[dict[str, Any]]) -> str:
     for record in shown:
         name = f"{mark(look_of(record))} {clock(record['at'])[5:]} {escape(record['model'])}"
         about = f"worker {record['worker']}, {record['dtype']}, commit {record['commit'][:12]}, {record['reason']}"
+        about += f"; {first}" if (first := first_token(record)) else ""
         rows.append(
             f"<details><summary><span>{name}</span><span class=right>{total_s(record):.1f} s</span>"
             f"{drawings.stacked(record, scale_s)}</summary><p>{escape(verdict(record))}</p>"

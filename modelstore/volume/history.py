@@ -1,7 +1,8 @@
 """The starts of a fleet and the swaps of its workers, a small record each, to show later why one was slow; and events:
 evictions and quarantines.
 
-    starts/2026-11-21/1795277497.<worker>.<random>.json    {"at": 1795277497, "error": "", "worker": …, "spans": […]}
+    starts/2026-11-21/1795277497.<worker>.<random>.json    {"at": 1795277497, "error": "", "worker": …, "spans": […],
+                                                            "first_job": {"taken": 8.1, "first_token": 8.4}}
     events/2026-11-21/1795277497.evicted.<random>.json     {"at": 1795277497, "kind": "evicted", "repo_id": …, …}
 
 `at` of a start is when the process began, in seconds since 1970 by that host's clock; the rest is the timeline's.
@@ -16,6 +17,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -29,16 +31,29 @@ from modelstore.volume.layout import Layout, SnapshotKey
 KEPT_DAYS = 30
 KEPT_A_DAY = 256  # workers that start and fail in a loop would leave thousands
 _RECORD = re.compile(r"\d{1,12}\.[^/]+\.[0-9a-f]{8}\.json")
+_MOST_SPANS = 500  # of a record: ours have a few dozen, and a neighbour can write thousands
 EVENTS = ("evicted", "quarantined")
 
 logger = logging.getLogger(__name__)
 
 
-def add(layout: Layout, timeline: Timeline, *, error: str = "") -> None:
-    """Keep the record of a start, or of one that failed. Best effort: if the volume cannot be written, it is lost."""
+def add(layout: Layout, timeline: Timeline, *, error: str = "") -> Path | None:
+    """Keep the record of a start, or of one that failed; returns its file. Best effort: if the volume cannot be
+    written, it is lost."""
     began = time.time() - timeline.now()
     record = {"at": round(began, 3), "error": error[:2000], **timeline.as_json()}
-    _keep(layout, layout.starts, quote(timeline.worker, safe="", errors="replace")[:100], record)
+    return _keep(layout, layout.starts, quote(timeline.worker, safe="", errors="replace")[:100], record)
+
+
+def add_first_job(path: Path, first_job: Mapping[str, float]) -> None:
+    """Add the first job to the record of a start: `taken` and `first_token`, in seconds since the process began, and
+    `queued_s`, its seconds in the queue, if they are known. Best effort."""
+    record = _json(path)
+    if isinstance(record, dict):
+        try:
+            durable.write_atomic(path, _encoded({**record, "first_job": dict(first_job)}))
+        except (ModelStoreError, OSError) as failed:
+            logger.warning("the first answer is not in the volume's history: %s", failed)
 
 
 def record_event(layout: Layout, kind: str, key: SnapshotKey) -> None:
@@ -58,14 +73,18 @@ def events(layout: Layout) -> list[dict[str, Any]]:
     return [record for record in records if isinstance(record, dict) and record.get("kind") in EVENTS]
 
 
-def _keep(layout: Layout, folder: Path, label: str, record: dict[str, Any]) -> None:
+def _encoded(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+
+
+def _keep(layout: Layout, folder: Path, label: str, record: dict[str, Any]) -> Path | None:
     day = folder / time.strftime("%Y-%m-%d", time.gmtime(record["at"]))
     try:
         refs.check_format(layout)
         tree.check_no_links(layout.root, day)
         is_new_day = not day.exists()
         path = day / f"{int(record['at'])}.{label}.{secrets.token_hex(4)}.json"
-        durable.write_atomic(path, json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        durable.write_atomic(path, _encoded(record))
         records = [path for path in tree.entries(day) if _RECORD.fullmatch(path.name)]
         for path in records[:-KEPT_A_DAY]:  # their names begin with the time
             durable.remove_file(path)
@@ -74,6 +93,8 @@ def _keep(layout: Layout, folder: Path, label: str, record: dict[str, Any]) -> N
                 durable.remove_tree(old)
     except (ModelStoreError, OSError) as failed:
         logger.warning("this is not in the volume's history: %s", failed)
+        return None
+    return path
 
 
 def starts(
@@ -135,18 +156,21 @@ def _read(path: Path) -> dict[str, Any] | None:
             | ({"detail": printable(str(span["detail"]))} if "detail" in span else {})
             | {name: _bytes(span[name]) for name in ("bytes", "plain_bytes") if name in span}
             | ({"decoding_s": _seconds(span["decoding_s"])} if "decoding_s" in span else {})
-            for span in record["spans"]
+            for span in record["spans"][:_MOST_SPANS]
         ]
         texts = {name: record[name] for name in ("worker", "model", "commit", "dtype", "reason", "error")}
         texts |= {name: record.get(name) or "" for name in ("outcome", "waited_for")}
         texts["kind"] = "swap" if record.get("kind") == "swap" else "start"
         texts["model"] = "" if texts["model"] == "None" else texts["model"]  # from versions before 0.2
         at = _seconds(record["at"])
+        first = record.get("first_job") or {}
+        first_job = {name: _seconds(first[name]) for name in ("taken", "first_token", "queued_s") if name in first}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
     if not all(isinstance(text, str) for text in texts.values()) or not all(s["start"] <= s["end"] for s in spans):
         return None
-    return {"at": at, **{name: printable(text) for name, text in texts.items()}, "spans": spans}
+    checked = {"at": at, **{name: printable(text) for name, text in texts.items()}, "spans": spans}
+    return checked | ({"first_job": first_job} if first_job.keys() >= {"taken", "first_token"} else {})
 
 
 def _bytes(value: object) -> int:

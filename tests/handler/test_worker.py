@@ -14,8 +14,12 @@ import pytest
 from handler.answers import TextDelta
 from handler.delivery import JobChannel
 from handler.errors import Code, JobError
+from handler.first_answer import FirstAnswer
 from handler.worker import Worker
 from modelstore.settings import Settings
+from modelstore.timeline import Timeline
+from modelstore.volume import history
+from modelstore.volume.layout import Layout
 from tests.support.workers import Engine, RecordedChannel
 
 JOB = {"id": "1", "input": {"prompt": "hi"}}
@@ -399,3 +403,25 @@ def test_half_a_character_is_the_senders_fault(data: dict[str, Any]) -> None:
     output = answer(Engine(), {"id": "1", "input": data})
     assert output["code"] == "INVALID_INPUT"
     assert "half a character" in output["error"]
+
+
+def test_the_first_answer_is_added_to_the_record_of_the_start(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    began = time.monotonic() - 5
+    path = history.add(layout, Timeline(worker="w1", model="org/name", began=began))
+    first = FirstAnswer(path, began)
+    engine = Engine()
+    answering = Worker(engine, Settings(root=tmp_path), first_answer=first)
+
+    async def jobs() -> None:
+        await answering.handle({"id": "0", "input": {"prompt": 7}})  # refused, which is no answer
+        await answering.handle({**JOB, "delayTime": 12_500})
+        await answering.handle({**JOB, "delayTime": 1})
+
+    asyncio.run(jobs())
+    deadline = time.monotonic() + 30
+    while "first_job" not in (record := history.starts(layout, limit=1)[0]):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert 5 <= record["first_job"]["taken"] <= record["first_job"]["first_token"] < 60
+    assert record["first_job"]["queued_s"] == 12.5

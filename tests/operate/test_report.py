@@ -68,7 +68,11 @@ MODELS = [
 
 def page(records: list[dict[str, Any]], models: list[dict[str, Any]] = MODELS, **of_space: Any) -> str:
     return report.html(
-        models, space(**of_space), sorted(records, key=lambda each: each["at"]), made_at=NOON + 6 * 86400
+        models,
+        space(**of_space),
+        sorted(records, key=lambda each: each["at"]),
+        made_at=NOON + 6 * 86400,
+        share_of=lambda _commit, _dtype: 0.67,
     )
 
 
@@ -268,3 +272,15 @@ def test_a_browser_shows_all_of_it_at_each_width(tmp_path: Path, records: list[d
         assert seen["background"] == {"light": "rgb(255, 255, 255)", "dark": "rgb(22, 24, 28)"}[scheme]
         assert seen["card_columns"] == (2 if width == 390 else 4)
         assert not seen["texts_outside"], seen["texts_outside"]
+
+
+def test_the_time_that_was_paid_for_is_told_with_the_best_change() -> None:
+    first_job = {"taken": 11.0, "first_token": 11.5, "queued_s": 14.0}
+    records = [record(NOON + n, 10.0, first_job=first_job) for n in range(3)]
+    words = Page(page(records)).words
+    assert "The time that was paid for" in words
+    assert "3 starts took 30.0 s of workers' time until they were ready, which is billed." in words
+    assert "From the request to the first token it took 14.5 s, the median." in words
+    assert "Compressing @chat would have saved about 6 of 30 s" in words, "3 times 6 s of reading alone, a third"
+    assert "first token after 11.5 s, 14.5 s after its request" in words
+    assert "would have saved" not in Page(page([record(NOON, **FAILED)])).words

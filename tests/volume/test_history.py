@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from modelstore.timeline import Span, verdict
+from modelstore.timeline import Span, Timeline, verdict
 from modelstore.volume import history
 from modelstore.volume.layout import Layout
 from tests.conftest import Cli
@@ -145,3 +145,19 @@ def test_a_worker_keeps_the_record_of_its_start_and_of_a_failed_one(
     assert "org/name  downloaded" in shown
     assert "failed: RepoNotFound" in shown
     assert "█" in shown
+
+
+def test_the_first_job_is_added_to_the_record_of_its_start(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    path = history.add(layout, Timeline(worker="w1", model="org/name"))
+    assert path is not None
+    history.add_first_job(path, {"taken": 8.0, "first_token": 8.25, "queued_s": 9.5})
+    (record,) = history.starts(layout, limit=9)
+    assert record["first_job"] == {"taken": 8.0, "first_token": 8.25, "queued_s": 9.5}
+    for damaged in ({"taken": "x", "first_token": 1}, {"taken": -1, "first_token": 1}):
+        history.add_first_job(path, damaged)  # type: ignore[arg-type]
+        assert history.starts(layout, limit=9) == []
+    history.add_first_job(path, {"taken": 1})
+    assert "first_job" not in history.starts(layout, limit=9)[0]
+    history.add_first_job(tmp_path / "gone.json", {"taken": 1.0, "first_token": 2.0})
+    assert not (tmp_path / "gone.json").exists()
