@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from modelstore.errors import ModelStoreError
+from modelstore.operate.fleet import ShareOf
 from modelstore.units import size
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.preferred_form import compressed_read_s, is_worth_it
@@ -50,7 +50,7 @@ def estimate(snapshot: Snapshot, bytes_per_s: float, *, processors: int) -> Esti
     return Estimate(snapshot.key, plain_bytes, sample.stored_bytes, plain_bytes / bytes_per_s, seconds)
 
 
-def share_of(layout: Layout) -> Callable[[str, str], float | None]:
+def share_of(layout: Layout) -> ShareOf:
     """A function of the commit and the dtype of a plain snapshot: the share of its bytes that it would take
     compressed, from a sample of its blocks; None if it is not here, or the library for that is not."""
 

@@ -74,10 +74,7 @@ class Change:
 def totals(records: Sequence[Record]) -> Totals:
     """Of records of `history`, swaps aside."""
     starts = [record for record in records if record["kind"] == "start"]
-    by_step: dict[str, float] = {}
-    for record in starts:
-        for name, seconds in shared_s(record["spans"]).items():
-            by_step[name] = by_step.get(name, 0.0) + seconds
+    by_step = seconds_by_step(starts)
     seconds = sum(map(total_s, starts))
     by_step["between these steps"] = max(seconds - sum(by_step.values()), 0.0)
     jobs = [record["first_job"] for record in starts if was_waited_for(record)]
@@ -90,6 +87,15 @@ def totals(records: Sequence[Record]) -> Totals:
         first_token_s=statistics.median(job["first_token"] for job in jobs) if jobs else None,
         request_s=statistics.median(waits) if waits else None,
     )
+
+
+def seconds_by_step(records: Sequence[Record]) -> dict[str, float]:
+    """Seconds by the name of a step, of all records together."""
+    by_step: dict[str, float] = {}
+    for record in records:
+        for name, seconds in shared_s(record["spans"]).items():
+            by_step[name] = by_step.get(name, 0.0) + seconds
+    return by_step
 
 
 def was_waited_for(record: Record) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from modelstore.operate import drawings, fleet
 from modelstore.operate.drawings import look_of, mark
-from modelstore.timeline import SPAN_KINDS, outcome_of, shared_s, total_s, verdict, waterfall
+from modelstore.timeline import SPAN_KINDS, outcome_of, total_s, verdict, waterfall
 from modelstore.units import ago, clock, counted, size, variant
 
 _SHOWN_STARTS = 40
@@ -167,7 +167,7 @@ def _verdict(starts: Sequence[Mapping[str, Any]], warm: Sequence[Mapping[str, An
         sentence = f"{failed or 'None'} of {len(starts)} starts failed"
     if not warm:
         return f"{sentence}; no warm start has been recorded."
-    seconds = _mean_seconds(warm)
+    seconds = fleet.seconds_by_step(warm)
     kind = max(seconds, key=lambda name: seconds[name], default="")
     phrase = SPAN_KINDS[kind].general if kind in SPAN_KINDS else kind
     share = seconds.get(kind, 0.0) / (sum(seconds.values()) or 1.0)
@@ -227,19 +227,9 @@ def _fleet(records: Sequence[Mapping[str, Any]], share_of: fleet.ShareOf) -> str
 
 
 def _time_of(warm: Sequence[Mapping[str, Any]]) -> str:
-    seconds = _mean_seconds(warm)
-    between = sum(map(total_s, warm)) / len(warm) - sum(seconds.values())
+    seconds = {name: each / len(warm) for name, each in fleet.totals(warm).by_step.items()}
     about = f"Seconds of a warm start, the mean of {len(warm)}. Time that several steps share is divided among them."
-    return f"{drawings.shares({**seconds, 'between these steps': max(between, 0.0)})}<p class=faint>{about}</p>"
-
-
-def _mean_seconds(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of a start by the name of the step, the mean of `records`."""
-    total: dict[str, float] = {}
-    for record in records:
-        for name, seconds in shared_s(record["spans"]).items():
-            total[name] = total.get(name, 0.0) + seconds
-    return {name: seconds / len(records) for name, seconds in total.items()}
+    return f"{drawings.shares(seconds)}<p class=faint>{about}</p>"
 
 
 def _failures(records: Sequence[Mapping[str, Any]]) -> str:
