@@ -18,6 +18,7 @@ from scripts.runpod_api import Api
 
 _SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD)(_ID)?$")
 CUDA = "13.0"  # of the torch in our image: on a host with an older driver it sees no GPU
+FIRST_JOB = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
 SERVE_HTTP = "python -m handler --http"
 _VOLUMES_UNKNOWN = "the data centers follow from the volumes"
 
@@ -288,9 +289,8 @@ def _urls(endpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def curl_of(endpoint: Mapping[str, Any]) -> str:
-    job = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
     is_http = serves_http(endpoint)
-    body = job if is_http else {"input": job}
+    body = FIRST_JOB if is_http else {"input": FIRST_JOB}
     own_key = '-H "X-API-Key: $MODELSTORE_API_KEY" ' if is_http and "MODELSTORE_API_KEY" in endpoint["env"] else ""
     return (
         f"curl -s {url_of(endpoint)}/{'generate' if is_http else 'runsync'} "
