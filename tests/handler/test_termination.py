@@ -19,6 +19,7 @@ import sys, time
 from pathlib import Path
 from handler import termination
 from handler.engines.offload import Offload
+from handler.first_answer import FirstAnswer
 from handler.worker import serve
 from modelstore.settings import Settings
 from tests.support.workers import Engine
@@ -48,7 +49,8 @@ class Hangs(Engine):
         if sys.argv[1] == "close hangs":
             time.sleep(10_000)
 
-serve(Hangs(), Settings(root=Path("/nowhere"), max_job_s=1.0, max_concurrency=2), {})
+settings = Settings(root=Path("/nowhere"), max_job_s=1.0, max_concurrency=2)
+serve(Hangs(), settings, {}, FirstAnswer(None, 0.0))
 """
 
 
