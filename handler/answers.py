@@ -1,7 +1,7 @@
 """The answer of one job, made piece by piece from the engine's output.
 
-Each kind of job has a responder of its own: `TextAnswer` here, `ImageAnswer` in `images.py`, `OpenAIAnswer` and
-`PassedAnswer` in `openai_routes.py`.
+Each kind of job has a responder of its own: `TextAnswer` here, `ImageAnswer` in `images.py`,
+`OpenAIImagesAnswer` in `openai_images.py`, `OpenAIAnswer` and `PassedAnswer` in `openai_routes.py`.
 """
 
 from __future__ import annotations

@@ -124,20 +124,29 @@ class Images:
     nsfw: tuple[bool, ...] = ()
     truncated: tuple[Truncation, ...] = ()
     are_frames: bool = False
+    size: tuple[int, int] = (0, 0)  # of the first one, width and height in pixels
     urls: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The part of an output that tells the pictures."""
         name, pictures = ("image_url", self.urls) if self.urls else ("image_base64", self.images)
-        each = [{"seed": self.seed + (0 if self.are_frames else place)} for place in range(len(pictures))]
-        listed = [
-            entry | ({name: picture} if place else {})
-            for place, (entry, picture) in enumerate(zip(each, pictures, strict=True))
+        listed: list[dict[str, Any]] = [
+            {"seed": seed} | ({name: picture} if place else {})
+            for place, (seed, picture) in enumerate(zip(self.seeds, pictures, strict=True))
         ]
         output = {name: pictures[0], "images": listed, "seed": self.seed, "image_format": self.image_format}
-        output |= {"nsfw_content_detected": list(self.nsfw)} if self.nsfw else {}
-        output |= {"truncated": [cut.as_json() for cut in self.truncated]} if self.truncated else {}
-        return output | {"model": self.model}
+        return output | self.remarks | {"model": self.model}
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each picture."""
+        return tuple(self.seed + (0 if self.are_frames else place) for place in range(len(self.images)))
+
+    @property
+    def remarks(self) -> dict[str, Any]:
+        """The part of an output that tells what a safety checker or a text encoder did."""
+        remarks: dict[str, Any] = {"nsfw_content_detected": list(self.nsfw)} if self.nsfw else {}
+        return remarks | ({"truncated": [cut.as_json() for cut in self.truncated]} if self.truncated else {})
 
 
 class ImageAnswer:
@@ -214,7 +223,7 @@ def parse_image(data: Mapping[str, Any], limits: Limits, call: PipelineCall) -> 
         seed=None if "seed" not in fields else integer(fields, "seed", 0, at_least=0, at_most=MAX_SEED),
         stream=flag(fields, "stream"),
         model=named_model(fields),
-        image_format=_format(fields),
+        image_format=picture_format(fields, "image_format"),
         others=checked,
         pictures=pictures,
         most_pixels=limits.pixels,
@@ -298,14 +307,15 @@ def _count(data: Mapping[str, Any], call: PipelineCall, limits: Limits) -> int:
     return count
 
 
-def _format(data: Mapping[str, Any]) -> ImageFormat:
-    value = data.get("image_format", "png")
+def picture_format(data: Mapping[str, Any], field_name: str) -> ImageFormat:
+    """The format that a field names; PNG without it. Raises JobError."""
+    value = data.get(field_name, "png")
     name = value.lower() if isinstance(value, str) else value
     name = "jpeg" if name == "jpg" else name
     for known in get_args(ImageFormat):
         if name == known:
             return known  # type: ignore[no-any-return]
-    raise invalid(f"image_format must be png, jpeg or webp, not {shown(value)}")
+    raise invalid(f"{field_name} must be png, jpeg or webp, not {shown(value)}")
 
 
 def _side(data: Mapping[str, Any], name: str, limits: Limits) -> int | None:

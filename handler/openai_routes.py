@@ -1,8 +1,8 @@
 """OpenAI's routes, as RunPod hands them over: {"openai_route": "/v1/chat/completions", "openai_input": {…}}.
 
 Pure functions: a route's body to a text request, and its pieces to OpenAI's answers, whole or as server-sent events.
-Served: chat/completions, completions and models. A field that would change the answer and is not served is refused
-rather than ignored.
+Served: chat/completions, completions and models; `openai_images.py` has the route for pictures. A field that would
+change the answer and is not served is refused rather than ignored.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ def is_request(data: Mapping[str, Any]) -> bool:
     return any(data.get(name) is not None for name in ("openai_route", "openai_input", "route"))
 
 
-def route_and_body(data: Mapping[str, Any]) -> tuple[object, object]:
-    """The route and the body of such an input, unchecked. Without a route it is a conversation, as worker-vllm has it.
+def route_and_body(data: Mapping[str, Any], *, usual: str = "/v1/chat/completions") -> tuple[object, object]:
+    """The route and the body of such an input, unchecked. Without a route it is the `usual` one: a conversation, as
+    worker-vllm has it.
     Raises JobError for a field beside them."""
     by_route = data.get("openai_route") is None and data.get("openai_input") is None
     names = ("route", "body", "method") if by_route else ("openai_route", "openai_input")
@@ -68,7 +69,7 @@ def route_and_body(data: Mapping[str, Any]) -> tuple[object, object]:
     if method is not None and method not in (("GET",) if not body else ("POST",)):
         raise invalid(f"method must be POST with a body, and GET without one, not {shown(method)}")
     route = data.get(names[0])
-    return ("/v1/chat/completions" if route is None else route), body
+    return (usual if route is None else route), body
 
 
 def _path_of(route: object) -> str:

@@ -27,7 +27,7 @@ from PIL.Image import open as open_picture
 from PIL.ImageOps import exif_transpose
 
 from handler import openai_routes
-from handler.answers import Answer
+from handler.answers import Answer, whole
 from handler.bucket import with_addresses
 from handler.engines import LARGE, compiled_code
 from handler.engines.batcher import free_memory
@@ -43,6 +43,7 @@ from handler.images import (
     parse_image,
 )
 from handler.jobs import JobContext
+from handler.openai_images import OpenAIImagesAnswer, parse_images_job
 from modelstore.errors import BadSafetensors, NoWeights, Refused
 from modelstore.load.model import bounded_build, build_part
 from modelstore.load.tensors import load_tensors
@@ -102,13 +103,23 @@ class DiffusionEngine:
 
     async def answer(self, data: Mapping[str, Any], job: JobContext) -> Answer:
         """See Engine."""
+        has_bucket = self._settings.bucket_endpoint is not None and job.may_upload
+        responder: ImageAnswer | OpenAIImagesAnswer
         if openai_routes.is_request(data):
-            raise invalid(f"this worker draws with {self.model}: send a prompt alone")
-        request = parse_image(data, job.limits, self.call)
-        pieces = self.draw(replace(request, model=job.model_of(data)))
-        if self._settings.bucket_endpoint is not None and job.may_upload:
-            pieces = with_addresses(pieces, job.id)
-        return pieces, ImageAnswer(request)
+            wanted = parse_images_job(data, job, self.call)
+            if wanted is None:
+                return whole(openai_routes.models(job.models, created=job.created))
+            if wanted.form == "url" and not has_bucket:
+                raise invalid("response_format url needs a bucket (BUCKET_ENDPOINT_URL): send b64_json instead")
+            # An event of a stream has no other place for a picture in OpenAI's own form.
+            is_inline = wanted.form == "b64_json" or (wanted.form is None and wanted.image.stream)
+            has_bucket = has_bucket and not is_inline
+            request, responder = wanted.image, OpenAIImagesAnswer(wanted, created=job.created)
+        else:
+            request = parse_image(data, job.limits, self.call)
+            responder = ImageAnswer(request)
+        pieces = self.draw(replace(request, model=job.model_of({"model": request.model})))
+        return with_addresses(pieces, job.id) if has_bucket else pieces, responder
 
     async def draw(self, request: ImageRequest) -> AsyncIterator[Step | Images]:
         """The steps as they are done, and the pictures. A caller that stops the iteration ends the drawing.
@@ -174,6 +185,7 @@ class DiffusionEngine:
             nsfw=tuple(map(bool, getattr(made, "nsfw_content_detected", None) or ())),
             truncated=tuple(truncations(self._pipeline, request, self.call)),
             are_frames=are_frames,
+            size=pictures[0].size,
         )
 
     @staticmethod

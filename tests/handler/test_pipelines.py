@@ -321,6 +321,16 @@ def test_pictures_go_into_a_bucket_if_there_is_one(serving: Make, monkeypatch: p
             (output["images"][1]["image_url"], plain["images"][1]["image_base64"]),
         ):
             assert urllib.request.urlopen(url, timeout=10).read() == base64.b64decode(text)
+        body = {"prompt": "a", "num_inference_steps": 1, "seed": 3, "size": "32x32"}
+        for more, name in (
+            ({}, "url"),
+            ({"response_format": "url"}, "url"),
+            ({"response_format": "b64_json"}, "b64_json"),
+        ):
+            route = {"openai_route": "/v1/images/generations", "openai_input": body | more}
+            assert set(answer(worker, **route)["data"][0]) == {name, "seed"}
+            streamed: Any = answer(worker, **(route | {"openai_input": body | more | {"stream": True}}))
+            assert f'"{name if more else "b64_json"}": ' in streamed[0], "OpenAI's event has a picture alone"
         monkeypatch.delenv("BUCKET_ACCESS_KEY_ID")
         assert "BUCKET_ACCESS_KEY_ID" in answer(worker, **job)["error"]
     finally:
