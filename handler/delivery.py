@@ -66,7 +66,7 @@ class Delivery:
     """One job's answer on its way. Call `close` at the end."""
 
     def __init__(self, job: Job, channel: JobChannel, *, most_bytes: int) -> None:
-        """`most_bytes`: the largest chunk, and the largest output, that RunPod takes."""
+        """`most_bytes`: the largest chunk, and the largest output, that may be sent."""
         self._job = job
         self._channel = channel
         self._most_bytes = most_bytes
@@ -139,11 +139,11 @@ class Delivery:
 
 
 def check_size(value: Any, most_bytes: int) -> None:
-    """Raise JobError if RunPod would not take `value`, an output or a chunk of a stream."""
+    """Raise JobError if `value`, an output or a chunk of a stream, has too many bytes to be sent."""
     count = len(json.dumps(value, ensure_ascii=False).encode())
     if count > most_bytes:
         raise JobError(
             Code.RESULT_TOO_LARGE,
-            f"the result has {size(count)}, and RunPod takes {size(most_bytes)} (MODELSTORE_MAX_RESULT): ask for less; "
-            "images are smaller as JPEG or WEBP, or as addresses in a bucket (BUCKET_ENDPOINT_URL)",
+            f"the result has {size(count)}, and at most {size(most_bytes)} are sent (MODELSTORE_MAX_RESULT): ask for "
+            "less; images are smaller as JPEG or WEBP, or as addresses in a bucket (BUCKET_ENDPOINT_URL)",
         )

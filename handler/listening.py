@@ -26,6 +26,7 @@ _BACKLOG = 2048
 _REQUEST_S = 5.0
 _SETTLE_S = 0.01
 _REQUEST_BYTES = 1 << 14
+_HEAD_END = b"\r\n\r\n"
 _FILES = 65_536  # each connection takes one
 _STARTING = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"
 _BODY = b'{"error": {"message": "the worker is starting", "type": "server_error", "param": null, "code": "starting"}}'
@@ -78,7 +79,7 @@ class Listening:
             raise InvalidSetting(f"HEALTH_CHECK_PATH={health_path[:40]!r} is not a path: write it like /ping")
         self._health_path = health_path
         self._thread: threading.Thread | None = None
-        self._connections: set[asyncio.StreamWriter] = set()
+        self._heads: dict[asyncio.StreamWriter, bytearray] = {}  # of requests, as far as they have arrived
         self._end: Callable[[], object] = lambda: None
         self.place = place
         _allow_many_connections()
@@ -109,15 +110,21 @@ class Listening:
         for server in servers:
             server.close()
         await asyncio.sleep(_SETTLE_S)  # for connections that have just come
-        for connection in self._connections:
+        for connection, head in self._heads.items():
+            if head and _HEAD_END not in head:
+                connection.write(_NOT_YET)
             connection.close()
         await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connections.add(writer)
+        head = self._heads[writer] = bytearray()
         try:
             async with asyncio.timeout(_REQUEST_S):
-                head = await reader.readuntil(b"\r\n\r\n")
+                while _HEAD_END not in head:
+                    part = await reader.read(_REQUEST_BYTES)
+                    if not part or len(head) > _REQUEST_BYTES:
+                        return
+                    head += part
                 path = head.split(b" ", 2)[1].partition(b"?")[0].decode("latin-1") if head.count(b" ") > 1 else ""
                 writer.write(_STARTING if path == self._health_path else _NOT_YET)
                 await writer.drain()
@@ -125,10 +132,10 @@ class Listening:
                     writer.write_eof()
                     while await reader.read(_REQUEST_BYTES):
                         pass
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
+        except (OSError, TimeoutError):
             pass  # that was no request
         finally:
-            self._connections.discard(writer)
+            del self._heads[writer]
             writer.close()
 
 

@@ -493,8 +493,13 @@ def test_health_is_told_while_the_worker_starts() -> None:
     with pytest.raises(InvalidSetting, match=f"127.0.0.1 port {port} cannot be opened: Address already in use"):
         Listening(Place("127.0.0.1", port, port), "/health")
     silent = socket.create_connection(("127.0.0.1", port))
-    assert eventually(lambda: starting._connections)
+    halfway = socket.create_connection(("127.0.0.1", port))
+    halfway.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n")
+    assert eventually(lambda: len(starting._heads) == 2 and any(starting._heads.values()))
     (kept,) = starting.end()
+    assert silent.recv(100) == b""
+    assert halfway.recv(100).startswith(b"HTTP/1.1 503 Service Unavailable\r\n"), "its sender tries again"
+    halfway.close()
     with socket.create_connection(("127.0.0.1", port)) as waits:
         connection, _address = kept.accept()
         waits.sendall(b"x")
