@@ -39,7 +39,7 @@ from scripts.endpoint_plan import (
     wanted,
 )
 from scripts.first_job import NoAnswer, first_answer, tell
-from scripts.runpod_api import Api, Unreachable
+from scripts.runpod_api import Api, InUse, Unreachable
 
 _MOUNT = "/runpod-volume"
 _SPARE = 1.1  # of the bytes that the models take, and of those that the largest takes while it is made
@@ -51,6 +51,7 @@ _SEED = (
 _SEED_END = re.compile(r"the seed has ended with exit code (\d+)")
 _OVER = ("EXITED", "ERROR", "TERMINATED")
 _EVERY_S = 1.0
+_DETACH_S = 120.0
 
 
 class SeedFailed(ModelStoreError):
@@ -133,7 +134,7 @@ class Deployment:
         if (endpoint or pods) and volumes:
             tell("the endpoint and the pod are removed; the volume follows")
         for volume in volumes:
-            self._api.delete(f"/v2/network-volumes/{volume['id']}")
+            self._delete_volume(volume["id"], may_be_held=bool(endpoint or pods))
         return things
 
     # The volume
@@ -186,6 +187,21 @@ class Deployment:
             if other["id"] != endpoint.get("id") and volume_id in (other.get("networkVolumes") or ()):
                 return f"endpoint {other['name']}"
         return ""
+
+    def _delete_volume(self, volume_id: str, *, may_be_held: bool) -> None:
+        """Remove a volume. `may_be_held`: workers that were removed just now may have it for a while."""
+        deadline = time.monotonic() + (_DETACH_S if may_be_held else 0.0)
+        told = False
+        while True:
+            try:
+                return self._api.delete(f"/v2/network-volumes/{volume_id}")
+            except InUse as error:
+                if time.monotonic() > deadline:
+                    raise UsageError(f"{error}; the volume {volume_id} is left: run this again in a minute") from error
+                if not told:
+                    tell(f"{error}; this command tries again for up to {_DETACH_S:.0f} s")
+                    told = True
+            time.sleep(_EVERY_S)
 
     # The models
 

@@ -29,6 +29,10 @@ class Unreachable(ModelStoreError):
     exit_code = 4
 
 
+class InUse(UsageError):
+    """The object is not removed or changed, because something else still uses it."""
+
+
 class Api:
     """The account that a key belongs to."""
 
@@ -152,6 +156,8 @@ def _content(method: str, path: str, response: httpx.Response) -> Any:
         raise Unreachable(f"RunPod takes no more requests now ({status}): try again later")
     if status >= 500:
         raise Unreachable(f"RunPod has failed ({status}: {problem}): try again; a second run goes on")
+    if status == 409 or "in use" in problem.lower() or "attached" in problem.lower():
+        raise InUse(f"RunPod refuses it ({status}): {problem}")
     advice = "; ask RunPod for a larger quota, or lower --workers-max" if "quota" in problem.lower() else ""
     raise UsageError(f"RunPod refuses it ({status}): {problem}{advice}")
 

@@ -14,7 +14,9 @@ FILES = [path for package in ("modelstore", "handler", "scripts") for path in so
 BUILTIN = {"BaseException", "Exception", "ValueError", "LookupError", "TimeoutError", "RuntimeError", "OSError"}
 # A job's errors end one job with an answer, and no start and no command; the fourth is no error: it unwinds a build; the
 # last three are of scripts.
-OUTSIDE = {"JobError", "TemplateError", "TemplateTimeout", "_ValueNeeded", "NoAnswer", "SeedFailed", "Unreachable"}
+OUTSIDE = {"JobError", "TemplateError", "TemplateTimeout", "_ValueNeeded", "InUse", "NoAnswer", "SeedFailed"} | {
+    "Unreachable"
+}
 
 
 def classes() -> dict[str, set[str]]:

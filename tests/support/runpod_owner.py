@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -64,6 +65,8 @@ class Account:
     on_change: Callable[[str, str], None] = lambda _method, _path: None  # called after a change was made
     requests: list[tuple[str, str, Any]] = field(default_factory=list)
     quota: int = 30  # workers
+    detach_s: float = 0.0  # for which the workers of an endpoint that was removed hold its volumes
+    held_until: dict[str, float] = field(default_factory=dict)  # volumes, on the clock of time.monotonic
     refusals: list[int] = field(default_factory=list)  # statuses of the next answers
 
     def answer(self, method: str, path: str, body: Any, key: str) -> tuple[int, Any, str]:
@@ -178,7 +181,8 @@ class Account:
         return self._known(self.endpoints, name, "endpoint")
 
     def _deleteEndpoint(self, name: str) -> None:  # noqa: N802
-        self._known(self.endpoints, name, "endpoint")
+        endpoint = self._known(self.endpoints, name, "endpoint")
+        self.held_until |= dict.fromkeys(endpoint["networkVolumes"], time.monotonic() + self.detach_s)
         del self.endpoints[name]
         if self.machines is not None:
             self.machines.stop(f"{name}-w1")
@@ -278,7 +282,8 @@ class Account:
 
     def _deleteNetworkVolume(self, name: str) -> None:  # noqa: N802
         self._known(self.volumes, name, "network volume")
-        if any(name in endpoint["networkVolumes"] for endpoint in self.endpoints.values()):
+        is_used = any(name in endpoint["networkVolumes"] for endpoint in self.endpoints.values())
+        if is_used or time.monotonic() < self.held_until.get(name, 0.0):
             raise Problem(409, "Conflict", f"the volume {name} is in use")
         del self.volumes[name]
         if self.machines is not None:

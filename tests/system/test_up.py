@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,33 @@ def test_a_volume_that_another_endpoint_uses_stays(runpod: RunPod, hub: Hub, tmp
     code, _, told = down(runpod, hub, "--yes")
     assert (code, f"the endpoint other uses the volume {volume}, too" in told) == (2, True)
     assert down(runpod, hub, "--yes", "--keep-volume")[1] == {"removed": ["the endpoint chat"]}
+
+
+def test_down_waits_until_workers_have_left_the_volume(runpod: RunPod, hub: Hub, tmp_path: Path) -> None:
+    assert deploy(runpod, hub, command(tmp_path, "--seed", "none", "--wait-s", "0"))[0] == 4
+    runpod.account.detach_s = 2.5
+    code, record, told = down(runpod, hub, "--yes")
+    assert (code, len(record["removed"])) == (0, 2), told
+    assert told.count("is in use; this command tries again") == 1, told
+    assert not runpod.account.volumes
+
+
+@pytest.mark.parametrize("status", [400, 409])
+def test_down_ends_at_once_if_the_volume_is_refused_for_another_reason_or_to_a_stranger(
+    runpod: RunPod, hub: Hub, tmp_path: Path, status: int
+) -> None:
+    assert deploy(runpod, hub, command(tmp_path, "--seed", "none", "--wait-s", "0"))[0] == 4
+    account = runpod.account
+    if status == 409:  # nothing of this name holds it any more
+        account.held_until |= dict.fromkeys(account.volumes, time.monotonic() + 1000)
+        account.endpoints.clear()
+    else:
+        account.on_change = lambda method, _path: account.refusals.append(status) if method == "DELETE" else None
+    began = time.monotonic()
+    code, _, told = down(runpod, hub, "--yes")
+    assert (code, "tries again" in told) == (2, False), told
+    assert time.monotonic() - began < 60
+    assert account.volumes
 
 
 def test_a_pod_of_another_image_is_replaced_and_a_stranger_is_let_be(runpod: RunPod, hub: Hub, tmp_path: Path) -> None:
