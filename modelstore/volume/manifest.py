@@ -33,7 +33,7 @@ from typing import Any
 from modelstore.dtypes import DTYPES
 from modelstore.errors import BadManifest, FormatTooNew, UnsafeName
 from modelstore.reference import is_commit, is_repo_id
-from modelstore.volume.block_table import block_lengths, check_entry, stored_length
+from modelstore.volume.block_table import ALIGNMENT, block_lengths, check_entry, stored_length
 from modelstore.volume.layout import FORMAT_VERSION, SnapshotKey, check_file_names
 
 BLOCK_BYTES = 8 << 20
@@ -253,8 +253,8 @@ def _manifest(record: Mapping[str, Any]) -> Manifest:
     if not is_repo_id(key.repo_id) or not is_commit(key.commit) or key.dtype not in DTYPES:
         raise ValueError("it names no snapshot")
     block_bytes = _count(record["block_bytes"])
-    if block_bytes < 4096:
-        raise ValueError("block_bytes is too small")
+    if block_bytes < ALIGNMENT or block_bytes % ALIGNMENT:  # each block begins at a page of the file, and of memory
+        raise ValueError(f"block_bytes is no multiple of {ALIGNMENT}")
     files = tuple(parse_file_record(file, block_bytes) for file in record["files"])
     check_file_names(file.path for file in files)
     check_file_names(file.content.path for file in files)

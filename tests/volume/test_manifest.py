@@ -70,6 +70,12 @@ def test_a_name_that_leaves_the_folder_is_refused_even_with_a_right_digest() -> 
         parse_manifest(hostile.encode(), where="x")
 
 
+@pytest.mark.parametrize("block_bytes", [0, 512, 4097, (8 << 20) + 1, -4096, True])
+def test_blocks_that_do_not_begin_at_pages_are_refused_even_with_a_right_digest(block_bytes: int) -> None:
+    with pytest.raises(BadManifest, match="is damaged"):
+        parse_manifest(replace(MANIFEST, block_bytes=block_bytes).encode(), where="x")
+
+
 @pytest.mark.parametrize("field", ["path", "size", "sha256", "blocks"])
 @pytest.mark.parametrize("value", [None, True, -1, 1.5, [], {}, ["a"], "x"])
 def test_a_field_of_a_file_that_is_something_else_is_refused_even_with_a_right_digest(field: str, value: Any) -> None:
