@@ -33,16 +33,19 @@ COPY pyproject.toml README.md ./
 COPY modelstore modelstore
 COPY handler handler
 RUN /opt/venv/bin/pip install --no-compile -c scripts/constraints.txt ".[${EXTRA}]"
-# What no worker uses: the cloud commands and the telemetry that FastAPI and the SDK bring, a transfer protocol that our
-# downloads do not speak, what compiles extensions, Amazon's services but S3, tests, headers, and the symbols of
-# libraries (not of torch's and numpy's, which do not bear it)
+# What no worker uses: the cloud commands and the telemetry that FastAPI and the SDK bring, a transfer
+# protocol that our downloads do not speak, what compiles extensions, Amazon's services but S3, the texts that
+# transformers' model files are generated from, tests, headers, types, and the symbols of libraries (not of torch's and
+# numpy's, which do not bear it)
 RUN /opt/venv/bin/pip uninstall --yes --quiet hf-xet uvloop watchfiles fastapi-cloud-cli sentry-sdk rignore fastar \
-        email-validator dnspython inquirerpy prompt_toolkit pfzy opentelemetry-exporter-otlp-proto-http \
+        email-validator dnspython inquirerpy prompt_toolkit pfzy rich-toolkit fastapi-cli opentelemetry-exporter-otlp-proto-http \
         opentelemetry-exporter-otlp-proto-common opentelemetry-exporter-otlp-common \
         opentelemetry-exporter-http-transport opentelemetry-proto opentelemetry-sdk opentelemetry-semantic-conventions \
         googleapis-common-protos setuptools pip \
     && find /opt/venv -type d \( -name tests -o -name test -o -name include \) -path '*site-packages*' \
         -not -path '*/torch/*' -prune -exec rm -r {} + \
+    && find /opt/venv/lib/python3*/site-packages -name '*.pyi' -not -path '*/torch/*' -delete \
+    && find /opt/venv/lib/python3*/site-packages -path '*/transformers/models/*' -name 'modular_*.py' -delete \
     && find /opt/venv/lib/python3*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -type d -not -name 's3*' \
         -exec rm -r {} + \
     && find /opt/venv -name '*.so*' -type f -not -path '*/torch/*' -not -path '*/numpy*' -exec strip --strip-unneeded {} +
@@ -58,6 +61,7 @@ RUN if [ "${EXTRA}" = vllm ]; then \
     && MODEL_ID=file:///tmp/tiny MODELSTORE_ROOT=/tmp/store /opt/venv/bin/python -m handler \
         --test_input '{"input": {"prompt": "a", "max_tokens": 2}}' \
     && MODEL_ID=file:///tmp/tiny MODELSTORE_ROOT=/tmp/store /opt/venv/bin/python -m handler.readahead \
+    && MODELSTORE_ROOT=/tmp/store /opt/venv/bin/modelstore ls \
     && /opt/venv/bin/python -c "import jinja2.ext, jinja2.sandbox, transformers.utils.chat_template_utils, \
         handler.health, handler.http_server, uvicorn.protocols.http.h11_impl, uvicorn.lifespan.off" \
     && rm -rf /tmp/tiny /tmp/store

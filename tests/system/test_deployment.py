@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,37 @@ def test_the_local_test_input_is_a_job() -> None:
     parse_text(
         json.loads((HERE / "handler" / "test_input.json").read_text())["input"], Limits.of(Settings(root=Path("/")))
     )
+
+
+IMPORTS_ALL = """
+import pkgutil, sys
+from importlib import import_module
+from importlib.machinery import PathFinder
+
+removed, find = set(sys.argv[1:]), PathFinder.find_spec
+PathFinder.find_spec = lambda name, *others: None if name.split(".")[0] in removed else find(name, *others)
+import handler, modelstore
+for package in (handler, modelstore):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
+"""
+
+
+def test_the_image_loses_nothing_that_is_imported() -> None:
+    """Each module of the worker and of the command line, without the packages that the Dockerfile removes."""
+    (text,) = re.findall(r"pip uninstall --yes --quiet ((?:[^&]|\n)+?)&&", (HERE / "Dockerfile").read_text())
+    names = {name.replace("_", "-").lower() for name in text.replace("\\", " ").split()}
+    modules = [
+        module
+        for module, distributions in packages_distributions().items()
+        if names >= {each.replace("_", "-").lower() for each in distributions}
+    ]
+    assert {"prompt_toolkit", "InquirerPy"} <= set(modules)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS_ALL, *modules], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
 
 
 def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
