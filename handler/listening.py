@@ -107,12 +107,16 @@ class Listening:
         # Copies, because a server closes its own, and the ports stay open.
         servers = [await serve(sock=each.dup()) for each in self.sockets]
         await ending.wait()
+        # A server that is closed forgets the connections that it has accepted a moment before, so it only stops to
+        # accept, and those that it has get their answer.
+        for each in (each for server in servers for each in server.sockets):
+            asyncio.get_running_loop().remove_reader(each.fileno())
+        await asyncio.sleep(_SETTLE_S)
         for server in servers:
             server.close()
-        await asyncio.sleep(_SETTLE_S)  # for connections that have just come
         for connection, head in self._heads.items():
             if head and _HEAD_END not in head:
-                connection.write(_NOT_YET)
+                connection.write(self._answer_to(head))
             connection.close()
         await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
 
@@ -125,8 +129,7 @@ class Listening:
                     if not part or len(head) > _REQUEST_BYTES:
                         return
                     head += part
-                path = head.split(b" ", 2)[1].partition(b"?")[0].decode("latin-1") if head.count(b" ") > 1 else ""
-                writer.write(_STARTING if path == self._health_path else _NOT_YET)
+                writer.write(self._answer_to(head))
                 await writer.drain()
                 if head.startswith(b"POST"):  # a body that nobody reads would reset the connection
                     writer.write_eof()
@@ -137,6 +140,12 @@ class Listening:
         finally:
             del self._heads[writer]
             writer.close()
+
+    def _answer_to(self, head: bytes | bytearray) -> bytes:
+        """The answer to a request, of which the first line may be all that there is."""
+        parts = bytes(head).partition(b"\r\n")[0].split(b" ")
+        is_health = len(parts) > 2 and parts[1].partition(b"?")[0].decode("latin-1") == self._health_path
+        return _STARTING if is_health else _NOT_YET
 
 
 def _port(name: str, text: str) -> int:

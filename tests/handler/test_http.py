@@ -507,3 +507,50 @@ def test_health_is_told_while_the_worker_starts() -> None:
         connection.close()
     silent.close()
     kept.close()
+
+
+def test_a_question_for_health_that_is_half_there_at_the_handover_is_told_that_the_worker_starts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    starting = Listening(Place("127.0.0.1", port, port), "/health")
+    starting.begin()
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as halfway:
+        halfway.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n")
+        assert eventually(lambda: any(starting._heads.values()))
+        (kept,) = starting.end()
+        assert halfway.recv(100).startswith(b"HTTP/1.1 204 No Content\r\n")
+    kept.close()
+
+
+def test_no_connection_is_lost_at_the_handover() -> None:
+    """Each one is answered by the ports before, or is accepted by the server after."""
+    for _round in range(10):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        starting = Listening(Place("127.0.0.1", port, port), "/health")
+        starting.begin()
+        outcomes: list[bytes] = []
+        ended = threading.Event()
+
+        def ask(port: int = port, ended: threading.Event = ended, outcomes: list[bytes] = outcomes) -> None:
+            while not ended.is_set():
+                with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+                    connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n")
+                    outcomes.append(connection.recv(12))
+
+        clients = [threading.Thread(target=ask) for _number in range(8)]
+        for client in clients:
+            client.start()
+        time.sleep(0.05)
+        (kept,) = starting.end()
+        kept.settimeout(0.2)
+        ended.set()
+        with suppress(TimeoutError):
+            while True:
+                connection, _address = kept.accept()
+                connection.sendall(b"HTTP/1.1 200")
+                connection.close()
+        for client in clients:
+            client.join()
+        kept.close()
+        assert set(outcomes) <= {b"HTTP/1.1 503", b"HTTP/1.1 200"}, "a client waited in vain"
