@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The worker over HTTP, at 1, 16 and 64 clients: the first streamed token, and tokens a second.
+"""The worker over HTTP, at 1, 16 and 64 clients: the first streamed token, tokens a second, and the processor time of
+the server's first process for a token. Of the vLLM engine this process is the layer before vLLM's own server.
 
     python scripts/bench/http_server.py [--runs 3] [--tokens 32] [--write DOCUMENT]
 
@@ -39,18 +40,22 @@ VLLM = HERE / ".venv-vllm" / "bin" / "python"
 MODEL = HERE / ".cache" / "hub" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
 VLLM_ARGUMENTS = ("--enforce-eager", "--max-model-len", "512")
 READY_S = 600.0
+REST_S = 2.0  # vLLM's threads spin for a second after their last token, on the processors of the next round
 
 
 @dataclass
 class Server:
-    """A server, and what was measured of it: seconds to the first token, and tokens a second, by number of clients."""
+    """A server, and what was measured of it: seconds to the first token, tokens a second, and milliseconds of processor
+    that its first process, without its children, took for a token, by number of clients."""
 
     label: str
+    process_id: int
     url: str
     path: str
     ready_path: str
     first_s: dict[int, list[float]] = field(default_factory=dict)
     rates: dict[int, list[float]] = field(default_factory=dict)
+    processor_ms: dict[int, list[float]] = field(default_factory=dict)
 
     def body(self, number: int, tokens: int) -> dict[str, Any]:
         """The request of one client."""
@@ -65,13 +70,15 @@ class Server:
         return {"input": asked} if self.path == "/runsync" else asked
 
     async def run(self, clients: int, tokens: int) -> None:
-        """One round: all clients at once."""
+        """One round: all clients at once, when the other server has come to rest."""
+        await asyncio.sleep(REST_S)
         async with httpx.AsyncClient(base_url=self.url, timeout=READY_S, trust_env=False) as client:
-            began = time.monotonic()
+            began, processor_s = time.monotonic(), _processor_s(self.process_id)
             firsts = await asyncio.gather(*(self._first(client, number, tokens) for number in range(clients)))
-            took = time.monotonic() - began
+            took, processor_s = time.monotonic() - began, _processor_s(self.process_id) - processor_s
         self.first_s.setdefault(clients, []).append(statistics.median(firsts))
         self.rates.setdefault(clients, []).append(clients * tokens / took)
+        self.processor_ms.setdefault(clients, []).append(1000 * processor_s / (clients * tokens))
 
     async def _first(self, client: httpx.AsyncClient, number: int, tokens: int) -> float:
         began, first, text = time.monotonic(), 0.0, ""
@@ -94,7 +101,7 @@ def running(label: str, command: Sequence[str], env: Mapping[str, str], path: st
     process = subprocess.Popen(
         [each.replace("PORT", str(port)) for each in command], env=os.environ | env, stdout=log, stderr=log, cwd=HERE
     )
-    server = Server(label, f"http://127.0.0.1:{port}", path, ready)
+    server = Server(label, process.pid, f"http://127.0.0.1:{port}", path, ready)
     try:
         until = time.monotonic() + READY_S
         while not _is_ready(server):
@@ -113,6 +120,12 @@ def running(label: str, command: Sequence[str], env: Mapping[str, str], path: st
         log.close()
 
 
+def _processor_s(process_id: int) -> float:
+    """The seconds of processor that a process has taken, without its children."""
+    fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _is_ready(server: Server) -> bool:
     try:
         return httpx.get(f"{server.url}{server.ready_path}", timeout=5, trust_env=False).status_code == 200
@@ -125,20 +138,24 @@ def measured(servers: Sequence[Server], runs: int, tokens: int) -> list[str]:
     for clients in CLIENTS:
         for server in servers:
             asyncio.run(server.run(clients, tokens))  # what is compiled or allocated once is not counted
-            server.first_s.pop(clients)
-            server.rates.pop(clients)
+            for figures in (server.first_s, server.rates, server.processor_ms):
+                figures.pop(clients)
         for number in range(runs * 3 if clients == 1 else runs):  # one client's round is short
             for server in servers if number % 2 == 0 else reversed(servers):
                 asyncio.run(server.run(clients, tokens))
                 print(f"{server.label}, {clients} clients: {server.rates[clients][-1]:.0f} tokens/s", file=sys.stderr)
-    lines = ["| server | clients | first token, s | tokens a second | of the other |", "|---|---|---|---|---|"]
+    lines = ["| server | clients | first token, s | tokens a second | of the other | its process, ms a token |"]
+    lines += ["|---|---|---|---|---|---|"]
     other = servers[-1]
     for clients in CLIENTS:
         for server in servers:
             pairs = zip(server.rates[clients], other.rates[clients], strict=True)
             ratio = "" if server is other else f"{statistics.median(ours / theirs for ours, theirs in pairs):.3f}"
-            first, rate = statistics.median(server.first_s[clients]), statistics.median(server.rates[clients])
-            lines.append(f"| {server.label} | {clients} | {first:.3f} | {rate:.0f} | {ratio} |")
+            first, rate, processor_ms = (
+                statistics.median(figures[clients]) for figures in (server.first_s, server.rates, server.processor_ms)
+            )
+            row = (server.label, clients, f"{first:.3f}", f"{rate:.0f}", ratio, f"{processor_ms:.2f}")
+            lines.append(f"| {' | '.join(map(str, row))} |")
     return lines
 
 
