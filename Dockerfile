@@ -33,12 +33,12 @@ COPY pyproject.toml README.md ./
 COPY modelstore modelstore
 COPY handler handler
 RUN /opt/venv/bin/pip install --no-compile -c scripts/constraints.txt ".[${EXTRA}]"
-# What no worker uses: the cloud commands and the telemetry that FastAPI and the SDK bring, a transfer
-# protocol that our downloads do not speak, what compiles extensions, Amazon's services but S3, the texts that
-# transformers' model files are generated from, tests, headers, types, and the symbols of libraries (not of torch's and
-# numpy's, which do not bear it)
+# What no worker uses: the cloud commands and the telemetry that FastAPI and the SDK bring, a transfer protocol that our
+# downloads do not speak, what compiles extensions, Amazon's services but S3, the texts that transformers' model files are
+# generated from, tests, headers, types, and the symbols of libraries (not of torch's and numpy's, which do not bear it)
 RUN /opt/venv/bin/pip uninstall --yes --quiet hf-xet uvloop watchfiles fastapi-cloud-cli sentry-sdk rignore fastar \
-        email-validator dnspython inquirerpy prompt_toolkit pfzy rich-toolkit fastapi-cli opentelemetry-exporter-otlp-proto-http \
+        email-validator dnspython inquirerpy prompt_toolkit pfzy rich-toolkit fastapi-cli \
+        opentelemetry-exporter-otlp-proto-http \
         opentelemetry-exporter-otlp-proto-common opentelemetry-exporter-otlp-common \
         opentelemetry-exporter-http-transport opentelemetry-proto opentelemetry-sdk opentelemetry-semantic-conventions \
         googleapis-common-protos setuptools pip \

@@ -47,6 +47,13 @@ class ImagesRequest:
     image: ImageRequest
     form: Form | None
 
+    def uploads(self, *, has_bucket: bool) -> bool:
+        """Whether the pictures go into the bucket. Raises JobError if they have to and there is none."""
+        if self.form == "url" and not has_bucket:
+            raise invalid("response_format url needs a bucket (BUCKET_ENDPOINT_URL): send b64_json instead")
+        # OpenAI's own form of an event has no place for an address.
+        return has_bucket and (self.form == "url" or (self.form is None and not self.image.stream))
+
 
 def parse_images_job(data: Mapping[str, Any], job: JobContext, call: PipelineCall) -> ImagesRequest | None:
     """The request of a job in OpenAI's form; None if it asks for the list of models. Raises JobError."""

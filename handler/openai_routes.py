@@ -58,8 +58,7 @@ def is_request(data: Mapping[str, Any]) -> bool:
 
 def route_and_body(data: Mapping[str, Any], *, usual: str = "/v1/chat/completions") -> tuple[object, object]:
     """The route and the body of such an input, unchecked. Without a route it is the `usual` one: a conversation, as
-    worker-vllm has it.
-    Raises JobError for a field beside them."""
+    worker-vllm has it. Raises JobError for a field beside them."""
     by_route = data.get("openai_route") is None and data.get("openai_input") is None
     names = ("route", "body", "method") if by_route else ("openai_route", "openai_input")
     for name, value in data.items():

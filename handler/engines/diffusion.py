@@ -103,23 +103,19 @@ class DiffusionEngine:
 
     async def answer(self, data: Mapping[str, Any], job: JobContext) -> Answer:
         """See Engine."""
-        has_bucket = self._settings.bucket_endpoint is not None and job.may_upload
+        uploads = self._settings.bucket_endpoint is not None and job.may_upload
         responder: ImageAnswer | OpenAIImagesAnswer
         if openai_routes.is_request(data):
             wanted = parse_images_job(data, job, self.call)
             if wanted is None:
                 return whole(openai_routes.models(job.models, created=job.created))
-            if wanted.form == "url" and not has_bucket:
-                raise invalid("response_format url needs a bucket (BUCKET_ENDPOINT_URL): send b64_json instead")
-            # An event of a stream has no other place for a picture in OpenAI's own form.
-            is_inline = wanted.form == "b64_json" or (wanted.form is None and wanted.image.stream)
-            has_bucket = has_bucket and not is_inline
+            uploads = wanted.uploads(has_bucket=uploads)
             request, responder = wanted.image, OpenAIImagesAnswer(wanted, created=job.created)
         else:
             request = parse_image(data, job.limits, self.call)
             responder = ImageAnswer(request)
         pieces = self.draw(replace(request, model=job.model_of({"model": request.model})))
-        return with_addresses(pieces, job.id) if has_bucket else pieces, responder
+        return with_addresses(pieces, job.id) if uploads else pieces, responder
 
     async def draw(self, request: ImageRequest) -> AsyncIterator[Step | Images]:
         """The steps as they are done, and the pictures. A caller that stops the iteration ends the drawing.
