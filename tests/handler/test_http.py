@@ -22,7 +22,7 @@ from handler.answers import Answer, TextDelta, whole
 from handler.errors import JobError
 from handler.http_server import MOST_BYTES, Requests, configured, limited
 from handler.jobs import JobContext
-from handler.listening import Listening, Place
+from handler.listening import Place
 from handler.worker import Worker
 from modelstore.errors import InvalidSetting, UsageError
 from modelstore.settings import Settings
@@ -477,80 +477,3 @@ def test_the_place_follows_the_command_line_the_settings_and_the_host() -> None:
         place("--rp_serve_api")
     with pytest.raises(UsageError, match="--port"):
         place("--port")
-
-
-def test_health_is_told_while_the_worker_starts() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    starting = Listening(Place("127.0.0.1", port, port), "/health")
-    starting.begin()
-    url = f"http://127.0.0.1:{port}"
-    assert httpx.get(f"{url}/health?x=1", trust_env=False).status_code == 204
-    refused = httpx.post(f"{url}/v1/chat/completions", json=CHAT, trust_env=False)
-    assert refused.status_code == 503
-    assert refused.headers["Retry-After"] == "5"
-    assert refused.json()["error"]["message"] == "the worker is starting"
-    with pytest.raises(InvalidSetting, match=f"127.0.0.1 port {port} cannot be opened: Address already in use"):
-        Listening(Place("127.0.0.1", port, port), "/health")
-    silent = socket.create_connection(("127.0.0.1", port))
-    halfway = socket.create_connection(("127.0.0.1", port))
-    halfway.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n")
-    assert eventually(lambda: len(starting._heads) == 2 and any(starting._heads.values()))
-    (kept,) = starting.end()
-    assert silent.recv(100) == b""
-    assert halfway.recv(100).startswith(b"HTTP/1.1 503 Service Unavailable\r\n"), "its sender tries again"
-    halfway.close()
-    with socket.create_connection(("127.0.0.1", port)) as waits:
-        connection, _address = kept.accept()
-        waits.sendall(b"x")
-        assert connection.recv(1) == b"x", "it is answered by whoever takes the port over"
-        connection.close()
-    silent.close()
-    kept.close()
-
-
-def test_a_question_for_health_that_is_half_there_at_the_handover_is_told_that_the_worker_starts() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    starting = Listening(Place("127.0.0.1", port, port), "/health")
-    starting.begin()
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as halfway:
-        halfway.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n")
-        assert eventually(lambda: any(starting._heads.values()))
-        (kept,) = starting.end()
-        assert halfway.recv(100).startswith(b"HTTP/1.1 204 No Content\r\n")
-    kept.close()
-
-
-def test_no_connection_is_lost_at_the_handover() -> None:
-    """Each one is answered by the ports before, or is accepted by the server after."""
-    for _round in range(10):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        starting = Listening(Place("127.0.0.1", port, port), "/health")
-        starting.begin()
-        outcomes: list[bytes] = []
-        ended = threading.Event()
-
-        def ask(port: int = port, ended: threading.Event = ended, outcomes: list[bytes] = outcomes) -> None:
-            while not ended.is_set():
-                with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-                    connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n")
-                    outcomes.append(connection.recv(12))
-
-        clients = [threading.Thread(target=ask) for _number in range(8)]
-        for client in clients:
-            client.start()
-        time.sleep(0.05)
-        (kept,) = starting.end()
-        kept.settimeout(0.2)
-        ended.set()
-        with suppress(TimeoutError):
-            while True:
-                connection, _address = kept.accept()
-                connection.sendall(b"HTTP/1.1 200")
-                connection.close()
-        for client in clients:
-            client.join()
-        kept.close()
-        assert set(outcomes) <= {b"HTTP/1.1 503", b"HTTP/1.1 200"}, "a client waited in vain"

@@ -61,11 +61,17 @@ def serving(env: dict[str, str], *arguments: str, log: list[str] | None = None) 
         process.stderr.close()
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
+
+
 @contextmanager
 def serving_http(env: dict[str, str], *, log: list[str] | None = None) -> Iterator[str]:
     """A worker that is ready and serves HTTP: its address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with serving(env, "--http", "--port", str(port), log=log):
         yield f"http://127.0.0.1:{port}"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ import pytest
 
 from tests.support.hub import Hub
 from tests.support.models import write_model
-from tests.support.workers import serving_http
+from tests.support.workers import free_port, serving_http
 
 KEY = "a-key-of-sixteen"
 LONG = {"prompt": "hello", "max_tokens": 1500, "temperature": 2, "stream": True}
@@ -31,8 +30,7 @@ def health(url: str) -> int | None:
 
 def test_health_is_204_then_200_and_a_signal_lets_what_runs_end(hub: Hub, store_env: dict[str, str]) -> None:
     write_model(hub.folder / "org" / "name", seed=1, context=2048, ends=False)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     env = os.environ | store_env | {"MODEL_ID": "org/name", "PORT": str(port), "MODELSTORE_API_KEY": KEY}
     began = time.monotonic()

@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -23,6 +22,7 @@ from scripts.dev.configuration import table, worker_vllm_table
 from tests.support.checkpoints import random_tensors, write_repo
 from tests.support.hub import Hub
 from tests.support.models import MODELS, save
+from tests.support.workers import free_port
 
 HERE = Path(__file__).parent.parent.parent
 README = (HERE / "README.md").read_text()
@@ -56,8 +56,7 @@ def test_the_command_lines_that_are_shown_work_one_after_the_other(
     write_repo(hub.folder / "org" / "new", random_tensors(4, (64, 64)))
     shutil.copytree(hub.folder / "org" / "new", tmp_path / "volume" / "my-model")
     (tmp_path / "models.toml").write_text('[[model]]\nreference = "org/name"\n\n[[model]]\nreference = "org/new"\n')
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     places = {"/workspace": "volume", "/runpod-volume": "volume", "9400": port}
     block = re.search(r"## The commands\n\n```bash\n(.*?)```", CLI, re.DOTALL)
     assert block is not None
