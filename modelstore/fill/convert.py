@@ -35,6 +35,9 @@ from modelstore.volume.header import (
 )
 from modelstore.volume.manifest import FileRecord
 
+# Returns once the bytes of the source at an offset, so many of them, are there; raises if the work has to stop.
+Ready = Callable[[int, int], None]
+
 CHUNK_BYTES = 8 << 20
 _MOST_NAMED = 5
 
@@ -55,14 +58,18 @@ def _set_dtype(config: dict[str, Any], dtype: Dtype) -> None:
             _set_dtype(value, dtype)
 
 
-def read_header(path: Path, *, where: str, content: FileRecord | None = None) -> Header:
+def read_header(
+    path: Path, *, where: str, content: FileRecord | None = None, ready: Ready = lambda _offset, _length: None
+) -> Header:
     """The checked header of a safetensors file; `where` names it in errors. `content`: what the file at `path` holds,
-    if it may be compressed."""
+    if it may be compressed. `ready` is called before each read of it."""
     fd = durable.open_for_read(path)
     try:
         content = content or FileRecord(path.name, os.fstat(fd).st_size, "", "")
         size = content.size_bytes
+        ready(0, min(LENGTH_BYTES, size))
         length = header_length(read_content(fd, content, LENGTH_BYTES, 0), file_bytes=size, where=where)
+        ready(LENGTH_BYTES, length)
         return parse_header(read_content(fd, content, length, LENGTH_BYTES), file_bytes=size, where=where)
     finally:
         os.close(fd)
@@ -93,13 +100,13 @@ def convert_file(
     header: Header,
     policy: StoragePolicy,
     *,
-    guard: Callable[[], None],
+    ready: Ready,
     memory: Callable[[int], memoryview | None] = lambda _size_bytes: None,
 ) -> None:
     """Write `source`, whose header is `header`, to `target` as `policy` stores it.
 
-    `guard` is called for each chunk. `memory` is asked for as many bytes as will be written, which then go there, too.
-    Raises WeightOverflow with every tensor of the file that does not fit.
+    `ready` is called before each read. `memory` is asked for as many bytes as will be written, which then go there,
+    too. Raises WeightOverflow with every tensor of the file that does not fit.
     """
     tensors = converted_tensors(header, policy)
     overflowing: list[str] = []
@@ -111,8 +118,7 @@ def convert_file(
         originals = {tensor.name: tensor for tensor in header.tensors}
         for after in tensors:
             before = originals[after.name]
-            for chunk in _chunks(source_fd, before, header.data_start, source):
-                guard()
+            for chunk in _chunks(source_fd, before, header.data_start, source, ready):
                 cast, fits = _cast(chunk, before.dtype, after.dtype)
                 if not fits and before.name not in overflowing:
                     overflowing.append(before.name)
@@ -127,16 +133,18 @@ def copy_file(
     source: Path,
     target: StoredFile,
     *,
-    guard: Callable[[], None],
+    ready: Ready,
     memory: Callable[[int], memoryview | None] = lambda _size_bytes: None,
 ) -> None:
     """Write `source` to `target` byte for byte; the other arguments are those of `convert_file`."""
     fd = durable.open_for_read(source)
     try:
-        write = _Writer(target, memory(os.fstat(fd).st_size))
-        while data := os.read(fd, CHUNK_BYTES):
-            guard()
-            write(data)
+        size = os.fstat(fd).st_size
+        write = _Writer(target, memory(size))
+        for offset in range(0, size, CHUNK_BYTES):
+            length = min(CHUNK_BYTES, size - offset)
+            ready(offset, length)
+            write(os.pread(fd, length, offset))
     finally:
         os.close(fd)
 
@@ -170,13 +178,15 @@ def _overflow(dtype: Dtype, file: str, names: list[str]) -> WeightOverflow:
     )
 
 
-def _chunks(fd: int, tensor: TensorInfo, data_start: int, path: Path) -> Iterator[npt.NDArray[Any]]:
+def _chunks(fd: int, tensor: TensorInfo, data_start: int, path: Path, ready: Ready) -> Iterator[npt.NDArray[Any]]:
     """A tensor's bytes as little-endian words of its width, a chunk at a time."""
     width = DTYPE_BITS[tensor.dtype] // 8 if tensor.dtype in CONVERTED else 1
     word = np.dtype(f"<u{width}")
     position, end = data_start + tensor.begin, data_start + tensor.end
     while position < end:
-        data = os.pread(fd, min(CHUNK_BYTES, end - position), position)
+        length = min(CHUNK_BYTES, end - position)
+        ready(position, length)
+        data = os.pread(fd, length, position)
         data = data[: len(data) // word.itemsize * word.itemsize]
         if not data:
             raise BadSafetensors(f"{path.name} ended before its last tensor: seed it again")

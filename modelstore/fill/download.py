@@ -13,14 +13,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-from modelstore.errors import DigestMismatch, HubUnavailable
+from modelstore.errors import DigestMismatch, HubUnavailable, ModelStoreError
 from modelstore.fill.progress import Progress
 from modelstore.fill.source import ByteStream, Resolved, Source, SourceFile, backoff_s
 from modelstore.fill.staged_file import GRANULE_BYTES, StagedFile
-from modelstore.volume.checksums import Digests
 from modelstore.volume.layout import StagingLayout
 
 CONNECTIONS = 8
@@ -35,7 +34,6 @@ _FAST_BYTES_PER_S = 150e6
 logger = logging.getLogger(__name__)
 
 
-OnFile = Callable[[SourceFile, Path, Digests], None]
 Memory = Callable[[SourceFile], memoryview | None]
 
 
@@ -70,33 +68,53 @@ class Download:
         self._sleep = sleep
 
     def fetch(
-        self, files: Iterable[SourceFile], on_file: OnFile, *, may_begin: Callable[[SourceFile], bool] = lambda _: True
-    ) -> None:
-        """Fetch `files`, in this order as far as parallel ranges allow; `may_begin` is asked before each, until it may.
+        self,
+        files: Iterable[SourceFile],
+        *,
+        may_begin: Callable[[SourceFile], bool] = lambda _file: True,
+        on_begin: Callable[[StagedFile], object] = lambda _staged: None,
+    ) -> list[StagedFile]:
+        """Fetch `files`, in this order as far as parallel ranges allow; returns them, verified, in this order.
 
-        `on_file` gets each file once its digests were checked, from the thread that finished it. The first error, its
-        or ours, stops the download; the bytes that have arrived stay for a resume.
+        `may_begin` is asked before each, until it may; `on_begin` gets each when its bytes begin to arrive, from the
+        thread that fetches it. The first error, theirs or ours, stops the download; the bytes that have arrived stay
+        for a resume.
         """
-        queue = _SpanQueue(list(files), self._connections, may_begin)
+        wanted = list(files)
+        queue = _SpanQueue(wanted, self._connections, may_begin)
+        begun: dict[str, StagedFile] = {}
+
+        def begin(file: SourceFile) -> StagedFile:
+            staged = begun[file.path] = StagedFile(file, self._staging, self._memory(file))
+            on_begin(staged)
+            kept = staged.resume(self._inherited)
+            self._progress.begin(file.path, file.size_bytes)
+            self._progress.add(file.path, done=kept, reused=kept)
+            return staged
+
         with ThreadPoolExecutor(self._connections, thread_name_prefix="fetch") as pool:
-            workers = [pool.submit(self._work, queue, on_file, number) for number in range(self._connections)]
+            workers = [pool.submit(self._work, queue, begin, number) for number in range(self._connections)]
             try:
                 wait(workers)
             except BaseException as error:  # Ctrl-C: without this the pool's end would wait for the whole download
                 queue.stop(error)
                 raise
         if queue.error is not None:
+            for staged in begun.values():
+                with suppress(ModelStoreError, OSError):  # the first error is the one to report
+                    staged.close()
             raise queue.error
+        return [begun[file.path] for file in wanted]
 
-    def _work(self, queue: _SpanQueue, on_file: OnFile, number: int) -> None:
+    def _work(self, queue: _SpanQueue, begin: Callable[[SourceFile], StagedFile], number: int) -> None:
         try:
             self._join_in(queue, number)
-            while (span := queue.next(self._open)) is not None:
+            while (span := queue.next(begin)) is not None:
                 self._fetch_span(span, queue)
                 if queue.stopped:
                     return
                 if queue.was_last(span):
-                    self._finish(span.partial, queue, on_file)
+                    self._finish(span.staged, queue)
         except BaseException as error:  # reported by `fetch`, after every thread has stopped
             queue.stop(error)
 
@@ -112,34 +130,23 @@ class Download:
             pause_s = _RAMP_S
         queue.working += 1
 
-    def _open(self, file: SourceFile) -> StagedFile:
-        partial = StagedFile(file, self._staging, self._memory(file))
-        kept = partial.resume(self._inherited)
-        self._progress.begin(file.path, file.size_bytes)
-        self._progress.add(file.path, done=kept, reused=kept)
-        return partial
-
-    def _finish(self, partial: StagedFile, queue: _SpanQueue, on_file: OnFile) -> None:
+    def _finish(self, staged: StagedFile, queue: _SpanQueue) -> None:
         """Check the digests; on a mismatch fetch the whole file once more, then give up."""
         try:
-            digests = partial.finish()
+            staged.finish()
         except DigestMismatch as error:
             logger.warning("%s (fetching it once more)", error)
-            partial.forget()
-            partial.close()
-            self._progress.add(done=-partial.file.size_bytes)
-            self._progress.begin(partial.file.path, partial.file.size_bytes)
-            partial = StagedFile(partial.file, self._staging, self._memory(partial.file))
-            self._fetch_span(_Span(partial, 0, partial.granules), queue)
+            staged.forget()
+            self._progress.add(done=-staged.file.size_bytes)
+            self._progress.begin(staged.file.path, staged.file.size_bytes)
+            self._fetch_span(_Span(staged, 0, staged.granules), queue)
             if queue.stopped:
                 return
             try:
-                digests = partial.finish()
+                staged.finish()
             except DigestMismatch:
-                partial.forget()
+                staged.forget()
                 raise
-        partial.close()
-        on_file(partial.file, partial.path, digests)
 
     def _fetch_span(self, span: _Span, queue: _SpanQueue) -> None:
         """Fetch the missing granules of a span; if the source fails, go on from there."""
@@ -158,40 +165,40 @@ class Download:
 
     def _stream(self, span: _Span, index: int, queue: _SpanQueue) -> None:
         """One request, from granule `index` to the end of the span."""
-        file = span.partial.file
+        file = span.staged.file
         start, end = index * GRANULE_BYTES, min(span.end * GRANULE_BYTES, file.size_bytes)
         with self._source.open(self._resolved, file, start, end - start) as stream:
             if stream.offset == start:
-                self._store(span.partial, stream, end, queue)
+                self._store(span.staged, stream, end, queue)
                 return
             # The source ignores ranges. One thread takes the whole file from its stream; the others, whose streams
             # would give the same, drop theirs and wait for it.
-            if span.partial.whole_stream.acquire(blocking=False):
+            if span.staged.whole_stream.acquire(blocking=False):
                 try:
                     if span.first_missing() is not None:
-                        self._store(span.partial, stream, file.size_bytes, queue)
+                        self._store(span.staged, stream, file.size_bytes, queue)
                 finally:
-                    span.partial.whole_stream.release()
+                    span.staged.whole_stream.release()
                 return
-        with span.partial.whole_stream:
+        with span.staged.whole_stream:
             return
 
-    def _store(self, partial: StagedFile, stream: ByteStream, end: int, queue: _SpanQueue) -> None:
+    def _store(self, staged: StagedFile, stream: ByteStream, end: int, queue: _SpanQueue) -> None:
         """Cut a stream into granules and store them, until `end`."""
         position = stream.offset
         while position < end and not queue.stopped:
             granule = bytearray(min(GRANULE_BYTES, end - position))
-            self._fill(memoryview(granule), stream, partial)
+            self._fill(memoryview(granule), stream, staged)
             self._guard()
-            if partial.put(position // GRANULE_BYTES, granule):
-                self._progress.add(partial.file.path, done=len(granule))
+            if staged.put(position // GRANULE_BYTES, granule):
+                self._progress.add(staged.file.path, done=len(granule))
             position += len(granule)
 
-    def _fill(self, view: memoryview, stream: ByteStream, partial: StagedFile) -> None:
+    def _fill(self, view: memoryview, stream: ByteStream, staged: StagedFile) -> None:
         while view:
             count = stream.readinto(view)
             if count == 0:
-                raise HubUnavailable(f"the connection for {partial.file.path} ended early")
+                raise HubUnavailable(f"the connection for {staged.file.path} ended early")
             if self._source.over_network:
                 self._progress.add(network=count)
             view = view[count:]
@@ -201,12 +208,12 @@ class Download:
 class _Span:
     """Granules [first, end) of one file: the range of one request."""
 
-    partial: StagedFile
+    staged: StagedFile
     first: int
     end: int
 
     def first_missing(self) -> int | None:
-        return next((i for i in range(self.first, self.end) if not self.partial.has(i)), None)
+        return next((i for i in range(self.first, self.end) if not self.staged.has(i)), None)
 
 
 class _SpanQueue:
@@ -248,8 +255,8 @@ class _SpanQueue:
             file = self._files.popleft()
             self._opening += 1
         try:
-            partial = open_file(file)
-            spans = list(self._split(partial))
+            staged = open_file(file)
+            spans = list(self._split(staged))
         finally:
             with self._changed:
                 self._opening -= 1
@@ -268,8 +275,8 @@ class _SpanQueue:
     def was_last(self, span: _Span) -> bool:
         """Count a span as done; True if it was its file's last."""
         with self._changed:
-            self._left[span.partial.file.path] -= 1
-            return self._left[span.partial.file.path] == 0
+            self._left[span.staged.file.path] -= 1
+            return self._left[span.staged.file.path] == 0
 
     def stop(self, error: BaseException) -> None:
         """Let every thread stop at its next granule; the first error is the one that counts."""
@@ -278,10 +285,10 @@ class _SpanQueue:
             self.stopped = True
             self._changed.notify_all()
 
-    def _split(self, partial: StagedFile) -> Iterator[_Span]:
-        gaps = partial.missing()
+    def _split(self, staged: StagedFile) -> Iterator[_Span]:
+        gaps = staged.missing()
         if not gaps:
-            yield _Span(partial, 0, 0)
+            yield _Span(staged, 0, 0)
         for first, end in gaps:
             for start in range(first, end, self._span_granules):
-                yield _Span(partial, start, min(end, start + self._span_granules))
+                yield _Span(staged, start, min(end, start + self._span_granules))

@@ -29,12 +29,13 @@ from modelstore.fill.repo_files import MAX_SMALL_BYTES, folder_of, parse_json, s
 from modelstore.fill.request import FillRequest
 from modelstore.fill.selection import Selection
 from modelstore.fill.source import SourceFile
+from modelstore.fill.staged_file import StagedFile
 from modelstore.fill.staging import Staging
 from modelstore.fill.storage_policy import StoragePolicy
 from modelstore.fill.weights import WeightsPipeline
 from modelstore.settings import Settings
 from modelstore.volume import durable, tree
-from modelstore.volume.checksums import Digests, RunningDigests, has_blocks
+from modelstore.volume.checksums import RunningDigests, has_blocks
 from modelstore.volume.claim import Claim
 from modelstore.volume.config_sizes import Sizes
 from modelstore.volume.header import Header
@@ -142,19 +143,21 @@ class Fill:
 
     def _read_source(self, file: SourceFile) -> bytes:
         """A small file as the source has it."""
-        data: list[bytes] = []
-        self._download.fetch([file], lambda _file, path, _digests: data.append(_read(path)))
-        return data[0]
+        (staged,) = self._download.fetch([file])
+        return _read(staged.path)
 
     def _fetch_small(self, selection: Selection) -> None:
         # Choosing the files has fetched the indexes already; they are counted once, here, and not as found in staging.
         fetched = self._progress.done - self._progress.reused
         self._progress.done, self._progress.reused = 0, -fetched
         self._progress.total = selection.size_bytes
-        self._download.fetch(self._staging.unfinished(selection.small, self._progress), self._store_small)
+        for staged in self._download.fetch(self._staging.unfinished(selection.small, self._progress)):
+            self._store_small(staged)
 
-    def _store_small(self, file: SourceFile, path: Path, digests: Digests) -> None:
+    def _store_small(self, staged: StagedFile) -> None:
         """A small file as it came, but for the index of files that are stored under other names."""
+        file, path, digests = staged.file, staged.path, staged.digests
+        assert digests is not None
         stored = stored_path(file.path)
         target = self._staging.paths.snapshot_file(stored)
         durable.make_folder(target.parent)

@@ -10,6 +10,9 @@ its bytes and its slots are synced and the segment is sealed, by a rename. A sea
 host even while the host that wrote it is lost; the chunks that it was writing can be neither read nor written for two
 minutes (measured: 124 s on 3.0.117).
 
+A conversion may read the bytes as they arrive, before they are verified: `wait_for` returns once they are there, and
+`verified` tells whether they were right. If not, all of them come once more, as another attempt.
+
 SHA-256 runs over the file in order while granules arrive out of order: those ahead of the front wait in memory up to a
 limit, and are read back from the volume beyond it; if the whole file is kept in memory, all of them do. The same
 pass gives the block checksums of the manifest.
@@ -20,7 +23,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import xxhash
@@ -37,6 +40,7 @@ _SEGMENT_GRANULES = SEGMENT_BYTES // GRANULE_BYTES
 _SLOT_BYTES = 16
 _NO_SLOT = bytes(_SLOT_BYTES)
 _AHEAD_BYTES = 128 << 20
+_LOOK_EVERY_S = 0.05
 
 logger = logging.getLogger(__name__)
 
@@ -105,16 +109,21 @@ class StagedFile:
         for folder in (self.path.parent, self._journal_folder):
             durable.make_folder(folder)
         self._fd = durable.open_for_write(self.path)
-        self._journal = _Journal(self._journal_folder)
         durable.set_size(self._fd, file.size_bytes, path=self.path)
+        self.attempt = 1
+        self.digests: Digests | None = None
+        self.whole_stream = threading.Lock()
+        self._changed = threading.Condition()
+        self._front_lock = threading.Lock()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._journal = _Journal(self._journal_folder)
         self._have = [False] * self.granules
         self._missing = self.granules
         self._unsealed = [  # granules that each segment lacks; -1 once it is sealed
             min(_SEGMENT_GRANULES, self.granules - first) for first in range(0, self.granules, _SEGMENT_GRANULES)
         ]
-        self.whole_stream = threading.Lock()
-        self._lock = threading.Lock()
-        self._front_lock = threading.Lock()
         self._front = 0
         self._ahead: dict[int, bytes | bytearray] = {}
         self._digests = RunningDigests()
@@ -175,7 +184,7 @@ class StagedFile:
         if not self._arrived(index, data):
             return False
         segment = index // _SEGMENT_GRANULES
-        with self._lock:
+        with self._changed:
             due = self._unsealed[segment] == 0 and self._missing  # a file that is whole is moved on at once
             self._unsealed[segment] -= due > 0
         if due:
@@ -186,8 +195,26 @@ class StagedFile:
     def has(self, index: int) -> bool:
         return self._have[index]
 
+    def wait_for(self, offset: int, length: int, guard: Callable[[], None]) -> None:
+        """Return once these bytes lie in the file, verified or not; `guard` is called meanwhile, and may raise."""
+        granules = slice(offset // GRANULE_BYTES, -(-(offset + length) // GRANULE_BYTES))
+        self._wait(lambda: all(self._have[granules]), guard)
+
+    def verified(self, attempt: int, guard: Callable[[], None]) -> Digests | None:
+        """The digests of the file once all its bytes were checked; None if those of this attempt were wrong."""
+        self._wait(lambda: self.digests is not None or self.attempt != attempt, guard)
+        return self.digests if self.attempt == attempt else None
+
+    def _wait(self, ready: Callable[[], bool], guard: Callable[[], None]) -> None:
+        while True:
+            guard()
+            with self._changed:
+                if self._changed.wait_for(ready, _LOOK_EVERY_S):
+                    return
+
     def finish(self) -> Digests:
-        """The digests of the whole file, checked against the source's own; the file is kept either way."""
+        """Close the file, and return its digests, which were checked against the source's own. Raises DigestMismatch;
+        the file stays as it is then, and open."""
         self._advance(wait_for_turn=True)
         if self._front != self.granules:
             raise AssertionError(f"{self.file.path} is not complete")
@@ -203,15 +230,29 @@ class StagedFile:
                 f"{self.file.path} has the right size and wrong bytes (sha256 {digests.sha256[:12]}…): nothing was "
                 "published; try again, and if it stays so tell the repo's owner"
             )
+        self.close()
+        with self._changed:
+            self._memory = None
+            self.digests = digests
+            self._changed.notify_all()
         return digests
 
     def forget(self) -> None:
-        """Drop the journal, so that nothing of this file counts as fetched."""
+        """Drop the journal, so that nothing of this file counts as fetched: the next attempt begins."""
+        self._journal.close()
         durable.remove_tree(self._journal_folder)
+        durable.make_folder(self._journal_folder)
+        with self._changed:
+            self.attempt += 1
+            self._begin()
+            self._changed.notify_all()
 
     def close(self) -> None:
-        durable.close(self._fd, path=self.path)
-        self._journal.close()
+        """Close what is open still."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            durable.close(fd, path=self.path)
+            self._journal.close()
 
     def _length(self, index: int) -> int:
         return min(GRANULE_BYTES, self.file.size_bytes - index * GRANULE_BYTES)
@@ -227,7 +268,7 @@ class StagedFile:
         return checksum + xxhash.xxh3_64_digest(checksum + identity.encode())
 
     def _arrived(self, index: int, data: bytes | bytearray) -> bool:
-        with self._lock:
+        with self._changed:
             if self._have[index]:
                 return False
             if self._memory is not None:
@@ -237,6 +278,7 @@ class StagedFile:
             self._unsealed[index // _SEGMENT_GRANULES] -= 1
             if self._memory is None and (index - self._front) * GRANULE_BYTES < _AHEAD_BYTES:
                 self._ahead[index] = data
+            self._changed.notify_all()
         self._advance()
         return True
 
@@ -247,10 +289,10 @@ class StagedFile:
                 return
             try:
                 while self._front < self.granules and self._have[self._front]:
-                    with self._lock:
+                    with self._changed:
                         data = self._ahead.pop(self._front, None)
                     self._digests.update(self._read(self._front) if data is None else data)
-                    with self._lock:
+                    with self._changed:
                         self._front += 1
                         self._ahead.pop(self._front - 1, None)
             finally:

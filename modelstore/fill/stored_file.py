@@ -34,15 +34,15 @@ def is_compressible(content: str) -> bool:
 class StoredFile:
     """Writes a file of weights from its first byte to its last. Use with `with`, which closes it."""
 
-    def __init__(self, target: Path, *, digests: Digests | None = None) -> None:
+    def __init__(self, target: Path, *, is_digested: bool = False) -> None:
         """`target`: its path on the volume, whose name says if it is compressed; a file of an earlier process there is
         removed, as it may be a link.
-        `digests`: of the bytes that will be written, if they are known: to make them again would take longer than all
-        else."""
+        `is_digested`: the digests of the bytes that will be written are made elsewhere, and are left out of the record
+        of a compressed file: to make them again would take longer than all else."""
         self._target = target
         self._digests = RunningDigests()
         self._position = 0
-        self._plain = _Plain(digests) if target.name.endswith(COMPRESSED_SUFFIX) else None
+        self._plain = _Plain(is_digested=is_digested) if target.name.endswith(COMPRESSED_SUFFIX) else None
         durable.make_folder(target.parent)
         durable.remove_file(target)
         self._fd = durable.open_for_write(target)
@@ -93,10 +93,9 @@ class StoredFile:
 class _Plain:
     """The bytes that a compressed file holds: their digests, and their blocks, which threads encode."""
 
-    def __init__(self, digests: Digests | None) -> None:
+    def __init__(self, *, is_digested: bool) -> None:
         check_decoder()
-        self._known = digests
-        self._digests = RunningDigests()
+        self._digests = None if is_digested else RunningDigests()
         self._block = bytearray(BLOCK_BYTES)
         self._in_block = 0
         self._size_bytes = 0
@@ -106,7 +105,7 @@ class _Plain:
 
     def add(self, data: bytes | bytearray | memoryview) -> None:
         """The next bytes."""
-        if self._known is None:
+        if self._digests is not None:
             self._digests.update(data)
         self._size_bytes += len(data)
         view = memoryview(data)
@@ -135,7 +134,7 @@ class _Plain:
 
     def form(self) -> PlainForm:
         """The record of these bytes."""
-        digests = self._known or self._digests.finish()
+        digests = Digests("", "") if self._digests is None else self._digests.finish()
         return PlainForm(self._size_bytes, digests.sha256, digests.blocks, tuple(self._table))
 
     def close(self) -> None:

@@ -1,8 +1,10 @@
 """The weights of a fill: downloaded, converted beside the download, and stored, file by file.
 
-    source ──ranges──▶ staging/source ──verified──▶ convert or move ──▶ staging/snapshot
+    source ──ranges──▶ staging/source ──as they arrive──▶ convert ──once verified──▶ staging/snapshot
 
-A conversion that fails stops the download. Files that lie on this volume already are linked, if the request allows
+A file is converted, or compressed, while its own bytes arrive. They are verified last: if they were wrong, the file is
+converted once more, and an error of a conversion counts only if they were right. A conversion that fails stops the
+download. Files that lie on this volume already are linked, if the request allows
 that. If a shard's header shows that the checkpoint is quantized, those that were converted before are fetched again.
 """
 
@@ -12,12 +14,13 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from modelstore.errors import DigestMismatch, ModelStoreError, WeightOverflow
-from modelstore.fill.convert import convert_file, converted_tensors, copy_file, read_header
+from modelstore.errors import DigestMismatch, IntegrityError, ModelStoreError, Refused, WeightOverflow
+from modelstore.fill.convert import Ready, convert_file, converted_tensors, copy_file, read_header
 from modelstore.fill.download import Download
 from modelstore.fill.footprint import DiskBudget
 from modelstore.fill.plan import CheckpointPlan
@@ -25,6 +28,7 @@ from modelstore.fill.progress import Progress
 from modelstore.fill.repo_files import folder_of, is_pickle, stored_path
 from modelstore.fill.request import FillRequest
 from modelstore.fill.source import SourceFile
+from modelstore.fill.staged_file import StagedFile
 from modelstore.fill.staging import Staging
 from modelstore.fill.storage_policy import StoragePolicy
 from modelstore.fill.stored_file import StoredFile, stored_name
@@ -36,8 +40,8 @@ from modelstore.volume.manifest import FileRecord, Origin
 
 logger = logging.getLogger(__name__)
 
-_CONVERSIONS = max(1, min(4, (os.cpu_count() or 2) // 2))
-_WAITING_CONVERSIONS = 2
+# One waits for its bytes while another one is at work.
+_CONVERSIONS = max(2, min(4, (os.cpu_count() or 2) // 2))
 
 
 class WeightsPipeline:
@@ -87,36 +91,35 @@ class WeightsPipeline:
 
     def _fetch(self, files: Sequence[SourceFile], stop: Callable[[], None]) -> None:
         """Fetch and store these files."""
-        room = threading.BoundedSemaphore(_CONVERSIONS + _WAITING_CONVERSIONS)
-        jobs: list[Future[None]] = []
-        with ThreadPoolExecutor(_CONVERSIONS, thread_name_prefix="convert") as pool:
+        failures: list[BaseException] = []
 
-            def check() -> None:
-                for job in jobs:
-                    if job.done():
-                        job.result()  # a conversion that failed stops the download
-
-            def may_begin(file: SourceFile) -> bool:
-                self._guard()
-                check()
-                return self._budget.begin(file.path)
-
-            def on_file(file: SourceFile, path: Path, digests: Digests) -> None:
-                room.acquire()
-                check()
-                job = pool.submit(self._store, file, path, digests)
-                job.add_done_callback(lambda _job: room.release())
-                jobs.append(job)
-
+        def store(staged: StagedFile) -> None:
             try:
-                files = [file for file in files if not self._link(file)]
-                self._download.fetch(files, on_file, may_begin=may_begin)
+                self._store(staged)
+            except BaseException as error:  # raised below, after every thread has stopped
+                failures.append(error)
+                stop()
+
+        def may_begin(file: SourceFile) -> bool:
+            self._guard()  # the file that has to end first may never do so
+            return self._budget.begin(file.path)
+
+        with ThreadPoolExecutor(_CONVERSIONS, thread_name_prefix="convert") as pool:
+            try:
+                self._download.fetch(
+                    [file for file in files if not self._link(file)],
+                    may_begin=may_begin,
+                    on_begin=lambda staged: pool.submit(store, staged),
+                )
             except BaseException:
+                causes = failures[:1]  # the others follow from it
                 stop()
                 pool.shutdown(wait=False, cancel_futures=True)
+                if causes:
+                    raise causes[0] from None
                 raise
-        for job in jobs:
-            job.result()
+        if failures:
+            raise failures[0]
 
     def _wrongly_converted(self) -> list[SourceFile]:
         """The files that were converted before another one showed that none may be; they are forgotten."""
@@ -185,72 +188,100 @@ class WeightsPipeline:
         self._budget.count_finished(file.path)
         return True
 
-    def _store(self, file: SourceFile, path: Path, digests: Digests) -> None:
-        """A verified weights file in its stored form: converted, or moved if there is nothing to convert."""
-        self._guard()
-        stored = stored_path(file.path)
-        origin = None
+    def _store(self, staged: StagedFile) -> None:
+        """Store a weights file while its bytes arrive; once more if they were wrong, as then no error counts."""
+        attempt = 0
+        while attempt != staged.attempt:
+            attempt = staged.attempt
+            try:
+                self._store_attempt(staged, attempt)
+            except (IntegrityError, Refused):
+                if staged.verified(attempt, self._guard) is not None:
+                    raise
+
+    def _store_attempt(self, staged: StagedFile, attempt: int) -> None:
+        """A weights file in its stored form: converted, compressed, or moved if there is neither to be done; nothing is
+        kept if the bytes of this attempt were wrong."""
+        file, path = staged.file, staged.path
         if is_pickle(file.path):
-            path, origin = self._unpickled(file, path), Origin(file.size_bytes, digests.sha256)
-        header = read_header(path, where=self._label(file))
+            if staged.verified(attempt, self._guard) is None:
+                return
+            path = self._unpickled(file, path)
+        ready = self._ready(staged)
+        header = read_header(path, where=self._label(file), ready=ready)
         policy = self.plan.policy_of(file.path).for_tensors(header.tensors)
-        is_unchanged = converted_tensors(header, policy) is header.tensors and origin is None
-        if is_unchanged and self._name(file) == stored:
-            target = self._staging.paths.snapshot_file(stored)
-            durable.make_folder(target.parent)
-            durable.sync_path(path)
-            durable.rename(path, target)
-            record = FileRecord(stored, file.size_bytes, digests.sha256, digests.blocks)
-        else:
+        is_unchanged = converted_tensors(header, policy) is header.tensors and path == staged.path
+        record = None
+        if not is_unchanged or self._name(file) != stored_path(file.path):
             with self._lock:
                 if self._convert_began is None:
                     self._convert_began = self._request.timeline.now()
-            origin = origin or (None if is_unchanged else Origin(file.size_bytes, digests.sha256))
-            record = self._convert(file, path, header, policy, origin, digests)
+            if is_unchanged:
+                record = self._compressed(staged)
+            else:
+                record = self._converted(staged, attempt, path, header, policy)
+        digests = staged.verified(attempt, self._guard)
+        if digests is None:
+            return
+        if record is None:
+            record = self._moved(staged, digests)
+        elif is_unchanged:
+            assert record.plain is not None
+            plain = replace(record.plain, sha256=digests.sha256, blocks=digests.blocks)
+            record = replace(record, plain=plain)
+        else:
+            record = replace(record, origin=Origin(file.size_bytes, digests.sha256))
         self._add(file, record, header)
-        if path != self._staging.paths.source_file(file.path):
+        if path != staged.path:
             durable.remove_file(path)
         self._budget.end(file.path)
 
-    def _convert(
-        self,
-        file: SourceFile,
-        path: Path,
-        header: Header,
-        policy: StoragePolicy,
-        origin: Origin | None,
-        digests: Digests,
-    ) -> FileRecord:
-        """Convert one file; tensors that overflow and that no class loads are stored as they come, in a second try.
-        Without an `origin` it is only compressed, and `digests` are those of its bytes."""
-        if origin is None:
-            with self._stored_file(file, digests) as target:
-                copy_file(path, target, guard=self._guard, memory=self._memory(file))
-                return target.finish(self._name(file), None)
-        try:
-            return self._converted(file, path, header, policy, origin)
-        except WeightOverflow as error:
-            exempt = policy.without(error.tensors)
-            if exempt is None:
-                raise
-            logger.warning("%s: %s overflow, and no class loads them", self._label(file), ", ".join(error.tensors[:5]))
-        with self._lock:
-            self.plan = self.plan.with_unloaded(folder_of(file.path), exempt.unloaded)
-        return self._converted(file, path, header, exempt, origin)
+    def _ready(self, staged: StagedFile) -> Ready:
+        return lambda offset, length: staged.wait_for(offset, length, self._guard)
+
+    def _moved(self, staged: StagedFile, digests: Digests) -> FileRecord:
+        stored = stored_path(staged.file.path)
+        target = self._staging.paths.snapshot_file(stored)
+        durable.make_folder(target.parent)
+        durable.sync_path(staged.path)
+        durable.rename(staged.path, target)
+        return FileRecord(stored, staged.file.size_bytes, digests.sha256, digests.blocks)
+
+    def _compressed(self, staged: StagedFile) -> FileRecord:
+        """The record of a file that is not converted, but for the digests of its plain form."""
+        file = staged.file
+        with self._stored_file(file, is_digested=True) as target:
+            copy_file(staged.path, target, ready=self._ready(staged), memory=self._memory(file))
+            return target.finish(self._name(file), None)
 
     def _converted(
-        self, file: SourceFile, path: Path, header: Header, policy: StoragePolicy, origin: Origin
+        self, staged: StagedFile, attempt: int, path: Path, header: Header, policy: StoragePolicy
     ) -> FileRecord:
+        """The record of a converted file, but for its origin. Tensors that overflow and that no class loads are stored
+        as they come, in a second try."""
+        try:
+            return self._convert(staged, path, header, policy)
+        except WeightOverflow as error:
+            exempt = policy.without(error.tensors)
+            if exempt is None or staged.verified(attempt, self._guard) is None:
+                raise
+            label, names = self._label(staged.file), ", ".join(error.tensors[:5])
+            logger.warning("%s: %s overflow, and no class loads them", label, names)
+        with self._lock:
+            self.plan = self.plan.with_unloaded(folder_of(staged.file.path), exempt.unloaded)
+        return self._convert(staged, path, header, exempt)
+
+    def _convert(self, staged: StagedFile, path: Path, header: Header, policy: StoragePolicy) -> FileRecord:
+        file = staged.file
         with self._stored_file(file) as target:
-            convert_file(path, target, header, policy, guard=self._guard, memory=self._memory(file))
-            return target.finish(self._name(file), origin)
+            convert_file(path, target, header, policy, ready=self._ready(staged), memory=self._memory(file))
+            return target.finish(self._name(file), None)
 
     def _name(self, file: SourceFile) -> str:
         return stored_name(stored_path(file.path), compressed=self._request.compressed)
 
-    def _stored_file(self, file: SourceFile, digests: Digests | None = None) -> StoredFile:
-        path = self._staging.paths.snapshot_file(self._name(file))
-        return StoredFile(path, digests=digests)
+    def _stored_file(self, file: SourceFile, *, is_digested: bool = False) -> StoredFile:
+        return StoredFile(self._staging.paths.snapshot_file(self._name(file)), is_digested=is_digested)
 
     def _memory(self, file: SourceFile) -> Callable[[int], memoryview | None]:
         return partial(self._observer.memory, self._request.key, stored_path(file.path))

@@ -31,7 +31,7 @@ def convert(
     save_torch(tensors, source)
     header = read_header(source, where="in")
     with StoredFile(target) as output:
-        convert_file(source, output, header, storage_policy(dtype, config), guard=lambda: None)
+        convert_file(source, output, header, storage_policy(dtype, config), ready=lambda _offset, _length: None)
         record = output.finish(target.name, None)
     data = target.read_bytes()
     own = RunningDigests()

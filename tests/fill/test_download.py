@@ -59,10 +59,8 @@ class Fetch:
             connections=self.connections,
             sleep=self.slept.append,
         )
-        download.fetch(files, self._on_file)
-
-    def _on_file(self, _file: SourceFile, path: Path, digests: Digests) -> None:
-        self.path, self.digests = path, digests
+        for staged in download.fetch(files):
+            self.path, self.digests = staged.path, staged.digests
 
 
 @pytest.fixture
@@ -328,12 +326,10 @@ def test_granules_may_arrive_in_any_order(tmp_path: Path) -> None:
     for index in (5, 2, 0, 4, 1, 3):
         assert partial.put(index, data[index * GRANULE_BYTES : (index + 1) * GRANULE_BYTES])
     digests = partial.finish()
-    partial.close()
     whole = StagedFile(SourceFile("y", len(data)), StagingLayout(tmp_path))
     for index in range(6):
         whole.put(index, data[index * GRANULE_BYTES : (index + 1) * GRANULE_BYTES])
     assert whole.finish() == digests
-    whole.close()
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ class Faults:
     ignore_ranges: bool = False
     flip_byte: set[str] = field(default_factory=set)  # files whose last byte is served flipped, always
     flip_byte_once: set[str] = field(default_factory=set)
+    wrong_first: dict[str, Path] = field(default_factory=dict)  # files of the same size that are served before, once
     stated_size: dict[str, int] = field(default_factory=dict)
     tree_page: int = 1000
     metadata_delay_s: float = 0.0
@@ -83,6 +84,7 @@ class Hub:
         self.renamed: dict[str, str] = {}
         self.revisions: dict[tuple[str, str], Path] = {}
         self.throttle = threading.Lock()
+        self._wrong_left: dict[str, int] = {}
         self._servers = [_Server(self, "hub", port), _Server(self, "storage", 0)]
         self._running = False
         self.url = f"http://127.0.0.1:{self._servers[0].server_port}"
@@ -119,6 +121,15 @@ class Hub:
             if revision in (name, self.commit(path)):
                 return path
         return None
+
+    def take_wrong(self, name: str, size: int, length: int) -> Path:
+        """The file to serve `length` bytes of instead of those of `name`; once all were, the right ones follow."""
+        wrong = self.faults.wrong_first[name]
+        with self.served.lock:
+            left = self._wrong_left[name] = self._wrong_left.get(name, size) - length
+            if left <= 0:
+                del self.faults.wrong_first[name]
+        return wrong
 
     def commit(self, folder: Path) -> str:
         """A commit id made from what the folder holds."""
@@ -314,6 +325,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 self.connection.close()
                 return
+        if name in hub.faults.wrong_first:
+            self._send(hub.take_wrong(name, size, end - start), start, end)
+            return
         flip = name in hub.faults.flip_byte or name in hub.faults.flip_byte_once
         if flip and end == size and end > start:
             hub.faults.flip_byte_once.discard(name)
