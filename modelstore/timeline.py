@@ -1,7 +1,8 @@
 """The spans of one start: how long each step took, and why.
 
     {"worker": "…", "model": "org/name", "commit": "…", "dtype": "float16", "outcome": "hit", "reason": "…",
-     "pid": 7, "spans": [{"name": "read", "start": 0.41, "end": 5.9, "bytes": 1700000000, "bytes_per_s": 309653916.2}]}
+     "pid": 7, "processors": 8,
+     "spans": [{"name": "read", "start": 0.41, "end": 5.9, "bytes": 1700000000, "bytes_per_s": 309653916.2}]}
 
 Times are seconds since the process began (the kernel's record of it, not the first line of Python), so that the
 interpreter's own start shows. Spans may overlap: reading runs beside importing. Standard library only.
@@ -18,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, get_args
+
+from modelstore.processors import processors
 
 SpanName = Literal[
     "lookup",
@@ -171,6 +174,7 @@ class Timeline:
             **({"volume_mode": self.volume_mode} if self.volume_mode else {}),
             **({"kind": self.kind} if self.kind != "start" else {}),
             "pid": os.getpid(),
+            "processors": processors(),
             "spans": [span.as_json() for span in self.spans],
         }
 

@@ -68,7 +68,7 @@ def past_starts(
         whole = fleet.totals(records)
         if whole.starts > 1:
             console.print(whole.text, soft_wrap=True)
-            if (change := fleet.best_change(records, compression.share_of(layout))) is not None:
+            if (change := fleet.best_change(records, compression.compressed_form(layout))) is not None:
                 console.print(change.text(whole.seconds), soft_wrap=True)
 
     context.print(records, text)
@@ -93,7 +93,9 @@ def write_report(
         context.print(starts, lambda console: console.print(shown or report.NO_STARTS))
         return
     models, space = inventory.models(store.layout), inventory.space(store.layout, store.settings)
-    page = report.html(models, space, starts, made_at=time.time(), share_of=compression.share_of(store.layout))
+    page = report.html(
+        models, space, starts, made_at=time.time(), compressed_form=compression.compressed_form(store.layout)
+    )
     durable.write_atomic(out.absolute(), page.encode(errors="replace"))
     record = {"path": str(out.absolute()), "starts": len(starts), "models": len(models)}
     text_of_page = f"{out.absolute()}: {counted(len(starts), 'start')}, {counted(len(models), 'model')}"

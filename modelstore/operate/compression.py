@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from modelstore.errors import ModelStoreError
-from modelstore.operate.fleet import ShareOf
+from modelstore.operate.fleet import Compressed, CompressedForm
 from modelstore.units import size
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.preferred_form import compressed_read_s, is_worth_it
@@ -50,19 +50,20 @@ def estimate(snapshot: Snapshot, bytes_per_s: float, *, processors: int) -> Esti
     return Estimate(snapshot.key, plain_bytes, sample.stored_bytes, plain_bytes / bytes_per_s, seconds)
 
 
-def share_of(layout: Layout) -> ShareOf:
-    """A function of the commit and the dtype of a plain snapshot: the share of its bytes that it would take
-    compressed, from a sample of its blocks; None if it is not here, or the library for that is not."""
+def compressed_form(layout: Layout) -> CompressedForm:
+    """A function of the commit and the dtype of a plain snapshot: its compressed form, from a sample of its blocks;
+    None if it is not here, or the library for that is not."""
 
-    def share(commit: str, dtype: str) -> float | None:
+    def form(commit: str, dtype: str) -> Compressed | None:
         for snapshot in Catalog(layout).snapshots():
             if (snapshot.commit, snapshot.dtype) == (commit, dtype) and not snapshot.has_compressed_files:
                 try:
                     from modelstore.fill.recode import sampled
 
-                    return sampled(snapshot).stored_bytes / snapshot.plain_bytes
+                    sample = sampled(snapshot)
                 except (ImportError, OSError, ModelStoreError):
                     return None
+                return Compressed(sample.stored_bytes / snapshot.plain_bytes, sample.decoding_s)
         return None
 
-    return share
+    return form

@@ -18,10 +18,22 @@ from modelstore.errors import ModelStoreError
 from modelstore.reference import parse_reference
 from modelstore.timeline import outcome_of, sections, shared_s, total_s
 from modelstore.units import counted
+from modelstore.volume.preferred_form import compressed_read_s
 
 Record = Mapping[str, Any]
-ShareOf = Callable[[str, str], float | None]
-"""The share of its bytes that a plain snapshot, by commit and dtype, would take compressed; None if it is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """The compressed form of a plain snapshot: its share of the plain bytes, and the seconds in which one processor
+    decodes them."""
+
+    share: float
+    decoding_s: float
+
+
+CompressedForm = Callable[[str, str], Compressed | None]
+"""The compressed form of a plain snapshot, by commit and dtype; None if it is not known."""
 
 _MAKING = ("download", "wait", "convert", "verify", "publish")
 _REPLACED_WITHIN_S = 600.0
@@ -112,10 +124,10 @@ def request_s(record: Record) -> float | None:
     return first["queued_s"] + first["first_token"] - first["taken"]
 
 
-def best_change(records: Sequence[Record], share_of: ShareOf) -> Change | None:
+def best_change(records: Sequence[Record], compressed_form: CompressedForm) -> Change | None:
     """The change that would have saved most; None if none is worth it."""
     starts = [record for record in records if record["kind"] == "start" and not record["error"]]
-    changes = [_seed(starts), _compress(starts, share_of), _keep_code(starts), _swap(starts, records)]
+    changes = [_seed(starts), _compress(starts, compressed_form), _keep_code(starts), _swap(starts, records)]
     best = max((change for change in changes if change is not None), key=lambda change: change.saved_s, default=None)
     least = max(_WORTH_S, _WORTH * sum(map(total_s, starts)))
     return best if best is not None and best.saved_s >= least else None
@@ -152,29 +164,35 @@ def _command(name: str, model: str, *options: str) -> str:
     return f"`{' '.join(('modelstore', name, model, *options))}`"
 
 
-def _compress(starts: Sequence[Record], share_of: ShareOf) -> Change | None:
-    waits: dict[tuple[str, str, str], float] = {}
+def _compress(starts: Sequence[Record], compressed_form: CompressedForm) -> Change | None:
+    reads: dict[tuple[str, str, str], list[tuple[float, float, int]]] = {}
     for record in starts:
-        if any("plain_bytes" in span for span in record["spans"]):
+        if any("plain_bytes" in span for span in record["spans"]) or "processors" not in record:
             continue
-        seconds = sum(
-            end - begin
-            for begin, end, kinds in sections(record["spans"])
-            if "read" in {name for name, _detail in kinds} <= {"read", "transfer"}
-        )
-        key = (record["model"], record["commit"], record["dtype"])
-        waits[key] = waits.get(key, 0.0) + seconds
-    if not waits:
+        times = sections(record["spans"])
+        reading = [(end - begin, {name for name, _detail in kinds}) for begin, end, kinds in times]
+        read_s = sum(seconds for seconds, names in reading if "read" in names)
+        alone_s = sum(seconds for seconds, names in reading if "read" in names <= {"read", "transfer"})
+        if alone_s:
+            key = (record["model"], record["commit"], record["dtype"])
+            reads.setdefault(key, []).append((read_s, alone_s, record["processors"]))
+    waits = {key: sum(alone_s for _read_s, alone_s, _on in each) for key, each in reads.items()}
+    longest = max(waits, key=lambda key: waits[key], default=None)
+    if longest is None or waits[longest] < _WORTH_S:
         return None
-    model, commit, dtype = max(waits, key=lambda key: waits[key])
-    read_s = waits[model, commit, dtype]
-    share = share_of(commit, dtype) if read_s >= _WORTH_S else None
-    if share is None or share > _GAIN:
+    model, commit, dtype = longest
+    form = compressed_form(commit, dtype)
+    if form is None or form.share > _GAIN:
         return None
+    saved_s = 0.0
+    for read_s, alone_s, on in reads[longest]:
+        takes_s = compressed_read_s(read_s * form.share, form.decoding_s, on=on)
+        saved_s += alone_s * max(0.0, 1 - takes_s / read_s)
     return Change(
         _command("compress", model) or f"Compressing {model}",
-        read_s * (1 - share),
-        f"its starts did nothing but read for {read_s:.1f} s, and compressed it has {share:.0%} of the bytes",
+        saved_s,
+        f"its starts did nothing but read for {waits[longest]:.1f} s, and compressed it has {form.share:.0%} of the "
+        f"bytes, which one processor decodes in {form.decoding_s:.1f} s",
     )
 
 

@@ -105,10 +105,10 @@ def html(
     records: Sequence[dict[str, Any]],
     *,
     made_at: float,
-    share_of: fleet.ShareOf,
+    compressed_form: fleet.CompressedForm,
 ) -> str:
     """The page. `models`, `space`: records of `inventory`; `records`: of starts and swaps, of `history`; `made_at`:
-    seconds since 1970; `share_of`: see `fleet`."""
+    seconds since 1970; `compressed_form`: see `fleet`."""
     starts = [record for record in records if record["kind"] == "start"]
     warm = [record for record in starts if outcome_of(record) == "hit"]
     body = [
@@ -120,7 +120,7 @@ def html(
     if records:
         body += ["<h2>Starts over time</h2>", drawings.marks_key(records), drawings.over_time(records)]
     if starts:
-        body += ["<h2>The time that was paid for</h2>", _fleet(records, share_of)]
+        body += ["<h2>The time that was paid for</h2>", _fleet(records, compressed_form)]
     if warm:
         body += ["<h2>Where the time of warm starts goes</h2>", _time_of(warm)]
     body += [_failures(records), _latest(records), "<h2>The volume</h2>", _volume(models, space)]
@@ -206,10 +206,10 @@ def _cards(space: Mapping[str, Any], starts: Sequence[Mapping[str, Any]], warm: 
     return f"<div class=cards>{''.join(f'<div class=card>{card}</div>' for card in cards)}</div>"
 
 
-def _fleet(records: Sequence[Mapping[str, Any]], share_of: fleet.ShareOf) -> str:
+def _fleet(records: Sequence[Mapping[str, Any]], compressed_form: fleet.CompressedForm) -> str:
     """The seconds of all starts, and the change that would have saved most of them."""
     whole = fleet.totals(records)
-    change = fleet.best_change(records, share_of)
+    change = fleet.best_change(records, compressed_form)
     advice = ""
     if change is not None:
         text = re.sub("`([^`]*)`", r"<code>\1</code>", escape(change.text(whole.seconds)))

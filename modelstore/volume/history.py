@@ -154,7 +154,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         spans: list[dict[str, Any]] = [
             {"name": printable(str(span["name"])), "start": _seconds(span["start"]), "end": _seconds(span["end"])}
             | ({"detail": printable(str(span["detail"]))} if "detail" in span else {})
-            | {name: _bytes(span[name]) for name in ("bytes", "plain_bytes") if name in span}
+            | {name: _natural(span[name]) for name in ("bytes", "plain_bytes") if name in span}
             | ({"decoding_s": _seconds(span["decoding_s"])} if "decoding_s" in span else {})
             for span in record["spans"][:_MOST_SPANS]
         ]
@@ -163,6 +163,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         texts["kind"] = "swap" if record.get("kind") == "swap" else "start"
         texts["model"] = "" if texts["model"] == "None" else texts["model"]  # from versions before 0.2
         at = _seconds(record["at"])
+        processors = _natural(record.get("processors", 0))
         first = record.get("first_job") or {}
         first_job = {name: _seconds(first[name]) for name in ("taken", "first_token", "queued_s") if name in first}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
@@ -170,10 +171,11 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not all(isinstance(text, str) for text in texts.values()) or not all(s["start"] <= s["end"] for s in spans):
         return None
     checked = {"at": at, **{name: printable(text) for name, text in texts.items()}, "spans": spans}
+    checked |= {"processors": processors} if processors else {}
     return checked | ({"first_job": first_job} if first_job.keys() >= {"taken", "first_token"} else {})
 
 
-def _bytes(value: object) -> int:
+def _natural(value: object) -> int:
     if not isinstance(value, int) or not 0 <= value < 1e18:
         raise ValueError
     return value

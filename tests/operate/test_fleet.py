@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from modelstore.operate.fleet import best_change, request_s, totals
+from modelstore.operate.fleet import Compressed, best_change, request_s, totals
 
 COMMIT = "a" * 40
 
@@ -24,13 +24,14 @@ def start(at: float, *spans: tuple[str, float, float], **changes: Any) -> dict[s
         "reason": "",
         "waited_for": "",
         "error": "",
+        "processors": 8,
         "spans": [{"name": name, "start": begin, "end": end} for name, begin, end in spans],
     }
     return record | changes
 
 
-def share_of(_commit: str, _dtype: str) -> float | None:
-    return 0.6
+def form(_commit: str, _dtype: str) -> Compressed | None:
+    return Compressed(share=0.6, decoding_s=8.0)
 
 
 def test_all_seconds_are_shared_out() -> None:
@@ -65,7 +66,7 @@ def test_a_model_that_was_not_there_is_to_be_seeded() -> None:
         start(1, ("wait", 1, 40), outcome="waited"),
         *(start(n, ("read", 0, 2)) for n in range(2, 5)),
     ]
-    change = best_change(records, share_of)
+    change = best_change(records, form)
     assert change is not None
     assert change.action == "`modelstore seed org/chat --dtype float16`"
     assert change.saved_s == pytest.approx(38 + 39), "the imports that ran beside are no loss"
@@ -79,32 +80,46 @@ def test_reads_that_nothing_hides_are_to_be_shorter(is_compressed: bool) -> None
     if is_compressed:
         for record in records:
             record["spans"][1]["plain_bytes"] = 10**9
-    change = best_change(records, share_of)
+    change = best_change(records, form)
     if is_compressed:
         assert change is None
         return
     assert change is not None
     assert change.action == "`modelstore compress org/chat`"
     assert change.saved_s == pytest.approx(3 * 20 * 0.4)
-    assert change.because == "its starts did nothing but read for 60.0 s, and compressed it has 60% of the bytes"
-    assert best_change(records, lambda _commit, _dtype: 0.99) is None, "it would gain too little"
+    assert change.because == (
+        "its starts did nothing but read for 60.0 s, and compressed it has 60% of the bytes, "
+        "which one processor decodes in 8.0 s"
+    )
+    assert best_change(records, lambda _commit, _dtype: Compressed(0.99, 8.0)) is None, "it would gain too little"
     assert best_change(records, lambda _commit, _dtype: None) is None, "it is not known"
+
+
+def test_what_takes_as_long_to_decode_is_not_to_be_compressed() -> None:
+    records = [start(n, ("import", 0, 4), ("read", 0, 24), processors=2) for n in range(3)]
+    change = best_change(records, form)  # half a processor decodes beside the imports, in 16 s
+    assert change is not None
+    assert change.saved_s == pytest.approx(3 * 20 * (1 - 16 / 24))
+    assert best_change(records, lambda _commit, _dtype: Compressed(0.6, 12.0)) is None
+    for record in records:
+        del record["processors"]  # as earlier versions wrote it
+    assert best_change(records, form) is None
 
 
 def test_code_that_is_compiled_again_is_to_be_kept() -> None:
     records = [start(n, ("compile", 0, 30), ("read", 0, 2)) for n in range(3)]
-    change = best_change(records, share_of)
+    change = best_change(records, form)
     assert change is not None
     assert "MODELSTORE_ENGINE_CACHE" in change.action
     assert change.saved_s == pytest.approx(2 * 29), "the first time has to be paid"
-    assert best_change(records[:1], share_of) is None
+    assert best_change(records[:1], form) is None
     restored = [start(0, ("compile", 0, 50)), *(start(n, ("compile", 0, 6)) for n in range(1, 9))]
-    assert best_change(restored, share_of) is None, "it is kept already"
+    assert best_change(restored, form) is None, "it is kept already"
 
 
 @pytest.mark.parametrize("name", ["@chat", "org/a$(touch x)", "org/a`b`", "file:///models/a b;c"])
 def test_a_name_that_is_no_models_is_in_no_command(name: str) -> None:
-    change = best_change([start(0, ("download", 0, 40), outcome="downloaded", model=name)], share_of)
+    change = best_change([start(0, ("download", 0, 40), outcome="downloaded", model=name)], form)
     assert change is not None
     assert change.action == f"Seeding {name} before the launch"
 
@@ -114,7 +129,7 @@ def test_the_model_that_was_waited_for_longest_is_named() -> None:
         start(0, ("download", 0, 2), outcome="downloaded", model="org/a"),
         start(1, ("download", 0, 498), outcome="downloaded", model="org/z"),
     ]
-    change = best_change(records, share_of)
+    change = best_change(records, form)
     assert change is not None
     assert (change.action, change.saved_s) == ("`modelstore seed org/z --dtype float16`", 498)
 
@@ -124,18 +139,18 @@ def test_workers_that_start_for_another_model_alone_are_to_follow_an_alias() -> 
     new = [start(5000 + n, ("import", 0, 9), model="org/next", worker=f"b{n}") for n in range(3)]
     late = start(9000, ("import", 0, 9), model="org/next", worker="b9")
     swap = start(100, ("read", 0, 2), kind="swap")
-    change = best_change([*old, swap, *new, late], share_of)
+    change = best_change([*old, swap, *new, late], form)
     assert change is not None
     assert change.saved_s == pytest.approx(3 * 7), "less a swap each; a later start is one that scaling asked for"
     assert change.because == "3 workers started anew when org/chat gave way to org/next"
-    assert best_change([*old, swap, *new, start(9500, ("import", 0, 9))], share_of) is None, "both are served"
-    assert best_change([*old, *new], share_of) is None, "nobody knows how long a swap takes"
-    assert best_change([old[0], swap, new[0]], share_of) is None, "two endpoints may share a volume"
+    assert best_change([*old, swap, *new, start(9500, ("import", 0, 9))], form) is None, "both are served"
+    assert best_change([*old, *new], form) is None, "nobody knows how long a swap takes"
+    assert best_change([old[0], swap, new[0]], form) is None, "two endpoints may share a volume"
 
 
 def test_what_saves_little_is_not_said() -> None:
     records = [start(n, ("import", 0, 30)) for n in range(9)]
     records.append(start(9, ("wait", 0, 2), ("import", 2, 30), outcome="waited"))
-    assert best_change(records, share_of) is None
-    assert best_change([], share_of) is None
-    assert best_change([start(0, error="Broken: x")], share_of) is None
+    assert best_change(records, form) is None
+    assert best_change([], form) is None
+    assert best_change([start(0, error="Broken: x")], form) is None

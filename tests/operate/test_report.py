@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from modelstore.operate import drawings, report
+from modelstore.operate.fleet import Compressed
 from modelstore.timeline import SPAN_KINDS, Span, Timeline, sections, shared_s
 from modelstore.volume import history
 from modelstore.volume.layout import Layout
@@ -38,7 +39,11 @@ def record(at: float, ready_s: float = 10.0, **changes: Any) -> dict[str, Any]:
         "dtype": "float16",
         "reason": "it was there",
     }
-    return start | {"error": "", "outcome": "hit", "waited_for": "", "kind": "start", "spans": spans} | changes
+    return (
+        start
+        | {"processors": 8, "error": "", "outcome": "hit", "waited_for": "", "kind": "start", "spans": spans}
+        | changes
+    )
 
 
 def model(name: str, size_bytes: int, **changes: Any) -> dict[str, Any]:
@@ -72,7 +77,7 @@ def page(records: list[dict[str, Any]], models: list[dict[str, Any]] = MODELS, *
         space(**of_space),
         sorted(records, key=lambda each: each["at"]),
         made_at=NOON + 6 * 86400,
-        share_of=lambda _commit, _dtype: 0.67,
+        compressed_form=lambda _commit, _dtype: Compressed(0.67, 1.0),
     )
 
 
