@@ -30,7 +30,7 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 
 MAX_GUIDANCE = 50.0
 MAX_NUMBER = 1_000_000
-_MULTIPLE = 8
+SIDE_MULTIPLE = 8
 _STEPS = 30
 _COUNTS = ("num_images", "num_images_per_prompt")
 _OF_THE_WORKER = ("seed", "image_format", "stream", "model", *_COUNTS)
@@ -321,7 +321,7 @@ def picture_format(data: Mapping[str, Any], field_name: str) -> ImageFormat:
 def _side(data: Mapping[str, Any], name: str, limits: Limits) -> int | None:
     if data.get(name) is None:
         return None
-    value = integer(data, name, 0, at_least=_MULTIPLE, at_most=limits.pixels // _MULTIPLE)
-    if value % _MULTIPLE:
-        raise invalid(f"{name} must be a multiple of {_MULTIPLE}, not {value}")
+    value = integer(data, name, 0, at_least=SIDE_MULTIPLE, at_most=limits.pixels // SIDE_MULTIPLE)
+    if value % SIDE_MULTIPLE:
+        raise invalid(f"{name} must be a multiple of {SIDE_MULTIPLE}, not {value}")
     return value

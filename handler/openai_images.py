@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from handler import openai_routes
 from handler.errors import JobError, invalid, shown
-from handler.images import ImageRequest, Images, PipelineCall, Step, parse_image, picture_format
+from handler.images import SIDE_MULTIPLE, ImageRequest, Images, PipelineCall, Step, parse_image, picture_format
 from handler.jobs import JobContext, Limits
 from handler.values import integer
 
@@ -103,7 +103,10 @@ def _sides(size: object, body: Mapping[str, Any], call: PipelineCall) -> dict[st
         raise invalid(f"size is not served here: {call.name} has a size of its own")
     if body.get("width") is not None or body.get("height") is not None:
         raise invalid("size says what width and height say: leave one of them out")
-    return {"width": int(sides[1]), "height": int(sides[2])}
+    width, height = int(sides[1]), int(sides[2])
+    if width % SIDE_MULTIPLE or height % SIDE_MULTIPLE:
+        raise invalid(f"size must be two multiples of {SIDE_MULTIPLE}, not {size}")
+    return {"width": width, "height": height}
 
 
 def _form(value: object) -> Form | None:

@@ -79,7 +79,7 @@ def test_errors_are_openais(client: Any) -> None:
         client.completions.create(model="org/name", prompt="a")
     with pytest.raises(openai.BadRequestError, match="BUCKET_ENDPOINT_URL"):
         client.images.generate(prompt="a", response_format="url")
-    with pytest.raises(openai.BadRequestError, match="multiple of 8"):
+    with pytest.raises(openai.BadRequestError, match="size must be two multiples of 8"):
         client.images.generate(prompt="a", size="33x32", stream=True)
 
 
@@ -119,6 +119,8 @@ def test_fields_that_ask_for_nothing_are_taken() -> None:
         ({"prompt": "a", "size": "32x32", "width": 32}, "leave one of them out"),
         ({"prompt": "a", "size": "80000x80000"}, "width times height must be at most"),
         ({"prompt": "a", "size": ["32x32"]}, "size must be auto"),
+        ({"prompt": "a", "size": "33x32"}, "size must be two multiples of 8, not 33x32"),
+        ({"prompt": "a", "size": "32x33"}, "size must be two multiples of 8, not 32x33"),
         ({"prompt": "a", "n": 0}, "^n must be an integer between 1 and"),
         ({"prompt": "a", "n": 2, "num_images": 2}, "n and num_images are the same"),
         ({"prompt": "a", "n": 2, "num_images_per_prompt": 2}, "n and num_images_per_prompt are the same"),
