@@ -165,7 +165,10 @@ class Deployment:
         if volume["size"] < needed_gb:
             tell(f"the volume {volume['id']} grows from {volume['size']} to {needed_gb} GB")
             return dict(self._api.patch(f"/v2/network-volumes/{volume['id']}", {"size": needed_gb}))
-        tell(f"the volume {volume['id']} is there: {volume['size']} GB in {volume['dataCenter']}")
+        tell(
+            f"the volume {volume['id']} is there: {volume['size']} GB in {volume['dataCenter']}; the models need "
+            f"{needed_gb} GB of it, beside what else it holds"
+        )
         return dict(volume)
 
     def _new_volume(self, place: str | None, needed_gb: int) -> Mapping[str, Any]:

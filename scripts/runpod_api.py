@@ -154,10 +154,10 @@ def _content(method: str, path: str, response: httpx.Response) -> Any:
         raise AccessDenied(f"the key may not do this ({method} {path}): {problem}; make one that has the permission")
     if status in (429, 503):
         raise Unreachable(f"RunPod takes no more requests now ({status}): try again later")
-    if status >= 500:
-        raise Unreachable(f"RunPod has failed ({status}: {problem}): try again; a second run goes on")
     if status == 409 or "in use" in problem.lower() or "attached" in problem.lower():
         raise InUse(f"RunPod refuses it ({status}): {problem}")
+    if status >= 500:
+        raise Unreachable(f"RunPod has failed ({status}: {problem}): try again; a second run goes on")
     advice = "; ask RunPod for a larger quota, or lower --workers-max" if "quota" in problem.lower() else ""
     raise UsageError(f"RunPod refuses it ({status}): {problem}{advice}")
 

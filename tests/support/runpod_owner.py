@@ -65,6 +65,7 @@ class Account:
     on_change: Callable[[str, str], None] = lambda _method, _path: None  # called after a change was made
     requests: list[tuple[str, str, Any]] = field(default_factory=list)
     quota: int = 30  # workers
+    in_use_status: int = 409
     detach_s: float = 0.0  # for which the workers of an endpoint that was removed hold its volumes
     held_until: dict[str, float] = field(default_factory=dict)  # volumes, on the clock of time.monotonic
     refusals: list[int] = field(default_factory=list)  # statuses of the next answers
@@ -284,7 +285,7 @@ class Account:
         self._known(self.volumes, name, "network volume")
         is_used = any(name in endpoint["networkVolumes"] for endpoint in self.endpoints.values())
         if is_used or time.monotonic() < self.held_until.get(name, 0.0):
-            raise Problem(409, "Conflict", f"the volume {name} is in use")
+            raise Problem(self.in_use_status, "Conflict", f"the volume {name} is in use")
         del self.volumes[name]
         if self.machines is not None:
             self.machines.remove_volume(name)

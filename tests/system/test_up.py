@@ -240,8 +240,10 @@ def test_a_volume_that_another_endpoint_uses_stays(runpod: RunPod, hub: Hub, tmp
     assert down(runpod, hub, "--yes", "--keep-volume")[1] == {"removed": ["the endpoint chat"]}
 
 
-def test_down_waits_until_workers_have_left_the_volume(runpod: RunPod, hub: Hub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", [409, 400, 500])
+def test_down_waits_until_workers_have_left_the_volume(runpod: RunPod, hub: Hub, tmp_path: Path, status: int) -> None:
     assert deploy(runpod, hub, command(tmp_path, "--seed", "none", "--wait-s", "0"))[0] == 4
+    runpod.account.in_use_status = status
     runpod.account.detach_s = 2.5
     code, record, told = down(runpod, hub, "--yes")
     assert (code, len(record["removed"])) == (0, 2), told
