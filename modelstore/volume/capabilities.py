@@ -7,43 +7,33 @@ A trial on one mount shows what does not work. It cannot show what another host 
 kind of file system that is known to do it, or by a trial on two mounts (`modelstore doctor --peer`). Correctness never
 rests on one of these alone; a volume without them elects two workers, loses a snapshot or serves half of one.
 
-The trial takes a folder of its own in the store's trash, before the first change of a process; its result is kept on
-this host for the mount. A hit never asks.
+The trial (`trials.py`) takes a folder of its own in the store's trash, before the first change of a process; its result
+is kept on this host for the mount. A hit never asks.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import secrets
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 from modelstore.errors import ModelStoreError, NoSpace, ReadOnlyVolume, RootUnusable
 from modelstore.mount import Kind, kind_of, mount_of, read_mounts
 from modelstore.runtime import runtime_folder
 from modelstore.settings import Settings, VolumeMode
-from modelstore.volume import durable, tree
+from modelstore.volume import durable, tree, trials
 from modelstore.volume.layout import Layout
+from modelstore.volume.trials import Answer
 
 logger = logging.getLogger(__name__)
 
-Answer = Literal["yes", "no", "unproven"]
-
-FRESH_S = 1.0  # a write is seen by another host within this time
-_LOOK_FOR_S = 12.0
-_RACES = 12
-_PART = 4096
 _VERSION = 1  # of the trials; another one makes them again
 
 
@@ -261,9 +251,9 @@ def probe(layout: Layout, other_root: Path | None = None) -> Capabilities:
     with probe_folder(layout) as folder:
         other = folder if other_root is None else other_root / folder.relative_to(layout.root)
         kind = _kind(layout.root)
-        findings = {name: _tried(trial, folder) for name, trial in _TRIALS.items()}
+        findings = trials.on_one_mount(folder)
         if other_root is not None:
-            findings |= _across(folder, other)
+            findings |= trials.on_two_mounts(folder, other)
         elif kind.place in ("bucket", "unknown"):
             for name in _ACROSS_HOSTS:
                 if findings.get(name, ("yes", ""))[0] == "yes":
@@ -291,182 +281,3 @@ def probe_folder(layout: Layout) -> Iterator[Path]:
             durable.remove_tree(folder)
         except (ModelStoreError, OSError) as error:  # says nothing of the results
             logger.warning("%s stays until the next gc: %s", folder, error)
-
-
-_Finding = tuple[Answer, str]
-_Trial = Callable[[Path], str]  # in a folder of its own; what went otherwise than it should, empty if nothing did
-
-
-def _tried(trial: _Trial, folder: Path) -> _Finding:
-    place = folder / trial.__name__.strip("_")
-    try:
-        durable.make_folder(place)
-        problem = trial(place)
-    except FileNotFoundError:
-        if not folder.is_dir():  # the trash was emptied
-            raise
-        return "no", "a file that was made is not there"
-    except ModelStoreError as error:
-        if error.exit_code != 1:
-            raise
-        return "no", getattr(error.__cause__, "strerror", None) or str(error)
-    except OSError as error:
-        return "no", error.strerror or str(error)
-    return ("no" if problem else "yes"), problem
-
-
-def _exclusive_create(place: Path) -> str:
-    """A second creation is refused while the first file is still open."""
-    first = durable.open_for_write(place / "claim", exclusive=True)
-    try:
-        os.close(durable.open_for_write(place / "claim", exclusive=True))
-    except FileExistsError:
-        return ""
-    finally:
-        os.close(first)
-    return "the same file was created twice"
-
-
-def _refused_rename(place: Path) -> str:
-    for name in ("staged", "published"):
-        durable.make_folder(place / name)
-        durable.write_atomic(place / name / "file", name.encode())
-    try:
-        durable.rename(place / "staged", place / "published")
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            return ""
-        raise
-    return "a folder was replaced by a rename"
-
-
-def _random_writes(place: Path) -> str:
-    path, parts = place / "file", [bytes([number]) * _PART for number in range(1, 5)]
-    fd = durable.open_for_write(path)
-    try:
-        durable.set_size(fd, len(parts) * _PART, path=path)
-        for number in (2, 0, 3, 1):
-            durable.write_at(fd, parts[number], number * _PART, path=path)
-        durable.sync(fd, path=path)
-    finally:
-        durable.close(fd, path=path)
-    durable.rename(path, place / "renamed")
-    return "" if durable.read_file(place / "renamed") == b"".join(parts) else "it reads back otherwise"
-
-
-def _hard_links(place: Path) -> str:
-    durable.write_atomic(place / "one", b"1")
-    durable.link(place / "one", place / "two")
-    return "" if durable.read_file(place / "two") == b"1" else "the second name shows other bytes"
-
-
-def _locks(place: Path) -> str:
-    """Two openings of one file exclude each other as two processes do."""
-    durable.write_atomic(place / "lock", b"1")
-    first, second = (durable.open_for_read(place / "lock") for _each in range(2))
-    try:
-        return "" if _excludes(first, second) else "a lock that is held is taken again"
-    finally:
-        os.close(first)
-        os.close(second)
-
-
-def _excludes(first: int, second: int) -> bool:
-    """Whether a lock on the first descriptor is seen by the second. Raises OSError if there are no locks."""
-    fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    try:
-        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    return False
-
-
-_TRIALS: Mapping[str, _Trial] = {
-    "exclusive_create": _exclusive_create,
-    "refused_rename": _refused_rename,
-    "random_writes": _random_writes,
-    "hard_links": _hard_links,
-    "locks": _locks,
-}
-
-
-def _across(folder: Path, other: Path) -> dict[str, _Finding]:
-    """What two mounts show of each other. Raises ReadOnlyVolume if the other one is not of this volume."""
-    if _seconds_until(other.is_dir) is None:
-        raise ReadOnlyVolume(
-            f"{other.parent.parent} does not show within {_LOOK_FOR_S:g} s what is written here: name the store's "
-            "folder on another mount of this volume"
-        )
-    findings: dict[str, _Finding] = {}
-    both = sum(_raced(folder / f"race-{number}", other / f"race-{number}") for number in range(_RACES))
-    findings["exclusive_create"] = (
-        ("no", f"{both} of {_RACES} files were created by both mounts") if both else ("yes", f"{_RACES} races")
-    )
-    durable.write_atomic(folder / "name", b"1")
-    findings["fresh_names"] = _fresh(_seconds_until(lambda: "name" in tree.names(other)), "seen")
-    data = os.urandom(3 * _PART)
-    durable.write_atomic(folder / "bytes", data)
-    findings["fresh_bytes"] = _fresh(_seconds_until(lambda: _reads(other / "bytes", data)), "read")
-    findings["locks"] = _locked_across(folder, other)
-    return findings
-
-
-def _fresh(seconds: float | None, verb: str) -> _Finding:
-    if seconds is None:
-        return "no", f"not {verb} by the other mount within {_LOOK_FOR_S:g} s"
-    return ("yes" if seconds <= FRESH_S else "no"), f"{verb} by the other mount after {seconds:.2f} s"
-
-
-def _reads(path: Path, data: bytes) -> bool:
-    try:
-        return durable.read_file(path) == data
-    except OSError:
-        return False
-
-
-def _seconds_until(is_so: Callable[[], bool]) -> float | None:
-    """How long it takes; None if it takes too long."""
-    began = time.monotonic()
-    while not is_so():
-        if time.monotonic() - began > _LOOK_FOR_S:
-            return None
-        time.sleep(0.002)
-    return time.monotonic() - began
-
-
-def _raced(path: Path, other: Path) -> bool:
-    """Whether both mounts create the same file at the same time, each while the other still has it open."""
-    barrier, fds = threading.Barrier(2), [-1, -1]
-
-    def create(number: int, name: Path) -> None:
-        barrier.wait()
-        with suppress(OSError, ModelStoreError):
-            fds[number] = durable.open_for_write(name, exclusive=True)
-
-    threads = [threading.Thread(target=create, args=each) for each in enumerate((path, other))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for fd in fds:
-        if fd >= 0:
-            with suppress(OSError):
-                os.close(fd)
-    return all(fd >= 0 for fd in fds)
-
-
-def _locked_across(folder: Path, other: Path) -> _Finding:
-    durable.write_atomic(folder / "across", b"1")
-    if _seconds_until(lambda: (other / "across").exists()) is None:
-        return "no", "the other mount does not see the file"
-    try:
-        first, second = durable.open_for_read(folder / "across"), durable.open_for_read(other / "across")
-    except OSError as error:
-        return "no", error.strerror or str(error)
-    try:
-        return ("yes", "seen by the other mount") if _excludes(first, second) else ("no", "not seen by the other mount")
-    except OSError as error:
-        return "no", error.strerror or str(error)
-    finally:
-        os.close(first)
-        os.close(second)

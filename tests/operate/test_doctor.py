@@ -22,7 +22,7 @@ from modelstore.operate.compression import estimate
 from modelstore.operate.doctor import CheckResult, diagnose, exit_code
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
-from modelstore.volume import capabilities, durable
+from modelstore.volume import durable, trials
 from tests.conftest import Cli, MakeStore
 from tests.support.checkpoints import write_repo
 from tests.support.hub import Hub
@@ -141,7 +141,7 @@ def test_a_clock_that_is_off(store: ModelStore, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_peer_that_is_another_volume(store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capabilities, "_LOOK_FOR_S", 0.5)
+    monkeypatch.setattr(trials, "_LOOK_FOR_S", 0.5)
     findings = found(store.settings, peer=tmp_path / "elsewhere")
     assert findings["peer"].level == "error"
     assert findings["locks"].level == "ok", "the rest is looked at all the same"
