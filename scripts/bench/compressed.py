@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
 from modelstore.bench.checkpoints import make_checkpoint, seeded, weights_bytes  # noqa: E402
-from modelstore.bench.race import Entrant, Measured, environment, race, run_contender, run_worker, table  # noqa: E402
+from modelstore.bench.race import Entrant, Measured, Sample, environment, race, run_contender, run_worker, table  # noqa: E402
 from modelstore.settings import parse_size  # noqa: E402
 from modelstore.volume import planes  # noqa: E402
 from modelstore.volume.block_table import stored_length  # noqa: E402
@@ -45,6 +46,7 @@ KINDS = {
 DOWNLOADS = {"as fast as it goes": 0.0, "500 MB/s": 500e6}
 _ROUNDS = 9
 CHART = "compressed.svg"
+RING = "Read alone, block by block through a ring, as for a GPU"
 
 
 def report(line: str) -> None:
@@ -139,26 +141,23 @@ def volume_races(folder: Path, size: int, runs: int) -> tuple[list[str], dict[st
             )
             drawn[f"{stored['plain'] / 1e9:.1f} GB in 16 bits, {label}"] = starts
             report(f"load, {label}")
-            loads = race(
-                [
-                    floor,
-                    *(
-                        Entrant(
-                            f"`load_tensors`, {name}",
-                            lambda path=path, prefix=prefix: run_contender("load_modelstore", path, "cpu", prefix),  # type: ignore[misc]
-                            (path,),
-                        )
-                        for name, path in snapshots.items()
-                    ),
-                ],
-                runs,
-                report,
-            )
-            for title, results in (("Start", starts), ("Load alone", loads)):
+            loads = race([floor, *loads_of("load_modelstore", "`load_tensors`", snapshots, prefix)], runs, report)
+            report(f"through the ring, {label}")
+            rings = race([floor, *loads_of("load_through_ring", "ring", snapshots, prefix)], runs, report)
+            for title, results in (("Start", starts), ("Load alone", loads), (RING, rings)):
                 lines += [f"**{title}, a volume of {label}**", "", *table(results, stored["plain"]), ""]
                 lines += [f"Compressed / plain: {pairs(results[2], results[1])}", ""]
                 lines += [f"Compressed / the floor of plain bytes: {pairs(results[2], results[0])}", ""]
     return lines, drawn
+
+
+def loads_of(loader: str, label: str, snapshots: dict[str, Path], prefix: tuple[str, ...]) -> list[Entrant]:
+    """A loader of the plain snapshot, and of the compressed one."""
+
+    def load(path: Path) -> Sample:
+        return run_contender(loader, path, "cpu", prefix)
+
+    return [Entrant(f"{label}, {name}", partial(load, path), (path,)) for name, path in snapshots.items()]
 
 
 def weights_size(snapshot: Path) -> int:
