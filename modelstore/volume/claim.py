@@ -349,6 +349,11 @@ def current_record(folder: Path) -> tuple[int, ClaimRecord | None]:
         return generation, None
 
 
+def last_beat_at(folder: Path) -> float:
+    """The time of the last heartbeat in the highest generation, by the volume's clock; 0 if there is none."""
+    return tree.newest_mtime(folder / str(highest_generation(folder)))
+
+
 def reserved_bytes(folder: Path) -> tuple[int, int]:
     """The bytes that the holder of a claim has reserved, and its beat; (0, 0) if there is no holder."""
     _generation, record = current_record(folder)

@@ -24,7 +24,7 @@ from typing import Literal
 from modelstore.errors import ModelStoreError
 from modelstore.settings import Settings
 from modelstore.volume import durable, engine_caches, pins, tree
-from modelstore.volume.claim import Claim, Contender, generations, highest_generation
+from modelstore.volume.claim import Claim, Contender, generations, last_beat_at
 from modelstore.volume.evict import Candidate, evict, least_recently_used, survey
 from modelstore.volume.layout import Layout, SnapshotKey, key_from_parts
 from modelstore.volume.snapshots import keyed_folders, moved_aside
@@ -110,7 +110,7 @@ def _collect_staging(
 ) -> bool:
     """Take the claim over: there was no write and no beat for the grace period, which is longer than any lease."""
     now = pins.volume_time(layout)
-    if now - max(_claimed_at(layout, key), tree.newest_mtime(item.path)) < grace_s:
+    if now - max(last_beat_at(layout.claims(key)), tree.newest_mtime(item.path)) < grace_s:
         return False
     claim = Contender(layout.claims(key), worker=worker, lease_s=lease_s).take_over()
     if not isinstance(claim, Claim):
@@ -125,7 +125,7 @@ def _collect_staging(
 def _candidates(layout: Layout, now: float) -> Iterator[Garbage]:
     for key, variant in keyed_folders(layout.root / "staging"):
         # A live claim beats every half second, even if its download stands still.
-        touched_at = max(tree.newest_mtime(variant), _claimed_at(layout, key))
+        touched_at = max(tree.newest_mtime(variant), last_beat_at(layout.claims(key)))
         yield Garbage("staging", variant, tree.tree_bytes(variant, unshared=True), now - touched_at, key)
     aside: dict[Kind, Path] = {"trash": layout.trash, "quarantine": layout.quarantine}
     for kind, folder in aside.items():
@@ -153,11 +153,6 @@ def _candidates(layout: Layout, now: float) -> Iterator[Garbage]:
         for path in tree.entries(folder):
             if durable.is_temporary(path.name):
                 yield _file("temporary", path, now)
-
-
-def _claimed_at(layout: Layout, key: SnapshotKey) -> float:
-    folder = layout.claims(key)
-    return tree.newest_mtime(folder / str(highest_generation(folder)))
 
 
 def _file(kind: Kind, path: Path, now: float) -> Garbage:

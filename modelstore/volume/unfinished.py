@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from modelstore.errors import Refused
 from modelstore.volume import durable, pins, tree
-from modelstore.volume.claim import DEAD_AFTER_S, Claim, ClaimRecord, Contender, current_record
+from modelstore.volume.claim import DEAD_AFTER_S, Claim, Contender, current_record, last_beat_at
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.snapshots import keyed_folders
 
@@ -37,7 +37,8 @@ def unfinished(layout: Layout) -> Iterator[Unfinished]:
     staged = [(key, folder) for key, folder in keyed_folders(layout.root / "staging") if tree.entries(folder)]
     now = pins.volume_time(layout) if staged else 0.0
     for key, folder in staged:
-        record, beat_at = _last_claim(layout, key)
+        claims = layout.claims(key)
+        (_generation, record), beat_at = current_record(claims), last_beat_at(claims)
         yield Unfinished(
             key,
             size_bytes=tree.tree_bytes(folder, unshared=True),
@@ -50,16 +51,11 @@ def unfinished(layout: Layout) -> Iterator[Unfinished]:
 
 def is_running(layout: Layout, key: SnapshotKey) -> bool:
     """Whether a worker is making this snapshot now. One that died a few seconds ago still looks so."""
-    if not tree.exists(layout.claims(key)):
+    claims = layout.claims(key)
+    if not tree.exists(claims):
         return False
-    record, beat_at = _last_claim(layout, key)
+    (_generation, record), beat_at = current_record(claims), last_beat_at(claims)
     return record is not None and record.state == "held" and pins.volume_time(layout) - beat_at < _SILENT_S
-
-
-def _last_claim(layout: Layout, key: SnapshotKey) -> tuple[ClaimRecord | None, float]:
-    """The record of the highest generation, and the time of its last heartbeat."""
-    generation, record = current_record(layout.claims(key))
-    return record, tree.newest_mtime(layout.claims(key) / str(generation))
 
 
 def drop(
