@@ -17,10 +17,11 @@ from typing import Any
 import httpx
 import pytest
 
-from handler import http_protocol, http_server, listening
+from handler import http_protocol, http_requests, http_server, listening
 from handler.answers import Answer, TextDelta, whole
 from handler.errors import JobError
-from handler.http_server import MOST_BYTES, Requests, configured, limited
+from handler.http_requests import MOST_BYTES, Requests
+from handler.http_server import configured, limited
 from handler.jobs import JobContext
 from handler.listening import Place
 from handler.worker import Worker
@@ -269,7 +270,7 @@ def test_no_more_jobs_run_at_once_than_the_worker_takes() -> None:
 
 
 def test_too_many_that_wait_are_sent_away_and_told_when_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "_MOST_WAITING", 1)
+    monkeypatch.setattr(http_requests, "_MOST_WAITING", 1)
     with served(Engine(takes_s=1.0), max_concurrency=1) as http:
         ask = partial(http.client.post, "/generate", json={"prompt": "hi"})
         threads = [threading.Thread(target=ask) for _ in range(2)]
@@ -333,7 +334,7 @@ def test_a_connection_on_which_no_request_comes_is_closed(monkeypatch: pytest.Mo
 
 
 def test_bodies_that_come_at_once_are_held_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "_MOST_HELD_BYTES", 1_000_000)
+    monkeypatch.setattr(http_requests, "_MOST_HELD_BYTES", 1_000_000)
     head = b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 600000\r\n\r\n"
     with served() as http, ExitStack() as stack:
         many = [stack.enter_context(socket.create_connection(("127.0.0.1", http.port), timeout=10)) for _ in range(5)]
