@@ -1,4 +1,4 @@
-"""Compressed snapshots: made by a seed or from a plain one, served, found, verified, mended, and made plain again."""
+"""Compressed snapshots: made by a seed, served, found, verified and mended."""
 
 from __future__ import annotations
 
@@ -24,50 +24,21 @@ from modelstore import ModelStore, load_tensors
 from modelstore.errors import DigestMismatch, DoesNotFit, IntegrityError, NotFound, Refused
 from modelstore.fill.hf_cache import export_to_hf_cache
 from modelstore.fill.observer import Observer
-from modelstore.fill.recode import Recoding
 from modelstore.load import memory
 from modelstore.load.model_folder import ModelFolder
 from modelstore.load.reader import start_reading
 from modelstore.reference import parse_reference
-from modelstore.volume import aliases, pins, planes
+from modelstore.volume import planes
 from modelstore.volume.evict import evict
-from modelstore.volume.manifest import BLOCK_BYTES
 from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.unfinished import is_running
 from modelstore.volume.verify import verify_snapshot
 from modelstore.warmstart import begin
 from tests.conftest import Cli, MakeStore, leave_unfinished
 from tests.support.checkpoints import random_tensors, write_repo
+from tests.support.compressed import are_those, born_in, compressed_file, flip
 from tests.support.hub import Hub
 from tests.support.records import WRITTEN, record
-
-SHARD_ROWS = 2600  # of 2048 weights: a shard of more than a block
-
-
-def born_in(dtype: torch.dtype, *, rows: int = SHARD_ROWS, count: int = 2) -> dict[str, torch.Tensor]:
-    """Weights as trained ones are spread: normal, each row with a scale of its own."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for number in range(count):
-        scales = 0.02 * torch.exp(torch.randn(rows, 1, generator=generator) / 2)
-        tensors[f"layers.{number}.weight"] = (torch.randn(rows, 2048, generator=generator) * scales).to(dtype)
-    return tensors
-
-
-@pytest.fixture
-def tensors(hub: Hub) -> dict[str, torch.Tensor]:
-    """Those of org/name, in two shards, as its source has them."""
-    tensors = born_in(torch.bfloat16)
-    write_repo(hub.folder / "org" / "name", tensors, shards=2, save=save_file)
-    return tensors
-
-
-def are_those(loaded: dict[str, torch.Tensor], source: dict[str, torch.Tensor], dtype: torch.dtype) -> bool:
-    return all(torch.equal(loaded[name].cpu(), tensor.to(dtype)) for name, tensor in source.items())
-
-
-def compressed_file(snapshot: Snapshot) -> Path:
-    return next(snapshot.path.glob("*.compressed"))
 
 
 def test_a_seed_stores_fewer_bytes_and_every_start_gets_the_same_weights(
@@ -135,52 +106,6 @@ def test_a_start_takes_what_is_there_and_prefers_what_the_setting_says(
     cli("compress", "org/name", "--yes")
     assert plain.ensure("org/name").key.compressed
     assert not any(name.endswith(".safetensors") for name in hub.served.bytes)
-
-
-def test_compress_and_expand_carry_aliases_pins_and_answers_over(
-    store: ModelStore, cli: Cli, tensors: dict[str, torch.Tensor]
-) -> None:
-    before = store.set_alias("chat", "org/name")
-    plain_bytes = {path.name: path.read_bytes() for path in before.path.iterdir()}
-    cli("pin", "org/name")
-    (record,) = cli.json("compress", "@chat", "--yes")
-    assert record["status"] == "converted"
-    assert record["bytes"] < 0.69 * record["plain_bytes"]
-    compressed = store.lookup("@chat")
-    assert compressed is not None
-    assert compressed.key.compressed
-    assert not before.path.exists()
-    assert pins.pinned(store.layout) == {before.key}, "a pin holds for both forms"
-    (listed,) = cli.json("ls")
-    assert listed["compressed"] is True
-    assert listed["aliases"] == ["chat"]
-    assert aliases.target(store.layout, "chat") == before.key, "a worker that follows the alias sees no other target"
-    assert store.set_alias("chat", "org/name").key.compressed
-    assert len(aliases.history(store.layout, "chat")) == 1
-    assert listed["pinned"] is True
-    assert "float16 compressed" in cli("ls").stdout
-    assert cli.json("compress", "org/name", "--yes")[0]["status"] == "present"
-    (record,) = cli.json("expand", "org/name", "--yes")
-    assert record["status"] == "converted"
-    after = store.lookup("@chat")
-    assert after is not None
-    assert after.key == before.key
-    assert pins.pinned(store.layout) == {before.key}
-    assert not compressed.path.exists()
-    files = {path.name: path.read_bytes() for path in after.path.iterdir() if path.name != "manifest.json"}
-    assert files == {name: data for name, data in plain_bytes.items() if name != "manifest.json"}
-    assert after.manifest.files == before.manifest.files
-    assert verify_snapshot(after).ok
-
-
-def test_a_form_that_is_in_use_stays(store: ModelStore, cli: Cli, tensors: dict[str, torch.Tensor]) -> None:
-    snapshot = store.ensure("org/name")
-    mark = pins.UsageMark(store.layout, snapshot.key, "worker-1")
-    assert "the plain form stays: it is in use" in cli("compress", "org/name", "--yes").stdout
-    assert snapshot.path.exists()
-    mark.end()
-    cli("compress", "org/name", "--yes")
-    assert not snapshot.path.exists()
 
 
 def test_no_program_gets_the_path_of_compressed_files(
@@ -258,13 +183,6 @@ def test_a_flipped_bit_anywhere_is_found_and_a_load_never_returns_it(
     assert verify_snapshot(snapshot).ok
 
 
-def flip(path: Path, place: int, bit: int) -> None:
-    fd = os.open(path, os.O_RDWR)
-    byte = os.pread(fd, 1, place)[0]
-    os.pwrite(fd, bytes([byte ^ bit]), place)
-    os.close(fd)
-
-
 def test_a_start_mends_what_is_damaged_and_stays_compressed(
     make_store: MakeStore, hub: Hub, tensors: dict[str, torch.Tensor]
 ) -> None:
@@ -289,15 +207,6 @@ def test_a_seed_that_was_cut_short_goes_on(make_store: MakeStore, hub: Hub, tens
     assert snapshot.status == "resumed"
     assert verify_snapshot(snapshot).ok
     assert not hub.served.bytes["model-00001-of-00002.safetensors"]
-
-
-def test_damage_is_found_before_a_conversion_publishes_it(
-    store: ModelStore, cli: Cli, tensors: dict[str, torch.Tensor]
-) -> None:
-    snapshot = store.ensure("org/name")
-    flip(snapshot.path / "model-00002-of-00002.safetensors", BLOCK_BYTES + 5, 1)
-    assert "differs from the published bytes" in cli("compress", "org/name", "--yes", code=5).stderr
-    assert list(store.catalog.keys()) == [snapshot.key]
 
 
 def test_a_waiting_worker_reads_the_compressed_files_beside_the_one_that_makes_them(
@@ -366,25 +275,6 @@ def test_a_worker_without_the_setting_waits_for_the_form_that_is_being_made(
     assert len(list(plain.catalog.keys())) == 1
 
 
-def test_an_intact_form_is_not_removed_for_a_damaged_one(
-    store: ModelStore, cli: Cli, tensors: dict[str, torch.Tensor]
-) -> None:
-    plain = store.ensure("org/name")
-    cli("compress", "org/name", "--keep")
-    compressed = store.catalog.published(plain.key.twin)
-    assert compressed is not None
-    flip(compressed_file(compressed), 5000, 1)
-    told = cli("compress", "org/name", "--yes", code=5).stderr
-    assert "is damaged, and its plain form stays" in told
-    assert verify_snapshot(plain).ok
-    for name, word in (("expand", "present"), ("compress", "converted")):  # as the line says
-        assert f"modelstore {name} org/name@" in told
-        assert cli.json(name, "org/name", "--yes")[0]["status"] == word
-    mended = store.catalog.published(plain.key.twin)
-    assert mended is not None
-    assert verify_snapshot(mended).ok
-
-
 def test_a_form_that_holds_another_model_is_not_taken_for_it(
     store: ModelStore, cli: Cli, tensors: dict[str, torch.Tensor]
 ) -> None:
@@ -410,21 +300,6 @@ def test_a_dead_worker_does_not_say_how_weights_are_stored(
     assert not is_running(plain.layout, key)
     evict(plain.layout, key, force=True)
     assert not plain.ensure("org/name").key.compressed
-
-
-def test_a_conversion_needs_room_for_what_it_makes_and_evicts_nothing(
-    make_store: MakeStore, hub: Hub, cli: Cli, tensors: dict[str, torch.Tensor]
-) -> None:
-    write_repo(hub.folder / "org" / "other", random_tensors(1, (64, 64)))
-    store = make_store()
-    other, snapshot = store.ensure("org/other"), store.ensure("org/name")
-    taken = other.size_bytes + snapshot.size_bytes
-    cli.env |= {"MODELSTORE_EVICT": "1", "MODELSTORE_QUOTA": str(taken + snapshot.size_bytes // 2)}
-    assert "MODELSTORE_QUOTA" in cli("compress", "org/name", "--yes", code=6).stderr
-    assert len(list(store.catalog.keys())) == 2
-    cli.env |= {"MODELSTORE_QUOTA": str(taken + int(0.8 * snapshot.size_bytes))}
-    cli("compress", "org/name", "--yes")
-    assert {model["repo_id"] for model in cli.json("ls")} == {"org/name", "org/other"}
 
 
 def test_an_intact_form_serves_if_the_other_one_cannot_be_mended(
@@ -547,55 +422,6 @@ def test_an_adoption_takes_the_compressed_form_that_is_there(
     assert len(list(store.catalog.keys())) == 1
 
 
-def test_two_conversions_at_once_leave_one_form(store: ModelStore, cli: Cli, tensors: dict[str, torch.Tensor]) -> None:
-    plain = store.ensure("org/name").key
-    cli("compress", "org/name", "--keep")
-    for key in (plain, plain.twin):
-        with pins.evicting(store.layout, key.twin):
-            assert not evict(store.layout, key, replaced_by_twin=True), "the other one goes"
-    assert evict(store.layout, plain, replaced_by_twin=True)
-    assert not evict(store.layout, plain.twin, replaced_by_twin=True), "it is the only one"
-
-
-def test_an_eviction_takes_nothing_that_is_being_converted(
-    make_store: MakeStore, tensors: dict[str, torch.Tensor]
-) -> None:
-    store = make_store()
-    snapshot = store.ensure("org/name")
-    evicted = []
-    observer = Observer()
-    observer.filling = lambda key, progress: evicted.append(evict(store.layout, snapshot.key))  # type: ignore[method-assign]
-    assert Recoding(store.layout, store.settings, snapshot, observer=observer).run()
-    assert evicted
-    assert not any(evicted)
-
-
-def test_a_conversion_takes_nothing_that_a_download_left(
-    make_store: MakeStore, hub: Hub, cli: Cli, tensors: dict[str, torch.Tensor]
-) -> None:
-    """Its config still names the dtype of the source."""
-    compressing, store = make_store(compress="always"), make_store()
-    leave_unfinished(hub, compressing)
-    (left,) = compressing.layout.root.glob("staging/*/*.compressed")
-    aside = left.rename(left.with_name("aside"))
-    config = store.ensure("org/name").config()
-    aside.rename(left)
-    cli("compress", "org/name", "--yes")
-    compressed = store.lookup("org/name")
-    assert compressed is not None
-    assert compressed.key.compressed
-    assert compressed.config() == config
-
-
-def test_small_files_are_compared_before_they_are_published_again(
-    store: ModelStore, cli: Cli, tensors: dict[str, torch.Tensor]
-) -> None:
-    snapshot = store.ensure("org/name")
-    flip(snapshot.path / "tokenizer.json", 3, 1)
-    assert "differs from the published bytes" in cli("compress", "org/name", "--yes", code=5).stderr
-    assert list(store.catalog.keys()) == [snapshot.key]
-
-
 def test_a_table_that_does_not_fit_its_bytes_is_found_and_mended(
     make_store: MakeStore, hub: Hub, tensors: dict[str, torch.Tensor]
 ) -> None:
@@ -625,15 +451,6 @@ def test_without_the_library_the_line_names_the_extra(
     with pytest.raises(NotFound, match=r"runpod-modelstore\[compress\]"):
         make_store(compress="always").ensure("org/name")
     assert not hub.served.bytes["model-00001-of-00002.safetensors"]
-
-
-def test_it_asks_before_it_removes_a_form_and_a_dry_run_says_so(
-    store: ModelStore, cli: Cli, tensors: dict[str, torch.Tensor]
-) -> None:
-    snapshot = store.ensure("org/name")
-    assert "--yes" in cli("compress", "org/name", code=8).stderr
-    assert "would remove the plain form" in cli("compress", "org/name", "--dry-run").stdout
-    assert list(store.catalog.keys()) == [snapshot.key]
 
 
 def test_an_older_version_refuses_the_manifest_in_one_line(
