@@ -57,7 +57,7 @@ class StagingPrefetch(Observer):
         self._check = check
         self._check_config = check_config
         self._left = keep_bytes
-        self._kept: dict[str, memoryview] = {}
+        self._given: dict[str, int] = {}  # bytes of memory, by file
         self._key: SnapshotKey | None = None
         self._followed: dict[str, FileRecord] = {}
         self._looked = float("-inf")
@@ -89,17 +89,18 @@ class StagingPrefetch(Observer):
 
     def memory(self, key: SnapshotKey, path: str, size_bytes: int) -> memoryview | None:
         with self._lock:
-            self._left += len(self._kept.pop(path, b""))
+            self._left += self._given.pop(path, 0)
             if not self._is_of(key) or path in self._followed or size_bytes > self._left:
                 return None
-            memory = self._kept[path] = host_memory(size_bytes)
+            memory = host_memory(size_bytes)
+            self._given[path] = len(memory)
             self._left -= len(memory)
             return memory
 
-    def finished(self, key: SnapshotKey, folder: Path, record: FileRecord) -> None:
-        self._observer.finished(key, folder, record)
+    def finished(self, key: SnapshotKey, folder: Path, record: FileRecord, memory: memoryview | None = None) -> None:
+        self._observer.finished(key, folder, record, memory)
         try:
-            self._take(key, folder, record)
+            self._take(key, folder, record, memory)
         except (ModelStoreError, OSError) as error:
             logger.debug("%s cannot be read just now: %s", record.path, error)
 
@@ -121,7 +122,6 @@ class StagingPrefetch(Observer):
 
     def give_up(self) -> None:
         """Stop to read."""
-        self._kept.clear()
         self._reading.close()
 
     def _is_of(self, key: SnapshotKey) -> bool:
@@ -129,10 +129,11 @@ class StagingPrefetch(Observer):
         self._key = self._key or key
         return self._key == key
 
-    def _take(self, key: SnapshotKey, folder: Path, record: FileRecord) -> None:
+    def _take(self, key: SnapshotKey, folder: Path, record: FileRecord, memory: memoryview | None = None) -> None:
         with self._lock:
             content = record.content
-            memory = self._kept.pop(content.path, None)
+            if memory is None:
+                self._left += self._given.pop(content.path, 0)
             if not self._is_of(key) or content.path in self._followed:
                 return
             if memory is not None:

@@ -171,7 +171,9 @@ def test_finished_files_of_an_earlier_worker_are_read_beside_the_rest(
     settings = replace(store.settings, model=parse_reference("org/name"))
 
     class Stop(Observer):
-        def finished(self, key: SnapshotKey, folder: Path, record: FileRecord) -> None:
+        def finished(
+            self, key: SnapshotKey, folder: Path, record: FileRecord, memory: memoryview | None = None
+        ) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -102,11 +102,11 @@ def convert_file(
     *,
     ready: Ready,
     memory: Callable[[int], memoryview | None] = lambda _size_bytes: None,
-) -> None:
+) -> memoryview | None:
     """Write `source`, whose header is `header`, to `target` as `policy` stores it.
 
     `ready` is called before each read. `memory` is asked for as many bytes as will be written, which then go there,
-    too. Raises WeightOverflow with every tensor of the file that does not fit.
+    too; returns it. Raises WeightOverflow with every tensor of the file that does not fit.
     """
     tensors = converted_tensors(header, policy)
     overflowing: list[str] = []
@@ -125,6 +125,7 @@ def convert_file(
                 write(cast.data.cast("B"))
         if overflowing:
             raise _overflow(policy.dtype, source.name, overflowing)
+        return write.memory
     finally:
         os.close(source_fd)
 
@@ -135,8 +136,8 @@ def copy_file(
     *,
     ready: Ready,
     memory: Callable[[int], memoryview | None] = lambda _size_bytes: None,
-) -> None:
-    """Write `source` to `target` byte for byte; the other arguments are those of `convert_file`."""
+) -> memoryview | None:
+    """Write `source` to `target` byte for byte; the other arguments, and what is returned, as of `convert_file`."""
     fd = durable.open_for_read(source)
     try:
         size = os.fstat(fd).st_size
@@ -144,7 +145,8 @@ def copy_file(
         for offset in range(0, size, CHUNK_BYTES):
             length = min(CHUNK_BYTES, size - offset)
             ready(offset, length)
-            write(os.pread(fd, length, offset))
+            write(_read(fd, length, offset, source))
+        return write.memory
     finally:
         os.close(fd)
 
@@ -154,13 +156,13 @@ class _Writer:
 
     def __init__(self, target: StoredFile, memory: memoryview | None) -> None:
         self._target = target
-        self._memory = memory
+        self.memory = memory
         self._position = 0
 
-    def __call__(self, data: bytes | memoryview) -> None:
+    def __call__(self, data: bytes | bytearray | memoryview) -> None:
         self._target.write(data)
-        if self._memory is not None:
-            self._memory[self._position : self._position + len(data)] = data
+        if self.memory is not None:
+            self.memory[self._position : self._position + len(data)] = data
         self._position += len(data)
 
 
@@ -186,12 +188,22 @@ def _chunks(fd: int, tensor: TensorInfo, data_start: int, path: Path, ready: Rea
     while position < end:
         length = min(CHUNK_BYTES, end - position)
         ready(position, length)
-        data = os.pread(fd, length, position)
-        data = data[: len(data) // word.itemsize * word.itemsize]
-        if not data:
+        yield np.frombuffer(_read(fd, length, position, path), word)
+        position += length
+
+
+def _read(fd: int, length: int, offset: int, path: Path) -> bytes | bytearray:
+    """So many bytes: one call may return fewer on a network file system."""
+    data: bytes | bytearray = os.pread(fd, length, offset)
+    if len(data) == length:
+        return data
+    data = bytearray(data)
+    while len(data) < length:
+        more = os.pread(fd, length - len(data), offset + len(data))
+        if not more:
             raise BadSafetensors(f"{path.name} ended before its last tensor: seed it again")
-        yield np.frombuffer(data, word)
-        position += len(data)
+        data += more
+    return data
 
 
 def _cast(words: npt.NDArray[Any], before: str, after: str) -> tuple[npt.NDArray[Any], bool]:

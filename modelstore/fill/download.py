@@ -92,18 +92,20 @@ class Download:
             self._progress.add(file.path, done=kept, reused=kept)
             return staged
 
-        with ThreadPoolExecutor(self._connections, thread_name_prefix="fetch") as pool:
-            workers = [pool.submit(self._work, queue, begin, number) for number in range(self._connections)]
-            try:
-                wait(workers)
-            except BaseException as error:  # Ctrl-C: without this the pool's end would wait for the whole download
-                queue.stop(error)
-                raise
-        if queue.error is not None:
+        try:
+            with ThreadPoolExecutor(self._connections, thread_name_prefix="fetch") as pool:
+                workers = [pool.submit(self._work, queue, begin, number) for number in range(self._connections)]
+                try:
+                    wait(workers)
+                except BaseException as error:  # Ctrl-C: without this the pool's end would wait for the whole download
+                    queue.stop(error)
+                    raise
+            if queue.error is not None:
+                raise queue.error
+        finally:
             for staged in begun.values():
-                with suppress(ModelStoreError, OSError):  # the first error is the one to report
+                with suppress(ModelStoreError, OSError):  # of files that were not finished: another error is reported
                     staged.close()
-            raise queue.error
         return [begun[file.path] for file in wanted]
 
     def _work(self, queue: _SpanQueue, begin: Callable[[SourceFile], StagedFile], number: int) -> None:

@@ -151,8 +151,8 @@ class Fill:
         fetched = self._progress.done - self._progress.reused
         self._progress.done, self._progress.reused = 0, -fetched
         self._progress.total = selection.size_bytes
-        for staged in self._download.fetch(self._staging.unfinished(selection.small, self._progress)):
-            self._store_small(staged)
+        staged = self._download.fetch(self._staging.unfinished(selection.small, self._progress))
+        tree.map_concurrently(self._store_small, staged)
 
     def _store_small(self, staged: StagedFile) -> None:
         """A small file as it came, but for the index of files that are stored under other names."""

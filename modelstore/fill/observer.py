@@ -48,9 +48,9 @@ class Observer:
         None for none. Asked again if the file is begun again. Called by several threads."""
         return None
 
-    def finished(self, key: SnapshotKey, folder: Path, record: FileRecord) -> None:
-        """A weights file lies in `folder`, verified, and in the memory that was given for it last. Called by several
-        threads."""
+    def finished(self, key: SnapshotKey, folder: Path, record: FileRecord, memory: memoryview | None = None) -> None:
+        """A weights file lies in `folder`, verified, and in `memory`, out of those that were given for it, if that is
+        not None. Called by several threads."""
 
 
 SILENT = Observer()

@@ -24,6 +24,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import xxhash
@@ -80,8 +81,10 @@ class _Journal:
                 self._fds[segment] = (path.with_suffix(""), fd)
 
     def close(self) -> None:
-        for path, fd in self._fds.values():
-            durable.close(fd, path=path)
+        with ExitStack() as stack:
+            while self._fds:
+                path, fd = self._fds.popitem()[1]
+                stack.callback(durable.close, fd, path=path)
 
     def _opened(self, segment: int) -> tuple[Path, int]:
         with self._lock:
@@ -195,6 +198,12 @@ class StagedFile:
     def has(self, index: int) -> bool:
         return self._have[index]
 
+    def take_memory(self) -> memoryview | None:
+        """The memory that takes the bytes, if there is some; this object then holds and fills it no more."""
+        with self._changed:
+            memory, self._memory = self._memory, None
+            return memory
+
     def wait_for(self, offset: int, length: int, guard: Callable[[], None]) -> None:
         """Return once these bytes lie in the file, verified or not; `guard` is called meanwhile, and may raise."""
         granules = slice(offset // GRANULE_BYTES, -(-(offset + length) // GRANULE_BYTES))
@@ -232,7 +241,6 @@ class StagedFile:
             )
         self.close()
         with self._changed:
-            self._memory = None
             self.digests = digests
             self._changed.notify_all()
         return digests
@@ -251,15 +259,18 @@ class StagedFile:
         """Close what is open still."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            durable.close(fd, path=self.path)
-            self._journal.close()
+            try:
+                durable.close(fd, path=self.path)
+            finally:
+                self._journal.close()
 
     def _length(self, index: int) -> int:
         return min(GRANULE_BYTES, self.file.size_bytes - index * GRANULE_BYTES)
 
     def _read(self, index: int) -> bytes | memoryview:
-        if self._memory is not None:
-            return self._memory[index * GRANULE_BYTES : index * GRANULE_BYTES + self._length(index)]
+        memory = self._memory  # it may be taken meanwhile
+        if memory is not None:
+            return memory[index * GRANULE_BYTES : index * GRANULE_BYTES + self._length(index)]
         return os.pread(self._fd, self._length(index), index * GRANULE_BYTES)
 
     def _slot(self, index: int, data: bytes | bytearray) -> bytes:

@@ -16,12 +16,11 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from modelstore.errors import DigestMismatch, IntegrityError, ModelStoreError, Refused, WeightOverflow
 from modelstore.fill.convert import Ready, convert_file, converted_tensors, copy_file, read_header
-from modelstore.fill.download import Download
+from modelstore.fill.download import CONNECTIONS, Download
 from modelstore.fill.footprint import DiskBudget
 from modelstore.fill.plan import CheckpointPlan
 from modelstore.fill.progress import Progress
@@ -93,16 +92,24 @@ class WeightsPipeline:
         """Fetch and store these files."""
         failures: list[BaseException] = []
 
+        room = threading.BoundedSemaphore(CONNECTIONS + _CONVERSIONS)
+
+        def may_begin(file: SourceFile) -> bool:
+            self._guard()  # the file that has to end first may never do so
+            if not room.acquire(blocking=False):
+                return False
+            if self._budget.begin(file.path):
+                return True
+            room.release()
+            return False
+
         def store(staged: StagedFile) -> None:
             try:
                 self._store(staged)
             except BaseException as error:  # raised below, after every thread has stopped
                 failures.append(error)
                 stop()
-
-        def may_begin(file: SourceFile) -> bool:
-            self._guard()  # the file that has to end first may never do so
-            return self._budget.begin(file.path)
+            room.release()
 
         with ThreadPoolExecutor(_CONVERSIONS, thread_name_prefix="convert") as pool:
             try:
@@ -111,11 +118,11 @@ class WeightsPipeline:
                     may_begin=may_begin,
                     on_begin=lambda staged: pool.submit(store, staged),
                 )
-            except BaseException:
+            except BaseException as error:
                 causes = failures[:1]  # the others follow from it
                 stop()
                 pool.shutdown(wait=False, cancel_futures=True)
-                if causes:
+                if causes and isinstance(error, Exception):
                     raise causes[0] from None
                 raise
         if failures:
@@ -183,7 +190,7 @@ class WeightsPipeline:
             raise DigestMismatch(f"{path} does not match its name: remove it, and seed {repo_id}")
         durable.remove_file(target)
         durable.rename(linked, target)
-        self._add(file, FileRecord(file.path, file.size_bytes, digests.sha256, digests.blocks), header)
+        self._add(file, FileRecord(file.path, file.size_bytes, digests.sha256, digests.blocks), header, None)
         self._progress.add(done=file.size_bytes)
         self._budget.count_finished(file.path)
         return True
@@ -207,37 +214,42 @@ class WeightsPipeline:
             if staged.verified(attempt, self._guard) is None:
                 return
             path = self._unpickled(file, path)
-        ready = self._ready(staged)
+        ready = self._ready(staged, attempt)
         header = read_header(path, where=self._label(file), ready=ready)
         policy = self.plan.policy_of(file.path).for_tensors(header.tensors)
         is_unchanged = converted_tensors(header, policy) is header.tensors and path == staged.path
-        record = None
+        record = memory = None
         if not is_unchanged or self._name(file) != stored_path(file.path):
             with self._lock:
                 if self._convert_began is None:
                     self._convert_began = self._request.timeline.now()
             if is_unchanged:
-                record = self._compressed(staged)
+                record, memory = self._compressed(staged, ready)
             else:
-                record = self._converted(staged, attempt, path, header, policy)
+                record, memory = self._converted(staged, attempt, path, header, policy)
         digests = staged.verified(attempt, self._guard)
         if digests is None:
             return
         if record is None:
-            record = self._moved(staged, digests)
+            record, memory = self._moved(staged, digests), staged.take_memory()
         elif is_unchanged:
             assert record.plain is not None
             plain = replace(record.plain, sha256=digests.sha256, blocks=digests.blocks)
             record = replace(record, plain=plain)
         else:
             record = replace(record, origin=Origin(file.size_bytes, digests.sha256))
-        self._add(file, record, header)
+        self._add(file, record, header, memory)
         if path != staged.path:
             durable.remove_file(path)
         self._budget.end(file.path)
 
-    def _ready(self, staged: StagedFile) -> Ready:
-        return lambda offset, length: staged.wait_for(offset, length, self._guard)
+    def _ready(self, staged: StagedFile, attempt: int) -> Ready:
+        def ready(offset: int, length: int) -> None:
+            staged.wait_for(offset, length, self._guard)
+            if staged.attempt != attempt:
+                raise DigestMismatch(f"{self._label(staged.file)} came with wrong bytes, and comes once more")
+
+        return ready
 
     def _moved(self, staged: StagedFile, digests: Digests) -> FileRecord:
         stored = stored_path(staged.file.path)
@@ -247,20 +259,21 @@ class WeightsPipeline:
         durable.rename(staged.path, target)
         return FileRecord(stored, staged.file.size_bytes, digests.sha256, digests.blocks)
 
-    def _compressed(self, staged: StagedFile) -> FileRecord:
-        """The record of a file that is not converted, but for the digests of its plain form."""
+    def _compressed(self, staged: StagedFile, ready: Ready) -> tuple[FileRecord, memoryview | None]:
+        """The record of a file that is not converted, but for the digests of its plain form, and the memory that holds
+        that."""
         file = staged.file
         with self._stored_file(file, is_digested=True) as target:
-            copy_file(staged.path, target, ready=self._ready(staged), memory=self._memory(file))
-            return target.finish(self._name(file), None)
+            memory = copy_file(staged.path, target, ready=ready, memory=self._memory(staged))
+            return target.finish(self._name(file), None), memory
 
     def _converted(
         self, staged: StagedFile, attempt: int, path: Path, header: Header, policy: StoragePolicy
-    ) -> FileRecord:
-        """The record of a converted file, but for its origin. Tensors that overflow and that no class loads are stored
-        as they come, in a second try."""
+    ) -> tuple[FileRecord, memoryview | None]:
+        """The record of a converted file, but for its origin, and the memory that holds it. Tensors that overflow and
+        that no class loads are stored as they come, in a second try."""
         try:
-            return self._convert(staged, path, header, policy)
+            return self._convert(staged, attempt, path, header, policy)
         except WeightOverflow as error:
             exempt = policy.without(error.tensors)
             if exempt is None or staged.verified(attempt, self._guard) is None:
@@ -269,13 +282,15 @@ class WeightsPipeline:
             logger.warning("%s: %s overflow, and no class loads them", label, names)
         with self._lock:
             self.plan = self.plan.with_unloaded(folder_of(staged.file.path), exempt.unloaded)
-        return self._convert(staged, path, header, exempt)
+        return self._convert(staged, attempt, path, header, exempt)
 
-    def _convert(self, staged: StagedFile, path: Path, header: Header, policy: StoragePolicy) -> FileRecord:
-        file = staged.file
+    def _convert(
+        self, staged: StagedFile, attempt: int, path: Path, header: Header, policy: StoragePolicy
+    ) -> tuple[FileRecord, memoryview | None]:
+        file, ready = staged.file, self._ready(staged, attempt)
         with self._stored_file(file) as target:
-            convert_file(path, target, header, policy, ready=self._ready(staged), memory=self._memory(file))
-            return target.finish(self._name(file), None)
+            memory = convert_file(path, target, header, policy, ready=ready, memory=self._memory(staged))
+            return target.finish(self._name(file), None), memory
 
     def _name(self, file: SourceFile) -> str:
         return stored_name(stored_path(file.path), compressed=self._request.compressed)
@@ -283,15 +298,19 @@ class WeightsPipeline:
     def _stored_file(self, file: SourceFile, *, is_digested: bool = False) -> StoredFile:
         return StoredFile(self._staging.paths.snapshot_file(self._name(file)), is_digested=is_digested)
 
-    def _memory(self, file: SourceFile) -> Callable[[int], memoryview | None]:
-        return partial(self._observer.memory, self._request.key, stored_path(file.path))
+    def _memory(self, staged: StagedFile) -> Callable[[int], memoryview | None]:
+        def memory(size_bytes: int) -> memoryview | None:
+            staged.take_memory()  # the bytes as they come are not those that will be stored
+            return self._observer.memory(self._request.key, stored_path(staged.file.path), size_bytes)
 
-    def _add(self, file: SourceFile, record: FileRecord, header: Header) -> None:
+        return memory
+
+    def _add(self, file: SourceFile, record: FileRecord, header: Header, memory: memoryview | None) -> None:
         with self._lock:
             self.headers[record.content.path] = header
             self.plan = self.plan.with_headers({record.content.path: header})
         self._staging.add(file, record)
-        self._observer.finished(self._request.key, self._staging.paths.snapshot, record)
+        self._observer.finished(self._request.key, self._staging.paths.snapshot, record, memory)
 
     def _unpickled(self, file: SourceFile, path: Path) -> Path:
         """The tensors of a verified pickle as safetensors beside it."""

@@ -306,8 +306,8 @@ class _StoppableObserver(Observer):
     def failed(self, key: SnapshotKey) -> None:
         self._observer.failed(key)
 
-    def finished(self, key: SnapshotKey, folder: Path, record: FileRecord) -> None:
-        self._observer.finished(key, folder, record)
+    def finished(self, key: SnapshotKey, folder: Path, record: FileRecord, memory: memoryview | None = None) -> None:
+        self._observer.finished(key, folder, record, memory)
 
     def _check(self) -> None:
         if self._stopped:
