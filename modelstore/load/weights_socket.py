@@ -48,6 +48,15 @@ def shared_files(snapshot: Snapshot, reading: Reading) -> list[FileRecord]:
     return [file for file in weights if reading.holds(file.path) and reading.shared_descriptor(file.path) >= 0]
 
 
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """A reading, and those of its files that are served: the two are exchanged together."""
+
+    number: int
+    reading: Reading
+    files: Sequence[FileRecord]
+
+
 class WeightsServer:
     """Serves weights at a socket file, to any number of processes, until it is closed.
 
@@ -60,8 +69,7 @@ class WeightsServer:
         self._path = path
         self._folder = folder
         self._changed = threading.Condition()
-        self._reading: Reading | None = None
-        self._files: Sequence[FileRecord] = ()
+        self._served: _Served | None = None
         self._number = 0
         self._clients = 0
         self._closed = False
@@ -76,14 +84,14 @@ class WeightsServer:
     def serve(self, reading: Reading, files: Sequence[FileRecord]) -> None:
         """Serve these files of a reading from now on."""
         with self._changed:
-            self._reading, self._files = reading, files
             self._number += 1
+            self._served = _Served(self._number, reading, files)
             self._changed.notify_all()
 
     def close(self) -> None:
         """Take no more clients; those that wait for another reading get none."""
         with self._changed:
-            self._closed, self._reading = True, None  # whose memory is its clients' now
+            self._closed, self._served = True, None  # whose memory is its clients' now
             self._changed.notify_all()
         self._path.unlink(missing_ok=True)
         with suppress(OSError):
@@ -117,53 +125,54 @@ class WeightsServer:
     def _serve_readings(self, client: socket.socket) -> None:
         """Send the reading, and if it fails, the next one, to its end."""
         number, failure = 0, ""
-        while (number := self._next_reading(number)) and (failure := self._sent(client)):
-            pass
-        if not number and failure:
+        while (served := self._next_reading(number)) is not None:
+            number, failure = served.number, self._sent(client, served)
+            del served  # and with it the memory of a reading that failed
+            if not failure:
+                if client.recv(_MESSAGE_BYTES) == _LOADED:
+                    self.has_loaded = True
+                return
+        if failure:
             _send(client, {"error": failure})
-        elif number and client.recv(_MESSAGE_BYTES) == _LOADED:
-            self.has_loaded = True
 
     @property
     def is_idle(self) -> bool:
         """Whether a client has loaded all weights, and none is connected."""
         return self.has_loaded and not self._clients
 
-    def _sent(self, client: socket.socket) -> str:
-        """Send all of the reading to a client; returns why the reading failed, in words: an error would keep memory.
+    def _sent(self, client: socket.socket, served: _Served) -> str:
+        """Send all of a reading to a client; returns why the reading failed, in words: an error would keep memory.
         Raises OSError if the connection failed."""
-        reading = self._reading
-        if reading is None:
-            return "the server was closed"
         try:
-            self._send_all(client, reading)
+            self._send_all(client, served)
         except ConnectionError:
             raise
         except Exception:
             try:
-                reading.check()
+                served.reading.check()
             except Exception as failed:
                 return f"{type(failed).__name__}: {failed}"
             raise
         return ""
 
-    def _next_reading(self, number: int) -> int:
-        """The number of the next reading after this one, once there is one; 0 if the server is closed before."""
+    def _next_reading(self, number: int) -> _Served | None:
+        """The reading after this one, once there is one; None if the server is closed before."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._number > number)
-            return self._number if self._number > number and self._reading is not None else 0
+            self._changed.wait_for(lambda: self._closed or (self._served is not None and self._served.number > number))
+            return self._served
 
-    def _send_all(self, client: socket.socket, reading: Reading) -> None:
-        for begin in range(0, max(len(self._files), 1), _FILES_IN_MESSAGE):
-            some = self._files[begin : begin + _FILES_IN_MESSAGE]
+    def _send_all(self, client: socket.socket, served: _Served) -> None:
+        files = served.files
+        for begin in range(0, max(len(files), 1), _FILES_IN_MESSAGE):
+            some = files[begin : begin + _FILES_IN_MESSAGE]
             names = [[file.path, file.size_bytes] for file in some]
-            is_last = begin + _FILES_IN_MESSAGE >= len(self._files)
-            descriptors = [reading.shared_descriptor(file.path) for file in some]
+            is_last = begin + _FILES_IN_MESSAGE >= len(files)
+            descriptors = [served.reading.shared_descriptor(file.path) for file in some]
             _send(client, {"folder": str(self._folder), "files": names, "last": is_last}, descriptors)
-        for number, file in enumerate(self._files):
+        for number, file in enumerate(files):
             arrived = 0
             while arrived < file.size_bytes:
-                arrived = reading.wait_beyond(file.path, arrived)
+                arrived = served.reading.wait_beyond(file.path, arrived)
                 _send(client, {"file": number, "arrived": arrived})
 
 

@@ -7,15 +7,18 @@ import os
 import re
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from modelstore.errors import DigestMismatch, ProcessFailed
+from modelstore.load import weights_socket
 from modelstore.load.reader import Reading, start_reading
 from modelstore.load.weights_socket import Weights, WeightsServer, connect, shared_files
 from modelstore.store import ModelStore
@@ -177,6 +180,25 @@ def test_a_client_is_told_if_another_reading_has_no_weights(
         with pytest.raises(ProcessFailed, match="without them"):
             weights.wait(weights.files[-1], weights.files[-1].size_bytes)
     reading.close()
+
+
+@pytest.mark.timeout(60)
+def test_a_reading_is_sent_to_its_end_if_another_one_comes_meanwhile(
+    snapshot: Snapshot, server: WeightsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, other = start_reading(snapshot, beside=True), start_reading(snapshot)
+    send = weights_socket._send
+
+    def sent_and_exchanged(client: socket.socket, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+        send(client, message, descriptors)
+        server.serve(other, [])
+
+    monkeypatch.setattr(weights_socket, "_send", sent_and_exchanged)
+    server.serve(reading, shared_files(snapshot, reading))
+    with connect(tmp_path / "socket") as weights:
+        assert taken(weights) == on_volume(snapshot)
+    reading.close()
+    other.close()
 
 
 def test_a_connection_that_fails_ends_and_is_not_taken_for_a_reading_that_did(
