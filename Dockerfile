@@ -35,7 +35,8 @@ COPY handler handler
 RUN /opt/venv/bin/pip install --no-compile -c scripts/constraints.txt ".[${EXTRA}]"
 # What no worker uses: the cloud commands and the telemetry that FastAPI and the SDK bring, a transfer protocol that our
 # downloads do not speak, what compiles extensions, Amazon's services but S3, the texts that transformers' model files are
-# generated from, tests, headers, types, and the symbols of libraries (not of torch's and numpy's, which do not bear it)
+# generated from, zstandard's second backend, the colours of languages but Python in tracebacks, tests, headers, types,
+# and the symbols of libraries (not of torch's and numpy's, which do not bear it)
 RUN /opt/venv/bin/pip uninstall --yes --quiet hf-xet uvloop watchfiles fastapi-cloud-cli sentry-sdk rignore fastar \
         email-validator dnspython inquirerpy prompt_toolkit pfzy rich-toolkit fastapi-cli \
         opentelemetry-exporter-otlp-proto-http \
@@ -46,6 +47,9 @@ RUN /opt/venv/bin/pip uninstall --yes --quiet hf-xet uvloop watchfiles fastapi-c
         -not -path '*/torch/*' -prune -exec rm -r {} + \
     && find /opt/venv/lib/python3*/site-packages -name '*.pyi' -not -path '*/torch/*' -delete \
     && find /opt/venv/lib/python3*/site-packages -path '*/transformers/models/*' -name 'modular_*.py' -delete \
+    && find /opt/venv/lib/python3*/site-packages/zstandard -name '*_cffi.*' -delete \
+    && find /opt/venv/lib/python3*/site-packages/pygments/lexers -name '*.py' -not -name __init__.py \
+        -not -name _mapping.py -not -name python.py -not -name special.py -delete \
     && find /opt/venv/lib/python3*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -type d -not -name 's3*' \
         -exec rm -r {} + \
     && find /opt/venv -name '*.so*' -type f -not -path '*/torch/*' -not -path '*/numpy*' -exec strip --strip-unneeded {} +
