@@ -91,7 +91,6 @@ class WeightsPipeline:
     def _fetch(self, files: Sequence[SourceFile], stop: Callable[[], None]) -> None:
         """Fetch and store these files."""
         failures: list[BaseException] = []
-
         room = threading.BoundedSemaphore(CONNECTIONS + _CONVERSIONS)
 
         def may_begin(file: SourceFile) -> bool:
@@ -226,7 +225,7 @@ class WeightsPipeline:
             if is_unchanged:
                 record, memory = self._compressed(staged, ready)
             else:
-                record, memory = self._converted(staged, attempt, path, header, policy)
+                record, memory = self._converted(staged, attempt, path, header, policy, ready)
         digests = staged.verified(attempt, self._guard)
         if digests is None:
             return
@@ -268,12 +267,12 @@ class WeightsPipeline:
             return target.finish(self._name(file), None), memory
 
     def _converted(
-        self, staged: StagedFile, attempt: int, path: Path, header: Header, policy: StoragePolicy
+        self, staged: StagedFile, attempt: int, path: Path, header: Header, policy: StoragePolicy, ready: Ready
     ) -> tuple[FileRecord, memoryview | None]:
         """The record of a converted file, but for its origin, and the memory that holds it. Tensors that overflow and
         that no class loads are stored as they come, in a second try."""
         try:
-            return self._convert(staged, attempt, path, header, policy)
+            return self._convert(staged, path, header, policy, ready)
         except WeightOverflow as error:
             exempt = policy.without(error.tensors)
             if exempt is None or staged.verified(attempt, self._guard) is None:
@@ -282,12 +281,12 @@ class WeightsPipeline:
             logger.warning("%s: %s overflow, and no class loads them", label, names)
         with self._lock:
             self.plan = self.plan.with_unloaded(folder_of(staged.file.path), exempt.unloaded)
-        return self._convert(staged, attempt, path, header, exempt)
+        return self._convert(staged, path, header, exempt, ready)
 
     def _convert(
-        self, staged: StagedFile, attempt: int, path: Path, header: Header, policy: StoragePolicy
+        self, staged: StagedFile, path: Path, header: Header, policy: StoragePolicy, ready: Ready
     ) -> tuple[FileRecord, memoryview | None]:
-        file, ready = staged.file, self._ready(staged, attempt)
+        file = staged.file
         with self._stored_file(file) as target:
             memory = convert_file(path, target, header, policy, ready=ready, memory=self._memory(staged))
             return target.finish(self._name(file), None), memory
