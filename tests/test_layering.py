@@ -26,6 +26,7 @@ FLOORS = {
 GROUND = {
     "errors",
     "units",
+    "copying",
     "logs",
     "timeline",
     "reference",

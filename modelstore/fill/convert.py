@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from modelstore.copying import copy
 from modelstore.dtypes import DTYPES, Dtype
 from modelstore.errors import BadSafetensors, WeightOverflow
 from modelstore.fill.storage_policy import CONVERTED, StoragePolicy
@@ -162,7 +163,7 @@ class _Writer:
     def __call__(self, data: bytes | bytearray | memoryview) -> None:
         self._target.write(data)
         if self.memory is not None:
-            self.memory[self._position : self._position + len(data)] = data
+            copy(self.memory[self._position :], data)
         self._position += len(data)
 
 

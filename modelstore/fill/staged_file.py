@@ -29,6 +29,7 @@ from pathlib import Path
 
 import xxhash
 
+from modelstore.copying import copy
 from modelstore.errors import DigestMismatch
 from modelstore.fill.source import SourceFile
 from modelstore.volume import durable, tree
@@ -117,6 +118,7 @@ class StagedFile:
         self.digests: Digests | None = None
         self.whole_stream = threading.Lock()
         self._changed = threading.Condition()
+        self._copies = 0  # into the memory, at this moment
         self._front_lock = threading.Lock()
         self._begin()
 
@@ -202,6 +204,7 @@ class StagedFile:
         """The memory that takes the bytes, if there is some; this object then holds and fills it no more."""
         with self._changed:
             memory, self._memory = self._memory, None
+            self._changed.wait_for(lambda: not self._copies)
             return memory
 
     def wait_for(self, offset: int, length: int, guard: Callable[[], None]) -> None:
@@ -279,11 +282,10 @@ class StagedFile:
         return checksum + xxhash.xxh3_64_digest(checksum + identity.encode())
 
     def _arrived(self, index: int, data: bytes | bytearray) -> bool:
+        self._copy_to_memory(index, data)
         with self._changed:
             if self._have[index]:
                 return False
-            if self._memory is not None:
-                self._memory[index * GRANULE_BYTES : index * GRANULE_BYTES + len(data)] = data
             self._have[index] = True
             self._missing -= 1
             self._unsealed[index // _SEGMENT_GRANULES] -= 1
@@ -292,6 +294,19 @@ class StagedFile:
             self._changed.notify_all()
         self._advance()
         return True
+
+    def _copy_to_memory(self, index: int, data: bytes | bytearray) -> None:
+        with self._changed:
+            memory = None if self._have[index] else self._memory
+            self._copies += memory is not None
+        if memory is None:
+            return
+        try:
+            copy(memory[index * GRANULE_BYTES :], data)
+        finally:
+            with self._changed:
+                self._copies -= 1
+                self._changed.notify_all()
 
     def _advance(self, *, wait_for_turn: bool = False) -> None:
         """Digest granules from the front on; one thread does it at a time, the others leave theirs to it."""

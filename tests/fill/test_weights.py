@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -16,10 +17,11 @@ from safetensors.numpy import load_file, save_file
 from modelstore import load_tensors
 from modelstore.errors import NoSpace, WeightOverflow
 from modelstore.fill.observer import Observer
+from modelstore.fill.source import SourceFile
 from modelstore.fill.staged_file import StagedFile
 from modelstore.fill.stored_file import StoredFile
 from modelstore.volume.checksums import Digests
-from modelstore.volume.layout import SnapshotKey
+from modelstore.volume.layout import SnapshotKey, StagingLayout
 from modelstore.volume.manifest import FileRecord
 from modelstore.volume.verify import verify_snapshot
 from tests.conftest import MakeStore
@@ -183,3 +185,30 @@ def test_a_conversion_that_fails_stops_the_download(
     with pytest.raises(NoSpace, match="the volume is full"):
         make_store().ensure("org/name")
     assert hub.served.total_bytes < sum(path.stat().st_size for path in repo.glob("*.safetensors")) / 2
+
+
+def test_memory_is_handed_over_when_no_copy_goes_there_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copying, may_end = threading.Event(), threading.Event()
+
+    def slow(target: memoryview, source: bytes) -> None:
+        copying.set()
+        assert may_end.wait(10)
+        target[: len(source)] = source
+
+    monkeypatch.setattr("modelstore.fill.staged_file.copy", slow)
+    memory, taken = memoryview(bytearray(8)), []
+    staged = StagedFile(SourceFile("a.safetensors", 8), StagingLayout(tmp_path), memory)
+    putting = threading.Thread(target=staged.put, args=(0, b"12345678"))
+    taking = threading.Thread(target=lambda: taken.append(staged.take_memory()))
+    putting.start()
+    assert copying.wait(10)
+    taking.start()
+    taking.join(0.1)
+    assert not taken
+    may_end.set()
+    putting.join()
+    taking.join()
+    staged.close()
+    assert taken[0] == b"12345678"
