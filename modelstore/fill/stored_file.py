@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
+from modelstore.copying import copy
 from modelstore.volume import durable
 from modelstore.volume.block_table import ALIGNMENT
 from modelstore.volume.checksums import Digests, RunningDigests
@@ -16,6 +17,7 @@ from modelstore.volume.content import check_decoder
 from modelstore.volume.manifest import BLOCK_BYTES, COMPRESSED_SUFFIX, FileRecord, Origin, PlainForm
 
 _PADDING = bytes(ALIGNMENT)
+_SYNC_EVERY_BYTES = 64 << 20
 _ENCODERS = min(4, os.cpu_count() or 1)
 _AHEAD = _ENCODERS + 1  # blocks that are being encoded, or wait to be written: three times 8 MiB each at most
 
@@ -42,6 +44,7 @@ class StoredFile:
         self._target = target
         self._digests = RunningDigests()
         self._position = 0
+        self._syncing = 0  # the bytes that go to the volume already
         self._plain = _Plain(is_digested=is_digested) if target.name.endswith(COMPRESSED_SUFFIX) else None
         durable.make_folder(target.parent)
         durable.remove_file(target)
@@ -81,6 +84,9 @@ class StoredFile:
         durable.write_at(self._fd, data, self._position, path=self._target)
         self._digests.update(data)
         self._position += len(data)
+        if self._position - self._syncing >= _SYNC_EVERY_BYTES:
+            durable.begin_sync(self._fd, self._syncing, self._position - self._syncing)
+            self._syncing = self._position
 
     def _append_encoded(self, plain: _Plain, *, at_most: int) -> None:
         """Append the blocks that are encoded, and wait until there are `at_most` others."""
@@ -108,10 +114,13 @@ class _Plain:
         if self._digests is not None:
             self._digests.update(data)
         self._size_bytes += len(data)
+        if isinstance(data, bytes) and len(data) == BLOCK_BYTES and not self._in_block:  # they stay as they are
+            self._encode(data)
+            return
         view = memoryview(data)
         while view:
             part = view[: BLOCK_BYTES - self._in_block]
-            self._block[self._in_block : self._in_block + len(part)] = part
+            copy(memoryview(self._block)[self._in_block :], part)
             self._in_block += len(part)
             view = view[len(part) :]
             if self._in_block == BLOCK_BYTES:
@@ -119,10 +128,8 @@ class _Plain:
 
     def end_block(self) -> None:
         """Have the bytes since the last block encoded."""
-        from modelstore.volume import planes  # zstandard is for compressed files alone
-
         if self._in_block:
-            self._jobs.append(self._threads.submit(planes.encode, memoryview(self._block)[: self._in_block]))
+            self._encode(memoryview(self._block)[: self._in_block])
             self._block, self._in_block = bytearray(BLOCK_BYTES), 0
 
     def encoded(self, at_most: int) -> Iterator[list[bytes | bytearray | memoryview]]:
@@ -140,3 +147,8 @@ class _Plain:
     def close(self) -> None:
         """Encode nothing more."""
         self._threads.shutdown(cancel_futures=True)
+
+    def _encode(self, block: bytes | memoryview) -> None:
+        from modelstore.volume import planes  # zstandard is for compressed files alone
+
+        self._jobs.append(self._threads.submit(planes.encode, block))

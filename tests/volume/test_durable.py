@@ -275,3 +275,12 @@ def test_a_volume_without_inodes_is_named_as_that(tmp_path: Path, monkeypatch: p
         monkeypatch.setattr(os, "statvfs", lambda _path, state=state: state)
         with pytest.raises(NoSpace, match=words):
             durable.open_for_write(tmp_path / "file", exclusive=True)
+
+
+def test_a_kind_of_file_that_cannot_be_written_ahead_is_left_as_it_is() -> None:
+    reader, writer = os.pipe()
+    try:
+        durable.begin_sync(writer, 0, 1 << 20)
+    finally:
+        os.close(reader)
+        os.close(writer)
