@@ -2,11 +2,12 @@
 """The worker over HTTP, at 1, 16 and 64 clients: the first streamed token, tokens a second, and the processor time of
 the server's first process for a token. Of the vLLM engine this process is the layer before vLLM's own server.
 
-    python scripts/bench/http_server.py [--runs 3] [--tokens 32] [--write DOCUMENT]
+    python scripts/bench/http_server.py [--starts 3] [--runs 3] [--tokens 32] [--write DOCUMENT]
 
-Two comparisons, in pairs, with the real SmolLM2-135M on the CPU: the text engine by `--http` against the
+Two comparisons, in turn, with the real SmolLM2-135M on the CPU: the text engine by `--http` against the
 same worker behind the SDK's local server, which sends a stream as a whole at its end; and, if .venv-vllm is there, the
-vLLM engine by `--http` against plain `vllm serve`.
+vLLM engine by `--http` against plain `vllm serve`. The rate of vLLM differs from one process to the next. So these two
+are started several times, and the worker's own vLLM is asked directly, too: that difference is what the worker takes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +42,30 @@ VLLM = HERE / ".venv-vllm" / "bin" / "python"
 MODEL = HERE / ".cache" / "hub" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
 VLLM_ARGUMENTS = ("--enforce-eager", "--max-model-len", "512")
 READY_S = 600.0
+OWN_VLLM = "its own vLLM, asked directly"
 REST_S = 2.0  # vLLM's threads spin for a second after their last token, on the processors of the next round
 
 
 @dataclass
+class Measured:
+    """What was measured of a server, by number of clients: seconds to the first token, tokens a second, and
+    milliseconds of processor that its first process, without its children, took for a token."""
+
+    first_s: dict[int, list[float]] = field(default_factory=dict)
+    rates: dict[int, list[float]] = field(default_factory=dict)
+    processor_ms: dict[int, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Server:
-    """A server, and what was measured of it: seconds to the first token, tokens a second, and milliseconds of processor
-    that its first process, without its children, took for a token, by number of clients."""
+    """A server that runs. `socket`: the socket file that it is asked at, instead of its port."""
 
     label: str
     process_id: int
     url: str
     path: str
     ready_path: str
-    first_s: dict[int, list[float]] = field(default_factory=dict)
-    rates: dict[int, list[float]] = field(default_factory=dict)
-    processor_ms: dict[int, list[float]] = field(default_factory=dict)
+    socket: str | None = None
 
     def body(self, number: int, tokens: int) -> dict[str, Any]:
         """The request of one client."""
@@ -69,16 +79,18 @@ class Server:
         asked["ignore_eos"] = True
         return {"input": asked} if self.path == "/runsync" else asked
 
-    async def run(self, clients: int, tokens: int) -> None:
-        """One round: all clients at once, when the other server has come to rest."""
+    async def run(self, clients: int, tokens: int, measured: Measured) -> None:
+        """One round: all clients at once, when the other servers have come to rest."""
         await asyncio.sleep(REST_S)
-        async with httpx.AsyncClient(base_url=self.url, timeout=READY_S, trust_env=False) as client:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        transport = httpx.AsyncHTTPTransport(uds=self.socket, limits=limits)
+        async with httpx.AsyncClient(base_url=self.url, timeout=READY_S, transport=transport) as client:
             began, processor_s = time.monotonic(), _processor_s(self.process_id)
             firsts = await asyncio.gather(*(self._first(client, number, tokens) for number in range(clients)))
             took, processor_s = time.monotonic() - began, _processor_s(self.process_id) - processor_s
-        self.first_s.setdefault(clients, []).append(statistics.median(firsts))
-        self.rates.setdefault(clients, []).append(clients * tokens / took)
-        self.processor_ms.setdefault(clients, []).append(1000 * processor_s / (clients * tokens))
+        measured.first_s.setdefault(clients, []).append(statistics.median(firsts))
+        measured.rates.setdefault(clients, []).append(clients * tokens / took)
+        measured.processor_ms.setdefault(clients, []).append(1000 * processor_s / (clients * tokens))
 
     async def _first(self, client: httpx.AsyncClient, number: int, tokens: int) -> float:
         began, first, text = time.monotonic(), 0.0, ""
@@ -93,7 +105,7 @@ class Server:
 
 
 @contextmanager
-def running(label: str, command: Sequence[str], env: Mapping[str, str], path: str, ready: str) -> Iterator[Server]:
+def running(command: Sequence[str], env: Mapping[str, str], path: str, ready: str, label: str) -> Iterator[Server]:
     """A server that is ready."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -133,47 +145,60 @@ def _is_ready(server: Server) -> bool:
         return False
 
 
-def measured(servers: Sequence[Server], runs: int, tokens: int) -> list[str]:
-    """A row for each server and number of clients, with the ratio of its rate to the first one's."""
+def measure(servers: Sequence[Server], runs: int, tokens: int, results: Mapping[str, Measured]) -> None:
+    """Rounds of all servers in turn, for each number of clients; `results`: of each server by its label."""
     for clients in CLIENTS:
         for server in servers:
-            asyncio.run(server.run(clients, tokens))  # what is compiled or allocated once is not counted
-            for figures in (server.first_s, server.rates, server.processor_ms):
-                figures.pop(clients)
+            asyncio.run(server.run(clients, tokens, Measured()))  # what is compiled or allocated once is not counted
         for number in range(runs * 3 if clients == 1 else runs):  # one client's round is short
             for server in servers if number % 2 == 0 else reversed(servers):
-                asyncio.run(server.run(clients, tokens))
-                print(f"{server.label}, {clients} clients: {server.rates[clients][-1]:.0f} tokens/s", file=sys.stderr)
-    lines = ["| server | clients | first token, s | tokens a second | of the other | its process, ms a token |"]
+                measured = results[server.label]
+                asyncio.run(server.run(clients, tokens, measured))
+                print(f"{server.label}, {clients} clients: {measured.rates[clients][-1]:.1f} tokens/s", file=sys.stderr)
+
+
+def table(results: Mapping[str, Measured]) -> list[str]:
+    """A row for each server and number of clients, with the ratio of the first one's rate to it, round by round."""
+    lines = ["| server | clients | first token, s | tokens a second | the first / this one | its process, ms a token |"]
     lines += ["|---|---|---|---|---|---|"]
-    other = servers[-1]
+    first = next(iter(results.values()))
     for clients in CLIENTS:
-        for server in servers:
-            pairs = zip(server.rates[clients], other.rates[clients], strict=True)
-            ratio = "" if server is other else f"{statistics.median(ours / theirs for ours, theirs in pairs):.3f}"
-            first, rate, processor_ms = (
-                statistics.median(figures[clients]) for figures in (server.first_s, server.rates, server.processor_ms)
+        for label, measured in results.items():
+            first_s, rate, processor_ms = (
+                statistics.median(figures[clients])
+                for figures in (measured.first_s, measured.rates, measured.processor_ms)
             )
-            row = (server.label, clients, f"{first:.3f}", f"{rate:.0f}", ratio, f"{processor_ms:.2f}")
-            lines.append(f"| {' | '.join(map(str, row))} |")
-    return lines
+            ratios = [ours / other for ours, other in zip(first.rates[clients], measured.rates[clients], strict=True)]
+            ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            row = (label, clients, f"{first_s:.3f}", f"{rate:.1f}", "" if measured is first else ratio)
+            lines.append(f"| {' | '.join(map(str, row))} | {processor_ms:.2f} |")
+    return [*lines, ""]
+
+
+def own_vllm(worker: Server, folder: Path) -> Server:
+    """The vLLM of a worker whose temporary folder is `folder`, asked without the worker."""
+    (socket_file,) = folder.glob("modelstore-server-*/socket")
+    return replace(worker, label=OWN_VLLM, socket=str(socket_file))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--starts", type=int, default=3, help="of each of the servers with vLLM")
+    parser.add_argument("--runs", type=int, default=3, help="rounds with each start")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--write", type=Path, metavar="DOCUMENT")
     options = parser.parse_args()
     subprocess.run([sys.executable, "scripts/dev/smollm2.py", str(MODEL)], cwd=HERE, check=True, capture_output=True)
     lines = [
-        f"Measured by `scripts/bench/http_server.py --runs {options.runs} --tokens {options.tokens}`: SmolLM2-135M, "
-        f"all clients at once, {options.tokens} tokens each, medians; clients and server share the processors.",
+        f"Measured by `scripts/bench/http_server.py --starts {options.starts} --runs {options.runs} "
+        f"--tokens {options.tokens}`: SmolLM2-135M, all clients at once, {options.tokens} tokens each, medians; "
+        "clients and server share the processors.",
         f"{environment(HERE)}.",
         "",
     ]
     with tempfile.TemporaryDirectory(prefix="bench-http-") as folder:
         env = {
+            "TMPDIR": folder,
             "MODELSTORE_ROOT": f"{folder}/modelstore",
             "MODEL_ID": f"file://{MODEL}",
             "MODEL_DTYPE": "float32",  # the fastest on a processor
@@ -188,20 +213,28 @@ def main() -> int:
         local = (*worker, "--rp_serve_api", "--rp_api_port", "PORT", "--rp_log_level", "ERROR")
         plain = (str(VLLM), "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL), "--port", "PORT", *VLLM_ARGUMENTS)
         chat = "/v1/chat/completions"
+        of_text, of_vllm = env | {"ENGINE": "text"}, env | {"ENGINE": "vllm"}
         pairs = [
-            (
-                running("text, `--http`", http, env | {"ENGINE": "text"}, chat, "/ping"),
-                running("text, the SDK's local server", local, env | {"ENGINE": "text"}, "/runsync", "/"),
-            ),
-            (
-                running("vLLM, `--http`", http, env | {"ENGINE": "vllm"}, chat, "/ping"),
-                running("plain `vllm serve`", (*plain, "--dtype", "float32"), env, chat, "/health"),
-            ),
+            {
+                "text, `--http`": partial(running, http, of_text, chat, "/ping"),
+                "text, the SDK's local server": partial(running, local, of_text, "/runsync", "/"),
+            },
+            {
+                "vLLM, `--http`": partial(running, http, of_vllm, chat, "/ping"),
+                "plain `vllm serve`": partial(running, (*plain, "--dtype", "float32"), env, chat, "/health"),
+            },
         ]
         for pair in pairs if VLLM.exists() else pairs[:1]:
-            with ExitStack() as stack:
-                servers = [stack.enter_context(server) for server in pair]
-                lines += [*measured(servers, options.runs, options.tokens), ""]
+            results: dict[str, Measured] = {label: Measured() for label in pair}
+            for start in range(options.starts if "plain `vllm serve`" in pair else 1):
+                with ExitStack() as stack:
+                    labels = list(pair) if start % 2 == 0 else list(reversed(pair))
+                    servers = {label: stack.enter_context(pair[label](label)) for label in labels}
+                    if (of_worker := servers.get("vLLM, `--http`")) is not None:
+                        servers[OWN_VLLM] = own_vllm(of_worker, Path(folder))
+                        results.setdefault(OWN_VLLM, Measured())
+                    measure(list(servers.values()), options.runs, options.tokens, results)
+            lines += table(results)
     text = "\n".join(lines)
     print(text)
     if options.write is not None:
