@@ -71,7 +71,7 @@ def start() -> Callable[[], None]:
         for line in ineffective():
             logger.warning("%s", line)
         paths = VolumePaths(settings.root)
-        return _started(settings, _listening(sys.argv[1:], settings))
+        return _start_engine(settings, _listening(sys.argv[1:], settings))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
@@ -83,13 +83,13 @@ def _listening(arguments: Sequence[str], settings: Settings) -> Listening | None
     """The open ports of a worker that serves HTTP."""
     if "--http" not in arguments:
         return None
-    from handler.listening import Listening, Place  # asyncio is imported later otherwise
+    from handler.listening import Address, Listening  # asyncio is imported later otherwise
 
-    place = Place.of(arguments, settings)
-    return Listening(place, settings.health_path)
+    address = Address.of(arguments, settings)
+    return Listening(address, settings.health_path)
 
 
-def _started(settings: Settings, listening: Listening | None) -> Callable[[], None]:
+def _start_engine(settings: Settings, listening: Listening | None) -> Callable[[], None]:
     forget_secrets()
     become_owner_of(settings.root)  # forks, so no thread may run before; the port may be root's to open
     if listening is not None:
@@ -98,7 +98,7 @@ def _started(settings: Settings, listening: Listening | None) -> Callable[[], No
     timeline = Timeline(worker=settings.worker_id, model=str(settings.model or ""), dtype=settings.dtype or "")
     layout = Layout(settings.root)
     try:
-        engine = _loaded(settings, timeline, "runpod" if listening is None else "uvicorn")
+        engine = _load_engine(settings, timeline, "runpod" if listening is None else "uvicorn")
         from handler.compilation import compile_model
         from handler.warm_up import warm_up
 
@@ -130,7 +130,7 @@ def _check(engine: Engine) -> None:
         raise
 
 
-def _loaded(settings: Settings, timeline: Timeline, library: Literal["runpod", "uvicorn"]) -> Engine:
+def _load_engine(settings: Settings, timeline: Timeline, library: Literal["runpod", "uvicorn"]) -> Engine:
     """The engine that serves the model; `library` brings it requests. The read starts before the imports, but for an
     engine that is a server: that one imports while the snapshot is looked up."""
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from handler.listening import Place
+from handler.listening import Address
 from modelstore.settings import Settings
 
 _ANSWER_S = 5.0
@@ -36,13 +36,13 @@ def problem(arguments: Sequence[str] | None, settings: Settings) -> str:
         return "no worker runs here"
     if "--http" not in arguments:
         return ""
-    place = Place.of(arguments, settings)
-    connection = http.client.HTTPConnection(place.host, place.health_port, timeout=_ANSWER_S)
+    address = Address.of(arguments, settings)
+    connection = http.client.HTTPConnection(address.host, address.health_port, timeout=_ANSWER_S)
     try:
         connection.request("GET", settings.health_path)
         status = connection.getresponse().status
     except (OSError, http.client.HTTPException) as error:
-        return f"no answer from port {place.health_port}: {error}"
+        return f"no answer from port {address.health_port}: {error}"
     finally:
         connection.close()
     return {200: "", 204: "the worker is starting"}.get(status, f"the worker answers {status}")

@@ -1,6 +1,6 @@
 """Requests over HTTP as jobs of a worker: read within limits, answered whole or as a stream of server-sent events.
 
-Every refusal of this file is a Starlette HTTPException; every other answer is what the worker says of the job.
+Every refusal of this file is a Starlette HTTPException; all other answers come from the worker.
 """
 
 from __future__ import annotations
@@ -97,13 +97,13 @@ class Requests:
 
     async def openai(self, request: Request) -> ASGIApp:
         """A request on one of OpenAI's routes."""
-        return await self._taken(request, is_openai=True)
+        return await self._accept(request, is_openai=True)
 
     async def generate(self, request: Request) -> ASGIApp:
         """A job's input."""
-        return await self._taken(request, is_openai=False)
+        return await self._accept(request, is_openai=False)
 
-    async def _taken(self, request: Request, *, is_openai: bool) -> ASGIApp:
+    async def _accept(self, request: Request, *, is_openai: bool) -> ASGIApp:
         """The answer to a request, which holds a place in the queue from now on."""
         self.check_key(request)
         self.check_open()
@@ -121,9 +121,9 @@ class Requests:
             data = data["input"]
         job = {"id": uuid.uuid4().hex, "input": data}
 
-        async def answer(_scope: Scope, receive: Receive, send: Send) -> None:
-            work = asyncio.create_task(self._answer(job, size_bytes, send))
-            leaving = asyncio.create_task(_gone(receive))
+        async def respond(_scope: Scope, receive: Receive, send: Send) -> None:
+            work = asyncio.create_task(self._run_and_send(job, size_bytes, send))
+            leaving = asyncio.create_task(_wait_for_disconnect(receive))
             try:
                 await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -135,7 +135,7 @@ class Requests:
             if not work.cancelled():
                 work.result()
 
-        return answer
+        return respond
 
     async def _body(self, request: Request) -> tuple[dict[str, Any], int]:
         """The JSON object that a request carries, and the bytes that it takes in memory, which count as held from now
@@ -174,7 +174,7 @@ class Requests:
         self._held_bytes += _VALUE_BYTES * values
         return data, len(body) + _VALUE_BYTES * values
 
-    async def _answer(self, job: Job, size_bytes: int, send: Send) -> None:
+    async def _run_and_send(self, job: Job, size_bytes: int, send: Send) -> None:
         """Answer a job when it is its turn. The limit of its time counts from its arrival."""
         arrived_at = time.monotonic()
         channel, has_slot = _ResponseChannel(send), False
@@ -193,7 +193,7 @@ class Requests:
             began_at = time.monotonic()
             if error is None:
                 left_s = self._limit_s and max(self._limit_s - (began_at - arrived_at), 0.001)
-                output, error = await self._worker.answer(job, channel, limit_s=left_s)
+                output, error = await self._worker.run_job(job, channel, limit_s=left_s)
         finally:
             if has_slot:
                 self._slots.release()
@@ -256,7 +256,7 @@ def _too_many() -> HTTPException:
     return HTTPException(503, "too many requests wait for this worker: send it later", {"Retry-After": "2"})
 
 
-async def _gone(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     """Return when the client has gone away."""
     while (await receive())["type"] != "http.disconnect":
         pass

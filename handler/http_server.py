@@ -82,7 +82,7 @@ def application(worker: Worker, requests: Requests, settings: Settings) -> Starl
         requests.check_key(request)
         name = request.path_params["name"]
         job = {"id": "models", "input": {"openai_route": "/v1/models"}}
-        output, error = await worker.answer(job, JobChannel())
+        output, error = await worker.run_job(job, JobChannel())
         listed = output["data"] if error is None else ()
         for each in listed:
             if each["id"] == name:
@@ -151,7 +151,7 @@ def serve_http(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     termination.watch_signals()
-    logger.info("requests are taken at %s", listening.place.url)
+    logger.info("requests are taken at %s", listening.address.url)
     try:
         server.run(listening.end())
         broken = worker.broken

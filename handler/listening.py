@@ -37,7 +37,7 @@ _NOT_YET = (
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Address:
     """The address, and the ports, of which the second is for questions of health; it may be the first one."""
 
     host: str
@@ -45,9 +45,9 @@ class Place:
     health_port: int
 
     @classmethod
-    def of(cls, arguments: Sequence[str], settings: Settings) -> Place:
-        """The place that a command line with --http and the settings name. On RunPod it is every address, and port 80;
-        elsewhere this machine's own, and port 8000. Raises UsageError and InvalidSetting."""
+    def of(cls, arguments: Sequence[str], settings: Settings) -> Address:
+        """The address that a command line with --http and the settings name. On RunPod it is every interface, and port
+        80; elsewhere this machine's own, and port 8000. Raises UsageError and InvalidSetting."""
         parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
         parser.add_argument("--http", action="store_true")
         parser.add_argument("--host")
@@ -73,7 +73,7 @@ class Place:
 class Listening:
     """The open ports, and the answers to questions of health until the worker is ready."""
 
-    def __init__(self, place: Place, health_path: str) -> None:
+    def __init__(self, address: Address, health_path: str) -> None:
         """Raises InvalidSetting if the path is none, or a port cannot be opened. No thread runs before `begin`."""
         if not health_path.startswith("/") or not health_path.isascii() or set(health_path) & set(" ?#{}"):
             raise InvalidSetting(f"HEALTH_CHECK_PATH={health_path[:40]!r} is not a path: write it like /ping")
@@ -81,9 +81,9 @@ class Listening:
         self._thread: threading.Thread | None = None
         self._heads: dict[asyncio.StreamWriter, bytearray] = {}  # of requests, as far as they have arrived
         self._end: Callable[[], object] = lambda: None
-        self.place = place
+        self.address = address
         _allow_many_connections()
-        self.sockets = [_opened(place.host, port) for port in dict.fromkeys((place.port, place.health_port))]
+        self.sockets = [_opened(address.host, port) for port in dict.fromkeys((address.port, address.health_port))]
 
     def begin(self) -> None:
         """Answer from now on."""

@@ -10,6 +10,12 @@ The handler is a coroutine and no generator, though it streams: the SDK turns a 
 text, drops the aggregated chunks, ignores its refresh_worker, and wraps every plain answer in a list. Chunks of a
 stream go out by the SDK's own `stream_result` as they come, and all of them once more as the job's output, as the SDK
 does it with `return_aggregate_stream`.
+
+    Worker.handle        from the SDK; over HTTP `http_requests.py` calls `run_job`
+      run_job            counts the job; the output, or the error
+        _run_in_time     the limit of time; each exception becomes an error that its sender can read
+          _run           Engine.answer: the pieces of an answer, and its form
+            Delivery.run sends the chunks, and returns the output
 """
 
 from __future__ import annotations
@@ -64,14 +70,14 @@ class Worker:
 
     async def handle(self, job: Job) -> Any:
         """The handler of RunPod's SDK: the output of one job, or its error; raises nothing but cancellation."""
-        output, error = await self.answer(job, self._channel)
+        output, error = await self.run_job(job, self._channel)
         if error is not None:
             output = error_output(error, job)
         if self.retiring and self.is_idle:
             self.config["refresh_worker"] = True  # the SDK says so with this job's result, and ends
         return output
 
-    async def answer(
+    async def run_job(
         self, job: Job, channel: JobChannel, *, limit_s: float | None = None
     ) -> tuple[Any, JobError | None]:
         """The output of one job, or its error; what it streams goes to `channel`. `limit_s`: the time for all of it,
@@ -79,7 +85,7 @@ class Worker:
         self._counts["running"] += 1
         outcome = "cancelled"
         try:
-            output, error = await self._answered(job, channel, limit_s or self._settings.max_job_s or None)
+            output, error = await self._run_in_time(job, channel, limit_s or self._settings.max_job_s or None)
             outcome = "completed" if error is None else "failed"
         finally:
             self._counts["running"] -= 1
@@ -110,13 +116,13 @@ class Worker:
         logger.warning("this worker asks to be replaced: %s", reason)
         self._replace_because = reason
 
-    async def _answered(self, job: Job, channel: JobChannel, limit_s: float | None) -> tuple[Any, JobError | None]:
+    async def _run_in_time(self, job: Job, channel: JobChannel, limit_s: float | None) -> tuple[Any, JobError | None]:
         clock = asyncio.timeout(limit_s)
         taken_at = time.monotonic()
         delivery = Delivery(job, channel, most_bytes=self._settings.max_result_bytes)
         try:
             async with clock:
-                output = await self._answer(job, delivery)
+                output = await self._run(job, delivery)
             if self._first_answer is not None:
                 self._first_answer.note(job, taken_at, delivery.first_piece_at)
             return output, None
@@ -140,7 +146,7 @@ class Worker:
             delivery.close()
         return None, failed
 
-    async def _answer(self, job: Job, delivery: Delivery) -> Any:
+    async def _run(self, job: Job, delivery: Delivery) -> Any:
         data = input_of(job, self._limits.prompt_characters + self._engine.beside_the_prompt)
         if data.get("op") is not None:
             if data["op"] != "status":

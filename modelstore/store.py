@@ -471,7 +471,9 @@ class ModelStore:
                     logger.warning("%s reads back as it was published: the damage was on its way to this worker", key)
                     claim.finish("published")
                     return snapshot
-            request = replace(request, damaged=self._remains(key, claim) or self._elsewhere(request.damaged))
+            request = replace(
+                request, damaged=self._quarantine_if_damaged(key, claim) or self._if_in_other_store(request.damaged)
+            )
             while True:
                 fill = Fill(self.layout, request, claim, self.settings, sleep=self._sleep)
                 try:
@@ -514,11 +516,11 @@ class ModelStore:
             return requested or DEFAULT_DTYPE
         return parse_dtype("dtype", self.catalog.dtype_of(reference))
 
-    def _elsewhere(self, damaged: Snapshot | None) -> Snapshot | None:
+    def _if_in_other_store(self, damaged: Snapshot | None) -> Snapshot | None:
         """A damaged snapshot of another store, whose intact files are copied."""
         return damaged if damaged is not None and not damaged.path.is_relative_to(self.layout.root) else None
 
-    def _remains(self, key: SnapshotKey, claim: Claim) -> Snapshot | None:
+    def _quarantine_if_damaged(self, key: SnapshotKey, claim: Claim) -> Snapshot | None:
         """What is in a snapshot's place and is no whole one, if its manifest tells which of its files are intact.
 
         It is moved to the quarantine only if bytes of it were read and are wrong. Otherwise it stays, and is completed

@@ -2,7 +2,7 @@
 
     pending = begin(settings)      the standard library, the store and the reader; no torch
     import torch, transformers     while the bytes are read
-    pending.load(load)             load(pending) makes the model; if the bytes are not those published, the snapshot
+    pending.load(build)            build(pending) makes the model; if the bytes are not those published, the snapshot
                                    is quarantined and made again, and the start goes on with the new one
 
 A start that has to fill the snapshot takes the bytes as they come: see `prefetch.py`.
@@ -82,23 +82,21 @@ class PendingStart:
         may_run = any(self.settings.may_run_code_of(name, key.commit) for name in names)
         return self.snapshot.manifest.remote_code and may_run
 
-    def load(self, load: Callable[[PendingStart], T]) -> T:
-        """The model that `load` makes of this start; called again, once, if the first bytes were not those published.
+    def load(self, build: Callable[[PendingStart], T]) -> T:
+        """The model that `build` makes of this start; called again, once, if the first bytes were not those published.
 
-        Raises DigestMismatch if the damage cannot be mended, and whatever `load` raises.
+        Raises DigestMismatch if the damage cannot be mended, and whatever `build` raises.
         """
         files = (file.path for file in self.snapshot.manifest.contents)
         try:
             check_configs(self.snapshot.path, files, str(self.snapshot.key))
             self._check_gpus()
-            return self._loaded(load)
+            return self._built(build)
         except (KeyboardInterrupt, SystemExit):
             self._end_copies()
             raise
         except BaseException as error:  # a damaged tokenizer can raise anything in its parser
-            if isinstance(
-                error, ServerFailed
-            ):  # which was told of wrong bytes by its weights; else they are not at fault
+            if isinstance(error, ServerFailed):  # its weights told it of wrong bytes: this has another cause
                 self._end_copies()
                 raise
             mismatch = error if isinstance(error, DigestMismatch) else self.reading.damage()
@@ -108,17 +106,17 @@ class PendingStart:
             damage = str(mismatch)
             del mismatch  # its traceback holds the buffers
         logger.warning("%s; comparing it again", damage)
-        place = self.transfer.place_of("") if self.transfer is not None else None
+        device = self.transfer.device_of("") if self.transfer is not None else None
         has_weights = any(self.reading.holds(file.path) for file in self.snapshot.weights)
         self._stop_reading()
         try:
-            self._begin_again(place, has_weights=has_weights)
+            self._begin_again(device, has_weights=has_weights)
         except ModelStoreError as error:
             raise DigestMismatch(f"{damage}; it could not be made again: {error}") from error
-        return self._loaded(load)
+        return self._built(build)
 
-    def _loaded(self, load: Callable[[PendingStart], T]) -> T:
-        model = load(self)
+    def _built(self, build: Callable[[PendingStart], T]) -> T:
+        model = build(self)
         self.transfer = None  # it knows the memory, which is freed with the model
         return model
 
@@ -144,7 +142,7 @@ class PendingStart:
             self.ring_bytes = 0
             self.reading = start_reading(self.snapshot, beside=True)
 
-    def _begin_again(self, place: str | None, *, has_weights: bool) -> None:
+    def _begin_again(self, device: str | None, *, has_weights: bool) -> None:
         from modelstore.store import ModelStore
 
         store, model = ModelStore(self.settings.root, settings=self.settings), self.settings.model
@@ -164,7 +162,7 @@ class PendingStart:
         self.timeline.commit, self.timeline.dtype = fresh.commit, fresh.dtype
         self.snapshot = fresh
         self.reading = start_reading(fresh, beside=True, ring_bytes=self.ring_bytes, weights=has_weights)
-        self.transfer = None if place is None else _transfer_to(place, self.reading)
+        self.transfer = None if device is None else _transfer_to(device, self.reading)
 
 
 @contextmanager
@@ -256,7 +254,7 @@ def begin(
                 if mark is not None:
                     mark.end()
                 mark = UsageMark(layout, snapshot.key, settings.worker_id)
-                # A mark that stood before an eviction was announced is seen by it: only a new one has to look.
+                # An eviction sees each mark that is older than its notice: only a new mark has to look.
                 if wait_while_evicting(layout, snapshot.key):
                     _end(reading, transfer)
                     reading = transfer = None

@@ -1,8 +1,8 @@
 """A list of models on RunPod, in one go: a network volume, its models, an endpoint, and a first job; and its end.
 
-    deployment = Deployment(api, "chat", options)
-    deployment.up(Path("models.toml"))      looks first at each step: a second run goes on where one broke off
-    deployment.down()                       removes what has this name: endpoint, pod and volume
+    deployment = Deployment(api, "chat", key)
+    deployment.up(models, options)          looks first at each step: a second run goes on where one broke off
+    deployment.down(confirm=ask)            removes what has this name: endpoint, pod and volume
 
 A volume is filled from this machine over S3, or by a pod without a GPU that runs the worker's image beside it. The pod
 does not end by itself, because RunPod would start its container again: it says how the seed ended, and is removed.

@@ -287,7 +287,7 @@ from modelstore.warmstart import begin
 pending = begin(Settings.from_env())
 pending.transfer.wait()
 memory = [slab.memory for slabs in pending.transfer.slabs.values() for slab in slabs]
-print(sum(each.size_bytes for each in memory), {{each.place for each in memory}}, "torch" in sys.modules)
+print(sum(each.size_bytes for each in memory), {{each.device for each in memory}}, "torch" in sys.modules)
 """
     env = {**os.environ, "MODEL_ID": "org/name", "MODELSTORE_ROOT": str(store.layout.root)}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=240)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from handler.engines.adapters import Adapters, PreparedAdapter
 
 JOIN_EVERY = 16  # tokens; joining sooner would pay the pass over the tokens so far too often
-_SAY_EVERY = 32
+_SEND_EVERY = 32
 _STUCK_S = 120.0  # for a step of the model after all its rows have ended
 _SCORED_AT_ONCE = 256  # tokens of a prompt: more would need much memory beside a large vocabulary
 _INCOMPLETE = "\ufffd"  # the text of the first tokens of a character
@@ -102,7 +102,7 @@ class ActiveSequence:
         self._own_ends = ends
         self._text_of = text_of
         self._text = beginning
-        self._unsaid = 0
+        self._unsent_tokens = 0
         self._logprobs: list[TokenLogprob] = []
         self._partial: list[int] = []  # the first tokens of a character
         self._generator: torch.Generator | None = None
@@ -141,21 +141,21 @@ class ActiveSequence:
         """Take one more token."""
         self.tokens.append(token)
         self.left -= 1
-        self._unsaid += 1
+        self._unsent_tokens += 1
         if token not in ends or not (self.sampling.skip_special_tokens or token in self._own_ends):
             self._text += self._detokenizer.push(token)  # the model's own end is a special token like others
         if token in ends or self._detokenizer.stopped:
             self.end("stop")
         elif not self.left:
             self.end("length")
-        elif self._unsaid >= _SAY_EVERY or (self._every_token and self._text):
-            self._say(None)
+        elif self._unsent_tokens >= _SEND_EVERY or (self._every_token and self._text):
+            self._send_piece(None)
 
     def end(self, reason: str) -> None:
         """Nothing more is generated: hand out the rest of the text."""
         self._text += self._detokenizer.finish()
         self.ended_at = time.monotonic()
-        self._say(reason)
+        self._send_piece(reason)
 
     def cancel(self) -> None:
         """The rest is not needed any more."""
@@ -167,9 +167,9 @@ class ActiveSequence:
             self.ended_at = time.monotonic()
             self._receiver.failed(error)
 
-    def _say(self, reason: str | None) -> None:
-        text, tokens, logprobs = self._text, self._unsaid, tuple(self._logprobs)
-        self._text, self._unsaid, self._logprobs = "", 0, []
+    def _send_piece(self, reason: str | None) -> None:
+        text, tokens, logprobs = self._text, self._unsent_tokens, tuple(self._logprobs)
+        self._text, self._unsent_tokens, self._logprobs = "", 0, []
         self._receiver.piece(text, tokens, reason, logprobs)
 
 
@@ -353,7 +353,7 @@ class Batcher:
                 attention_mask=mask.to(device),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([_TokenSampler(rows, ends, self._defaults)]),
-                stopping_criteria=StoppingCriteriaList([_StopTracker(rows, ends, self._wanted, self._context)]),
+                stopping_criteria=StoppingCriteriaList([_EndOfRows(rows, ends, self._wanted, self._context)]),
             )
 
     def _call_generate(self, rows: Sequence[ActiveSequence], tokens: torch.Tensor, **options: Any) -> None:
@@ -372,7 +372,7 @@ class Batcher:
             row.tell(row.tokens[0], None, ())
             for begin in range(0, len(row.tokens) - 1, _SCORED_AT_ONCE):
                 following = row.tokens[begin + 1 : begin + 1 + _SCORED_AT_ONCE]
-                _tell(row, following, logits[begin : begin + len(following)])
+                _add_logprobs(row, following, logits[begin : begin + len(following)])
         row.scores_prompt = False
 
     def _after_failure(self, rows: list[ActiveSequence], error: BaseException) -> None:
@@ -409,7 +409,7 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
         self._ends = ends
         self._defaults = defaults
         self._sampling = [defaults.completed(row.sampling) for row in rows]
-        self._told = [number for number, row in enumerate(rows) if row.sampling.logprobs is not None]
+        self._rows_with_logprobs = [number for number, row in enumerate(rows) if row.sampling.logprobs is not None]
         for number, sampling in enumerate(self._sampling):
             if sampling.temperature:
                 alike = (sampling.temperature, sampling.min_p or 0.0, sampling.top_k or 0, sampling.top_p or 1.0)
@@ -418,9 +418,9 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if torch.isnan(scores).any():  # else the choice, greedy or not, would be made of nothing
             raise JobError(Code.INTERNAL_ERROR, _NOT_A_NUMBER)
-        raw = scores[self._told].clone() if self._told else None
+        raw = scores[self._rows_with_logprobs].clone() if self._rows_with_logprobs else None
         if not self._processors:
-            self._processors = self._made(scores.device)
+            self._processors = self._build_processors(scores.device)
         for number, processors in self._processors.items():
             if processors:
                 so_far = torch.tensor([self._rows[number].tokens], device=scores.device)
@@ -444,12 +444,12 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
                 scores[number] = float("-inf")
                 scores[number, chosen] = 0.0
         if raw is not None:
-            for place, number in enumerate(self._told):
+            for place, number in enumerate(self._rows_with_logprobs):
                 if not self._rows[number].ended:
-                    _tell(self._rows[number], [int(scores[number].argmax())], raw[place : place + 1])
+                    _add_logprobs(self._rows[number], [int(scores[number].argmax())], raw[place : place + 1])
         return scores
 
-    def _made(self, device: torch.device) -> dict[int, list[LogitsProcessor]]:
+    def _build_processors(self, device: torch.device) -> dict[int, list[LogitsProcessor]]:
         """The processors of each row."""
         return {
             number: processors_of(
@@ -463,7 +463,7 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
         }
 
 
-def _tell(row: ActiveSequence, tokens: Sequence[int], logits: torch.Tensor) -> None:
+def _add_logprobs(row: ActiveSequence, tokens: Sequence[int], logits: torch.Tensor) -> None:
     """Note the log probabilities of tokens; `logits`: as the model gave them, shape (tokens, vocabulary)."""
     odds = logits.float().log_softmax(-1)
     chosen = odds.gather(1, torch.tensor(tokens, device=odds.device)[:, None])[:, 0].tolist()
@@ -477,7 +477,7 @@ def _finite(logprob: float) -> float:
     return max(logprob, _IMPOSSIBLE)
 
 
-class _StopTracker(StoppingCriteria):  # type: ignore[misc]
+class _EndOfRows(StoppingCriteria):  # type: ignore[misc]
     """Hands each row its tokens, and says which have ended: all of them, if a request waits to join, or if one reaches
     the end of the model's context."""
 

@@ -73,7 +73,7 @@ class DiffusionEngine:
         self.call = PipelineCall(type(pipeline).__name__, arguments_of(type(pipeline)))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draw")
         self._lost_gpu = ""
-        self._left: dict[Future[Images], float] = {}  # drawings without a waiting job, and since when
+        self._abandoned: dict[Future[Images], float] = {}  # drawings without a waiting job, and since when
 
     @classmethod
     def load(cls, pending: PendingStart, *, while_reading: Callable[[], None] | None = None) -> DiffusionEngine:
@@ -97,7 +97,7 @@ class DiffusionEngine:
     @property
     def broken(self) -> str:
         """See Engine."""
-        since = min(self._left.values(), default=None)
+        since = min(self._abandoned.values(), default=None)
         late_s = 0.0 if since is None else time.monotonic() - since
         return self._lost_gpu or (f"a drawing has not ended for {late_s:.0f} s" if late_s > _STUCK_S else "")
 
@@ -142,7 +142,7 @@ class DiffusionEngine:
             steps.put_nowait(None)
 
         work = self._thread.submit(self._draw, request, step, is_wanted)
-        work.add_done_callback(lambda done: self._left.pop(done, None))  # the loop may have ended by then
+        work.add_done_callback(lambda done: self._abandoned.pop(done, None))  # the loop may have ended by then
         drawing = asyncio.wrap_future(work)
         drawing.add_done_callback(ended)
         try:
@@ -152,9 +152,9 @@ class DiffusionEngine:
         finally:
             is_wanted.clear()
             if not work.done():
-                self._left[work] = time.monotonic()
+                self._abandoned[work] = time.monotonic()
                 if work.done():
-                    self._left.pop(work, None)
+                    self._abandoned.pop(work, None)
 
     def _draw(self, request: ImageRequest, step: Any, is_wanted: threading.Event) -> Images:
         if not is_wanted.is_set():  # cancelled while it waited for its turn

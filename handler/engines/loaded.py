@@ -61,7 +61,7 @@ class Loaded:
         with pending.timeline.span("import"):
             tokenizer = _tokenizer_of(pending)
         with ExitStack() as stack:
-            found = _adapters_of(pending, stack)
+            prepared = _adapters_of(pending, stack)
             model = load_model(
                 pending.snapshot,
                 device,
@@ -77,7 +77,7 @@ class Loaded:
             )
             context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             known = context if isinstance(context, int) and context > 0 else None
-            adapters = _beside(model, found)
+            adapters = _beside(model, prepared)
             stack.pop_all()
         return cls(pending.snapshot, model, tokenizer, TokenKinds(tokenizer), known, pending.in_use, adapters)
 
@@ -94,11 +94,11 @@ class Loaded:
 
 def _adapters_of(pending: PendingStart, stack: ExitStack) -> list[Adapter]:
     """The adapters of MODEL_ADAPTERS, in use until `stack` ends. Raises NotServable if one is for another model."""
-    found = []
+    adapters = []
     for name in pending.settings.adapters:
-        found.append(find_or_make(pending.settings, name, pending.snapshot.key, pending.timeline))
-        stack.callback(found[-1].in_use.end)
-    return found
+        adapters.append(find_or_make(pending.settings, name, pending.snapshot.key, pending.timeline))
+        stack.callback(adapters[-1].in_use.end)
+    return adapters
 
 
 def _beside(model: PreTrainedModel, adapters: Sequence[Adapter]) -> Adapters | None:

@@ -153,7 +153,7 @@ class MultiModelEngine:
             self._count_waiting(name, -1)
 
     def _count_waiting(self, name: str, change: int) -> None:
-        """Note that one more job, or one less, waits until a model is loaded: it gets its answer before that goes."""
+        """One more job, or one less, waits until a model is loaded. The model stays until that job has its answer."""
         with self._changed:
             self._waiting[name] += change
             if not self._waiting[name]:
@@ -249,8 +249,8 @@ class Loader:
 
     def load(self, pending: PendingStart, import_server: Callable[[], None]) -> MultiModelEngine:
         """See `handler.engines.Loader`."""
-        load = partial(TextEngine.load, while_reading=import_server, renderer=self._renderer)
-        engine = pending.load(load)
+        build = partial(TextEngine.load, while_reading=import_server, renderer=self._renderer)
+        engine = pending.load(build)
         self._renderer.start()
         return MultiModelEngine(engine, pending.settings, self._load_another)
 

@@ -28,7 +28,7 @@ from handler.sampling import Sampling
 from handler.text_jobs import text_answer
 from modelstore.adapters import find_or_make
 from modelstore.errors import DoesNotFit, IntegrityError, Refused
-from modelstore.load.torch_device import check_room, place_of, spare_bytes
+from modelstore.load.torch_device import check_room, device_name, spare_bytes
 from modelstore.reference import parse_reference
 from modelstore.servable import check_generates_text
 from modelstore.settings import Settings
@@ -311,7 +311,7 @@ class TextEngine:
             settings,
             timeline=timeline,
             target=target,
-            gpu=place_of(device),
+            gpu=device_name(device),
             spare_bytes=spare_bytes(device),
             check_config=check_generates_text,
         )

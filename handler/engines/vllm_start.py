@@ -80,7 +80,7 @@ class Loader:
         self._socket = Path(self._place.name) / "weights"
         self._adapters: dict[str, Adapter] = {}
         self._code = CompiledCode.of(settings)
-        self._server = self._started()
+        self._server = self._start_server()
         self._arguments: list[str] = []
         self._first_answer = ""
         self._key: SnapshotKey | None = None
@@ -92,14 +92,14 @@ class Loader:
         """See `handler.engines.Loader`."""
         imports = [import_server]
 
-        def load(pending: PendingStart) -> VllmEngine:
+        def build(pending: PendingStart) -> VllmEngine:
             self._give(pending)
             while imports:
                 imports.pop()()
             self._wait(pending)
             return self._finished(pending)
 
-        return pending.load(load)
+        return pending.load(build)
 
     def cancel(self) -> None:
         """See `handler.engines.Loader`."""
@@ -118,7 +118,7 @@ class Loader:
     def _may_exchange_adapters(self) -> bool:
         return any(reference.kind == "alias" for reference in self._settings.adapters.values())
 
-    def _started(self) -> Server:
+    def _start_server(self) -> Server:
         return Server(
             "vLLM",
             self._command,
@@ -139,7 +139,7 @@ class Loader:
             self._server.end()
             if self._weights is not None:
                 self._weights.close()
-            self._server, self._weights, self._arguments = self._started(), None, []
+            self._server, self._weights, self._arguments = self._start_server(), None, []
         self._key = snapshot.key
         if not self._arguments:
             if self._folder is not None:  # bytes of the first reading were damaged before it came that far
@@ -191,7 +191,7 @@ class Loader:
             code.forget()
             if not failure:
                 code.quarantine()
-            self._server = self._started()
+            self._server = self._start_server()
             self._server.begin(self._arguments)
             self._server.wait(partial(self._check, pending.reading))
             self._first_answer = self._answer(pending)

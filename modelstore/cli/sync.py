@@ -29,16 +29,16 @@ def sync(
     dry_run: DRY_RUN = False,
 ) -> None:
     """Copy models, pins and aliases to other volumes. What is there already costs no bytes."""
-    from modelstore.fill.places import FolderPlace, place_of  # boto3 and HTTP are for few commands
+    from modelstore.fill.store_roots import FolderRoot, parse_store_root  # boto3 and HTTP are for few commands
 
     if not to:
         raise UsageError("--to is missing: name a place, as in `modelstore sync --to s3://VOLUME@DATACENTER`")
     settings = context.store().settings
-    place = place_of(source, settings) if source is not None else FolderPlace(context.volume().settings.root)
-    targets = [place_of(text, settings) for text in to]
-    if any(target.label == place.label for target in targets):
-        raise UsageError(f"{place.label} is the place that is copied from: name another one with --to")
-    plan = SyncPlan(place, settings)
+    root = parse_store_root(source, settings) if source is not None else FolderRoot(context.volume().settings.root)
+    targets = [parse_store_root(text, settings) for text in to]
+    if any(target.label == root.label for target in targets):
+        raise UsageError(f"{root.label} is the place that is copied from: name another one with --to")
+    plan = SyncPlan(root, settings)
     records: list[dict[str, Any]] = []
     exit_code, failed = 0, 0
     for target in targets:

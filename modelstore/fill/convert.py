@@ -138,7 +138,7 @@ def copy_file(
     ready: Ready,
     memory: Callable[[int], memoryview | None] = lambda _size_bytes: None,
 ) -> memoryview | None:
-    """Write `source` to `target` byte for byte; the other arguments, and what is returned, as of `convert_file`."""
+    """Write `source` to `target` byte for byte; other arguments and the result: see `convert_file`."""
     fd = durable.open_for_read(source)
     try:
         size = os.fstat(fd).st_size

@@ -1,7 +1,7 @@
 """Fill staging from a source: several files and byte ranges at once, each file verified once it is whole.
 
-Bytes are kept granule by granule (`staged_file.py`), so a download goes on, in another process on another host, at
-the byte if it was cut. A source that fails is tried again from there; one that sends wrong bytes once more from the
+Bytes are kept granule by granule (`staged_file.py`): if a download was cut, another process on another host goes on
+at that byte. A source that fails is tried again from there; one that sends wrong bytes once more from the
 start; one that ignores ranges is read as a whole by one thread.
 """
 
@@ -71,17 +71,17 @@ class Download:
         self,
         files: Iterable[SourceFile],
         *,
-        may_begin: Callable[[SourceFile], bool] = lambda _file: True,
+        try_begin: Callable[[SourceFile], bool] = lambda _file: True,
         on_begin: Callable[[StagedFile], object] = lambda _staged: None,
     ) -> list[StagedFile]:
         """Fetch `files`, in this order as far as parallel ranges allow; returns them, verified, in this order.
 
-        `may_begin` is asked before each, until it may; `on_begin` gets each when its bytes begin to arrive, from the
-        thread that fetches it. The first error, theirs or ours, stops the download; the bytes that have arrived stay
-        for a resume.
+        `try_begin` is called again and again until it lets the next file begin. `on_begin` gets each file when its
+        bytes begin to arrive, from the thread that fetches it. The first error, theirs or ours, stops the download; the
+        bytes that have arrived stay for a resume.
         """
         wanted = list(files)
-        queue = _SpanQueue(wanted, self._connections, may_begin)
+        queue = _SpanQueue(wanted, self._connections, try_begin)
         begun: dict[str, StagedFile] = {}
 
         def begin(file: SourceFile) -> StagedFile:
@@ -115,7 +115,7 @@ class Download:
                 self._fetch_span(span, queue)
                 if queue.stopped:
                     return
-                if queue.was_last(span):
+                if queue.finish_span(span):
                     self._finish(span.staged, queue)
         except BaseException as error:  # reported by `fetch`, after every thread has stopped
             queue.stop(error)
@@ -222,10 +222,10 @@ class _SpanQueue:
     """Hands out spans in file order to many threads, and knows when a file's last one is done."""
 
     def __init__(
-        self, files: list[SourceFile], connections: int, may_begin: Callable[[SourceFile], bool] = lambda _: True
+        self, files: list[SourceFile], connections: int, try_begin: Callable[[SourceFile], bool] = lambda _: True
     ) -> None:
         self._files = deque(files)
-        self._may_begin = may_begin
+        self._try_begin = try_begin
         share = sum(file.size_bytes for file in files) // (connections * 4)
         self._span_granules = max(_MIN_SPAN_BYTES, min(_MAX_SPAN_BYTES, share)) // GRANULE_BYTES
         self._spans: deque[_Span] = deque()
@@ -237,7 +237,7 @@ class _SpanQueue:
         self.error: BaseException | None = None
 
     def next(self, open_file: Callable[[SourceFile], StagedFile]) -> _Span | None:
-        """The next span, or None if no more will come. May open a file, which reads the bytes that are there of it."""
+        """The next span, or None if no more will come. It may open a file, and read what staging has of it."""
         with self._changed:
             while not self._spans:
                 if self.stopped or (not self._files and not self._opening):
@@ -245,7 +245,7 @@ class _SpanQueue:
                 # A fresh file opens in no time: waiting for its spans keeps the download in file order. One with much
                 # to compare takes long, and another thread goes on with the next file.
                 if self._files and not (self._opening and self._changed.wait(_LOOK_AGAIN_S)):
-                    if not self._spans and self._files and self._may_begin(self._files[0]):
+                    if not self._spans and self._files and self._try_begin(self._files[0]):
                         break
                     self._changed.wait(_LOOK_AGAIN_S)
                 elif not self._files:
@@ -270,11 +270,11 @@ class _SpanQueue:
         return spans[0]
 
     def wait_while_busy(self, seconds: float) -> bool:
-        """Wait, less long if nothing is left to hand out; whether something is."""
+        """Wait so long, or until nothing is left to hand out. Returns whether something is left."""
         with self._changed:
             return not self._changed.wait_for(lambda: self.stopped or not (self._spans or self._files), seconds)
 
-    def was_last(self, span: _Span) -> bool:
+    def finish_span(self, span: _Span) -> bool:
         """Count a span as done; True if it was its file's last."""
         with self._changed:
             self._left[span.staged.file.path] -= 1

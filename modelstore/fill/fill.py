@@ -147,10 +147,8 @@ class Fill:
         return _read(staged.path)
 
     def _fetch_small(self, selection: Selection) -> None:
-        # Choosing the files has fetched the indexes already; they are counted once, here, and not as found in staging.
-        fetched = self._progress.done - self._progress.reused
-        self._progress.done, self._progress.reused = 0, -fetched
-        self._progress.total = selection.size_bytes
+        """Fetch and store all files but the weights."""
+        self._progress.restart(selection.size_bytes)
         staged = self._download.fetch(self._staging.unfinished(selection.small, self._progress))
         tree.map_concurrently(self._store_small, staged)
 
@@ -338,7 +336,7 @@ class _Guard:
     def __call__(self) -> None:
         """Called before each step of the work; asks the volume at most every 50 ms."""
         if self._stopping:
-            raise ClaimLost("this worker stops")
+            raise ClaimLost("this worker stops the work")
         now = time.monotonic()
         if now - self._checked_at < _CHECK_EVERY_S:
             return

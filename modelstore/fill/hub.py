@@ -169,7 +169,7 @@ class HubSource(Source):
         if length == 0:
             yield ByteStream(offset, lambda _view: 0)
             return
-        with self._mapped(file.path), self._response(resolved, file, headers) as response:
+        with self._own_errors(file.path), self._response(resolved, file, headers) as response:
             total = _total_size(response)
             if total is not None and total != file.size_bytes:
                 raise DigestMismatch(
@@ -225,7 +225,7 @@ class HubSource(Source):
         began = time.monotonic()
         for attempt in range(1, self._attempts + 1):
             try:
-                with self._mapped("its metadata"):
+                with self._own_errors("its metadata"):
                     return _within(self._limit_s, call)
             except HubUnavailable as error:
                 if attempt == self._attempts or time.monotonic() - began > _METADATA_PATIENCE_S:
@@ -234,7 +234,7 @@ class HubSource(Source):
         raise AssertionError("unreachable")
 
     @contextmanager
-    def _mapped(self, label: str) -> Iterator[None]:
+    def _own_errors(self, label: str) -> Iterator[None]:
         try:
             yield
         except ModelStoreError:

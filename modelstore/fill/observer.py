@@ -35,7 +35,7 @@ class Observer:
         """This process is about to fill `key`, whose weights have this size. An error raised here stops it."""
 
     def filling(self, key: SnapshotKey, progress: Progress) -> None:
-        """This process fills `key`, or uploads it, and is so far. Called by several threads."""
+        """This process fills `key`, or uploads it, with this progress. Called by several threads."""
 
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
         """Another process fills `key`; this process gives up in `left_s` seconds."""

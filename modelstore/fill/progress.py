@@ -22,6 +22,11 @@ class Progress:
         self._files: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
 
+    def restart(self, total: int) -> None:
+        """Count from zero, of so many bytes. What was fetched so far comes again from staging, and is not reused."""
+        with self._lock:
+            self.total, self.done, self.reused = total, 0, self.reused - self.done
+
     @property
     def eta_s(self) -> float | None:
         """The seconds that are left at the rate so far; None while there is no rate to speak of."""

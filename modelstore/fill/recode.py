@@ -107,7 +107,7 @@ class Recoding:
         manifest = self._snapshot.manifest
         for content in manifest.contents:
             file = SourceFile(content.path, content.original.size_bytes, content.original.sha256)
-            present = staging.find(file, stored_unchanged=manifest.stored_unchanged)
+            present = staging.recover(file, stored_unchanged=manifest.stored_unchanged)
             # A download that was cut short leaves files, too, which it would have changed at its end.
             if present is not None and replace(present.content, stored=None) == replace(content, stored=None):
                 self._progress.add(content.path, done=content.size_bytes, reused=content.size_bytes)

@@ -82,7 +82,7 @@ class Staging:
         """
         unfinished = []
         for file in files:
-            if self.find(file, stored_unchanged=stored_unchanged) is None:
+            if self.recover(file, stored_unchanged=stored_unchanged) is None:
                 unfinished.append(file)
             else:
                 progress.add(done=file.size_bytes, reused=file.size_bytes)
@@ -102,12 +102,14 @@ class Staging:
         for paths in (self.paths, *self.inherited):
             durable.remove_tree(paths.folder)
 
-    def find(self, file: SourceFile, *, stored_unchanged: str) -> FileRecord | None:
-        """The record of `file` if it is finished, here or if it can be taken over from.
+    def recover(self, file: SourceFile, *, stored_unchanged: str) -> FileRecord | None:
+        """The record of `file` if it is finished here, or in staging or a damaged snapshot that it can be taken from.
 
         `stored_unchanged`: as it will stand in the manifest; weights of a snapshot with another value are of no use.
         """
-        record = self._here(file) or self._taken_over(file) or self._still_intact(file, stored_unchanged)
+        record = (
+            self._recorded(file) or self._take_from_earlier(file) or self._take_from_damaged(file, stored_unchanged)
+        )
         if record is not None:
             self.records[record.content.path] = record
         return record
@@ -125,7 +127,7 @@ class Staging:
         durable.remove_file(self.paths.done_file(file.path))
         durable.remove_file(self.paths.snapshot_file(record.path))
 
-    def _here(self, file: SourceFile) -> FileRecord | None:
+    def _recorded(self, file: SourceFile) -> FileRecord | None:
         record = finished_record(self.paths.done_file(file.path))
         if record is None or record.path != self._name(file):
             return None
@@ -134,7 +136,7 @@ class Staging:
             return None
         return record if has_blocks(self.paths.snapshot_file(record.path), record) else None
 
-    def _taken_over(self, file: SourceFile) -> FileRecord | None:
+    def _take_from_earlier(self, file: SourceFile) -> FileRecord | None:
         """From staging of an earlier generation: it was synced, so no process writes to it any more, and it is
         moved."""
         for staging in self.inherited:
@@ -146,11 +148,11 @@ class Staging:
             except FileNotFoundError:
                 continue
             durable.write_atomic(self.paths.done_file(file.path), data)
-            if (record := self._here(file)) is not None:
+            if (record := self._recorded(file)) is not None:
                 return record
         return None
 
-    def _still_intact(self, file: SourceFile, stored_unchanged: str) -> FileRecord | None:
+    def _take_from_damaged(self, file: SourceFile, stored_unchanged: str) -> FileRecord | None:
         if self._damaged is None:
             return None
         stored = self._name(file)
@@ -165,7 +167,7 @@ class Staging:
         durable.make_folder(target.parent)
         durable.link_or_copy(path, target)
         self._write(file, record)
-        return self._here(file)
+        return self._recorded(file)
 
     def _name(self, file: SourceFile) -> str:
         """The name of a file of the source on the volume."""

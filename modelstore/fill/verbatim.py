@@ -17,10 +17,10 @@ import xxhash
 
 from modelstore.errors import BadManifest, DigestMismatch
 from modelstore.fill.observer import Observer
-from modelstore.fill.places import Place
 from modelstore.fill.progress import Progress
 from modelstore.fill.publication import Publication
 from modelstore.fill.staging import Staging
+from modelstore.fill.store_roots import StoreRoot
 from modelstore.settings import Settings
 from modelstore.volume import durable
 from modelstore.volume.checksums import block_count, digests_of_file, has_block
@@ -37,7 +37,7 @@ class VerbatimCopy:
 
     def __init__(
         self,
-        source: Place,
+        source: StoreRoot,
         manifest: bytes,
         layout: Layout,
         settings: Settings,

@@ -39,7 +39,7 @@ from modelstore.volume.manifest import FileRecord, Origin
 
 logger = logging.getLogger(__name__)
 
-# One waits for its bytes while another one is at work.
+# One conversion waits for its bytes while another one runs.
 _CONVERSIONS = max(2, min(4, (os.cpu_count() or 2) // 2))
 
 
@@ -93,8 +93,8 @@ class WeightsPipeline:
         failures: list[BaseException] = []
         room = threading.BoundedSemaphore(CONNECTIONS + _CONVERSIONS)
 
-        def may_begin(file: SourceFile) -> bool:
-            self._guard()  # the file that has to end first may never do so
+        def try_begin(file: SourceFile) -> bool:
+            self._guard()  # another file has to end first, and never does if the work was stopped
             if not room.acquire(blocking=False):
                 return False
             if self._budget.begin(file.path):
@@ -114,7 +114,7 @@ class WeightsPipeline:
             try:
                 self._download.fetch(
                     [file for file in files if not self._link(file)],
-                    may_begin=may_begin,
+                    try_begin=try_begin,
                     on_begin=lambda staged: pool.submit(store, staged),
                 )
             except BaseException as error:
@@ -195,7 +195,7 @@ class WeightsPipeline:
         return True
 
     def _store(self, staged: StagedFile) -> None:
-        """Store a weights file while its bytes arrive; once more if they were wrong, as then no error counts."""
+        """Store a weights file while its bytes arrive. If they were wrong, no error counts, and it is stored again."""
         attempt = 0
         while attempt != staged.attempt:
             attempt = staged.attempt
@@ -212,7 +212,7 @@ class WeightsPipeline:
         if is_pickle(file.path):
             if staged.verified(attempt, self._guard) is None:
                 return
-            path = self._unpickled(file, path)
+            path = self._convert_pickle(file, path)
         ready = self._ready(staged, attempt)
         header = read_header(path, where=self._label(file), ready=ready)
         policy = self.plan.policy_of(file.path).for_tensors(header.tensors)
@@ -223,14 +223,14 @@ class WeightsPipeline:
                 if self._convert_began is None:
                     self._convert_began = self._request.timeline.now()
             if is_unchanged:
-                record, memory = self._compressed(staged, ready)
+                record, memory = self._compress(staged, ready)
             else:
-                record, memory = self._converted(staged, attempt, path, header, policy, ready)
+                record, memory = self._convert_or_exempt(staged, attempt, path, header, policy, ready)
         digests = staged.verified(attempt, self._guard)
         if digests is None:
             return
         if record is None:
-            record, memory = self._moved(staged, digests), staged.take_memory()
+            record, memory = self._move(staged, digests), staged.take_memory()
         elif is_unchanged:
             assert record.plain is not None
             plain = replace(record.plain, sha256=digests.sha256, blocks=digests.blocks)
@@ -250,7 +250,7 @@ class WeightsPipeline:
 
         return ready
 
-    def _moved(self, staged: StagedFile, digests: Digests) -> FileRecord:
+    def _move(self, staged: StagedFile, digests: Digests) -> FileRecord:
         stored = stored_path(staged.file.path)
         target = self._staging.paths.snapshot_file(stored)
         durable.make_folder(target.parent)
@@ -258,7 +258,7 @@ class WeightsPipeline:
         durable.rename(staged.path, target)
         return FileRecord(stored, staged.file.size_bytes, digests.sha256, digests.blocks)
 
-    def _compressed(self, staged: StagedFile, ready: Ready) -> tuple[FileRecord, memoryview | None]:
+    def _compress(self, staged: StagedFile, ready: Ready) -> tuple[FileRecord, memoryview | None]:
         """The record of a file that is not converted, but for the digests of its plain form, and the memory that holds
         that."""
         file = staged.file
@@ -266,7 +266,7 @@ class WeightsPipeline:
             memory = copy_file(staged.path, target, ready=ready, memory=self._memory(staged))
             return target.finish(self._name(file), None), memory
 
-    def _converted(
+    def _convert_or_exempt(
         self, staged: StagedFile, attempt: int, path: Path, header: Header, policy: StoragePolicy, ready: Ready
     ) -> tuple[FileRecord, memoryview | None]:
         """The record of a converted file, but for its origin, and the memory that holds it. Tensors that overflow and
@@ -311,7 +311,7 @@ class WeightsPipeline:
         self._staging.add(file, record)
         self._observer.finished(self._request.key, self._staging.paths.snapshot, record, memory)
 
-    def _unpickled(self, file: SourceFile, path: Path) -> Path:
+    def _convert_pickle(self, file: SourceFile, path: Path) -> Path:
         """The tensors of a verified pickle as safetensors beside it."""
         from modelstore.fill.pickles import convert
 

@@ -35,8 +35,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-CHECKSUM_HEX = 16
-ALIGNMENT = 4096
+CHECKSUM_HEX = 16  # as in volume/manifest.py, from which this file may not import
+ALIGNMENT = 4096  # as in volume/block_table.py
 _SMALL = 2 << 20  # below, a second descriptor is not worth opening
 MOST_AT_ONCE = 16
 _ASKED_TOGETHER = 8  # blocks
@@ -93,7 +93,7 @@ class File:
         """The bytes of a block."""
         return min(self.block_bytes, self.size_bytes - block * self.block_bytes)
 
-    def place(self, block: int) -> tuple[int, int]:
+    def stored_range(self, block: int) -> tuple[int, int]:
         """Offset and length of the bytes of a block in the file."""
         if self.compressed:
             offset, length = self.compressed[block][0]
@@ -107,10 +107,10 @@ class File:
             return False
         group = block // _ASKED_TOGETHER
         if group not in self._cached_groups:
-            begin, _length = self.place(group * _ASKED_TOGETHER)
-            last, length = self.place(min((group + 1) * _ASKED_TOGETHER, self.blocks) - 1)
-            self._cached_groups[group] = self.cache.hold(begin, last + length - begin)
-        return self._cached_groups[group] or self.cache.hold(*self.place(block))
+            begin, _length = self.stored_range(group * _ASKED_TOGETHER)
+            last, length = self.stored_range(min((group + 1) * _ASKED_TOGETHER, self.blocks) - 1)
+            self._cached_groups[group] = self.cache.contain(begin, last + length - begin)
+        return self._cached_groups[group] or self.cache.contain(*self.stored_range(block))
 
     def close(self) -> None:
         self.cache = None
@@ -140,8 +140,8 @@ class ReadConcurrency:
         self._copied_last = False
         self._before_trial = self.readers
 
-    def copy(self) -> bool:
-        """Note that a block lies in the page cache; whether `readers` has changed."""
+    def note_cached_block(self) -> bool:
+        """A block lies in the page cache. Returns whether `readers` has changed."""
         if self._copies:
             return False
         self._copies = True
@@ -149,8 +149,8 @@ class ReadConcurrency:
         before, self.readers = self.readers, max(self.readers, min(self._most, count - count // 4))
         return self.readers != before
 
-    def read(self, size_bytes: int, now: float, *, is_copy: bool = False) -> bool:
-        """Count a block; whether `readers` has changed."""
+    def note_read(self, size_bytes: int, now: float, *, is_copy: bool = False) -> bool:
+        """A block was read. Returns whether `readers` has changed."""
         # Copies tell nothing of the volume; a stretch of them ends a window that would look slow.
         if is_copy or self._began is None or (self._copied_last and now - self._last_read > self.WINDOW_S):
             self._copied_last = is_copy
@@ -257,7 +257,7 @@ class BlockReader:
                 is_cached = file.is_cached(block)
                 if is_cached:
                     with self._changed:
-                        if self._pace.copy():
+                        if self._pace.note_cached_block():
                             self._start_threads()
                             self._changed.notify_all()
                     if slot < 0 and not file.compressed:
@@ -270,7 +270,7 @@ class BlockReader:
             with self._changed:
                 if kind != ARRIVED:
                     self._stopped = True
-                if self._pace.read(len(view), now, is_copy=is_cached):
+                if self._pace.note_read(len(view), now, is_copy=is_cached):
                     self._start_threads()
                     self._changed.notify_all()
             self._report(kind, file.index, block, detail, now, decoding_s)
@@ -305,7 +305,7 @@ class BlockReader:
     def _read(self, file: File, block: int, slot: int, view: memoryview, direct: int | None) -> tuple[int, int, float]:
         """Fill `view`, which is as long as the block, rounded up; through the descriptor `direct`, if it is there.
         Returns the outcome, the slot or the errno, and the seconds that decoding took."""
-        offset, stored = file.place(block)
+        offset, stored = file.stored_range(block)
         length = file.length(block)
         source = _scratch(stored) if file.compressed else view
         try:
@@ -358,8 +358,8 @@ class CachedPages:
         except (ImportError, OSError, ValueError, AttributeError):
             return
 
-    def hold(self, offset: int, length: int) -> bool:
-        """Whether they hold all of a range, which begins at a page; no if that cannot be told. Nothing is read."""
+    def contain(self, offset: int, length: int) -> bool:
+        """Whether they contain all of a range, which begins at a page; no if that cannot be told. Nothing is read."""
         if self._mincore is None or offset % mmap.PAGESIZE:
             return False
         pages = self._buffer(-(-length // mmap.PAGESIZE))
@@ -439,7 +439,7 @@ def send_ring(sock: socket.socket, memory_fd: int, slot_bytes: int) -> None:
     sock.sendall(data)
 
 
-def _mapped(fd: int) -> memoryview:
+def _map_memory(fd: int) -> memoryview:
     memory = mmap.mmap(fd, 0)
     os.close(fd)
     return memoryview(memory)
@@ -471,16 +471,16 @@ def _serve(sock: socket.socket) -> None:
         else:
             record = json.loads(sock.recv(number, socket.MSG_WAITALL))
             if kind == RING:
-                reader.use_ring(_mapped(fds[0]), record["slot_bytes"])
+                reader.use_ring(_map_memory(fds[0]), record["slot_bytes"])
             else:
-                memory = _mapped(fds[1]) if len(fds) > 1 else None
+                memory = _map_memory(fds[1]) if len(fds) > 1 else None
                 reader.add(File(fd=fds[0], memory=memory, **record))
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the worker, whose end closes the socket
     sys.path.extend(sys.argv[2].split(os.pathsep))
-    os.nice(10)  # if the processors are few, the imports go first: 1.08 of them became 0.98 (measured, 1 GB/s)
+    os.nice(10)  # if the processors are few, the imports go first: a start takes 0.91 of the time (1 GB/s)
     sock = socket.socket(fileno=int(sys.argv[1]))
     try:
         _serve(sock)

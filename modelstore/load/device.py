@@ -74,14 +74,14 @@ _QUICK = ("cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2")  # of the thread alone: t
 _NOT_READY = 600
 
 
-def open_devices(places: Collection[str]) -> Device:
+def open_devices(devices: Collection[str]) -> Device:
     """The devices of these names, as torch has them: GPUs by their driver, or if that refuses, by torch."""
-    beside_host = sorted(set(places) - {"cpu"})
+    beside_host = sorted(set(devices) - {"cpu"})
     if not beside_host:
         return HostMemory()
-    if all(place.startswith("cuda:") for place in beside_host):
+    if all(device.startswith("cuda:") for device in beside_host):
         try:
-            return Gpus([int(place.removeprefix("cuda:")) for place in beside_host])
+            return Gpus([int(device.removeprefix("cuda:")) for device in beside_host])
         except DeviceFailed as error:
             reason = str(error)  # the error itself would keep the GPU, if a handler keeps the record
             logger.info("%s: torch copies the weights to the GPU instead, after it is imported", reason)
@@ -91,13 +91,13 @@ def open_devices(places: Collection[str]) -> Device:
 
 
 class GpuMemory:
-    """Memory of a GPU, `place`, freed with the last reference to this object.
+    """Memory of a GPU, `device`, freed with the last reference to this object.
 
     `__cuda_array_interface__` (version 3, docs of Numba) describes it as bytes.
     """
 
     def __init__(self, gpu: _Gpu, size_bytes: int) -> None:
-        self.place = gpu.place
+        self.device = gpu.device
         self.size_bytes = size_bytes
         self.address = gpu.allocate(max(1, size_bytes))
         # Not at the exit of the process: torch may use it to the end, and the driver is going down by itself.
@@ -134,23 +134,23 @@ class Gpus:
         """`numbers`: as CUDA_VISIBLE_DEVICES counts them. Raises DeviceFailed."""
         driver = _Driver(library or LIBRARY)
         self._host = HostMemory()
-        self._gpus = {gpu.place: gpu for gpu in (_Gpu(driver, number) for number in numbers)}
+        self._gpus = {gpu.device: gpu for gpu in (_Gpu(driver, number) for number in numbers)}
         self._streams: dict[str, _Stream] = {}
         self._pinned: set[int] = set()
         self._may_pin = True
         self._may_be_copying = False
         try:
             for gpu in self._gpus.values():
-                self._streams[gpu.place] = _Stream(gpu.new_stream())
+                self._streams[gpu.device] = _Stream(gpu.new_stream())
                 self._try(gpu)
         except BaseException:
             self.close()
             raise
 
-    def allocate(self, place: str, size_bytes: int) -> GpuMemory | memoryview:
+    def allocate(self, device: str, size_bytes: int) -> GpuMemory | memoryview:
         """See Device."""
-        gpu = self._gpus.get(place)
-        return GpuMemory(gpu, size_bytes) if gpu is not None else self._host.allocate(place, size_bytes)
+        gpu = self._gpus.get(device)
+        return GpuMemory(gpu, size_bytes) if gpu is not None else self._host.allocate(device, size_bytes)
 
     def pin(self, memory: memoryview) -> None:
         """See Device. If it cannot be pinned, copies out of it are only slower; that is logged once."""
@@ -180,8 +180,8 @@ class Gpus:
             if isinstance(part.memory, memoryview):
                 self._host.copy([part])
             else:
-                of_gpus.setdefault(part.memory.place, []).append(part)
-        return [self._copied(place, parts) for place, parts in of_gpus.items()]
+                of_gpus.setdefault(part.memory.device, []).append(part)
+        return [self._enqueue_copies(device, parts) for device, parts in of_gpus.items()]
 
     def is_done(self, event: list[_Event]) -> bool:
         """See Device."""
@@ -199,18 +199,18 @@ class Gpus:
     def close(self) -> None:
         """See Device."""
         self._finish_copies()
-        for place, stream in self._streams.items():
-            self._gpus[place].end_stream(stream.handle, stream.events)
+        for device, stream in self._streams.items():
+            self._gpus[device].end_stream(stream.handle, stream.events)
         self._streams.clear()
 
     def _finish_copies(self) -> None:
         """Return when no copy is under way, not even one whose event could not be recorded."""
-        for place, stream in self._streams.items():
-            self._gpus[place].finish(stream.handle)
+        for device, stream in self._streams.items():
+            self._gpus[device].finish(stream.handle)
         self._may_be_copying = False
 
-    def _copied(self, place: str, parts: Sequence[Part]) -> _Event:
-        gpu, stream = self._gpus[place], self._streams[place]
+    def _enqueue_copies(self, device: str, parts: Sequence[Part]) -> _Event:
+        gpu, stream = self._gpus[device], self._streams[device]
         if not stream.free:
             stream.events.append(gpu.new_event())
             stream.free.append(stream.events[-1])
@@ -220,7 +220,7 @@ class Gpus:
 
     def _give_back(self, event: list[_Event]) -> None:
         for each in event:
-            self._streams[each.gpu.place].free.append(each.handle)
+            self._streams[each.gpu.device].free.append(each.handle)
 
     def _try(self, gpu: _Gpu) -> None:
         """Do one copy of a page. Raises DeviceFailed."""
@@ -275,7 +275,7 @@ class _Gpu:
 
     def __init__(self, driver: _Driver, number: int) -> None:
         self._driver = driver
-        self.place = f"cuda:{number}"
+        self.device = f"cuda:{number}"
         device, self._context = ctypes.c_int(), ctypes.c_void_p()
         driver.call("cuDeviceGet", ctypes.byref(device), number)
         driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
@@ -303,7 +303,7 @@ class _Gpu:
             return self._allocated(size_bytes)
         except DeviceFailed as error:
             raise DoesNotFit(
-                f"{self.place} has no {size(size_bytes)} free: use a larger GPU, or a smaller or quantized model"
+                f"{self.device} has no {size(size_bytes)} free: use a larger GPU, or a smaller or quantized model"
             ) from error
 
     def _allocated(self, size_bytes: int) -> int:
@@ -319,7 +319,7 @@ class _Gpu:
                 driver.call("cuCtxSynchronize")
                 driver.call("cuMemFree_v2", address)
         except DeviceFailed as error:
-            logger.warning("memory of %s is not freed: %s", self.place, error)
+            logger.warning("memory of %s is not freed: %s", self.device, error)
 
     def register(self, memory: memoryview) -> None:
         with self._current() as driver:

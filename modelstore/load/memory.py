@@ -152,16 +152,16 @@ def _folders(root: Path, proc: Path, controller: str) -> list[Path]:
 
 
 def _of_cgroup_2(folder: Path) -> int | None:
-    return _left(folder / "memory.max", folder / "memory.current", folder / "memory.stat", "")
+    return _limit_less_use(folder / "memory.max", folder / "memory.current", folder / "memory.stat", "")
 
 
 def _of_cgroup_1(folder: Path) -> int | None:
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
     limit, usage, stat = (folder / name for name in names)
-    return _left(limit, usage, stat, "total_")
+    return _limit_less_use(limit, usage, stat, "total_")
 
 
-def _left(limit: Path, usage: Path, stat: Path, prefix: str) -> int | None:
+def _limit_less_use(limit: Path, usage: Path, stat: Path, prefix: str) -> int | None:
     """A container's limit less its use, except for cached files."""
     limit_text, usage_text = _read(limit).strip(), _read(usage).strip()
     if not (limit_text.isdigit() and usage_text.isdigit()) or int(limit_text) >= _UNLIMITED:

@@ -1,4 +1,4 @@
-"""Tensors to a model: with tensors.py the only importer of torch, and the only one of transformers, in the package.
+"""Tensors to a model. `tests/test_layering.py` lists the files that may import torch and transformers.
 
 The model is made by transformers itself from our tensors, so renames, fused experts, tied weights, buffers and modules
 kept in fp32 are those of `from_pretrained`. It is made while the bytes are still on their way, from tensors that
@@ -27,7 +27,7 @@ from modelstore.dtypes import DTYPES
 from modelstore.errors import BadConfig, DoesNotFit, IntegrityError, NotFound, NoWeights, UsageError
 from modelstore.load.model_class import MESSAGE_CHARACTERS, config_of, generation_config_of, model_class, own_class
 from modelstore.load.reader import Reading, start_reading
-from modelstore.load.tensors import Weights, begin_transfer, load_tensors
+from modelstore.load.tensors import ArrivingTensors, begin_transfer, load_tensors
 from modelstore.load.torch_device import check_fits, ring_bytes_for, usable_device
 from modelstore.load.transfer import Transfer
 from modelstore.timeline import Timeline
@@ -93,8 +93,8 @@ def load_model(
         devices = {name: torch.device(to) for name, to in (spread or {"": target}).items()}
         if transfer is None:
             transfer = begin_transfer(reading, devices)
-        weights = Weights(reading, transfer, timeline)
-        weights.complete(snapshot)
+        weights = ArrivingTensors(reading, transfer, timeline)
+        weights.prepare(snapshot)
         with timeline.span("build"):
             model = _built_early(cls, config, snapshot, weights)
         if while_reading is not None:
@@ -188,7 +188,7 @@ def _foreign_errors(snapshot: Snapshot, cls: type[PreTrainedModel]) -> Iterator[
 
 
 def _built_early(
-    cls: type[PreTrainedModel], config: Any, snapshot: Snapshot, weights: Weights
+    cls: type[PreTrainedModel], config: Any, snapshot: Snapshot, weights: ArrivingTensors
 ) -> PreTrainedModel | None:
     """The model from tensors whose bytes have not arrived; None if one of its weights is not simply one of those.
 
@@ -302,7 +302,7 @@ class _ValueNeeded(BaseException):
 class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Stops at the first operation of this thread that would look at bytes which have not arrived."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: ArrivingTensors) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._weights = weights
 
@@ -320,7 +320,7 @@ class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return isinstance(value, torch.Tensor) and value.device.type == "cpu" and self._weights.holds(value)
 
 
-def _settle(model: PreTrainedModel, weights: Weights, device: torch.device) -> None:
+def _settle(model: PreTrainedModel, weights: ArrivingTensors, device: torch.device) -> None:
     """Exchange the stand-ins for the tensors on the device, and move the tensors that the model computed by itself
     there."""
     for module in model.modules():

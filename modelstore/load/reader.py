@@ -30,7 +30,7 @@ from modelstore.load import blocks
 from modelstore.load.reader_process import ReaderProcess
 from modelstore.timeline import Span, Timeline
 from modelstore.volume import durable
-from modelstore.volume.block_table import Entry, places
+from modelstore.volume.block_table import Entry, stored_ranges
 from modelstore.volume.content import check_decoder, read_content
 from modelstore.volume.header import LENGTH_BYTES, Header, header_length, parse_header
 from modelstore.volume.manifest import FileRecord
@@ -78,9 +78,11 @@ class _Opened:
 
     @property
     def compressed(self) -> list[tuple[tuple[int, int], Entry]]:
-        """For each block of a compressed file the place of its stored bytes, and its entry."""
+        """For each block of a compressed file the range of its stored bytes, and its entry."""
         table = self.record.table
-        return list(zip(places(table, self.record.size_bytes, self.block_bytes), table, strict=True)) if table else []
+        if not table:
+            return []
+        return list(zip(stored_ranges(table, self.record.size_bytes, self.block_bytes), table, strict=True))
 
     def read(self, length: int, offset: int) -> bytes:
         """Bytes of the file, ahead of its blocks, and not verified. Raises DigestMismatch if they cannot be decoded."""

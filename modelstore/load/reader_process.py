@@ -1,7 +1,7 @@
 """The reader process beside a worker: how it is started, what it is told, and its reports.
 
 It runs `blocks.py` as a program, with the standard library and xxhash alone as long as no file is compressed, and ends
-with its socket.
+with child_channel socket.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ class ReaderProcess:
         if "xxhash" not in origins:
             return None
         folders = dict.fromkeys(str(Path(origin).parents[1]) for origin in origins.values())
-        channel, its = socket.socketpair()
+        channel, child_channel = socket.socketpair()
         program = [sys.executable, "-I", "-S", blocks.__file__, str(_FD), os.pathsep.join(folders)]
         try:
-            actions = [(os.POSIX_SPAWN_DUP2, its.fileno(), _FD)]
+            actions = [(os.POSIX_SPAWN_DUP2, child_channel.fileno(), _FD)]
             pid = os.posix_spawn(sys.executable, program, bare_environment(), file_actions=actions, setsigmask=[])
         except (OSError, ValueError) as error:
             logger.warning("no reader process can be started (%s): threads read instead", error)
             channel.close()
             return None
         finally:
-            its.close()
+            child_channel.close()
         return cls(listener, pid, channel)
 
     def add(self, index: int, fd: int, memory_fd: int, **record: Any) -> None:

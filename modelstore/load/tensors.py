@@ -14,8 +14,8 @@ import torch
 
 from modelstore.load.device import open_devices
 from modelstore.load.reader import Reading, start_reading
-from modelstore.load.torch_device import check_fits, place_of, ring_bytes_for, tensor_of, usable_device
-from modelstore.load.transfer import Transfer, address_of, check_header, place_by_module
+from modelstore.load.torch_device import check_fits, device_name, ring_bytes_for, tensor_of, usable_device
+from modelstore.load.transfer import Transfer, address_of, check_header, device_by_module
 from modelstore.load.views import dtype_of, view_of
 from modelstore.timeline import Timeline
 from modelstore.volume.header import Header, TensorInfo
@@ -50,8 +50,8 @@ def load_tensors(
     if transfer is None:
         transfer = begin_transfer(reading, {"": target})
     try:
-        weights = Weights(reading, transfer, timeline)
-        weights.complete(snapshot, files)
+        weights = ArrivingTensors(reading, transfer, timeline)
+        weights.prepare(snapshot, files)
         return weights.wait()
     finally:
         reading.close()
@@ -62,16 +62,16 @@ def load_tensors(
 def begin_transfer(reading: Reading, device_map: Mapping[str, torch.device]) -> Transfer | None:
     """Begin to copy the blocks of a reading to devices, by the names of modules, "" for all that no other one leads to;
     None if the bytes stay where they are."""
-    places = {name: place_of(device) for name, device in device_map.items()}
-    if not reading.uses_ring and set(places.values()) == {"cpu"}:
+    devices = {name: device_name(device) for name, device in device_map.items()}
+    if not reading.uses_ring and set(devices.values()) == {"cpu"}:
         return None
-    return Transfer(reading, lambda: open_devices(places.values()), place_by_module(places))
+    return Transfer(reading, lambda: open_devices(devices.values()), device_by_module(devices))
 
 
-class Weights:
-    """The tensors of a snapshot's weights, whose bytes arrive while they are there already.
+class ArrivingTensors:
+    """The tensors of a snapshot's weights. The tensors exist before their bytes arrive.
 
-    Files are prepared with `complete`, when the snapshot is known. `tensors`: by their names in the checkpoint.
+    Files are prepared with `prepare`, when the snapshot is known. `tensors`: by their names in the checkpoint.
     `stand_ins`: the same as CPU tensors that a model can be built from at once; on the CPU they are the tensors, else
     views of memory that is never touched. `has_stand_ins`: whether there are any.
     """
@@ -89,7 +89,7 @@ class Weights:
         self.stand_ins: dict[str, torch.Tensor] = {}
         self.has_stand_ins = True
 
-    def complete(self, snapshot: Snapshot, files: Sequence[FileRecord] = ()) -> None:
+    def prepare(self, snapshot: Snapshot, files: Sequence[FileRecord] = ()) -> None:
         """Prepare a snapshot's weights, or these files, all of which were added to the reading. Raises as
         `Transfer.prepare`."""
         for file in files or snapshot.weights:

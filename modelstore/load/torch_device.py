@@ -35,8 +35,8 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     return target
 
 
-def place_of(device: torch.device) -> str:
-    """A device's name with its number, as `transfer.Place` gives it."""
+def device_name(device: torch.device) -> str:
+    """A device's name with its number, as `transfer.DeviceOf` gives it."""
     return f"cuda:{torch.cuda.current_device()}" if device.type == "cuda" and device.index is None else str(device)
 
 
@@ -83,18 +83,18 @@ def ring_bytes_for(device: torch.device) -> int:
 class TorchDevices:
     """GPUs by torch, if their driver cannot be asked directly: see `transfer.Device`. "cpu" is host memory."""
 
-    def __init__(self, places: Sequence[str]) -> None:
+    def __init__(self, devices: Sequence[str]) -> None:
         make: Any = torch.cuda.Stream
         self._host = HostMemory()
-        self._streams = {device: make(device) for device in map(torch.device, places) if device.type == "cuda"}
+        self._streams = {device: make(device) for device in map(torch.device, devices) if device.type == "cuda"}
         self._pinned: set[int] = set()
         self._may_pin = bool(self._streams)
 
-    def allocate(self, place: str, size_bytes: int) -> torch.Tensor | memoryview:
+    def allocate(self, device: str, size_bytes: int) -> torch.Tensor | memoryview:
         """See Device."""
-        if place == "cpu":
-            return self._host.allocate(place, size_bytes)
-        memory = torch.empty(size_bytes, dtype=torch.uint8, device=place)
+        if device == "cpu":
+            return self._host.allocate(device, size_bytes)
+        memory = torch.empty(size_bytes, dtype=torch.uint8, device=device)
         if (stream := self._streams.get(memory.device)) is not None:
             stream.wait_stream(torch.cuda.current_stream(memory.device))  # its former owner has to be done with it
         return memory
@@ -153,7 +153,7 @@ def tensor_of(memory: Any) -> torch.Tensor:
         return memory
     if isinstance(memory, memoryview):
         return torch.frombuffer(memory, dtype=torch.uint8)
-    return torch.as_tensor(memory, device=memory.place)
+    return torch.as_tensor(memory, device=memory.device)
 
 
 def _cudart(function: str, *arguments: int) -> bool:

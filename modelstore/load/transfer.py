@@ -23,11 +23,11 @@ from modelstore.load.reader import LoadedBlock, Reading
 from modelstore.timeline import Span, Timeline
 from modelstore.volume.header import Header, TensorInfo
 
-Place = Callable[[str], str]
+DeviceOf = Callable[[str], str]
 """The device for a tensor's name, as torch names it: "cpu", "cuda:0"."""
 
 _SLAB_BYTES = 1 << 30
-_ALIGNMENT = 16
+_TENSOR_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Device(Protocol):
     `copy` only asks for copies: the views stay as they are until `wait` for its event returns. Errors are in our tree.
     """
 
-    def allocate(self, place: str, size_bytes: int) -> Any:
+    def allocate(self, device: str, size_bytes: int) -> Any:
         """New memory on a device: see `torch_device.tensor_of`. Raises DoesNotFit if there is not enough."""
 
     def pin(self, memory: memoryview) -> None:
@@ -70,7 +70,7 @@ class Device(Protocol):
 class HostMemory:
     """The device `cpu`: copies are done when they are asked for."""
 
-    def allocate(self, place: str, size_bytes: int) -> memoryview:
+    def allocate(self, device: str, size_bytes: int) -> memoryview:
         """See Device."""
         return memoryview(mmap.mmap(-1, max(1, size_bytes), flags=mmap.MAP_PRIVATE))
 
@@ -109,12 +109,12 @@ class Transfer:
     once `prepare` was called for them.
     """
 
-    def __init__(self, reading: Reading, open_device: Callable[[], Device], place: Place) -> None:
+    def __init__(self, reading: Reading, open_device: Callable[[], Device], device_of: DeviceOf) -> None:
         """`open_device` is called in the thread of the transfer: it may take its time."""
         self.reading = reading
         self.headers: dict[str, Header] = {}
         self.slabs: dict[str, list[Slab]] = {}
-        self.place_of = place
+        self.device_of = device_of
         self._open_device = open_device
         self._device: Device | None = None
         self._opened = threading.Event()
@@ -138,7 +138,7 @@ class Transfer:
                 raise self._error
             if path not in self.headers:
                 header, self._raw[path] = self.reading.header(path)
-                self.slabs[path] = [self._allocated(run, header) for run in _runs(header, self.place_of)]
+                self.slabs[path] = [self._allocated(run, header) for run in _runs(header, self.device_of)]
                 self.headers[path] = header
 
     def wait(self) -> None:
@@ -166,7 +166,7 @@ class Transfer:
     def _allocated(self, run: list[TensorInfo], header: Header) -> Slab:
         assert self._device is not None
         begin, end = run[0].begin + header.data_start, run[-1].end + header.data_start
-        return Slab(begin, end, run, self._device.allocate(self.place_of(run[0].name), end - begin))
+        return Slab(begin, end, run, self._device.allocate(self.device_of(run[0].name), end - begin))
 
     def _run(self) -> None:
         try:
@@ -223,25 +223,25 @@ class Transfer:
 
 
 class _Pinned:
-    """The host memory that is pinned: the place of each block, when the first block is copied out of it. Its pages are
-    there by then: to pin a place whose pages have to be made takes ten times as long (measured)."""
+    """The host memory that is pinned: that of each block, when the first block is copied out of it. Its pages are
+    there by then: to pin memory whose pages have to be made takes ten times as long (measured)."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._places: dict[tuple[int, int], memoryview] = {}
+        self._blocks: dict[tuple[int, int], memoryview] = {}
 
     def pin(self, reading: Reading, arrival: LoadedBlock) -> None:
-        """Pin the place of a block."""
+        """Pin the memory of a block."""
         memory, offset, block_bytes = reading.memory_behind(arrival)
-        if (id(memory), offset) not in self._places:
-            view = self._places[id(memory), offset] = memory[offset : offset + block_bytes]
+        if (id(memory), offset) not in self._blocks:
+            view = self._blocks[id(memory), offset] = memory[offset : offset + block_bytes]
             self._device.pin(view)
 
     def end(self) -> None:
         """Unpin all."""
-        for view in self._places.values():
+        for view in self._blocks.values():
             self._device.unpin(view)
-        self._places.clear()
+        self._blocks.clear()
 
 
 def check_header(path: str, raw: bytes, view: memoryview, offset: int = 0) -> None:
@@ -254,16 +254,16 @@ def check_header(path: str, raw: bytes, view: memoryview, offset: int = 0) -> No
         )
 
 
-def place_by_module(devices: Mapping[str, str]) -> Place:
-    """Places by the names of modules, "" for all that no other one leads to: the longest that leads to a tensor, else
-    the first."""
+def device_by_module(devices: Mapping[str, str]) -> DeviceOf:
+    """The devices of tensors by the names of modules, "" for all that have no other name: the device of a tensor is
+    that of its nearest module in `devices`, or else the first."""
 
-    def place(name: str) -> str:
+    def device_of(name: str) -> str:
         while name and name not in devices:
             name = name.rpartition(".")[0]
         return devices.get(name) or next(iter(devices.values()))
 
-    return place
+    return device_of
 
 
 def address_of(memory: memoryview) -> int:
@@ -271,14 +271,14 @@ def address_of(memory: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
-def _runs(header: Header, place: Place) -> Iterable[list[TensorInfo]]:
+def _runs(header: Header, device_of: DeviceOf) -> Iterable[list[TensorInfo]]:
     """The tensors that share an allocation: neighbours on one device, each aligned, of about 1 GiB together."""
     runs: list[list[TensorInfo]] = []
     for tensor in header.tensors:
         if runs:
             first = runs[-1][0]
-            aligned = (tensor.begin - first.begin) % _ALIGNMENT == 0
-            if aligned and place(first.name) == place(tensor.name) and tensor.end - first.begin <= _SLAB_BYTES:
+            aligned = (tensor.begin - first.begin) % _TENSOR_ALIGNMENT == 0
+            if aligned and device_of(first.name) == device_of(tensor.name) and tensor.end - first.begin <= _SLAB_BYTES:
                 runs[-1].append(tensor)
                 continue
         runs.append([tensor])

@@ -25,7 +25,7 @@ from typing import Any
 
 from modelstore.environment import weights_source
 from modelstore.errors import ProcessFailed
-from modelstore.load.weights_socket import SharedFile, Weights, connect
+from modelstore.load.weights_socket import SharedFile, WeightsClient, connect
 from modelstore.volume.header import LENGTH_BYTES, header_length, parse_header
 
 NAME = "modelstore"
@@ -82,7 +82,7 @@ def _loader_class() -> type:
 class _Connection:
     """The weights of a source, by the files that vLLM's own loader would take, until they are closed."""
 
-    def __init__(self, stack: ExitStack, weights: Weights, files: Sequence[SharedFile]) -> None:
+    def __init__(self, stack: ExitStack, weights: WeightsClient, files: Sequence[SharedFile]) -> None:
         self.weights = weights
         self.files = files
         self.close = stack.close

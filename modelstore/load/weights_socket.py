@@ -126,7 +126,7 @@ class WeightsServer:
         """Send the reading, and if it fails, the next one, to its end."""
         number, failure = 0, ""
         while (served := self._next_reading(number)) is not None:
-            number, failure = served.number, self._sent(client, served)
+            number, failure = served.number, self._send_reading(client, served)
             del served  # and with it the memory of a reading that failed
             if not failure:
                 if client.recv(_MESSAGE_BYTES) == _LOADED:
@@ -140,7 +140,7 @@ class WeightsServer:
         """Whether a client has loaded all weights, and none is connected."""
         return self.has_loaded and not self._clients
 
-    def _sent(self, client: socket.socket, served: _Served) -> str:
+    def _send_reading(self, client: socket.socket, served: _Served) -> str:
         """Send all of a reading to a client; returns why the reading failed, in words: an error would keep memory.
         Raises OSError if the connection failed."""
         try:
@@ -189,7 +189,7 @@ class SharedFile:
     arrived: int = 0
 
 
-class Weights:
+class WeightsClient:
     """A connection to a `WeightsServer`. `folder`: the model's; `files`: empty if the server reads no weights."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -229,7 +229,7 @@ class Weights:
         if not message["files"] and known:
             raise ProcessFailed("the weights do not arrive: the model was read again without them")
         for (path, size_bytes), fd in zip(message["files"], descriptors, strict=True):
-            memory = _mapped(fd, size_bytes)
+            memory = _map_private(fd, size_bytes)
             if path in known:  # another reading, in other memory
                 known[path].memory, known[path].arrived = memory, 0
             else:
@@ -238,18 +238,18 @@ class Weights:
 
 
 @contextmanager
-def connect(path: Path) -> Iterator[Weights]:
+def connect(path: Path) -> Iterator[WeightsClient]:
     """The weights that are served at a socket file. Raises OSError if nobody serves there, ProcessFailed."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(str(path))
-        yield Weights(connection)
+        yield WeightsClient(connection)
 
 
 def _send(client: socket.socket, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
     socket.send_fds(client, [json.dumps(message).encode()], descriptors)
 
 
-def _mapped(fd: int, size_bytes: int) -> mmap.mmap:
+def _map_private(fd: int, size_bytes: int) -> mmap.mmap:
     try:
         return mmap.mmap(fd, size_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     finally:

@@ -143,9 +143,9 @@ def _probed(layout: Layout, settings: Settings, peer: Path | None, probe_bytes: 
         yield from _capabilities(layout, settings, peer)
         with probe_folder(layout) as folder:
             yield _clock(folder)
-            wrote, read = _rates(folder, probe_bytes)
-        yield _rate("write rate", wrote, probe_bytes)
-        yield _rate("read rate", read, probe_bytes)
+            wrote, read = _measure_rates(folder, probe_bytes)
+        yield _judge_rate("write rate", wrote, probe_bytes)
+        yield _judge_rate("read rate", read, probe_bytes)
         if settings.volume_mode != "read-only":
             record_rate(layout, read)
         yield from _compression(layout, settings, read)
@@ -211,7 +211,7 @@ def _clock(folder: Path) -> CheckResult:
     return _ok("clock", f"within {max(abs(off), 1):.0f} s of the volume's")
 
 
-def _rates(folder: Path, probe_bytes: int) -> tuple[float, float]:
+def _measure_rates(folder: Path, probe_bytes: int) -> tuple[float, float]:
     """Write and read once, past this host's cache if the file system allows it; bytes a second."""
     path, block = folder / "rate", os.urandom(1 << 20)
     began = time.monotonic()
@@ -235,7 +235,7 @@ def _rates(folder: Path, probe_bytes: int) -> tuple[float, float]:
     return wrote, read
 
 
-def _rate(name: str, rate: float, probe_bytes: int) -> CheckResult:
+def _judge_rate(name: str, rate: float, probe_bytes: int) -> CheckResult:
     if rate < _SLOW_BYTES_PER_S:
         minutes = 16e9 / rate / 60
         why = f"a model of 16 GB takes {minutes:.0f} minutes"

@@ -1,7 +1,7 @@
 """Snapshots, records of revisions, pins and aliases from one store to others: what a second datacenter needs.
 
->>> plan = SyncPlan(place_of("/runpod-volume/modelstore", settings), settings)
->>> plan.run(place_of("s3://abc123@EU-RO-1", settings), [], observer=SILENT)
+>>> plan = SyncPlan(parse_store_root("/runpod-volume/modelstore", settings), settings)
+>>> plan.run(parse_store_root("s3://abc123@EU-RO-1", settings), [], observer=SILENT)
 
 What is there already costs no bytes. Files go first, a snapshot's manifest last, and the names that lead to it after
 that, so that nothing ever leads to half of a snapshot. What was cut short goes on.
@@ -24,7 +24,7 @@ from modelstore.errors import (
     SnapshotNotFound,
 )
 from modelstore.fill.observer import SILENT, Observer
-from modelstore.fill.places import BucketPlace, FolderPlace, Place
+from modelstore.fill.store_roots import BucketRoot, FolderRoot, StoreRoot
 from modelstore.fill.upload import RemoteVolume
 from modelstore.fill.verbatim import VerbatimCopy
 from modelstore.reference import is_alias, is_repo_id, parse_reference
@@ -52,7 +52,7 @@ class _Ref(NamedTuple):
 class SyncPlan:
     """What one store has, and what of it others lack."""
 
-    def __init__(self, source: Place, settings: Settings) -> None:
+    def __init__(self, source: StoreRoot, settings: Settings) -> None:
         self._source = source
         self._settings = settings
         self._known_refs: list[_Ref] | None = None
@@ -74,20 +74,20 @@ class SyncPlan:
             chosen |= dict.fromkeys(named)
         return list(chosen)
 
-    def preview(self, target: Place, references: Sequence[str]) -> list[dict[str, Any]]:
+    def preview(self, target: StoreRoot, references: Sequence[str]) -> list[dict[str, Any]]:
         """The records of `run`, without doing it."""
         _check_format(target)
         return [self._record(target, key, self._state(target, key)) for key in self.keys(references)]
 
     def run(
-        self, target: Place, references: Sequence[str], *, observer: Observer = SILENT
+        self, target: StoreRoot, references: Sequence[str], *, observer: Observer = SILENT
     ) -> Iterator[dict[str, Any] | ModelStoreError]:
         """Copy what the target lacks; a record for each snapshot, or the error of one, of a pin or of an alias: the
         others are copied all the same.
 
         Raises ReadOnlyVolume if the target is not to be changed, and the errors of `keys`.
         """
-        if isinstance(target, FolderPlace):
+        if isinstance(target, FolderRoot):
             store = self._store(target)
             capabilities.check_may_change(store.layout, store.settings)
         _check_format(target)
@@ -134,7 +134,7 @@ class SyncPlan:
     def _manifest(self, key: SnapshotKey) -> bytes | None:
         return self._source.read(_path(key, MANIFEST))
 
-    def _state(self, target: Place, key: SnapshotKey) -> tuple[str, int]:
+    def _state(self, target: StoreRoot, key: SnapshotKey) -> tuple[str, int]:
         """Whether the target has a snapshot, and the bytes that it lacks."""
         data = self._manifest(key)
         try:
@@ -146,24 +146,24 @@ class SyncPlan:
         is_there = self._has(target, manifest)
         return ("present", 0) if is_there else ("missing", manifest.size_bytes)
 
-    def _has(self, target: Place, manifest: Manifest) -> bool:
-        if isinstance(target, BucketPlace):
+    def _has(self, target: StoreRoot, manifest: Manifest) -> bool:
+        if isinstance(target, BucketRoot):
             return self._remote(target).has(self._as_snapshot(manifest))
-        assert isinstance(target, FolderPlace)
+        assert isinstance(target, FolderRoot)
         return Catalog(Layout(target.root)).published(manifest.key) is not None
 
-    def _copied(self, target: Place, key: SnapshotKey, data: bytes, observer: Observer) -> int:
+    def _copied(self, target: StoreRoot, key: SnapshotKey, data: bytes, observer: Observer) -> int:
         """Copy a snapshot; returns the bytes that were sent."""
         manifest = parse_manifest(data, where=self._source.label)
         if manifest.key != key:
             raise BadManifest(f"{key} at {self._source.label} has the manifest of {manifest.key}: seed it there again")
         if self._has(target, manifest):
             return 0
-        if isinstance(target, FolderPlace):
+        if isinstance(target, FolderRoot):
             store = self._store(target)
             return VerbatimCopy(self._source, data, store.layout, store.settings, observer=observer).run()
-        assert isinstance(target, BucketPlace)
-        if isinstance(self._source, FolderPlace):
+        assert isinstance(target, BucketRoot)
+        if isinstance(self._source, FolderRoot):
             snapshot = self._as_snapshot(manifest)
             if not verify_snapshot(snapshot).intact:
                 raise DigestMismatch(f"{key} is damaged at {self._source.label}: run `modelstore seed` there first")
@@ -177,7 +177,7 @@ class SyncPlan:
         finally:
             folder.close()
 
-    def _add_refs(self, target: Place, key: SnapshotKey) -> None:
+    def _add_refs(self, target: StoreRoot, key: SnapshotKey) -> None:
         """Let the target's records of revisions lead to a snapshot, as the source's do."""
         for each in self._refs():
             if (each.to.repo_id, each.to.commit) != (key.repo_id, key.commit) or each.to.dtype not in ("", key.dtype):
@@ -205,14 +205,14 @@ class SyncPlan:
                 if to is not None and is_in_place:
                     yield _Ref(path, name, revision, to)
 
-    def _add_pin(self, target: Place, key: SnapshotKey) -> None:
+    def _add_pin(self, target: StoreRoot, key: SnapshotKey) -> None:
         repo, variant = key.plain.parts
         path = f"pins/{repo}/{variant}.json"
         data = self._source.read(path)
         if data is not None:
             target.write_if_new(path, data)
 
-    def _add_alias(self, target: Place, name: str, copied: Sequence[SnapshotKey]) -> None:
+    def _add_alias(self, target: StoreRoot, name: str, copied: Sequence[SnapshotKey]) -> None:
         """Point an alias of the target to what the source's points to, if that was copied or is there."""
         path = f"aliases/{name}"
         if not name.endswith(".json") or not is_alias(name.removesuffix(".json")):
@@ -232,30 +232,30 @@ class SyncPlan:
         target.write(path, aliases.encode_history([*before, *pointed]))
 
     @staticmethod
-    def _history(place: Place, path: str) -> tuple[aliases.Pointed, ...]:
-        """The entries of an alias at a place; none if its record is damaged, with a warning."""
-        data = place.read(path)
+    def _history(root: StoreRoot, path: str) -> tuple[aliases.Pointed, ...]:
+        """The entries of an alias at a store's root; none if its record is damaged, with a warning."""
+        data = root.read(path)
         try:
-            return () if data is None else aliases.parse_history(data, f"{path} at {place.label} is damaged")
+            return () if data is None else aliases.parse_history(data, f"{path} at {root.label} is damaged")
         except InvalidReference as error:
             logger.warning("%s: it is left out", error)
             return ()
 
-    def _is_there(self, target: Place, key: SnapshotKey) -> bool:
+    def _is_there(self, target: StoreRoot, key: SnapshotKey) -> bool:
         return target.read(_path(key, MANIFEST)) is not None
 
     def _as_snapshot(self, manifest: Manifest) -> Snapshot:
-        root = self._source.root if isinstance(self._source, FolderPlace) else self._settings.root
+        root = self._source.root if isinstance(self._source, FolderRoot) else self._settings.root
         return Snapshot(Layout(root).snapshot(manifest.key), manifest)
 
-    def _store(self, target: FolderPlace) -> ModelStore:
+    def _store(self, target: FolderRoot) -> ModelStore:
         settings = replace(self._settings, root=target.root, evict=False)  # which would take what was just copied
         return ModelStore(target.root, settings=settings)
 
-    def _remote(self, target: BucketPlace) -> RemoteVolume:
+    def _remote(self, target: BucketRoot) -> RemoteVolume:
         return RemoteVolume(target.target, endpoint=self._settings.s3_endpoint)
 
-    def _record(self, target: Place, key: SnapshotKey, state: tuple[str, int]) -> dict[str, Any]:
+    def _record(self, target: StoreRoot, key: SnapshotKey, state: tuple[str, int]) -> dict[str, Any]:
         status, sent = state
         return {"to": target.label, **key.as_json(), "status": status, "copied_bytes": sent}
 
@@ -264,15 +264,15 @@ def _path(key: SnapshotKey, name: str) -> str:
     return "/".join(("models", *key.parts, name))
 
 
-def _check_format(place: Place) -> bool:
-    """Whether a place says its store's format. Raises FormatTooNew."""
-    data = place.read("FORMAT")
+def _check_format(root: StoreRoot) -> bool:
+    """Whether a root says its store's format. Raises FormatTooNew."""
+    data = root.read("FORMAT")
     if data is not None:
-        refs.check_format_bytes(data, store=place.label)
+        refs.check_format_bytes(data, store=root.label)
     return data is not None
 
 
-def _ours(error: ModelStoreError | OSError, target: Place) -> ModelStoreError:
+def _ours(error: ModelStoreError | OSError, target: StoreRoot) -> ModelStoreError:
     """An error of the package; one of the system, with its place."""
     if isinstance(error, ModelStoreError):
         return error

@@ -37,7 +37,7 @@ def stored_length(entry: Entry, length: int) -> int:
     return -(-(sum(entry[1:]) + rest) // ALIGNMENT) * ALIGNMENT
 
 
-def places(table: Sequence[Entry], size_bytes: int, block_bytes: int) -> Iterator[tuple[int, int]]:
+def stored_ranges(table: Sequence[Entry], size_bytes: int, block_bytes: int) -> Iterator[tuple[int, int]]:
     """Offset and length of the stored bytes of each block."""
     offset = 0
     for entry, length in zip(table, block_lengths(size_bytes, block_bytes), strict=True):

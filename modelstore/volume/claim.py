@@ -5,10 +5,10 @@
       2        the highest number is the one that counts
 
 Guaranteed: each generation is created by exactly one process (`O_CREAT|O_EXCL`, for which MooseFS elects one winner),
-numbers only grow, and the holder of a lower one learns so at its next `check`. On a volume that elects two, each reads
-its record back before each heartbeat, and all but the last to write stop. Not guaranteed: that two processes never work
-at once. A holder that was stopped for longer than the lease goes on until its next check; the store stays
-correct because writes are idempotent and publishing is one rename.
+numbers only grow, and the holder of a lower one learns so at its next `check`. Some volumes let two processes create
+one file: so each holder reads its record before each heartbeat, and stops if another process has overwritten it. Not
+guaranteed: that two processes never work at once. A holder that was stopped for longer than the lease goes on until its
+next check; the store stays correct because writes are idempotent and publishing is one rename.
 
 A contender takes over when one of these holds, and only by creating the next generation:
 - the record says the holder is through with it;

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from itertools import islice
 
 from modelstore.errors import DigestMismatch, NotFound
-from modelstore.volume.block_table import places
+from modelstore.volume.block_table import stored_ranges
 from modelstore.volume.manifest import BLOCK_BYTES, FileRecord
 
 
@@ -45,7 +45,7 @@ def read_blocks(
     check_decoder()
     from modelstore.volume import planes  # numpy and zstandard are for compressed files alone
 
-    placed = zip(content.table, places(content.table, content.size_bytes, block_bytes), strict=True)
+    placed = zip(content.table, stored_ranges(content.table, content.size_bytes, block_bytes), strict=True)
     for block, (entry, (offset, stored)) in enumerate(islice(placed, first, end), first):
         plain = bytearray(min(block_bytes, content.size_bytes - block * block_bytes))
         try:

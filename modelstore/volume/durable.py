@@ -53,10 +53,10 @@ def mapped_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _mapped(error, path) from error
+        raise _own_error(error, path) from error
 
 
-def _mapped(error: OSError, path: Path) -> ModelStoreError | OSError:
+def _own_error(error: OSError, path: Path) -> ModelStoreError | OSError:
     if error.errno == errno.ENOSPC and _has_no_inodes(path):
         return NoSpace(f"no inodes are left for {path}, though there may be space: remove files, or a model")
     if error.errno in _FULL:
@@ -86,7 +86,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise (_mapped(error, folder) if error.errno in _FULL else _unusable(error, folder)) from error
+        raise (_own_error(error, folder) if error.errno in _FULL else _unusable(error, folder)) from error
 
 
 def open_for_write(path: Path, *, exclusive: bool = False) -> int:

@@ -63,7 +63,7 @@ def survey(layout: Layout, keys: Sequence[SnapshotKey] | None = None) -> tuple[C
     return tuple(sorted(candidates, key=lambda candidate: -candidate.idle_s))
 
 
-def least_recently_used(candidates: Sequence[Candidate], size_bytes: int) -> tuple[Candidate, ...]:
+def first_that_free(candidates: Sequence[Candidate], size_bytes: int) -> tuple[Candidate, ...]:
     """The first of `candidates` that may go and together free `size_bytes`; all that may go if they do not."""
     chosen: list[Candidate] = []
     for candidate in candidates:

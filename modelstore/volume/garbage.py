@@ -25,7 +25,7 @@ from modelstore.errors import ModelStoreError
 from modelstore.settings import Settings
 from modelstore.volume import durable, engine_caches, pins, tree
 from modelstore.volume.claim import Claim, Contender, generations, last_beat_at
-from modelstore.volume.evict import Candidate, evict, least_recently_used, survey
+from modelstore.volume.evict import Candidate, evict, first_that_free, survey
 from modelstore.volume.layout import Layout, SnapshotKey, key_from_parts
 from modelstore.volume.snapshots import keyed_folders, moved_aside
 from modelstore.volume.space import Space
@@ -82,7 +82,7 @@ def plan_collection(
     if limit_bytes is None:
         return GarbagePlan(garbage)
     excess = Space(layout, settings).taken() - GarbagePlan(garbage).size_bytes - limit_bytes
-    return GarbagePlan(garbage, least_recently_used(survey(layout), excess) if excess > 0 else ())
+    return GarbagePlan(garbage, first_that_free(survey(layout), excess) if excess > 0 else ())
 
 
 def find_garbage(layout: Layout, *, grace_s: float = GRACE_S) -> tuple[Garbage, ...]:

@@ -33,7 +33,7 @@ import zstandard
 Bytes = bytes | bytearray | memoryview
 Entry = Sequence[int]
 
-_UNIT = 64
+_UNIT = 64  # as in block_table.py, from which this file may not import
 _CHUNK_BYTES = 128 << 10  # of one half: its words stay in the processor's cache between the passes
 _LEAST_GAIN = 0.05  # of a block
 _LEAST_PLANE_GAIN = 0.03

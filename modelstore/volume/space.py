@@ -2,7 +2,7 @@
 
 statfs shows the whole cluster on RunPod, not the volume's quota, so the sizes of the store's files are added up here,
 file by file. A holder writes into its claim the bytes that its snapshot will take before it downloads, and every
-process counts that, so that two downloads which fit only one after the other do not run into the wall together. One
+process counts that: of two downloads that fit only one after the other, none fails because the quota is full. One
 process at a time counts and evicts, under a claim of its own (`claims/space`).
 """
 
@@ -20,7 +20,7 @@ from modelstore.settings import Settings
 from modelstore.units import size
 from modelstore.volume import durable, engine_caches, tree
 from modelstore.volume.claim import DEAD_AFTER_S, Claim, Contender, reserved_bytes
-from modelstore.volume.evict import evict, least_recently_used, survey
+from modelstore.volume.evict import evict, first_that_free, survey
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.snapshots import keyed_folders, moved_aside
 from modelstore.volume.unfinished import unfinished
@@ -69,8 +69,8 @@ class Space:
         def missing_bytes() -> int:
             return needed_bytes - shared_bytes - (quota - self.taken(apart_from=key, damaged=damaged))
 
-        with self._alone(claim):
-            missing = self._find_room(key, missing_bytes, damaged=damaged)
+        with self._claimed(claim):
+            missing = self._free_space(key, missing_bytes, damaged=damaged)
         if missing > 0:
             free = max(needed_bytes - missing, 0)
             raise NoSpace(
@@ -101,7 +101,7 @@ class Space:
             )
 
     def make_room(self, key: SnapshotKey, size_bytes: int) -> bool:
-        """Find `size_bytes` for `key` after the volume itself said that it is full; whether anything went.
+        """Find `size_bytes` for `key` after the volume itself said that it is full. Returns whether space was freed.
 
         Not alone: a claim could not be written now. Two at once may evict more than they need.
         """
@@ -110,9 +110,9 @@ class Space:
         def missing_bytes() -> int:
             return size_bytes - (before - tree.tree_bytes(self._layout.root))
 
-        return self._find_room(key, missing_bytes, damaged=None) < size_bytes
+        return self._free_space(key, missing_bytes, damaged=None) < size_bytes
 
-    def _find_room(self, key: SnapshotKey, missing_bytes: Callable[[], int], *, damaged: Path | None) -> int:
+    def _free_space(self, key: SnapshotKey, missing_bytes: Callable[[], int], *, damaged: Path | None) -> int:
         """Remove the files that are worth least until nothing is missing; returns the bytes that are missing still.
 
         First the trash. Then, if MODELSTORE_EVICT allows it, quarantined snapshots, abandoned downloads, and the least
@@ -145,7 +145,8 @@ class Space:
             logger.warning("removed the compiled code for %s to make room", key)
 
     def _remove_abandoned(self, key: SnapshotKey) -> None:
-        """Remove the staging of downloads whose worker is gone; one look tells of a release, two of a death."""
+        """Remove the staging of downloads whose worker is gone. The first look recognises a claim that was released,
+        the second one that of a dead worker."""
         contenders = {}
         for other, variant in keyed_folders(self._layout.root / "staging"):
             if other != key and tree.entries(variant):
@@ -167,7 +168,7 @@ class Space:
     def _evict(self, key: SnapshotKey, size_bytes: int) -> None:
         """Evict the least recently used that may go and together free `size_bytes`; nothing if they do not."""
         others = tuple(candidate for candidate in survey(self._layout) if candidate.key != key)
-        chosen = least_recently_used(others, size_bytes)
+        chosen = first_that_free(others, size_bytes)
         if sum(candidate.size_bytes for candidate in chosen) < size_bytes:
             return
         for candidate in chosen:
@@ -194,7 +195,7 @@ class Space:
             total += present
             if reserved > present:
                 promised[key] = (reserved - present, beat)
-        return total + self._of_the_living(promised)
+        return total + self._bytes_promised(promised)
 
     def could_fit(self, needed_bytes: int, error: NoSpace) -> bool:
         """Whether a snapshot would fit if everything else in the store made room.
@@ -205,7 +206,7 @@ class Space:
             return needed_bytes <= self._settings.quota_bytes
         return needed_bytes <= tree.tree_bytes(self._layout.root) + error.free_bytes
 
-    def _of_the_living(self, promised: dict[SnapshotKey, tuple[int, int]]) -> int:
+    def _bytes_promised(self, promised: dict[SnapshotKey, tuple[int, int]]) -> int:
         """The promises of claims whose heart beats; a dead worker needs no room."""
         if promised:
             self._sleep(DEAD_AFTER_S)
@@ -224,7 +225,7 @@ class Space:
             )
 
     @contextmanager
-    def _alone(self, claim: Claim) -> Iterator[None]:
+    def _claimed(self, claim: Claim) -> Iterator[None]:
         tree.check_no_links(self._layout.root, self._layout.space_claim)
         contender = Contender(self._layout.space_claim, worker=self._settings.worker_id, lease_s=self._settings.lease_s)
         while not isinstance(counting := contender.try_claim(), Claim):

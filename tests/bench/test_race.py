@@ -127,7 +127,7 @@ def test_cold_is_cold_and_warm_is_warm(checkpoint: Path) -> None:
     def cached() -> bool:
         fd = os.open(path, os.O_RDONLY)
         try:
-            return CachedPages(fd, path.stat().st_size).hold(0, path.stat().st_size)
+            return CachedPages(fd, path.stat().st_size).contain(0, path.stat().st_size)
         finally:
             os.close(fd)
 

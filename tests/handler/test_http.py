@@ -23,7 +23,7 @@ from handler.errors import JobError
 from handler.http_requests import MOST_BYTES, Requests
 from handler.http_server import configured, limited
 from handler.jobs import JobContext
-from handler.listening import Place
+from handler.listening import Address
 from handler.worker import Worker
 from modelstore.errors import InvalidSetting, UsageError
 from modelstore.settings import Settings
@@ -461,20 +461,20 @@ def test_behind_runpod_a_request_ends_before_the_load_balancer_ends_it() -> None
 
 
 def test_the_place_follows_the_command_line_the_settings_and_the_host() -> None:
-    def place(*arguments: str, **settings: Any) -> Place:
-        return Place.of(["--http", *arguments], replace(SETTINGS, **settings))
+    def address(*arguments: str, **settings: Any) -> Address:
+        return Address.of(["--http", *arguments], replace(SETTINGS, **settings))
 
-    assert place() == Place("127.0.0.1", 8000, 8000)
-    assert place(on_runpod=True) == Place("0.0.0.0", 80, 80)
-    assert place(on_runpod=True, http_port="5000") == Place("0.0.0.0", 5000, 80), "as the platform has it"
-    assert place(on_runpod=True, http_port="5000", health_port="5001") == Place("0.0.0.0", 5000, 5001)
-    assert place("--port", "9000", "--host", "::1", http_port="5000") == Place("::1", 9000, 9000)
+    assert address() == Address("127.0.0.1", 8000, 8000)
+    assert address(on_runpod=True) == Address("0.0.0.0", 80, 80)
+    assert address(on_runpod=True, http_port="5000") == Address("0.0.0.0", 5000, 80), "as the platform has it"
+    assert address(on_runpod=True, http_port="5000", health_port="5001") == Address("0.0.0.0", 5000, 5001)
+    assert address("--port", "9000", "--host", "::1", http_port="5000") == Address("::1", 9000, 9000)
     for text in ("0", "65536", "http", "-1", "٣"):
         with pytest.raises(InvalidSetting, match="is not a port"):
-            place("--port", text)
+            address("--port", text)
         with pytest.raises(InvalidSetting, match="PORT"):
-            place(http_port=text)
+            address(http_port=text)
     with pytest.raises(UsageError, match="--rp_serve_api is not known beside --http"):
-        place("--rp_serve_api")
+        address("--rp_serve_api")
     with pytest.raises(UsageError, match="--port"):
-        place("--port")
+        address("--port")

@@ -10,7 +10,7 @@ from contextlib import suppress
 import httpx
 import pytest
 
-from handler.listening import Listening, Place
+from handler.listening import Address, Listening
 from modelstore.errors import InvalidSetting
 from tests.handler.test_http import CHAT, eventually
 from tests.support.workers import free_port
@@ -19,14 +19,14 @@ from tests.support.workers import free_port
 def begun() -> Listening:
     """A port that is open, and answers as long as the worker starts."""
     port = free_port()
-    starting = Listening(Place("127.0.0.1", port, port), "/health")
+    starting = Listening(Address("127.0.0.1", port, port), "/health")
     starting.begin()
     return starting
 
 
 def test_health_is_told_while_the_worker_starts() -> None:
     starting = begun()
-    port = starting.place.port
+    port = starting.address.port
     url = f"http://127.0.0.1:{port}"
     assert httpx.get(f"{url}/health?x=1", trust_env=False).status_code == 204
     refused = httpx.post(f"{url}/v1/chat/completions", json=CHAT, trust_env=False)
@@ -34,7 +34,7 @@ def test_health_is_told_while_the_worker_starts() -> None:
     assert refused.headers["Retry-After"] == "5"
     assert refused.json()["error"]["message"] == "the worker is starting"
     with pytest.raises(InvalidSetting, match=f"127.0.0.1 port {port} cannot be opened: Address already in use"):
-        Listening(Place("127.0.0.1", port, port), "/health")
+        Listening(Address("127.0.0.1", port, port), "/health")
     silent = socket.create_connection(("127.0.0.1", port))
     halfway = socket.create_connection(("127.0.0.1", port))
     halfway.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n")
@@ -54,7 +54,7 @@ def test_health_is_told_while_the_worker_starts() -> None:
 
 def test_a_question_for_health_that_is_half_there_at_the_handover_is_told_that_the_worker_starts() -> None:
     starting = begun()
-    port = starting.place.port
+    port = starting.address.port
     with socket.create_connection(("127.0.0.1", port), timeout=10) as halfway:
         halfway.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n")
         assert eventually(lambda: any(starting._heads.values()))
@@ -67,7 +67,7 @@ def test_no_connection_is_lost_at_the_handover() -> None:
     """Each one is answered by the ports before, or is accepted by the server after."""
     for _round in range(10):
         starting = begun()
-        port = starting.place.port
+        port = starting.address.port
         outcomes: list[bytes] = []
         ended = threading.Event()
 

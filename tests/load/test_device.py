@@ -19,7 +19,7 @@ from modelstore import ModelStore, load_model, load_tensors
 from modelstore.errors import DeviceFailed, DigestMismatch, DoesNotFit
 from modelstore.load.device import GpuMemory, Gpus, open_devices
 from modelstore.load.reader import Reading, start_reading
-from modelstore.load.tensors import Weights, begin_transfer
+from modelstore.load.tensors import ArrivingTensors, begin_transfer
 from modelstore.load.torch_device import tensor_of
 from modelstore.load.transfer import HostMemory, Part, Transfer
 from modelstore.timeline import Timeline
@@ -214,13 +214,13 @@ def test_each_tensor_goes_to_the_gpu_of_its_module(
     reading = start_reading(snapshot, ring_bytes=1)
     transfer = begin_transfer(reading, placed)
     assert transfer is not None
-    weights = Weights(reading, transfer, Timeline())
-    weights.complete(snapshot)
+    weights = ArrivingTensors(reading, transfer, Timeline())
+    weights.prepare(snapshot)
     tensors = weights.wait()
     for slab in (slab for slabs in transfer.slabs.values() for slab in slabs):
         for tensor in slab.tensors:
             expected = next((str(placed[name]) for name in placed if name and tensor.name.startswith(name)), "cuda:0")
-            assert getattr(slab.memory, "place", "cpu") == expected, tensor.name
+            assert getattr(slab.memory, "device", "cpu") == expected, tensor.name
     for name, tensor in load_tensors(snapshot, "cpu").items():
         assert torch.equal(tensors[name], tensor), name
     reading.close()

@@ -72,7 +72,7 @@ def test_a_cold_file_is_read_past_the_page_cache(tmp_path: Path, beside: bool, s
     reading.close()
     fd = os.open(tmp_path / "x", os.O_RDONLY)
     pages = CachedPages(fd, size)
-    cached = [pages.hold(offset, min(MB, size - offset)) for offset in range(0, size, MB)]
+    cached = [pages.contain(offset, min(MB, size - offset)) for offset in range(0, size, MB)]
     os.close(fd)
     assert not any(cached), "bytes that a direct read brings are not in the page cache"
 
@@ -349,7 +349,7 @@ def rates(pace: ReadConcurrency, rate_of: dict[int, float], *, seconds: float) -
     now, seen = 0.0, [pace.readers]
     while now < seconds:
         now += 1 / rate_of[pace.readers]
-        pace.read(1_000_000, now)
+        pace.note_read(1_000_000, now)
         if seen[-1] != pace.readers:
             seen.append(pace.readers)
     return seen
@@ -369,10 +369,10 @@ def test_a_stretch_of_the_page_cache_is_no_slow_volume() -> None:
     for number in range(2000):
         if number in (150, 400):
             now += 5.0  # of copies
-            pace.read(1_000_000, now, is_copy=True)
+            pace.note_read(1_000_000, now, is_copy=True)
         now += 1 / per_reader[pace.readers]
         before = pace.readers
-        pace.read(1_000_000, now)
+        pace.note_read(1_000_000, now)
         assert pace.readers >= before, "every trial was faster"
     assert pace.readers == MOST_AT_ONCE
 
@@ -385,8 +385,12 @@ def test_the_page_cache_is_not_known_to_those_who_may_not_write(tmp_path: Path) 
     fd = os.open(tmp_path / "0.safetensors", os.O_RDONLY)
     pid = os.fork()
     if not pid:
-        os.setuid(65534)
-        os._exit(int(CachedPages(fd, 5 * MB).hold(0, 5 * MB)))
+        code = 2
+        try:
+            os.setuid(65534)
+            code = int(CachedPages(fd, 5 * MB).contain(0, 5 * MB))
+        finally:  # without an exit the child would go on with the other tests
+            os._exit(code)
     assert os.waitpid(pid, 0)[1] == 0
     os.close(fd)
 
@@ -395,10 +399,10 @@ def test_blocks_of_the_page_cache_are_copied_by_most_processors_at_once(monkeypa
     for count, readers in ((2, 4), (8, 6), (16, 12), (64, MOST_AT_ONCE)):
         monkeypatch.setattr(processors, "processors", lambda count=count: count)
         pace = ReadConcurrency(4)
-        assert pace.copy() == (readers != 4)
+        assert pace.note_cached_block() == (readers != 4)
         assert pace.readers == readers
-        assert not pace.copy(), "once"
-        assert not any(pace.read(1_000_000, now / 1000, is_copy=True) for now in range(10_000)), "no trial of more"
+        assert not pace.note_cached_block(), "once"
+        assert not any(pace.note_read(1_000_000, now / 1000, is_copy=True) for now in range(10_000)), "no trial of more"
         full = dict.fromkeys(range(1, MOST_AT_ONCE + 1), 3000.0)
         assert max(rates(pace, full, seconds=10)) <= MOST_AT_ONCE, "the blocks that come from the volume are"
 
@@ -408,15 +412,15 @@ def test_the_page_cache_is_asked_for_each_block(tmp_path: Path) -> None:
     fd = os.open(tmp_path / "0.safetensors", os.O_RDONLY)
     try:
         pages = CachedPages(fd, file.size_bytes)
-        assert pages.hold(0, 5 * MB)
-        assert pages.hold(5 * MB, 100), "also of a page that the file does not fill"
+        assert pages.contain(0, 5 * MB)
+        assert pages.contain(5 * MB, 100), "also of a page that the file does not fill"
         evict(tmp_path / "0.safetensors")
-        assert not any(pages.hold(n * MB, MB) for n in range(5))
+        assert not any(pages.contain(n * MB, MB) for n in range(5))
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         os.pread(fd, 2 * MB, MB)
-        assert [pages.hold(n * MB, MB) for n in range(5)] == [False, True, True, False, False]
-        assert pages.hold(MB, 2 * MB)
-        assert not pages.hold(MB, 3 * MB)
+        assert [pages.contain(n * MB, MB) for n in range(5)] == [False, True, True, False, False]
+        assert pages.contain(MB, 2 * MB)
+        assert not pages.contain(MB, 3 * MB)
     finally:
         os.close(fd)
-    assert not CachedPages(-1, MB).hold(0, MB), "no, if it cannot be told"
+    assert not CachedPages(-1, MB).contain(0, MB), "no, if it cannot be told"

@@ -16,7 +16,7 @@ import torch
 from modelstore import ModelStore
 from modelstore.errors import DeviceFailed, DigestMismatch
 from modelstore.load.reader import Reading, start_reading
-from modelstore.load.tensors import Weights, load_tensors
+from modelstore.load.tensors import ArrivingTensors, load_tensors
 from modelstore.load.torch_device import TorchDevices
 from modelstore.load.transfer import Part, Transfer
 from modelstore.timeline import Timeline
@@ -48,8 +48,8 @@ class SlowStream:
     def end(self) -> None:
         self._queue.put(None)
 
-    def allocate(self, place: str, size_bytes: int) -> bytearray:
-        assert place == "slow"
+    def allocate(self, device: str, size_bytes: int) -> bytearray:
+        assert device == "slow"
         self.memory.append(bytearray(size_bytes))
         return self.memory[-1]
 
@@ -236,8 +236,8 @@ def test_torch_copies_on_a_stream_of_its_own_out_of_memory_that_is_pinned_meanwh
     device = TorchDevices(["cuda:0"])
     device._streams = {torch.device("cpu"): next(iter(device._streams.values()))}
     transfer = Transfer(reading, lambda: device, lambda _name: "cpu:0")
-    weights = Weights(reading, transfer, Timeline())
-    weights.complete(snapshot)
+    weights = ArrivingTensors(reading, transfer, Timeline())
+    weights.prepare(snapshot)
     tensors = weights.wait()
     reading.close()
     for name, tensor in load_tensors(snapshot, "cpu").items():

@@ -20,7 +20,7 @@ import pytest
 from modelstore.errors import DigestMismatch, ProcessFailed
 from modelstore.load import weights_socket
 from modelstore.load.reader import Reading, start_reading
-from modelstore.load.weights_socket import Weights, WeightsServer, connect, shared_files
+from modelstore.load.weights_socket import WeightsClient, WeightsServer, connect, shared_files
 from modelstore.store import ModelStore
 from modelstore.volume.snapshots import Snapshot
 from tests.support.checkpoints import write_repo
@@ -40,7 +40,7 @@ def server(tmp_path: Path) -> Iterator[WeightsServer]:
     server.close()
 
 
-def taken(weights: Weights) -> dict[str, bytes]:
+def taken(weights: WeightsClient) -> dict[str, bytes]:
     """All bytes of all files, waited for in small steps."""
     for file in weights.files:
         for end in range(1, file.size_bytes + 1, max(1, file.size_bytes // 7)):

@@ -87,7 +87,7 @@ def use_in(monkeypatch: pytest.MonkeyPatch, fake: FakeCuda) -> None:
         described = data.__cuda_array_interface__
         (length,), (address, read_only) = described["shape"], described["data"]
         assert (described["typestr"], described["strides"], read_only) == ("|u1", None, False)
-        assert how == {"device": data.place}
+        assert how == {"device": data.device}
         memory = (ctypes.c_char * length).from_address(address)
         memory.owner = data  # as torch keeps the object that describes the memory
         return torch.frombuffer(memory, dtype=torch.uint8)

@@ -15,7 +15,7 @@ import atheris
 
 with atheris.instrument_imports(include=["modelstore.volume.planes", "modelstore.volume.block_table"]):
     from modelstore.volume import planes
-    from modelstore.volume.block_table import check_entry, places, stored_length
+    from modelstore.volume.block_table import check_entry, stored_length, stored_ranges
 
 
 def one(data: bytes) -> None:
@@ -31,7 +31,7 @@ def one(data: bytes) -> None:
     if entry:
         assert stored_length(entry, length) >= sum(entry[1:])
         table = [entry] * 3
-        assert all(a[0] + a[1] == b[0] for a, b in pairwise(places(table, 3 * length, length)))
+        assert all(a[0] + a[1] == b[0] for a, b in pairwise(stored_ranges(table, 3 * length, length)))
         padded = stored.ljust(stored_length(entry, length), b"\0")
         target = memoryview(bytearray(length + 1))
         with suppress(ValueError):

@@ -19,7 +19,7 @@ from modelstore.store import ModelStore
 from modelstore.volume import durable, pins
 from modelstore.volume import evict as evict_module
 from modelstore.volume.claim import Claim, Contender
-from modelstore.volume.evict import evict, least_recently_used, survey
+from modelstore.volume.evict import evict, first_that_free, survey
 from modelstore.volume.layout import StagingLayout
 from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.tree import tree_bytes
@@ -52,8 +52,8 @@ def test_the_least_recently_used_goes_first_and_the_pinned_and_used_stay(hub: Hu
     assert [candidate.key for candidate in order] == [a.key, c.key, d.key, b.key]
     assert order[0].retained_by == "it is pinned"
     assert order[3].retained_by == "it is in use by worker-1"
-    assert [candidate.key for candidate in least_recently_used(order, 1)] == [c.key]
-    assert [candidate.key for candidate in least_recently_used(order, 10**12)] == [c.key, d.key]
+    assert [candidate.key for candidate in first_that_free(order, 1)] == [c.key]
+    assert [candidate.key for candidate in first_that_free(order, 10**12)] == [c.key, d.key]
     assert not evict(store.layout, a.key)
     assert not evict(store.layout, b.key)
     assert evict(store.layout, c.key)

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelstore.errors import BadManifest, FormatTooNew
-from modelstore.volume import planes
-from modelstore.volume.block_table import ALIGNMENT, block_lengths, check_entry, places, stored_length
+from modelstore.load import blocks
+from modelstore.volume import block_table, manifest, planes
+from modelstore.volume.block_table import ALIGNMENT, block_lengths, check_entry, stored_length, stored_ranges
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.manifest import FileRecord, Manifest, PlainForm, SourceRecord, digest_of, parse_manifest
 from tests.support.fuzzing import FUZZ_S, fuzz
@@ -150,7 +151,7 @@ def test_places_are_aligned_and_account_for_all_bytes() -> None:
     table = [(0, 4096), (3, 1000, 500), (0, 7)]
     lengths = block_lengths(2 * 8192 + 7, 8192)
     assert lengths == [8192, 8192, 7]
-    assert list(places(table, 2 * 8192 + 7, 8192)) == [(0, 4096), (4096, 4096), (8192, 4096)]
+    assert list(stored_ranges(table, 2 * 8192 + 7, 8192)) == [(0, 4096), (4096, 4096), (8192, 4096)]
 
 
 BLOCK = 1 << 20
@@ -158,7 +159,7 @@ BLOCK = 1 << 20
 
 def compressed_manifest(size_bytes: int = 2 * BLOCK + 7) -> Manifest:
     table = ((0, 100), (3, BLOCK // 2, 500), (0, 7))
-    stored_bytes = sum(length for _offset, length in places(table, size_bytes, BLOCK))
+    stored_bytes = sum(length for _offset, length in stored_ranges(table, size_bytes, BLOCK))
     plain = PlainForm(size_bytes, "b" * 64, "1" * 16 * 3, table)
     file = FileRecord("model.safetensors.compressed", stored_bytes, "c" * 64, "2" * 16, None, plain)
     source = SourceRecord("hub", "https://huggingface.co", "main")
@@ -264,3 +265,9 @@ def test_coverage_guided_fuzzing_of_tables_and_blocks_finds_nothing(tmp_path: Pa
     subject = f"tables and blocks of compressed weights from a coverage-guided fuzzer, {FUZZ_S} s"
     record("Hostile input does nothing", subject, tried=tried, survived=tried)
     assert tried > 1000
+
+
+def test_files_that_import_nothing_of_the_package_have_its_constants() -> None:
+    assert blocks.CHECKSUM_HEX == manifest.CHECKSUM_HEX
+    assert blocks.ALIGNMENT == block_table.ALIGNMENT
+    assert planes._UNIT == block_table._UNIT

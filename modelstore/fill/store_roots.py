@@ -16,7 +16,7 @@ from modelstore.settings import Settings
 from modelstore.volume import durable, tree
 
 
-class Place(ABC):
+class StoreRoot(ABC):
     """One store's root. `label`: for a person."""
 
     label: str
@@ -42,7 +42,7 @@ class Place(ABC):
         """The names in a folder, sorted; none if it does not exist."""
 
 
-class FolderPlace(Place):
+class FolderRoot(StoreRoot):
     """A store in a folder."""
 
     def __init__(self, root: Path) -> None:
@@ -78,7 +78,7 @@ class FolderPlace(Place):
         return tree.names(self.root / folder)
 
 
-class BucketPlace(Place):
+class BucketRoot(StoreRoot):
     """A store on a network volume, over S3."""
 
     def __init__(self, target: Target, *, endpoint: str | None) -> None:
@@ -115,16 +115,16 @@ class BucketPlace(Place):
         return f"{self.target.folder}/{path}"
 
 
-def place_of(text: str, settings: Settings) -> Place:
+def parse_store_root(text: str, settings: Settings) -> StoreRoot:
     """The place that a person names: `s3://VOLUME@DATACENTER`, or the full path of a store's folder.
 
     Raises UsageError, and RootUnusable if there is no such folder, nor one that it could be made in.
     """
     if text.startswith("s3://"):
-        return BucketPlace(parse_target(text), endpoint=settings.s3_endpoint)
+        return BucketRoot(parse_target(text), endpoint=settings.s3_endpoint)
     path = Path(text)
     if not path.is_absolute():
         raise UsageError(f"{text!r} is no place of a store: write s3://VOLUME@DATACENTER, or the full path of a folder")
     if not path.parent.is_dir():
         raise RootUnusable(f"there is no folder {path.parent}: mount the volume, or name another place")
-    return FolderPlace(path)
+    return FolderRoot(path)
