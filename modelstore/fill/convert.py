@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelstore.copying import copy
+from modelstore.copying import copy_bytes
 from modelstore.dtypes import DTYPES, Dtype
 from modelstore.errors import BadSafetensors, WeightOverflow
 from modelstore.fill.storage_policy import CONVERTED, StoragePolicy
@@ -163,7 +163,7 @@ class _Writer:
     def __call__(self, data: bytes | bytearray | memoryview) -> None:
         self._target.write(data)
         if self.memory is not None:
-            copy(self.memory[self._position :], data)
+            copy_bytes(self.memory[self._position :], data)
         self._position += len(data)
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import xxhash
 
-from modelstore.copying import copy
+from modelstore.copying import copy_bytes
 from modelstore.errors import DigestMismatch
 from modelstore.fill.source import SourceFile
 from modelstore.volume import durable, tree
@@ -118,6 +118,7 @@ class StagedFile:
         self.digests: Digests | None = None
         self.whole_stream = threading.Lock()
         self._changed = threading.Condition()
+        self._storing: set[int] = set()  # granules, at this moment
         self._copies = 0  # into the memory, at this moment
         self._front_lock = threading.Lock()
         self._begin()
@@ -142,7 +143,8 @@ class StagedFile:
         """
         kept = 0
         for index, data in self._intact(self._fd, self._journal, sealed_only=False):
-            kept += len(data) if self._arrived(index, data) else 0
+            self._arrived(index, data)
+            kept += len(data)
         for staging in inherited:
             try:
                 fd = durable.open_for_read(staging.source_file(self.file.path))
@@ -181,13 +183,25 @@ class StagedFile:
         return gaps
 
     def put(self, index: int, data: bytes | bytearray) -> bool:
-        """Store one granule with its slot, and keep `data`; False if it was there already."""
-        if self._have[index]:
-            return False
+        """Store one granule with its slot, and keep `data`; False if it is there already. Of two threads with the same
+        granule, one stores it, while the other one waits: their bytes may differ."""
+        with self._changed:
+            self._changed.wait_for(lambda: index not in self._storing)
+            if self._have[index]:
+                return False
+            self._storing.add(index)
+        try:
+            self._put(index, data)
+        finally:
+            with self._changed:
+                self._storing.remove(index)
+                self._changed.notify_all()
+        return True
+
+    def _put(self, index: int, data: bytes | bytearray) -> None:
         durable.write_at(self._fd, data, index * GRANULE_BYTES, path=self.path)
         self._journal.write(index, self._slot(index, data))
-        if not self._arrived(index, data):
-            return False
+        self._arrived(index, data)
         segment = index // _SEGMENT_GRANULES
         with self._changed:
             due = self._unsealed[segment] == 0 and self._missing  # a file that is whole is moved on at once
@@ -195,7 +209,6 @@ class StagedFile:
         if due:
             durable.sync(self._fd, path=self.path)
             self._journal.seal(segment)
-        return True
 
     def has(self, index: int) -> bool:
         return self._have[index]
@@ -281,11 +294,19 @@ class StagedFile:
         identity = f"{self.file.path}\0{self.file.size_bytes}\0{self.file.sha256 or self.file.git_oid}\0{index}"
         return checksum + xxhash.xxh3_64_digest(checksum + identity.encode())
 
-    def _arrived(self, index: int, data: bytes | bytearray) -> bool:
-        self._copy_to_memory(index, data)
+    def _arrived(self, index: int, data: bytes | bytearray) -> None:
         with self._changed:
-            if self._have[index]:
-                return False
+            memory = self._memory
+            self._copies += memory is not None
+        try:
+            if memory is not None:
+                copy_bytes(memory[index * GRANULE_BYTES :], data)
+        finally:
+            with self._changed:
+                self._copies -= memory is not None
+                if self._memory is None:  # somebody may wait to take it
+                    self._changed.notify_all()
+        with self._changed:
             self._have[index] = True
             self._missing -= 1
             self._unsealed[index // _SEGMENT_GRANULES] -= 1
@@ -293,20 +314,6 @@ class StagedFile:
                 self._ahead[index] = data
             self._changed.notify_all()
         self._advance()
-        return True
-
-    def _copy_to_memory(self, index: int, data: bytes | bytearray) -> None:
-        with self._changed:
-            memory = None if self._have[index] else self._memory
-            self._copies += memory is not None
-        if memory is None:
-            return
-        try:
-            copy(memory[index * GRANULE_BYTES :], data)
-        finally:
-            with self._changed:
-                self._copies -= 1
-                self._changed.notify_all()
 
     def _advance(self, *, wait_for_turn: bool = False) -> None:
         """Digest granules from the front on; one thread does it at a time, the others leave theirs to it."""

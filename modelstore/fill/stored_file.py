@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
-from modelstore.copying import copy
+from modelstore.copying import copy_bytes
 from modelstore.volume import durable
 from modelstore.volume.block_table import ALIGNMENT
 from modelstore.volume.checksums import Digests, RunningDigests
@@ -17,7 +17,7 @@ from modelstore.volume.content import check_decoder
 from modelstore.volume.manifest import BLOCK_BYTES, COMPRESSED_SUFFIX, FileRecord, Origin, PlainForm
 
 _PADDING = bytes(ALIGNMENT)
-_SYNC_EVERY_BYTES = 64 << 20
+_SYNC_EVERY_BYTES = 64 << 20  # as a download does
 _ENCODERS = min(4, os.cpu_count() or 1)
 _AHEAD = _ENCODERS + 1  # blocks that are being encoded, or wait to be written: three times 8 MiB each at most
 
@@ -114,13 +114,13 @@ class _Plain:
         if self._digests is not None:
             self._digests.update(data)
         self._size_bytes += len(data)
-        if isinstance(data, bytes) and len(data) == BLOCK_BYTES and not self._in_block:  # they stay as they are
+        if isinstance(data, bytes) and len(data) == BLOCK_BYTES and not self._in_block:  # nobody can change it
             self._encode(data)
             return
         view = memoryview(data)
         while view:
             part = view[: BLOCK_BYTES - self._in_block]
-            copy(memoryview(self._block)[self._in_block :], part)
+            copy_bytes(memoryview(self._block)[self._in_block :], part)
             self._in_block += len(part)
             view = view[len(part) :]
             if self._in_block == BLOCK_BYTES:

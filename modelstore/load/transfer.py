@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from traceback import clear_frames
 from typing import Any, Protocol
 
-from modelstore.copying import copy
+from modelstore.copying import copy_bytes
 from modelstore.errors import DeviceFailed, DigestMismatch
 from modelstore.load.reader import LoadedBlock, Reading
 from modelstore.timeline import Span, Timeline
@@ -77,7 +77,7 @@ class HostMemory:
     def copy(self, parts: Sequence[Part]) -> None:
         """See Device."""
         for part in parts:
-            copy(part.memory[part.begin :], part.view)
+            copy_bytes(part.memory[part.begin :], part.view)
 
     def is_done(self, event: Any) -> bool:
         """See Device."""

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -187,28 +188,54 @@ def test_a_conversion_that_fails_stops_the_download(
     assert hub.served.total_bytes < sum(path.stat().st_size for path in repo.glob("*.safetensors")) / 2
 
 
-def test_memory_is_handed_over_when_no_copy_goes_there_any_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copying, may_end = threading.Event(), threading.Event()
+class SlowCopies:
+    """Copies that wait until they may end."""
 
-    def slow(target: memoryview, source: bytes) -> None:
-        copying.set()
-        assert may_end.wait(10)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.may_end = threading.Event(), threading.Event()
+        monkeypatch.setattr("modelstore.fill.staged_file.copy_bytes", self.copy)
+
+    def copy(self, target: memoryview, source: bytes) -> None:
+        self.begun.set()
+        assert self.may_end.wait(10)
+        if source.startswith(b"fails"):
+            raise MemoryError
         target[: len(source)] = source
 
-    monkeypatch.setattr("modelstore.fill.staged_file.copy", slow)
-    memory, taken = memoryview(bytearray(8)), []
-    staged = StagedFile(SourceFile("a.safetensors", 8), StagingLayout(tmp_path), memory)
-    putting = threading.Thread(target=staged.put, args=(0, b"12345678"))
-    taking = threading.Thread(target=lambda: taken.append(staged.take_memory()))
-    putting.start()
-    assert copying.wait(10)
-    taking.start()
-    taking.join(0.1)
-    assert not taken
-    may_end.set()
-    putting.join()
-    taking.join()
+
+@pytest.mark.parametrize("data", [b"12345678", b"fails   "])
+def test_memory_is_handed_over_when_no_copy_goes_there_any_more(
+    data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = SlowCopies(monkeypatch)
+    staged = StagedFile(SourceFile(WEIGHTS, 8), StagingLayout(tmp_path), memoryview(bytearray(8)))
+    with ThreadPoolExecutor() as pool:
+        putting = pool.submit(staged.put, 0, data)
+        assert copies.begun.wait(10)
+        taking = pool.submit(staged.take_memory)
+        with pytest.raises(TimeoutError):
+            taking.result(0.1)
+        copies.may_end.set()
+        taken = taking.result(10)
+        assert taken is not None
+        assert isinstance(putting.exception(10), MemoryError) if data.startswith(b"fails") else taken == data
     staged.close()
-    assert taken[0] == b"12345678"
+
+
+def test_the_first_of_two_that_bring_the_same_bytes_is_kept_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their bytes may differ: what was digested, what is in memory and what is on the volume may not."""
+    copies, right = SlowCopies(monkeypatch), b"12345678"
+    file = SourceFile(WEIGHTS, 8, sha256=hashlib.sha256(right).hexdigest())
+    staged = StagedFile(file, StagingLayout(tmp_path), memoryview(bytearray(8)))
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(staged.put, 0, right)
+        assert copies.begun.wait(10)
+        second = pool.submit(staged.put, 0, b"others!!")
+        with pytest.raises(TimeoutError):
+            second.result(0.1)
+        copies.may_end.set()
+        assert (first.result(10), second.result(10)) == (True, False)
+    assert staged.finish().sha256 == file.sha256
+    assert staged.take_memory() == right == staged.path.read_bytes()
