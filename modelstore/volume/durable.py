@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, TypeVar
 from modelstore.errors import ModelStoreError, NoSpace, RootUnusable, UnsafeName
 from modelstore.volume.tree import check_no_links, once_more, unreadable
 
+_SYNC_FILE_RANGE_WRITE = 2  # of linux/fs.h
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP})
 _NO_FILE_OF_OURS = frozenset({errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENXIO})
@@ -205,9 +206,13 @@ def sync(fd: int, *, path: Path) -> None:
 
 
 def begin_sync(fd: int, offset: int, length: int) -> None:
-    """Have the kernel write these bytes to the volume, so that `sync` finds less to wait for; returns at once."""
-    with suppress(OSError):  # not every kind of volume knows it
-        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+    """Have the kernel begin to write these bytes to the volume, so that `sync` has less to wait for. They stay in the
+    page cache. An error of it shows at `sync`; if the kernel does not know it, nothing happens."""
+    import ctypes  # few commands write so much
+
+    begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if begin is not None:
+        begin(fd, ctypes.c_longlong(offset), ctypes.c_longlong(length), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
 
 def close(fd: int, *, path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from modelstore.errors import NoSpace, RootUnusable, UnsafeName
+from modelstore.load.blocks import CachedPages
 from modelstore.store import ModelStore
 from modelstore.volume import durable, tree
 from modelstore.volume.evict import evict
@@ -275,6 +276,18 @@ def test_a_volume_without_inodes_is_named_as_that(tmp_path: Path, monkeypatch: p
         monkeypatch.setattr(os, "statvfs", lambda _path, state=state: state)
         with pytest.raises(NoSpace, match=words):
             durable.open_for_write(tmp_path / "file", exclusive=True)
+
+
+def test_bytes_that_are_on_their_way_to_the_volume_stay_in_the_page_cache(tmp_path: Path) -> None:
+    path, size = tmp_path / "file", 1 << 20
+    fd = durable.open_for_write(path)
+    try:
+        durable.write_at(fd, bytes(size), 0, path=path)
+        durable.sync(fd, path=path)
+        durable.begin_sync(fd, 0, size)
+        assert CachedPages(fd, size).contain(0, size)
+    finally:
+        os.close(fd)
 
 
 def test_a_kind_of_file_that_cannot_be_written_ahead_is_left_as_it_is() -> None:
