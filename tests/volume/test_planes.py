@@ -56,14 +56,32 @@ def decoded(entry: list[int], data: bytes, length: int) -> bytes:
 
 
 WIDE = weights(1 << 20)
+
+
+def with_zeros(first: int, last: int) -> np.ndarray:
+    """bfloat16 in rows of a power of two, as most matrices have them, with zeros in these columns."""
+    rows = as_bfloat16(WIDE).reshape(-1, 4096).copy()
+    rows[:, first:last] = 0
+    return rows
+
+
 HALF = from_bfloat16(as_bfloat16(WIDE)).astype(np.float16)
-BLOCKS = {
+BLOCKS: dict[str, tuple[np.ndarray, int | None, int | None, float]] = {
     "bfloat16": (as_bfloat16(WIDE), 2, 0, 0.69),
     "float16 from bfloat16": (HALF, 2, 3, 0.69),
     "float16 from float32": (WIDE.astype(np.float16), None, None, 0.87),
     "float32": (WIDE, 4, 0, 0.86),
     "float32 from bfloat16": (from_bfloat16(as_bfloat16(WIDE)), 4, 0, 0.36),
     "zeros": (np.zeros(1 << 20, np.float16), None, None, 0.01),
+    "padded rows": (np.concatenate([as_bfloat16(WIDE)[: 9 << 16], np.zeros(1 << 16, np.uint16)]), None, None, 0.64),
+    "zeros in columns that begin late": (with_zeros(1024, 4096), None, None, 0.19),
+    "zeros in some columns": (with_zeros(1024, 2048), None, None, 0.53),
+    "noise and a run of zeros": (
+        np.frombuffer(bytes(1 << 17) + random.Random(0).randbytes(9 << 17), np.uint8),
+        None,
+        None,
+        0.94,
+    ),
     "noise": (np.frombuffer(random.Random(0).randbytes(1 << 20), np.uint8), 1, 0, 1.0),
     "text": (np.frombuffer(b'{"a": 1, "b": [1, 2, 3]}\n' * 40_000, np.uint8), None, None, 0.7),
 }
