@@ -64,7 +64,6 @@ class Worker:
         self._may_upload = may_upload
         self._first_answer = first_answer
         self._replace_because = ""
-        self.config: dict[str, Any] = {}
         self._began = time.monotonic()
         self._counts = {"running": 0, "completed": 0, "failed": 0, "cancelled": 0}
 
@@ -73,8 +72,6 @@ class Worker:
         output, error = await self.run_job(job, self._channel)
         if error is not None:
             output = error_output(error, job)
-        if self.retiring and self.is_idle:
-            self.config["refresh_worker"] = True  # the SDK says so with this job's result, and ends
         return output
 
     async def run_job(
@@ -101,6 +98,11 @@ class Worker:
     def retiring(self) -> bool:
         """Whether this worker takes no more jobs, and ends with the last that it has."""
         return bool(self.broken or self._replace_because)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether this worker takes no more jobs, and has answered all that it had."""
+        return self.retiring and self.is_idle
 
     @property
     def broken(self) -> str:
@@ -221,10 +223,12 @@ def serve(engine: Engine, settings: Settings, timeline: Mapping[str, Any], first
 
     follow_aliases(engine, settings, worker)
     termination = Termination(lambda: worker.is_idle, engine.close)
+    config: dict[str, Any] = {}
 
     async def handler(job: Job) -> Any:
         output = await worker.handle(job)
-        if worker.config.get("refresh_worker"):
+        if worker.is_finished:
+            config["refresh_worker"] = True  # the SDK says so with this job's result, and ends
             termination.begin()
         return output
 
@@ -232,8 +236,8 @@ def serve(engine: Engine, settings: Settings, timeline: Mapping[str, Any], first
         termination.watch_signals()  # the SDK has set its own handlers by now
         return worker.concurrency(current)
 
-    worker.config |= {"handler": handler, "concurrency_modifier": concurrency, "return_aggregate_stream": True}
+    config |= {"handler": handler, "concurrency_modifier": concurrency, "return_aggregate_stream": True}
     try:
-        runpod.serverless.start(worker.config)
+        runpod.serverless.start(config)
     finally:  # a thread that is in the middle of a tensor when Python ends would abort the process
         termination.close()

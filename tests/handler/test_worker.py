@@ -179,9 +179,9 @@ def test_a_worker_whose_gpu_is_lost_is_replaced_when_its_last_job_is_answered() 
         assert one.concurrency(16) == 1, "it takes no more"
         await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
         if not (first.done() and second.done()):
-            assert "refresh_worker" not in one.config, "the other one still runs"
+            assert not one.is_finished, "the other one still runs"
         await asyncio.gather(first, second)
-        assert one.config["refresh_worker"] is True
+        assert one.is_finished
 
     asyncio.run(run())
 
@@ -190,7 +190,7 @@ def test_a_worker_that_is_to_be_replaced_says_so_with_its_next_answer() -> None:
     one = worker(Engine())
     one.replace("several GPUs")
     assert asyncio.run(one.handle(JOB))["generated_text"] == "hi there"
-    assert one.config["refresh_worker"] is True
+    assert one.is_finished
 
 
 @pytest.mark.parametrize(
