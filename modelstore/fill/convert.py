@@ -95,6 +95,12 @@ def converted_tensors(header: Header, policy: StoragePolicy) -> tuple[TensorInfo
     return tuple(tensors)
 
 
+def converted_bytes(header: Header, policy: StoragePolicy) -> int:
+    """The size of the file that `convert_file` makes."""
+    tensors = converted_tensors(header, policy)
+    return len(encode_header(tensors, header.metadata)) + max((tensor.end for tensor in tensors), default=0)
+
+
 def convert_file(
     source: Path,
     target: StoredFile,
@@ -102,20 +108,19 @@ def convert_file(
     policy: StoragePolicy,
     *,
     ready: Ready,
-    memory: Callable[[int], memoryview | None] = lambda _size_bytes: None,
-) -> memoryview | None:
+    memory: memoryview | None = None,
+) -> None:
     """Write `source`, whose header is `header`, to `target` as `policy` stores it.
 
-    `ready` is called before each read. `memory` is asked for as many bytes as will be written, which then go there,
-    too; returns it. Raises WeightOverflow with every tensor of the file that does not fit.
+    `ready` is called before each read. `memory`: of at least `converted_bytes`; what is written goes there, too. Raises
+    WeightOverflow with every tensor of the file that does not fit.
     """
     tensors = converted_tensors(header, policy)
     overflowing: list[str] = []
     source_fd = durable.open_for_read(source)
     try:
-        encoded = encode_header(tensors, header.metadata)
-        write = _Writer(target, memory(len(encoded) + max((tensor.end for tensor in tensors), default=0)))
-        write(encoded)
+        write = _Writer(target, memory)
+        write(encode_header(tensors, header.metadata))
         originals = {tensor.name: tensor for tensor in header.tensors}
         for after in tensors:
             before = originals[after.name]
@@ -126,28 +131,20 @@ def convert_file(
                 write(cast.data.cast("B"))
         if overflowing:
             raise _overflow(policy.dtype, source.name, overflowing)
-        return write.memory
     finally:
         os.close(source_fd)
 
 
-def copy_file(
-    source: Path,
-    target: StoredFile,
-    *,
-    ready: Ready,
-    memory: Callable[[int], memoryview | None] = lambda _size_bytes: None,
-) -> memoryview | None:
-    """Write `source` to `target` byte for byte; other arguments and the result: see `convert_file`."""
+def copy_file(source: Path, target: StoredFile, *, ready: Ready, memory: memoryview | None = None) -> None:
+    """Write `source` to `target` byte for byte; for the other arguments see `convert_file`."""
     fd = durable.open_for_read(source)
     try:
         size = os.fstat(fd).st_size
-        write = _Writer(target, memory(size))
+        write = _Writer(target, memory)
         for offset in range(0, size, CHUNK_BYTES):
             length = min(CHUNK_BYTES, size - offset)
             ready(offset, length)
             write(_read(fd, length, offset, source))
-        return write.memory
     finally:
         os.close(fd)
 
@@ -157,13 +154,13 @@ class _Writer:
 
     def __init__(self, target: StoredFile, memory: memoryview | None) -> None:
         self._target = target
-        self.memory = memory
+        self._memory = memory
         self._position = 0
 
     def __call__(self, data: bytes | bytearray | memoryview) -> None:
         self._target.write(data)
-        if self.memory is not None:
-            copy_bytes(self.memory[self._position :], data)
+        if self._memory is not None:
+            copy_bytes(self._memory[self._position :], data)
         self._position += len(data)
 
 

@@ -117,18 +117,17 @@ class Fill:
                 plan = self._plan(selection)
                 config = plan.configs.get("", {})
                 self._request.observer.described(self._request.key, config, selection.paths)
-                weights = self._weights_pipeline(plan)
-                self._reserve(plan, weights)
-                weights.run(stop=self._guard.stop)
+                pipeline = self._weights_pipeline(plan)
+                self._reserve(plan, pipeline)
+                weights = pipeline.run(stop=self._guard.stop)
                 span.size_bytes = self._progress.network or self._progress.total
             if weights.plan.stored_unchanged != plan.stored_unchanged:
                 self._report_unchanged(weights.plan)
-            plan = weights.plan
-            self._finish_configs(plan)
-            self._finish_indexes(plan, weights.headers)
-            self._check_config_sizes(plan, weights.headers)
+            self._finish_configs(weights.plan)
+            self._finish_indexes(weights.plan, weights.headers)
+            self._check_config_sizes(weights.plan, weights.headers)
             with timeline.span("publish"):
-                self._publish(plan, has_code=has_code)
+                self._publish(weights.plan, has_code=has_code)
         except (IntegrityError, Refused):
             self._staging.remove()
             raise
@@ -248,7 +247,7 @@ class Fill:
                 durable.write_atomic(target, after)
                 self._staging.records[path] = _rewritten(path, after, record.original)
 
-    def _finish_indexes(self, plan: CheckpointPlan, headers: dict[str, Header]) -> None:
+    def _finish_indexes(self, plan: CheckpointPlan, headers: Mapping[str, Header]) -> None:
         """Check each index against the shards' headers; correct its total size if shards were converted, and leave out
         tied weights that no shard holds."""
         records = self._staging.records
@@ -267,7 +266,7 @@ class Fill:
                 durable.write_atomic(target, corrected)
                 records[stored] = _rewritten(stored, corrected, records[stored].original)
 
-    def _check_config_sizes(self, plan: CheckpointPlan, headers: dict[str, Header]) -> None:
+    def _check_config_sizes(self, plan: CheckpointPlan, headers: Mapping[str, Header]) -> None:
         """Refuse a config whose sizes are not those of the weights beside it: it would fill the memory of a start."""
         for folder, config in plan.configs.items():
             tensors = [t for name, header in headers.items() if folder_of(name) == folder for t in header.tensors]

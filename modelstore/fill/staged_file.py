@@ -132,7 +132,7 @@ class StagedFile:
         ]
         self._front = 0
         self._ahead: dict[int, bytes | bytearray] = {}
-        self._digests = RunningDigests()
+        self._running = RunningDigests()
 
     def resume(self, inherited: Iterable[StagingLayout] = ()) -> int:
         """Keep the granules that match their slots, and copy those of `inherited` staging that do; returns the bytes
@@ -243,7 +243,7 @@ class StagedFile:
         self._advance(wait_for_turn=True)
         if self._front != self.granules:
             raise AssertionError(f"{self.file.path} is not complete")
-        digests = self._digests.finish()
+        digests = self._running.finish()
         if self.file.sha256 is not None:
             matches = digests.sha256 == self.file.sha256
         elif self.file.git_oid is not None:
@@ -324,7 +324,7 @@ class StagedFile:
                 while self._front < self.granules and self._have[self._front]:
                     with self._changed:
                         data = self._ahead.pop(self._front, None)
-                    self._digests.update(self._read(self._front) if data is None else data)
+                    self._running.update(self._read(self._front) if data is None else data)
                     with self._changed:
                         self._front += 1
                         self._ahead.pop(self._front - 1, None)

@@ -13,13 +13,20 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modelstore.errors import DigestMismatch, IntegrityError, ModelStoreError, Refused, WeightOverflow
-from modelstore.fill.convert import Ready, convert_file, converted_tensors, copy_file, read_header
+from modelstore.fill.convert import (
+    Ready,
+    convert_file,
+    converted_bytes,
+    converted_tensors,
+    copy_file,
+    read_header,
+)
 from modelstore.fill.download import CONNECTIONS, Download
 from modelstore.fill.footprint import DiskBudget
 from modelstore.fill.plan import CheckpointPlan
@@ -43,9 +50,17 @@ logger = logging.getLogger(__name__)
 _CONVERSIONS = max(2, min(4, (os.cpu_count() or 2) // 2))
 
 
+@dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """The weights of a snapshot that were stored. `plan`: as it became when their headers were known; `headers`: those
+    of the sources, by the path in the snapshot."""
+
+    plan: CheckpointPlan
+    headers: Mapping[str, Header]
+
+
 class WeightsPipeline:
-    """Stores all weights of a plan. `headers`: those of the sources, by the path in the snapshot; `plan`: the plan once
-    these were known."""
+    """Stores all weights of a plan."""
 
     def __init__(
         self,
@@ -59,9 +74,9 @@ class WeightsPipeline:
         progress: Progress,
     ) -> None:
         """`guard` is called before each step and raises ClaimLost if the work has to stop."""
-        self.headers: dict[str, Header] = {}
+        self._headers: dict[str, Header] = {}
         self._request = request
-        self.plan = plan
+        self._plan = plan
         self._staging = staging
         self._download = download
         self._budget = budget
@@ -74,9 +89,9 @@ class WeightsPipeline:
     @property
     def linkable_bytes(self) -> int:
         """The bytes of weights that will be linked: they take no space."""
-        return sum(file.size_bytes for file in self.plan.selection.weights if self._linkable(file) is not None)
+        return sum(file.size_bytes for file in self._plan.selection.weights if self._linkable(file) is not None)
 
-    def run(self, *, stop: Callable[[], None]) -> None:
+    def run(self, *, stop: Callable[[], None]) -> StoredWeights:
         """Fetch and store the files that no earlier process has finished; `stop` is called if it fails, and makes
         `guard` raise, so that conversions end at their next chunk."""
         files = self._unfinished()
@@ -87,6 +102,7 @@ class WeightsPipeline:
         if self._convert_began is not None:
             timeline = self._request.timeline
             timeline.add(Span("convert", self._convert_began, timeline.now()))
+        return StoredWeights(self._plan, self._headers)
 
     def _fetch(self, files: Sequence[SourceFile], stop: Callable[[], None]) -> None:
         """Fetch and store these files."""
@@ -130,9 +146,9 @@ class WeightsPipeline:
     def _wrongly_converted(self) -> list[SourceFile]:
         """The files that were converted before another one showed that none may be; they are forgotten."""
         files = []
-        for file in self.plan.selection.weights:
+        for file in self._plan.selection.weights:
             record = self._staging.records[stored_path(file.path)]
-            is_unchanged = bool(self.plan.policy_of(file.path).unchanged_because)
+            is_unchanged = bool(self._plan.policy_of(file.path).unchanged_because)
             if is_unchanged and record.origin is not None and not is_pickle(file.path):
                 self._staging.forget(file)
                 self._progress.add(done=-file.size_bytes)
@@ -141,16 +157,16 @@ class WeightsPipeline:
 
     def _unfinished(self) -> list[SourceFile]:
         """The files that no earlier process has finished; the others are counted."""
-        unfinished = self._staging.unfinished(self.plan.selection.weights, self._progress, self.plan.stored_unchanged)
-        for file in self.plan.selection.weights:
+        unfinished = self._staging.unfinished(self._plan.selection.weights, self._progress, self._plan.stored_unchanged)
+        for file in self._plan.selection.weights:
             if file in unfinished:
                 continue
             record = self._staging.records[stored_path(file.path)]
             path = self._staging.paths.snapshot_file(record.path)
-            self.headers[record.content.path] = read_header(path, where=file.path, content=record.content)
+            self._headers[record.content.path] = read_header(path, where=file.path, content=record.content)
             self._observer.finished(self._request.key, self._staging.paths.snapshot, record)
             self._budget.count_finished(file.path)
-        self.plan = self.plan.with_headers(self.headers)
+        self._plan = self._plan.with_headers(self._headers)
         return unfinished
 
     def _linkable(self, file: SourceFile) -> tuple[Path, Header] | None:
@@ -160,7 +176,7 @@ class WeightsPipeline:
         if path is None or file.sha256 is None or stored_path(file.path) != file.path:
             return None
         header = read_header(path, where=self._label(file))
-        if converted_tensors(header, self.plan.policy_of(file.path).for_tensors(header.tensors)) is not header.tensors:
+        if converted_tensors(header, self._plan.policy_of(file.path).for_tensors(header.tensors)) is not header.tensors:
             return None
         return (path, header) if path.stat().st_dev == self._staging.device else None
 
@@ -215,7 +231,7 @@ class WeightsPipeline:
             path = self._convert_pickle(file, path)
         ready = self._ready(staged, attempt)
         header = read_header(path, where=self._label(file), ready=ready)
-        policy = self.plan.policy_of(file.path).for_tensors(header.tensors)
+        policy = self._plan.policy_of(file.path).for_tensors(header.tensors)
         is_unchanged = converted_tensors(header, policy) is header.tensors and path == staged.path
         record = memory = None
         if not is_unchanged or self._name(file) != stored_path(file.path):
@@ -263,7 +279,8 @@ class WeightsPipeline:
         that."""
         file = staged.file
         with self._stored_file(file, is_digested=True) as target:
-            memory = copy_file(staged.path, target, ready=ready, memory=self._memory(staged))
+            memory = self._memory(staged, file.size_bytes)
+            copy_file(staged.path, target, ready=ready, memory=memory)
             return target.finish(self._name(file), None), memory
 
     def _convert_or_exempt(
@@ -280,7 +297,7 @@ class WeightsPipeline:
             label, names = self._label(staged.file), ", ".join(error.tensors[:5])
             logger.warning("%s: %s overflow, and no class loads them", label, names)
         with self._lock:
-            self.plan = self.plan.with_unloaded(folder_of(staged.file.path), exempt.unloaded)
+            self._plan = self._plan.with_unloaded(folder_of(staged.file.path), exempt.unloaded)
         return self._convert(staged, path, header, exempt, ready)
 
     def _convert(
@@ -288,7 +305,8 @@ class WeightsPipeline:
     ) -> tuple[FileRecord, memoryview | None]:
         file = staged.file
         with self._stored_file(file) as target:
-            memory = convert_file(path, target, header, policy, ready=ready, memory=self._memory(staged))
+            memory = self._memory(staged, converted_bytes(header, policy))
+            convert_file(path, target, header, policy, ready=ready, memory=memory)
             return target.finish(self._name(file), None), memory
 
     def _name(self, file: SourceFile) -> str:
@@ -297,17 +315,15 @@ class WeightsPipeline:
     def _stored_file(self, file: SourceFile, *, is_digested: bool = False) -> StoredFile:
         return StoredFile(self._staging.paths.snapshot_file(self._name(file)), is_digested=is_digested)
 
-    def _memory(self, staged: StagedFile) -> Callable[[int], memoryview | None]:
-        def memory(size_bytes: int) -> memoryview | None:
-            staged.take_memory()  # the bytes as they come are not those that will be stored
-            return self._observer.memory(self._request.key, stored_path(staged.file.path), size_bytes)
-
-        return memory
+    def _memory(self, staged: StagedFile, size_bytes: int) -> memoryview | None:
+        """Memory for a file that is stored in another form, instead of that for the bytes as they come."""
+        staged.take_memory()
+        return self._observer.memory(self._request.key, stored_path(staged.file.path), size_bytes)
 
     def _add(self, file: SourceFile, record: FileRecord, header: Header, memory: memoryview | None) -> None:
         with self._lock:
-            self.headers[record.content.path] = header
-            self.plan = self.plan.with_headers({record.content.path: header})
+            self._headers[record.content.path] = header
+            self._plan = self._plan.with_headers({record.content.path: header})
         self._staging.add(file, record)
         self._observer.finished(self._request.key, self._staging.paths.snapshot, record, memory)
 
