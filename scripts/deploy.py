@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from modelstore.errors import InvalidSetting, ModelStoreError, UsageError
 from scripts.deployment import Deployment
-from scripts.endpoint_plan import CUDA, PRESETS, SERVE_HTTP, Plan, check_environment, curl_of, make_plan, save, url_of
+from scripts.endpoint import create_or_update, curl_of, url_of
+from scripts.endpoint_plan import CUDA, PRESETS, SERVE_HTTP, Plan, check_environment, make_plan
 from scripts.runpod_api import Api, Unreachable
 
 _AS_NEW = "whether the endpoint is there is not known; this is the plan for a new one"
@@ -164,7 +165,7 @@ def _deployed(options: argparse.Namespace) -> dict[str, Any]:
         print(line, file=sys.stderr)
     record: dict[str, Any] = {"done": changes, **plan.as_json()}
     if changes and api is not None:
-        endpoint = save(plan, api)
+        endpoint = create_or_update(api, plan.before, plan.body())
         record |= {"id": endpoint["id"], "url": url_of(endpoint)}
         print(f"the endpoint is {record['url']}; a first job:\n{curl_of(endpoint)}", file=sys.stderr)
     return record

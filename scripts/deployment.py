@@ -28,16 +28,8 @@ from modelstore.operate.seed_plan import SeedPlan
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.units import size
-from scripts.endpoint_plan import (
-    Plan,
-    check_environment,
-    endpoint_of_name,
-    environment,
-    make_plan,
-    save,
-    url_of,
-    wanted,
-)
+from scripts.endpoint import create_or_update, endpoint_of_name, url_of
+from scripts.endpoint_plan import Plan, check_options, environment, make_plan
 from scripts.first_job import NoAnswer, first_answer, tell
 from scripts.runpod_api import Api, InUse, Unreachable
 
@@ -88,8 +80,7 @@ class Deployment:
                 f"{self._name} has {len(options.volume)} volumes: name the one to fill with --volume, or seed "
                 "them with `modelstore seed --from … --to …` and update the endpoint with `deploy.py NAME`"
             )
-        check_environment(environment(options, before))
-        wanted(options, before, ())  # what is wrong with the options is told before anything is made
+        check_options(options, before)
         needed_gb = options.volume_size or _needed_gb(listed)
         volume = self._volume(options, needed_gb)
         self._seed(volume, models, options, before)
@@ -298,7 +289,7 @@ class Deployment:
     # The endpoint
 
     def _saved(self, plan: Plan) -> Mapping[str, Any]:
-        endpoint = save(plan, self._api)
+        endpoint = create_or_update(self._api, plan.before, plan.body())
         tell(f"the endpoint is {url_of(endpoint)}")
         return endpoint
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +13,11 @@ from typing import Any
 from modelstore.errors import UsageError
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings, ineffective
+from scripts.endpoint import endpoint_of_name, serves_http
 from scripts.runpod_api import Api
 
 _SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD)(_ID)?$")
 CUDA = "13.0"  # of the torch in our image: on a host with an older driver it sees no GPU
-FIRST_JOB = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
 SERVE_HTTP = "python -m handler --http"
 _VOLUMES_UNKNOWN = "the data centers follow from the volumes"
 
@@ -41,7 +40,9 @@ PRESETS = {
 }
 
 
-def wanted(options: argparse.Namespace, before: Mapping[str, Any], data_centers: Sequence[str]) -> dict[str, Any]:
+def desired_endpoint(
+    options: argparse.Namespace, before: Mapping[str, Any], data_centers: Sequence[str]
+) -> dict[str, Any]:
     """The endpoint as it shall be: as `before`, empty if there is none, with the changes of the command line. A preset
     gives the values of a new endpoint, and of an old one if it is named."""
     is_new = not before
@@ -87,9 +88,10 @@ def _open_ports(endpoint: dict[str, Any]) -> None:
     endpoint["ports"] = [f"{port}/http" for port in ports]
 
 
-def serves_http(endpoint: Mapping[str, Any]) -> bool:
-    """Whether an endpoint that there is has no queue."""
-    return endpoint.get("type") == "LOAD_BALANCER" or "base" in (endpoint.get("requestUrls") or {})
+def check_options(options: argparse.Namespace, before: Mapping[str, Any]) -> None:
+    """Raise UsageError for what is wrong with the options, before anything is made."""
+    check_environment(environment(options, before))
+    desired_endpoint(options, before, ())
 
 
 def environment(options: argparse.Namespace, before: Mapping[str, Any]) -> dict[str, str]:
@@ -235,19 +237,7 @@ def make_plan(options: argparse.Namespace, api: Api | None) -> Plan:
         raise UsageError(f"there is no endpoint {options.name} yet, and a new one needs {', '.join(missing)}")
     if before and options.http and not serves_http(before):
         raise UsageError(f"the endpoint {options.name} has a queue, for good: deploy under another name with --http")
-    return Plan(wanted(options, before, _data_centers(options, before, api)), before)
-
-
-def endpoint_of_name(api: Api, name: str) -> Mapping[str, Any]:
-    """The endpoint of this name; empty if there is none. RunPod adds a suffix to the name of one with FlashBoot."""
-    endpoints = api.get("/v2/serverless")["endpoints"]
-    for text in (name, f"{name} -fb"):
-        named = [each for each in endpoints if each["name"] == text]
-        if len(named) > 1:
-            raise UsageError(f"there are {len(named)} endpoints of the name {text!r}: rename or remove all but one")
-        if named:
-            return dict(named[0])
-    return {}
+    return Plan(desired_endpoint(options, before, _data_centers(options, before, api)), before)
 
 
 def _data_centers(options: argparse.Namespace, before: Mapping[str, Any], api: Api | None) -> list[str]:
@@ -267,33 +257,3 @@ def _data_centers(options: argparse.Namespace, before: Mapping[str, Any], api: A
         if place not in places:
             raise UsageError(f"--locations {place} has none of the volumes: they lie in {', '.join(places)}")
     return list(options.locations or places)
-
-
-def save(plan: Plan, api: Api) -> Mapping[str, Any]:
-    """Create or update the endpoint; returns it as it is then."""
-    body = plan.body()
-    if not plan.before:
-        return api.post("/v2/serverless", body)
-    return api.patch(f"/v2/serverless/{plan.before['id']}", body) if body else plan.before
-
-
-def url_of(endpoint: Mapping[str, Any]) -> str:
-    """The address under which its routes lie."""
-    if serves_http(endpoint):
-        return str(_urls(endpoint).get("base") or f"https://{endpoint['id']}.api.runpod.ai")
-    return str(_urls(endpoint).get("runSync") or f"https://api.runpod.ai/v2/{endpoint['id']}").removesuffix("/runsync")
-
-
-def _urls(endpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    return endpoint.get("requestUrls") or {}
-
-
-def curl_of(endpoint: Mapping[str, Any]) -> str:
-    is_http = serves_http(endpoint)
-    body = FIRST_JOB if is_http else {"input": FIRST_JOB}
-    own_key = '-H "X-API-Key: $MODELSTORE_API_KEY" ' if is_http and "MODELSTORE_API_KEY" in endpoint["env"] else ""
-    return (
-        f"curl -s {url_of(endpoint)}/{'generate' if is_http else 'runsync'} "
-        f"-H \"Authorization: Bearer $RUNPOD_API_KEY\" {own_key}-H 'Content-Type: application/json' "
-        f"-d '{json.dumps(body)}'"
-    )

@@ -14,7 +14,7 @@ import requests
 
 from modelstore.errors import ModelStoreError
 from modelstore.units import one_line
-from scripts.endpoint_plan import FIRST_JOB, serves_http, url_of
+from scripts.endpoint import FIRST_JOB, serves_http, url_of
 from scripts.invoke import FINAL, Endpoint
 from scripts.runpod_api import Api, Unreachable
 
