@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Target = Literal["device", "host", "shared"]
+CheckFits = Callable[[object, int], None]
 
 _LOOKS = 5
 _KEPT_BYTES = RING_BYTES // 2  # of the bytes written here, beside the ring: a start takes 2 GB of host memory
@@ -202,9 +203,8 @@ def begin(
     there is no GPU; host memory; or memory that a server beside this process opens, which gets only the small files if
     the host has no room for the weights. `gpu`: the device that the weights are copied to as they arrive; if there are
     several and it has no room for them, nothing is copied yet. `spare_bytes`: memory that has to stay free besides.
-    `while_filling`: a callback for the work that comes
-    next, such as imports; it runs in a thread during a download or a wait, not on a hit, nor for a server.
-    `check_config`: a check before a download, of `servable.py`.
+    `while_filling`: a callback for the work that comes next, such as imports; it runs in a thread during a download or
+    a wait, not on a hit, nor for a server. `check_config`: a check before a download, of `servable.py`.
 
     Raises InvalidSetting if no model is set, DoesNotFit if the GPUs or the host have no room for it, and the errors of
     `ModelStore.ensure`.
@@ -217,68 +217,152 @@ def begin(
     settings.check_allowed(settings.model)
     timeline.volume_mode = settings.volume_mode or ""
     observer = observer or LogObserver()
-    layout = Layout(settings.root)
     gpus = memory.free_gpu_bytes(settings.visible_gpus) if target == "device" else None
-    ring_bytes = 0 if gpus is None else RING_BYTES
     # Asked once: the read itself takes memory.
     free = memory.free_host_memory() if gpus is None else memory.of_gpus(gpus)
-    check_fits = free.less(spare_bytes).check_fits if free is not None else _fits
+    start = _Start(
+        settings,
+        observer,
+        timeline,
+        target,
+        gpu,
+        gpus,
+        spare_bytes,
+        check_fits=free.less(spare_bytes).check_fits if free is not None else _no_check,
+        while_filling=while_filling,
+        check_config=check_config,
+    )
+    try:
+        snapshot, reading, mark = start.run()
+    except BaseException:
+        start.give_up()
+        raise
+    note_outcome(timeline, snapshot)
+    return PendingStart(settings, snapshot, reading, mark, timeline, observer, start.ring_bytes, start.transfer)
+
+
+@dataclass(slots=True)
+class _Start:
+    """A start until its bytes are in flight: the arguments of `begin`, and what is held so far.
+
+    `gpus`: the free bytes of each GPU; None if the bytes are for host memory.
+    """
+
+    settings: Settings
+    observer: Observer
+    timeline: Timeline
+    target: Target
+    gpu: str
+    gpus: Sequence[int] | None
+    spare_bytes: int
+    check_fits: CheckFits
+    while_filling: Callable[[], object]
+    check_config: CheckConfig
     mark: UsageMark | None = None
     reading: Reading | None = None
     transfer: Transfer | None = None
-    try:
-        for attempt in range(_LOOKS):
-            with timeline.span("lookup"):
-                catalog = Catalog.of(settings)
-                snapshot = catalog.find(settings.model, settings.dtype, worker=settings.worker_id)
-            if snapshot is None and target == "shared":
-                from modelstore.store import ModelStore
 
-                store = ModelStore(settings.root, settings=settings)
-                snapshot = store.ensure(settings.model, timeline=timeline, observer=observer)
-            elif snapshot is None:
-                is_alone = gpus is not None and len(gpus) == 1
-                snapshot, reading, transfer = _made(
-                    settings,
-                    observer,
-                    timeline,
-                    check_fits,
-                    ring_bytes,
-                    gpu if is_alone else None,
-                    while_filling,
-                    check_config,
-                )
-            if target == "shared":
-                snapshot = _readable_by_server(snapshot, catalog, check_fits)
-            if mark is None or mark.key != snapshot.key:
-                if mark is not None:
-                    mark.end()
-                mark = UsageMark(layout, snapshot.key, settings.worker_id)
-                # An eviction sees each mark that is older than its notice: only a new mark has to look.
-                if wait_while_evicting(layout, snapshot.key):
-                    _end(reading, transfer)
-                    reading = transfer = None
-                    continue
+    @property
+    def ring_bytes(self) -> int:
+        """The host memory through which the bytes go to a GPU; 0 without one."""
+        return 0 if self.gpus is None else RING_BYTES
+
+    def run(self) -> tuple[Snapshot, Reading, UsageMark]:
+        """The snapshot, its reading, and the mark that it is in use. Raises SnapshotNotFound if it is evicted each time
+        that it was found."""
+        for attempt in range(_LOOKS):
+            snapshot = self._find_or_fill()
+            mark = self._mark_used(snapshot)
+            if mark is None:
+                self._end_reading()
+                continue
             try:
-                if reading is None:
-                    weights = _worth_reading(snapshot, check_fits, target)
-                    reading = start_reading(snapshot, beside=True, ring_bytes=ring_bytes, weights=weights)
-                    if gpus is not None and gpus[_number(gpu, gpus)] >= snapshot.weights_bytes + spare_bytes:
-                        transfer = _transfer_to(gpu, reading)
-                break
+                return snapshot, self._read(snapshot), mark
             except SnapshotNotFound:  # evicted between the look and the open
                 if attempt + 1 == _LOOKS:
                     raise
-        else:
-            raise SnapshotNotFound(f"{settings.model} is evicted again and again: pin it, or raise MODELSTORE_QUOTA")
-    except BaseException:
-        _end(reading, transfer)
-        if mark is not None:
-            mark.end()
-        raise
-    assert mark is not None
-    note_outcome(timeline, snapshot)
-    return PendingStart(settings, snapshot, reading, mark, timeline, observer, ring_bytes, transfer)
+        raise SnapshotNotFound(f"{self.settings.model} is evicted again and again: pin it, or raise MODELSTORE_QUOTA")
+
+    def give_up(self) -> None:
+        """Let go of all that is held."""
+        self._end_reading()
+        if self.mark is not None:
+            self.mark.end()
+
+    def _find_or_fill(self) -> Snapshot:
+        settings = self.settings
+        assert settings.model is not None
+        with self.timeline.span("lookup"):
+            catalog = Catalog.of(settings)
+            snapshot = catalog.find(settings.model, settings.dtype, worker=settings.worker_id)
+        if snapshot is None and self.target != "shared":
+            snapshot = self._fill_and_prefetch()
+        elif snapshot is None:
+            from modelstore.store import ModelStore
+
+            store = ModelStore(settings.root, settings=settings)
+            snapshot = store.ensure(settings.model, timeline=self.timeline, observer=self.observer)
+        if self.target == "shared":
+            snapshot = _readable_by_server(snapshot, catalog, self.check_fits)
+        return snapshot
+
+    def _fill_and_prefetch(self) -> Snapshot:
+        """The snapshot, made here or waited for; what is written here is read on the way, and copied to the GPU if
+        there is one alone."""
+        from modelstore.prefetch import StagingPrefetch
+        from modelstore.store import ModelStore  # its imports (numpy, HTTP) are for a miss alone
+
+        assert self.settings.model is not None
+        store = ModelStore(self.settings.root, settings=self.settings)
+        reading = self.reading = Reading(beside=True, ring_bytes=self.ring_bytes)
+        if self.gpus is not None and len(self.gpus) == 1:
+            self.transfer = _transfer_to(self.gpu, reading)
+        keep_bytes = _KEPT_BYTES if self.ring_bytes else float("inf")
+        prefetch = StagingPrefetch(
+            store.layout,
+            self.observer,
+            reading,
+            keep_bytes=keep_bytes,
+            check=self.check_fits,
+            check_config=self.check_config,
+        )
+        try:
+            with _beside(self.while_filling):
+                snapshot = store.ensure(self.settings.model, timeline=self.timeline, observer=prefetch)
+                self.check_fits(snapshot.key, snapshot.weights_bytes)
+                is_of_use = prefetch.finish(snapshot) is not None
+        except BaseException:
+            prefetch.give_up()
+            raise
+        if not is_of_use:
+            self._end_reading()
+        return snapshot
+
+    def _mark_used(self, snapshot: Snapshot) -> UsageMark | None:
+        """The mark that the snapshot is in use; None if an eviction has taken it."""
+        if self.mark is not None and self.mark.key == snapshot.key:
+            return self.mark
+        if self.mark is not None:
+            self.mark.end()
+        layout = Layout(self.settings.root)
+        self.mark = UsageMark(layout, snapshot.key, self.settings.worker_id)
+        # An eviction sees each mark that is older than its notice: only a new mark has to look.
+        return None if wait_while_evicting(layout, snapshot.key) else self.mark
+
+    def _read(self, snapshot: Snapshot) -> Reading:
+        """The reading of the snapshot, which begins now unless it has begun while it was filled."""
+        if self.reading is None:
+            weights = _worth_reading(snapshot, self.check_fits, self.target)
+            self.reading = start_reading(snapshot, beside=True, ring_bytes=self.ring_bytes, weights=weights)
+            needed_bytes = snapshot.weights_bytes + self.spare_bytes
+            if self.gpus is not None and self.gpus[_number(self.gpu, self.gpus)] >= needed_bytes:
+                self.transfer = _transfer_to(self.gpu, self.reading)
+        return self.reading
+
+    def _end_reading(self) -> None:
+        """Stop the read and its copies, and give their memory back."""
+        _end(self.reading, self.transfer)
+        self.reading = self.transfer = None
 
 
 class _CheckedFill(LogObserver):
@@ -321,44 +405,6 @@ def _no_model() -> InvalidSetting:
     return InvalidSetting("MODEL_ID is not set: name the model to serve, as in MODEL_ID=org/name")
 
 
-def _made(
-    settings: Settings,
-    observer: Observer,
-    timeline: Timeline,
-    check_fits: Callable[[object, int], None],
-    ring_bytes: int,
-    gpu: str | None,
-    while_filling: Callable[[], object],
-    check_config: CheckConfig,
-) -> tuple[Snapshot, Reading | None, Transfer | None]:
-    """The snapshot, made here or waited for; its reading, and the copies of its blocks to `gpu`, if those have begun
-    and are of use."""
-    from modelstore.prefetch import StagingPrefetch
-    from modelstore.store import ModelStore  # its imports (numpy, HTTP) are for a miss alone
-
-    assert settings.model is not None
-    store = ModelStore(settings.root, settings=settings)
-    reading = Reading(beside=True, ring_bytes=ring_bytes)
-    transfer = None if gpu is None else _transfer_to(gpu, reading)
-    keep_bytes = _KEPT_BYTES if ring_bytes else float("inf")
-    following = StagingPrefetch(
-        store.layout, observer, reading, keep_bytes=keep_bytes, check=check_fits, check_config=check_config
-    )
-    try:
-        with _beside(while_filling):
-            snapshot = store.ensure(settings.model, timeline=timeline, observer=following)
-            check_fits(snapshot.key, snapshot.weights_bytes)
-            followed = following.finish(snapshot)
-    except BaseException:
-        following.give_up()
-        _end(reading, transfer)
-        raise
-    if followed is None:
-        _end(reading, transfer)
-        transfer = None
-    return snapshot, followed, transfer
-
-
 def _transfer_to(gpu: str, reading: Reading) -> Transfer:
     """Copy the blocks of a reading to a GPU as they arrive."""
     from modelstore.load.device import open_devices
@@ -381,7 +427,7 @@ def _number(gpu: str, gpus: Sequence[int]) -> int:
     return int(number) if number.isdigit() and int(number) < len(gpus) else 0
 
 
-def _readable_by_server(snapshot: Snapshot, catalog: Catalog, check_fits: Callable[[object, int], None]) -> Snapshot:
+def _readable_by_server(snapshot: Snapshot, catalog: Catalog, check_fits: CheckFits) -> Snapshot:
     """The snapshot; its plain form, if that is there, if the host has no room to decode it for a server."""
     if snapshot.has_compressed_files:
         try:
@@ -391,7 +437,7 @@ def _readable_by_server(snapshot: Snapshot, catalog: Catalog, check_fits: Callab
     return snapshot
 
 
-def _worth_reading(snapshot: Snapshot, check_fits: Callable[[object, int], None], target: Target) -> bool:
+def _worth_reading(snapshot: Snapshot, check_fits: CheckFits, target: Target) -> bool:
     """Whether to read the weights, too; raises DoesNotFit if nothing else will do."""
     try:
         check_fits(snapshot.key, snapshot.weights_bytes)
@@ -408,5 +454,5 @@ def _worth_reading(snapshot: Snapshot, check_fits: Callable[[object, int], None]
     return True
 
 
-def _fits(_label: object, _needed_bytes: int) -> None:
+def _no_check(_label: object, _needed_bytes: int) -> None:
     """The check if the system does not say how much is free."""
