@@ -248,12 +248,10 @@ class ModelStore:
             and mended is None
             and (not refresh or is_commit(parsed.revision) or self.settings.offline)
         ):
-            mark_used(self.layout, present.key)
-            if wait_while_evicting(self.layout, present.key, sleep=self._sleep):
-                present = self.lookup(parsed, dtype=present.dtype)
-            if present is not None:
-                self._record_variant(present.key, before, named, seeds=refresh)
-                return present
+            kept = self._kept(present, parsed)
+            if kept is not None:
+                self._record_variant(kept.key, before, named, seeds=refresh)
+                return kept
         with timeline.span("lookup"):
             try:
                 source, resolved = self._resolve(parsed, refresh=refresh)
@@ -283,18 +281,8 @@ class ModelStore:
                 raise
             logger.warning("%s is not used: %s", source.label, error)
             request = self._from_original(request, parsed, named, error)
-            resolved = request.resolved
             snapshot = self._in_accepted_dtype(request, overflow)
-        if refresh or capabilities.may_change(self.layout, self.settings):  # else the next start asks the Hub again
-            refs.record_commit(
-                self.layout,
-                resolved.repo_id,
-                resolved.revision,
-                resolved.commit,
-                replacing=refresh,
-                check=self.check_may_change,
-                asked_as=repo_id_of(parsed),
-            )
+        self._record_commit(request.resolved, parsed, seeds=refresh)
         self._record_variant(snapshot.key, before, named, seeds=refresh)
         mark_used(self.layout, snapshot.key)
         if request.code and snapshot.lacks_code:
@@ -305,6 +293,13 @@ class ModelStore:
                 snapshot.commit[:12],
             )
         return snapshot
+
+    def _kept(self, present: Snapshot, reference: Reference) -> Snapshot | None:
+        """A snapshot that is there, marked as used; if an eviction was about to take it, what is there after that."""
+        mark_used(self.layout, present.key)
+        if wait_while_evicting(self.layout, present.key, sleep=self._sleep):
+            return self.lookup(reference, dtype=present.dtype)
+        return present
 
     def _other_form(self, damaged: Snapshot | None) -> Snapshot | None:
         """The other form of a damaged snapshot, if that is published, and this process can read it."""
@@ -318,6 +313,20 @@ class ModelStore:
             return self.catalog.find_key(reference, None)
         except IntegrityError:  # a damaged record, which a seed writes anew
             return None
+
+    def _record_commit(self, resolved: Resolved, reference: Reference, *, seeds: bool) -> None:
+        """Record what the revision of a reference led to. A start that may not change the volume leaves it: the next
+        one asks the Hub again."""
+        if seeds or capabilities.may_change(self.layout, self.settings):
+            refs.record_commit(
+                self.layout,
+                resolved.repo_id,
+                resolved.revision,
+                resolved.commit,
+                replacing=seeds,
+                check=self.check_may_change,
+                asked_as=repo_id_of(reference),
+            )
 
     def _record_variant(self, key: SnapshotKey, before: SnapshotKey | None, named: Reference, *, seeds: bool) -> None:
         """After a seed: let its variant answer if none is asked for. `keep` is often made to be exported: it does not
