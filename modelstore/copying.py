@@ -10,7 +10,7 @@ from __future__ import annotations
 def copy_bytes(target: memoryview, source: bytes | bytearray | memoryview) -> None:
     """Copy all of `source` to the beginning of `target`; both are contiguous bytes. Raises ValueError if `target` is
     shorter."""
-    import numpy as np  # a start on a GPU imports this file before all others
+    import numpy as np  # it takes a while: a start on a GPU has this file before its read has begun
 
     if source:
         np.copyto(np.frombuffer(target, np.uint8, len(source)), np.frombuffer(source, np.uint8))

@@ -97,7 +97,7 @@ class PendingStart:
             self._end_copies()
             raise
         except BaseException as error:  # a damaged tokenizer can raise anything in its parser
-            if isinstance(error, ServerFailed):  # its weights told it of wrong bytes: this has another cause
+            if isinstance(error, ServerFailed):  # it was told of wrong bytes, if there were any
                 self._end_copies()
                 raise
             mismatch = error if isinstance(error, DigestMismatch) else self.reading.damage()
@@ -285,9 +285,11 @@ class _Start:
 
     def give_up(self) -> None:
         """Let go of all that is held."""
-        self._end_reading()
-        if self.mark is not None:
-            self.mark.end()
+        try:
+            self._end_reading()
+        finally:
+            if self.mark is not None:
+                self.mark.end()
 
     def _find_or_fill(self) -> Snapshot:
         settings = self.settings

@@ -32,7 +32,7 @@ def create_or_update(api: Api, before: Mapping[str, Any], body: Mapping[str, Any
 
 
 def serves_http(endpoint: Mapping[str, Any]) -> bool:
-    """Whether an endpoint that there is has no queue."""
+    """Whether an existing endpoint has no queue."""
     return endpoint.get("type") == "LOAD_BALANCER" or "base" in (endpoint.get("requestUrls") or {})
 
 

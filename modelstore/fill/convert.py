@@ -135,14 +135,15 @@ def convert_file(
         os.close(source_fd)
 
 
-def copy_file(source: Path, target: StoredFile, *, ready: Ready, memory: memoryview | None = None) -> None:
-    """Write `source` to `target` byte for byte; for the other arguments see `convert_file`."""
+def copy_file(
+    source: Path, size_bytes: int, target: StoredFile, *, ready: Ready, memory: memoryview | None = None
+) -> None:
+    """Write the `size_bytes` of `source` to `target` as they are; for the other arguments see `convert_file`."""
     fd = durable.open_for_read(source)
     try:
-        size = os.fstat(fd).st_size
         write = _Writer(target, memory)
-        for offset in range(0, size, CHUNK_BYTES):
-            length = min(CHUNK_BYTES, size - offset)
+        for offset in range(0, size_bytes, CHUNK_BYTES):
+            length = min(CHUNK_BYTES, size_bytes - offset)
             ready(offset, length)
             write(_read(fd, length, offset, source))
     finally:

@@ -99,7 +99,7 @@ class _Journal:
 class StagedFile:
     """One staged file: its bytes, its journal, and the digests of the bytes that have arrived without a gap.
 
-    Threads may put different granules at once; `whole_stream` is for a source that ignores ranges: one thread
+    Several threads may put granules at once; `whole_stream` is for a source that ignores ranges: one thread
     takes the whole file and the others wait.
     """
 
@@ -119,6 +119,7 @@ class StagedFile:
         self.whole_stream = threading.Lock()
         self._changed = threading.Condition()
         self._storing: set[int] = set()  # granules, at this moment
+        self._waiting = 0  # for others to have stored a granule
         self._copies = 0  # into the memory, at this moment
         self._front_lock = threading.Lock()
         self._begin()
@@ -186,7 +187,9 @@ class StagedFile:
         """Store one granule with its slot, and keep `data`; False if it is there already. Of two threads with the same
         granule, one stores it, while the other one waits: their bytes may differ."""
         with self._changed:
+            self._waiting += 1
             self._changed.wait_for(lambda: index not in self._storing)
+            self._waiting -= 1
             if self._have[index]:
                 return False
             self._storing.add(index)
@@ -195,7 +198,8 @@ class StagedFile:
         finally:
             with self._changed:
                 self._storing.remove(index)
-                self._changed.notify_all()
+                if self._waiting:
+                    self._changed.notify_all()
         return True
 
     def _put(self, index: int, data: bytes | bytearray) -> None:
@@ -295,17 +299,7 @@ class StagedFile:
         return checksum + xxhash.xxh3_64_digest(checksum + identity.encode())
 
     def _arrived(self, index: int, data: bytes | bytearray) -> None:
-        with self._changed:
-            memory = self._memory
-            self._copies += memory is not None
-        try:
-            if memory is not None:
-                copy_bytes(memory[index * GRANULE_BYTES :], data)
-        finally:
-            with self._changed:
-                self._copies -= memory is not None
-                if self._memory is None:  # somebody may wait to take it
-                    self._changed.notify_all()
+        self._copy_to_memory(index, data)
         with self._changed:
             self._have[index] = True
             self._missing -= 1
@@ -314,6 +308,20 @@ class StagedFile:
                 self._ahead[index] = data
             self._changed.notify_all()
         self._advance()
+
+    def _copy_to_memory(self, index: int, data: bytes | bytearray) -> None:
+        with self._changed:
+            memory = self._memory
+            if memory is None:
+                return
+            self._copies += 1
+        try:
+            copy_bytes(memory[index * GRANULE_BYTES :], data)
+        finally:
+            with self._changed:
+                self._copies -= 1
+                if self._memory is None:  # somebody waits to take it
+                    self._changed.notify_all()
 
     def _advance(self, *, wait_for_turn: bool = False) -> None:
         """Digest granules from the front on; one thread does it at a time, the others leave theirs to it."""

@@ -280,7 +280,7 @@ class WeightsPipeline:
         file = staged.file
         with self._stored_file(file, is_digested=True) as target:
             memory = self._memory(staged, file.size_bytes)
-            copy_file(staged.path, target, ready=ready, memory=memory)
+            copy_file(staged.path, file.size_bytes, target, ready=ready, memory=memory)
             return target.finish(self._name(file), None), memory
 
     def _convert_or_exempt(

@@ -1,7 +1,7 @@
 """The reader process beside a worker: how it is started, what it is told, and its reports.
 
 It runs `blocks.py` as a program, with the standard library and xxhash alone as long as no file is compressed, and ends
-with child_channel socket.
+with its socket.
 """
 
 from __future__ import annotations

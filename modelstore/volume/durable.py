@@ -24,6 +24,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -206,13 +207,23 @@ def sync(fd: int, *, path: Path) -> None:
 
 
 def begin_sync(fd: int, offset: int, length: int) -> None:
-    """Have the kernel begin to write these bytes to the volume, so that `sync` has less to wait for. They stay in the
-    page cache. An error of it shows at `sync`; if the kernel does not know it, nothing happens."""
+    """Have the kernel begin to write those of these bytes that it only keeps in memory, so that `sync` has less to wait
+    for. They stay in the page cache. An error shows at `sync`; a system without such a call does nothing."""
+    begin = _sync_file_range()
+    if begin is not None:
+        begin(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
+
+
+@cache
+def _sync_file_range() -> Any:
     import ctypes  # few commands write so much
 
-    begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
-    if begin is not None:
-        begin(fd, ctypes.c_longlong(offset), ctypes.c_longlong(length), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
+    try:
+        function = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return function
 
 
 def close(fd: int, *, path: Path) -> None:

@@ -41,7 +41,7 @@ _DECODING = 0.05  # of a compressed byte, in bytes: what is nearly as small and 
 _AS_GOOD = 1.01  # the first choice that is, because it is decoded faster
 _SAMPLES = 32
 _SAMPLE_BYTES = 1 << 10
-_STRIDE = 0x9E3779B1  # between samples, which would be of the same columns of a matrix if it were a round number
+_STRIDE = 0x9E3779B1  # of 2**32: spreads the samples over a step each; else they are of the same columns of a matrix
 
 # Long matches only, found by a table of 64 entries: short ones in bytes without a pattern make the frames larger, and
 # take twice as long to decode (measured).
@@ -162,8 +162,9 @@ def _best_split(data: npt.NDArray[np.uint8]) -> tuple[int, int]:
     """The number of planes and the rotation that make a block smallest, by the spread of the bytes in samples of it."""
     step = max(_even(data.nbytes // _SAMPLES), _UNIT)
     shifts = max(step - _SAMPLE_BYTES, _UNIT) // _UNIT
-    starts = [start + number * _STRIDE % shifts * _UNIT for number, start in enumerate(range(0, data.nbytes, step))]
-    samples = [data[start : start + _SAMPLE_BYTES] for start in starts]
+    starts = range(0, _even(data.nbytes), step)
+    places = [start + _UNIT * (shifts * (number * _STRIDE % 2**32) >> 32) for number, start in enumerate(starts)]
+    samples = [data[place : place + _SAMPLE_BYTES] for place in places]
     sample = np.concatenate([each[: _even(each.nbytes)] for each in samples] or [data])
     choices = [(1, 0)] if sample.nbytes < _UNIT else [(2, 3), (2, 0), (4, 0), (1, 0)]
     costs = [sum(map(_cost, _split(sample, *choice))) for choice in choices]

@@ -2,7 +2,7 @@
 
 statfs shows the whole cluster on RunPod, not the volume's quota, so the sizes of the store's files are added up here,
 file by file. A holder writes into its claim the bytes that its snapshot will take before it downloads, and every
-process counts that: of two downloads that fit only one after the other, none fails because the quota is full. One
+process counts that: if two downloads fit only one after the other, one of them goes on, and not both fail. One
 process at a time counts and evicts, under a claim of its own (`claims/space`).
 """
 

@@ -97,6 +97,14 @@ def test_a_block_comes_back_and_takes_what_its_kind_takes(kind: str) -> None:
     assert width is None or (len(entry) - 1, entry[0]) == (width, rotation)
 
 
+def test_samples_of_a_whole_block_see_all_columns_of_a_matrix() -> None:
+    """In rows of a power of two, all others than those at the end of a row are zero."""
+    rows = np.zeros((1024, 4096), np.uint16)
+    rows[:, 3072:] = as_bfloat16(WIDE).reshape(1024, 1024)
+    assert rows.nbytes == manifest.BLOCK_BYTES
+    assert planes._best_split(np.frombuffer(rows.tobytes(), np.uint8)) == (2, 0)
+
+
 @given(st.binary(max_size=5000), st.integers(0, 300))
 @settings(deadline=None, max_examples=200)
 def test_any_bytes_of_any_length_come_back(noise: bytes, words: int) -> None:
