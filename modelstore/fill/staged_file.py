@@ -119,7 +119,6 @@ class StagedFile:
         self.whole_stream = threading.Lock()
         self._changed = threading.Condition()
         self._storing: set[int] = set()  # granules, at this moment
-        self._waiting = 0  # for others to have stored a granule
         self._copies = 0  # into the memory, at this moment
         self._front_lock = threading.Lock()
         self._begin()
@@ -187,9 +186,7 @@ class StagedFile:
         """Store one granule with its slot, and keep `data`; False if it is there already. Of two threads with the same
         granule, one stores it, while the other one waits: their bytes may differ."""
         with self._changed:
-            self._waiting += 1
-            self._changed.wait_for(lambda: index not in self._storing)
-            self._waiting -= 1
+            self._changed.wait_for(lambda: self._have[index] or index not in self._storing)
             if self._have[index]:
                 return False
             self._storing.add(index)
@@ -198,7 +195,7 @@ class StagedFile:
         finally:
             with self._changed:
                 self._storing.remove(index)
-                if self._waiting:
+                if not self._have[index]:  # another thread may store it now
                     self._changed.notify_all()
         return True
 
