@@ -33,7 +33,7 @@ def create_or_update(api: Api, before: Mapping[str, Any], body: Mapping[str, Any
 
 def serves_http(endpoint: Mapping[str, Any]) -> bool:
     """Whether an existing endpoint has no queue."""
-    return endpoint.get("type") == "LOAD_BALANCER" or "base" in (endpoint.get("requestUrls") or {})
+    return endpoint.get("type") == "LOAD_BALANCER" or "base" in _urls(endpoint)
 
 
 def url_of(endpoint: Mapping[str, Any]) -> str:

@@ -42,6 +42,7 @@ VLLM = HERE / ".venv-vllm" / "bin" / "python"
 MODEL = HERE / ".cache" / "hub" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
 VLLM_ARGUMENTS = ("--enforce-eager", "--max-model-len", "512")
 READY_S = 600.0
+VLLM_OVER_HTTP = "vLLM, `--http`"
 OWN_VLLM = "its own vLLM, asked directly"
 REST_S = 2.0  # vLLM's threads spin for a second after their last token, on the processors of the next round
 
@@ -220,17 +221,17 @@ def main() -> int:
                 "text, the SDK's local server": partial(running, local, of_text, "/runsync", "/"),
             },
             {
-                "vLLM, `--http`": partial(running, http, of_vllm, chat, "/ping"),
+                VLLM_OVER_HTTP: partial(running, http, of_vllm, chat, "/ping"),
                 "plain `vllm serve`": partial(running, (*plain, "--dtype", "float32"), env, chat, "/health"),
             },
         ]
         for pair in pairs if VLLM.exists() else pairs[:1]:
             results: dict[str, Measured] = {label: Measured() for label in pair}
-            for start in range(options.starts if "plain `vllm serve`" in pair else 1):
+            for start in range(options.starts if VLLM_OVER_HTTP in pair else 1):
                 with ExitStack() as stack:
                     labels = list(pair) if start % 2 == 0 else list(reversed(pair))
                     servers = {label: stack.enter_context(pair[label](label)) for label in labels}
-                    if (of_worker := servers.get("vLLM, `--http`")) is not None:
+                    if (of_worker := servers.get(VLLM_OVER_HTTP)) is not None:
                         servers[OWN_VLLM] = own_vllm(of_worker, Path(folder))
                         results.setdefault(OWN_VLLM, Measured())
                     measure(list(servers.values()), options.runs, options.tokens, results)
