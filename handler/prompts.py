@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +55,7 @@ class Prompt:
         if self.text is not None:
             return self.text
         is_continued = self.template.continue_final_message and self.messages
-        return str(self.messages[-1].get("content", "")) if is_continued else ""
+        return text_of_content(self.messages[-1]["content"]) if is_continued else ""
 
 
 def parse_prompts(value: object, name: str, *, characters: int, at_most: int) -> tuple[tuple[Prompt, ...], bool]:
@@ -85,13 +85,24 @@ def _prompt(value: object, name: str, characters: int) -> Prompt:
 
 
 def parse_messages(value: object, characters: int) -> tuple[Mapping[str, Any], ...]:
-    """A conversation, each message as the template gets it. `characters`: the most, together. Raises JobError.
+    """A conversation. `characters`: the most, together. Raises JobError.
 
-    A content may be empty, null beside a call of a tool, or a list of text parts, which are joined by line breaks. A
-    message's other fields, such as `name` or `tool_call_id`, are the template's.
+    A content may be empty, null beside a call of a tool, or a list of text parts. It is a string or a list of parts in
+    the messages that are returned, too: the template says which of them it gets. A message's other fields, such as
+    `name` or `tool_call_id`, are the template's.
     """
     messages = unparsed_messages(value, characters)
     return tuple(_message(message, f"messages[{index}]") for index, message in enumerate(messages))
+
+
+def text_of_content(content: str | Sequence[Mapping[str, str]]) -> str:
+    """The content of a message as a text: parts are joined by line breaks."""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def parts_of_content(content: str | Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
+    """The content of a message as a list of parts."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def unparsed_messages(value: object, characters: int) -> tuple[Mapping[str, Any], ...]:
@@ -179,8 +190,9 @@ def _message(message: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     if content is None and (role == "assistant" or message.get("tool_calls")):
         content = ""  # a call of a tool, or an answer without a text
     if isinstance(content, list):
-        content = "\n".join(_part(part, f"{place}.content[{number}]") for number, part in enumerate(content))
-    if not isinstance(content, str):
+        texts = [_part(part, f"{place}.content[{number}]") for number, part in enumerate(content)]
+        content = [{"type": "text", "text": text} for text in texts]
+    elif not isinstance(content, str):
         raise invalid(f"{place}.content must be a string or a list of text parts, not {shown(content)}")
     others = {name: value for name, value in message.items() if value is not None}
     if "tool_calls" in others:

@@ -2,8 +2,10 @@
 
 One thread owns the model. A waiting request joins the running batch: that is stopped every few tokens for it, and goes
 on with both, each row with its own way to choose tokens, its own random numbers and its own end. The cost of such a
-stop is one forward pass over the tokens so far. `generate` brings caches, positions and masks of every architecture
-that transformers knows; its own continuous batching has neither seeds nor repetition penalties for each request (5.23).
+stop is one forward pass over the tokens so far. Prompts of different lengths are padded, unless the model ignores the
+mask of the pads: that is tried with the first such batch. `generate` brings caches, positions and masks of every
+architecture that transformers knows; its own continuous batching has neither seeds nor repetition penalties for each
+request (5.23).
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -33,144 +35,24 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from handler.answers import TokenLogprob
-from handler.engines.detokenizer import Detokenizer
+from handler.engines.active_sequence import ActiveSequence
+from handler.engines.context import Context
 from handler.engines.generation_defaults import GenerationDefaults, generation_defaults
 from handler.engines.token_processors import processors_of
 from handler.errors import Code, JobError, invalid, is_gpu_lost, is_out_of_memory
-from handler.sampling import Sampling
 
 if TYPE_CHECKING:
     from handler.engines.adapters import Adapters, PreparedAdapter
 
 JOIN_EVERY = 16  # tokens; joining sooner would pay the pass over the tokens so far too often
-_SEND_EVERY = 32
 _STUCK_S = 120.0  # for a step of the model after all its rows have ended
 _SCORED_AT_ONCE = 256  # tokens of a prompt: more would need much memory beside a large vocabulary
-_INCOMPLETE = "\ufffd"  # the text of the first tokens of a character
-_CHARACTER_TOKENS = 4
+_PADS = 16
+_PADS_CHANGE = 0.1  # of the logits: what rounding changes is far less, even in 16 bits
 _IMPOSSIBLE = -9999.0
 _NOT_A_NUMBER = "the model's output is not a number: its weights overflow here"
 
 logger = logging.getLogger(__name__)
-
-
-class Receiver(Protocol):
-    """Gets the generated text of a row; called from the batcher's thread, and must not raise."""
-
-    def piece(self, text: str, tokens: int, finish_reason: str | None, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
-        """More text, how many tokens it stands for, why it ended, and the tokens' log probabilities if wanted."""
-
-    def failed(self, error: BaseException) -> None:
-        """There will be no more."""
-
-
-class ActiveSequence:
-    """One prompt of a batch, and the tokens that are generated for it."""
-
-    def __init__(
-        self,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        detokenizer: Detokenizer,
-        receiver: Receiver,
-        *,
-        every_token: bool,
-        ends: frozenset[int] = frozenset(),
-        beginning: str = "",
-        scores_prompt: bool = False,
-        text_of: Callable[[int, Sequence[int]], str] = lambda token, _before: str(token),
-        adapter: str | None = None,
-    ) -> None:
-        """Without `every_token` the receiver gets a piece now and then, for its progress alone. `ends`: tokens that end
-        the text besides the model's own. `beginning`: the prompt, if the text repeats it. `scores_prompt`: whether
-        the log probabilities of its tokens are told too.
-        `text_of`: a token's text behind the first tokens of a character, for log probabilities. `adapter`: the name of
-        the one that it is generated with."""
-        self.adapter = adapter
-        self.adapter_key = ""
-        self.tokens = list(prompt)
-        self.prompt_tokens = len(self.tokens)
-        self.sampling = sampling
-        self.left = sampling.max_tokens
-        self.scores_prompt = scores_prompt
-        self.ended_at: float | None = None
-        self.alone = False
-        self._detokenizer = detokenizer
-        self._receiver = receiver
-        self._every_token = every_token
-        self._own_ends = ends
-        self._text_of = text_of
-        self._text = beginning
-        self._unsent_tokens = 0
-        self._logprobs: list[TokenLogprob] = []
-        self._partial: list[int] = []  # the first tokens of a character
-        self._generator: torch.Generator | None = None
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more will be generated."""
-        return self.ended_at is not None
-
-    def generator(self, device: torch.device) -> torch.Generator:
-        """The row's own random numbers: its text does not depend on the other rows of the batch."""
-        if self._generator is None:
-            self._generator = torch.Generator(device)
-            if self.sampling.seed is None:
-                self._generator.seed()
-            else:
-                self._generator.manual_seed(self.sampling.seed)
-        return self._generator
-
-    def ends(self, of_model: frozenset[int]) -> frozenset[int]:
-        """The tokens that end the row; `of_model`: the model's own."""
-        return self._own_ends if self.sampling.ignore_eos else self._own_ends | of_model
-
-    def tell(self, token: int, logprob: float | None, top: Iterable[tuple[int, float]]) -> None:
-        """Note a token's log probability, and the alternatives."""
-        named = tuple((self._text_of(other, self._partial), value) for other, value in top)
-        text = self._text_of(token, self._partial)
-        self._partial.append(token)
-        if text.endswith(_INCOMPLETE) and len(self._partial) < _CHARACTER_TOKENS:
-            text = ""  # the last token of a character has all of its text
-        else:
-            self._partial.clear()
-        self._logprobs.append(TokenLogprob(text, logprob, named))
-
-    def push(self, token: int, ends: frozenset[int]) -> None:
-        """Take one more token."""
-        self.tokens.append(token)
-        self.left -= 1
-        self._unsent_tokens += 1
-        if token not in ends or not (self.sampling.skip_special_tokens or token in self._own_ends):
-            self._text += self._detokenizer.push(token)  # the model's own end is a special token like others
-        if token in ends or self._detokenizer.stopped:
-            self.end("stop")
-        elif not self.left:
-            self.end("length")
-        elif self._unsent_tokens >= _SEND_EVERY or (self._every_token and self._text):
-            self._send_piece(None)
-
-    def end(self, reason: str) -> None:
-        """Nothing more is generated: hand out the rest of the text."""
-        self._text += self._detokenizer.finish()
-        self.ended_at = time.monotonic()
-        self._send_piece(reason)
-
-    def cancel(self) -> None:
-        """The rest is not needed any more."""
-        self.ended_at = self.ended_at or time.monotonic()
-
-    def fail(self, error: BaseException) -> None:
-        """Nothing more can be generated."""
-        if not self.ended:
-            self.ended_at = time.monotonic()
-            self._receiver.failed(error)
-
-    def _send_piece(self, reason: str | None) -> None:
-        text, tokens, logprobs = self._text, self._unsent_tokens, tuple(self._logprobs)
-        self._text, self._unsent_tokens, self._logprobs = "", 0, []
-        self._receiver.piece(text, tokens, reason, logprobs)
 
 
 class Batcher:
@@ -191,13 +73,14 @@ class Batcher:
         self._exchanges: deque[tuple[PreparedAdapter, Future[None]]] = deque()
         self._retired: list[str] = []  # keys of adapters that were exchanged
         self._most = self._room = limit
+        self._ended_since = 0  # rows, since there was less room
+        self._applies_mask: bool | None = None
         vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 1 << 60
         own_defaults = model.generation_config
         self._defaults = generation_defaults(
             own_defaults, vocabulary=vocabulary, pad_token_id=pad_token_id, tokenizer_end=tokenizer_end
         )
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._context = context if isinstance(context, int) and context > 0 else 1 << 60
+        self._context = Context.of(model).together
         self._waiting: deque[ActiveSequence] = deque()
         self._running: list[ActiveSequence] = []
         self._changed = threading.Condition()
@@ -279,7 +162,9 @@ class Batcher:
         while True:
             self._exchange_adapters()
             with self._changed:
+                count = len(self._running)
                 self._running = [row for row in self._running if not row.ended]
+                self._widen(count - len(self._running))
                 while self._waiting and len(self._running) < self._room:
                     row = self._waiting.popleft()
                     if not row.ended:
@@ -294,6 +179,12 @@ class Batcher:
                     self._changed.wait()
         self._fail_all(RuntimeError("the engine has ended"))
         return None
+
+    def _widen(self, ended: int) -> None:
+        """Give a batch room for one more row, if a whole batch of rows has ended since the memory was too small."""
+        self._ended_since += ended
+        if self._ended_since >= self._room and self._room < self._most:
+            self._room, self._ended_since = self._room + 1, 0
 
     def _exchange_adapters(self) -> None:
         """Add the adapters that wait for it, and remove those that no row has any more."""
@@ -319,48 +210,90 @@ class Batcher:
                     logger.warning("an adapter that no job has any more stays in memory: %s", error)
 
     def _wanted(self) -> bool:
-        """Whether a request waits that could join, or an adapter. An encoder's state cannot be extended, only computed
-        again."""
-        if self._model.config.is_encoder_decoder:
+        """Whether a request waits that could join, an adapter, or a prompt that is to be scored. An encoder's state is
+        never extended, only computed again."""
+        if self._model.config.is_encoder_decoder or self._applies_mask is False:
             return False
+        if any(row.scores_prompt and not row.ended for row in self._running):
+            return True
         has_room = sum(not row.ended for row in self._running) < self._room
         return bool(self._exchanges) or (bool(self._waiting) and has_room)
 
     def _generate(self, rows: list[ActiveSequence]) -> None:
-        """Generate until all have ended, or a request joins."""
+        """Generate until all have ended, or a request joins. One prompt at most is scored before: the other rows go on
+        in between."""
+        unscored = next((row for row in rows if row.scores_prompt), None)
+        if unscored is not None:
+            self._score_prompt(unscored)
         for row in rows:
-            if row.scores_prompt:
-                self._score_prompt(row)
-            if not row.left:
+            if not row.scores_prompt and not row.tokens_left and not row.ended:
                 row.end("length")
-        rows = [row for row in rows if not row.ended]
+        rows = self._alike([row for row in rows if not row.scores_prompt and not row.ended])
         if not rows:
             return
-        width = max(len(row.tokens) for row in rows)
+        # An encoder has the prompt again, and the decoder what was generated from it.
+        repeated = [row.generated if self._model.config.is_encoder_decoder else [] for row in rows]
+        config = copy.copy(self._defaults.config)
+        config.max_new_tokens = max(row.tokens_left + len(tokens) for row, tokens in zip(rows, repeated, strict=True))
+        ends = [row.ends(self._defaults.ends) for row in rows]
+        sampler = _TokenSampler(rows, ends, repeated, self._defaults, has_encoder=self._model.config.is_encoder_decoder)
+        self._call_generate(
+            rows,
+            [self._input_of(row) for row in rows],
+            generation_config=config,
+            logits_processor=LogitsProcessorList([sampler]),
+            stopping_criteria=StoppingCriteriaList([_EndOfRows(rows, ends, repeated, self._wanted, self._context)]),
+        )
+
+    def _input_of(self, row: ActiveSequence) -> list[int]:
+        """The tokens that the model reads before it generates."""
+        return row.prompt if self._model.config.is_encoder_decoder else row.tokens
+
+    def _alike(self, rows: list[ActiveSequence]) -> list[ActiveSequence]:
+        """The rows that can be a batch: all, or those that are as long as the first one if pads would change a text."""
+        lengths = [len(self._input_of(row)) for row in rows]
+        if len(set(lengths)) > 1:
+            if self._applies_mask is None:
+                self._applies_mask = self._pads_change_nothing(rows[lengths.index(max(lengths))])
+            if not self._applies_mask:
+                return [row for row, length in zip(rows, lengths, strict=True) if length == lengths[0]]
+        return rows
+
+    def _pads_change_nothing(self, row: ActiveSequence) -> bool:
+        """Whether the model gives the same logits for a prompt with pads. Some with a recurrent state do not know of a
+        mask, and others accept one and do not look at it."""
+        config = copy.copy(self._defaults.config)
+        config.max_new_tokens, config.return_dict_in_generate, config.output_logits = 1, True, True
+        tokens = self._input_of(row)[-_PADS:]
+        alone, padded = (
+            self._call_generate([row], [tokens], width=len(tokens) + pads, generation_config=config)
+            .logits[0][0]
+            .float()
+            for pads in (0, _PADS)
+        )
+        change = float((alone - padded).norm() / (alone - alone.mean()).norm().clamp(min=1e-6))
+        if change > _PADS_CHANGE:
+            logger.warning("the model ignores the mask of pads: only prompts of one length are a batch")
+        return change <= _PADS_CHANGE
+
+    def _call_generate(
+        self, rows: Sequence[ActiveSequence], inputs: Sequence[Sequence[int]], *, width: int = 0, **options: Any
+    ) -> Any:
+        """transformers' `generate` for these inputs, padded to the longest one, or to `width`. Pads come first, so that
+        all texts go on at one place, but behind the input of an encoder, whose positions begin at its first token."""
+        width = max(width, *map(len, inputs))
         tokens = torch.full((len(rows), width), self._defaults.config.pad_token_id)
         mask = torch.zeros_like(tokens)
-        for number, row in enumerate(rows):
-            tokens[number, width - len(row.tokens) :] = torch.tensor(row.tokens)
-            mask[number, width - len(row.tokens) :] = 1
-        config = copy.copy(self._defaults.config)
-        config.max_new_tokens = max(row.left for row in rows)
+        for number, ids in enumerate(inputs):
+            start = 0 if self._model.config.is_encoder_decoder else width - len(ids)
+            tokens[number, start : start + len(ids)] = torch.tensor(ids)
+            mask[number, start : start + len(ids)] = 1
         device = self._model.device
-        ends = [row.ends(self._defaults.ends) for row in rows]
+        tokens, options = tokens.to(device), {**options, "attention_mask": mask.to(device)}
         with torch.inference_mode(), _generation_config(self._model, self._defaults.config):
-            self._call_generate(
-                rows,
-                tokens.to(device),
-                attention_mask=mask.to(device),
-                generation_config=config,
-                logits_processor=LogitsProcessorList([_TokenSampler(rows, ends, self._defaults)]),
-                stopping_criteria=StoppingCriteriaList([_EndOfRows(rows, ends, self._wanted, self._context)]),
-            )
-
-    def _call_generate(self, rows: Sequence[ActiveSequence], tokens: torch.Tensor, **options: Any) -> None:
-        if self._adapters is None:
-            self._model.generate(tokens, **options)
-        else:
-            self._adapters.generate(tokens, keys=[row.adapter_key for row in rows], **options)
+            if self._adapters is None:
+                return self._model.generate(tokens, **options)
+            return self._adapters.generate(tokens, keys=[row.adapter_key for row in rows], **options)
 
     def _score_prompt(self, row: ActiveSequence) -> None:
         """Note the log probabilities of a prompt's tokens, by one pass over them."""
@@ -371,6 +304,8 @@ class Batcher:
             logits = output.logits[0]
             row.tell(row.tokens[0], None, ())
             for begin in range(0, len(row.tokens) - 1, _SCORED_AT_ONCE):
+                if row.ended:
+                    break
                 following = row.tokens[begin + 1 : begin + 1 + _SCORED_AT_ONCE]
                 _add_logprobs(row, following, logits[begin : begin + len(following)])
         row.scores_prompt = False
@@ -384,7 +319,9 @@ class Batcher:
         if len(rows) == 1 or self._broken:
             for row in rows:
                 row.fail(error)
+            self._room = self._most  # the row that failed alone was to blame
         elif is_out_of_memory(error):
+            self._ended_since = 0
             self._room = max(1, len(rows) // 2)
             logger.warning("out of memory with %d prompts at once: going on with %d", len(rows), self._room)
             with self._changed:
@@ -400,16 +337,25 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
     """Chooses each row's token in its own way: all others become impossible, so that a greedy `generate` takes it."""
 
     def __init__(
-        self, rows: list[ActiveSequence], ends: Sequence[frozenset[int]], defaults: GenerationDefaults
+        self,
+        rows: list[ActiveSequence],
+        ends: Sequence[frozenset[int]],
+        repeated: Sequence[Sequence[int]],
+        defaults: GenerationDefaults,
+        *,
+        has_encoder: bool,
     ) -> None:
-        """`ends`: the tokens that end each row."""
+        """`ends`: the tokens that end each row. `repeated`: those that each row begins with once more. `has_encoder`:
+        whether the prompts are in an encoder, and not before the tokens that are generated."""
         self._rows = rows
         self._alike: dict[tuple[float, float, int, float], list[int]] = {}
         self._processors: dict[int, list[LogitsProcessor]] = {}
         self._ends = ends
+        self._repeated = repeated
+        self._steps = 0
         self._defaults = defaults
+        self._has_encoder = has_encoder
         self._sampling = [defaults.completed(row.sampling) for row in rows]
-        self._rows_with_logprobs = [number for number, row in enumerate(rows) if row.sampling.logprobs is not None]
         for number, sampling in enumerate(self._sampling):
             if sampling.temperature:
                 alike = (sampling.temperature, sampling.min_p or 0.0, sampling.top_k or 0, sampling.top_p or 1.0)
@@ -418,49 +364,73 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if torch.isnan(scores).any():  # else the choice, greedy or not, would be made of nothing
             raise JobError(Code.INTERNAL_ERROR, _NOT_A_NUMBER)
-        raw = scores[self._rows_with_logprobs].clone() if self._rows_with_logprobs else None
+        repeated = {number: ids[self._steps] for number, ids in enumerate(self._repeated) if self._steps < len(ids)}
+        self._steps += 1
+        with_logprobs = [
+            number
+            for number, row in enumerate(self._rows)
+            if row.sampling.logprobs is not None and number not in repeated and not row.ended
+        ]
+        raw = scores[with_logprobs].clone() if with_logprobs else None
         if not self._processors:
             self._processors = self._build_processors(scores.device)
         for number, processors in self._processors.items():
-            if processors:
-                so_far = torch.tensor([self._rows[number].tokens], device=scores.device)
+            if processors and number not in repeated:
+                # Of a decoder behind an encoder, also the token that it begins with. None of them is padded.
+                row = [self._rows[number].tokens]
+                so_far = input_ids[number : number + 1] if self._has_encoder else input_ids.new_tensor(row)
                 for processor in processors:
                     scores[number : number + 1] = processor(so_far, scores[number : number + 1])
                 if torch.isneginf(scores[number]).all():
                     raise invalid("no token is left to choose: ask for fewer min_tokens or stop_token_ids")
-        for (temperature, min_p, top_k, top_p), numbers in self._alike.items():
-            some = TemperatureLogitsWarper(temperature)(input_ids, scores[numbers].float())
-            if min_p:
-                some = MinPLogitsWarper(min_p)(input_ids, some)
-            if top_k:
-                some = TopKLogitsWarper(min(top_k, some.shape[-1]))(input_ids, some)
-            if top_p < 1.0:
-                some = TopPLogitsWarper(top_p)(input_ids, some)
-            odds = some.softmax(-1)
-            if not torch.isfinite(odds).all():  # on a GPU multinomial would take the whole process with it
-                raise JobError(Code.INTERNAL_ERROR, _NOT_A_NUMBER)
-            for place, number in enumerate(numbers):
-                chosen = torch.multinomial(odds[place], 1, generator=self._rows[number].generator(odds.device))
-                scores[number] = float("-inf")
-                scores[number, chosen] = 0.0
+        for way, numbers in self._alike.items():
+            self._choose([number for number in numbers if number not in repeated], way, input_ids, scores)
+        for number, token in repeated.items():
+            _make_certain(scores[number], token)
         if raw is not None:
-            for place, number in enumerate(self._rows_with_logprobs):
-                if not self._rows[number].ended:
-                    _add_logprobs(self._rows[number], [int(scores[number].argmax())], raw[place : place + 1])
+            for place, number in enumerate(with_logprobs):
+                _add_logprobs(self._rows[number], [int(scores[number].argmax())], raw[place : place + 1])
         return scores
+
+    def _choose(
+        self, numbers: list[int], way: tuple[float, float, int, float], input_ids: torch.Tensor, scores: torch.Tensor
+    ) -> None:
+        """Choose the tokens of rows that are sampled in the same way: temperature, min_p, top_k and top_p."""
+        if not numbers:
+            return
+        temperature, min_p, top_k, top_p = way
+        some = TemperatureLogitsWarper(temperature)(input_ids, scores[numbers].float())
+        if min_p:
+            some = MinPLogitsWarper(min_p)(input_ids, some)
+        if top_k:
+            some = TopKLogitsWarper(min(top_k, some.shape[-1]))(input_ids, some)
+        if top_p < 1.0:
+            some = TopPLogitsWarper(top_p)(input_ids, some)
+        odds = some.softmax(-1)
+        if not torch.isfinite(odds).all():  # on a GPU multinomial would take the whole process with it
+            raise JobError(Code.INTERNAL_ERROR, _NOT_A_NUMBER)
+        for place, number in enumerate(numbers):
+            chosen = torch.multinomial(odds[place], 1, generator=self._rows[number].generator(odds.device))
+            _make_certain(scores[number], chosen)
 
     def _build_processors(self, device: torch.device) -> dict[int, list[LogitsProcessor]]:
         """The processors of each row."""
         return {
             number: processors_of(
                 self._sampling[number],
-                prompt_tokens=row.prompt_tokens,
+                prompt_tokens=1 if self._has_encoder else row.prompt_tokens,
                 ends=self._ends[number],
                 suppressed_first=self._defaults.suppressed_first,
                 device=device,
             )
             for number, row in enumerate(self._rows)
         }
+
+
+def _make_certain(scores: torch.Tensor, token: int | torch.Tensor) -> None:
+    """Make all tokens but one impossible; `scores` has the shape (vocabulary,)."""
+    scores[:] = float("-inf")
+    scores[token] = 0.0
 
 
 def _add_logprobs(row: ActiveSequence, tokens: Sequence[int], logits: torch.Tensor) -> None:
@@ -482,11 +452,18 @@ class _EndOfRows(StoppingCriteria):  # type: ignore[misc]
     the end of the model's context."""
 
     def __init__(
-        self, rows: list[ActiveSequence], ends: Sequence[frozenset[int]], is_wanted: Callable[[], bool], context: int
+        self,
+        rows: list[ActiveSequence],
+        ends: Sequence[frozenset[int]],
+        repeated: Sequence[Sequence[int]],
+        is_wanted: Callable[[], bool],
+        context: int | None,
     ) -> None:
-        """`ends`: the tokens that end each row; `context`: the most tokens that the model takes."""
+        """`ends`: the tokens that end each row. `repeated`: those that each row begins with once more. `context`: the
+        most tokens that the model takes, prompt and answer together, if there is such a limit."""
         self._rows = rows
         self._lengths = [len(row.tokens) for row in rows]
+        self._repeated = [len(tokens) for tokens in repeated]
         self._context = context
         self._ends = ends
         self._wanted = is_wanted
@@ -494,11 +471,12 @@ class _EndOfRows(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         self._steps += 1
-        for row, ends, token in zip(self._rows, self._ends, input_ids[:, -1].tolist(), strict=True):
-            if not row.ended:
+        tokens = input_ids[:, -1].tolist()
+        for row, ends, repeated, token in zip(self._rows, self._ends, self._repeated, tokens, strict=True):
+            if not row.ended and self._steps > repeated:
                 row.push(token, ends)
         ended = [row.ended for row in self._rows]
-        beyond = any(
+        beyond = self._context is not None and any(
             row.ended and length + self._steps >= self._context
             for row, length in zip(self._rows, self._lengths, strict=True)
         )

@@ -39,6 +39,7 @@ _MEMORY_BYTES = 2 << 30
 _WARM_UP = "{{ strftime_now('%d %b %Y') }}{{ [1] | tojson }}{% for _ in [1] %}{% break %}{% endfor %}"
 _MAX_ERROR_CHARACTERS = 500
 _OPENING: Mapping[str, Any] = {"add_generation_prompt": True}
+_SAMPLE = "20361845"  # a content, to see what a template makes of it
 _ESCAPED = 12  # characters of JSON for one beyond Unicode's first plane
 
 
@@ -48,6 +49,7 @@ class Renderer:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
+        self._reads_parts: dict[str, bool] = {}  # by template
 
     def start(self) -> None:
         """Have the process do its imports, without waiting for it."""
@@ -93,6 +95,20 @@ class Renderer:
             raise TemplateError(answer["error"])
         text: str = answer["text"]
         return text
+
+    def reads_parts(self, template: str, variables: Mapping[str, Any]) -> bool:
+        """Whether the template reads the content of a message as a list of parts alone. It would leave out a content
+        that is a string, without an error. Raises TemplateTimeout."""
+        if template not in self._reads_parts:
+
+            def shows(content: object) -> bool:
+                try:
+                    return _SAMPLE in self.render(template, [{"role": "user", "content": content}], variables)
+                except TemplateError:
+                    return False
+
+            self._reads_parts[template] = not shows(_SAMPLE) and shows([{"type": "text", "text": _SAMPLE}])
+        return self._reads_parts[template]
 
     def close(self) -> None:
         """Return when the process has ended."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from handler.engines.chat_template import Renderer
+from handler.engines.context import Context
 from handler.engines.detokenizer import Detokenizer
 from handler.errors import Code, JobError, TemplateTimeout, invalid
 from handler.jobs import TextRequest
-from handler.prompts import Prompt
+from handler.prompts import Prompt, parts_of_content, text_of_content
 from handler.sampling import Sampling
 from modelstore.adapters import Adapter, find_or_make
 from modelstore.errors import NotServable
@@ -36,13 +37,13 @@ _MESSAGE_CHARACTERS = 500  # of an error of a tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A causal language model with its tokenizer; `context`: the most tokens that it takes, if its config says so."""
+    """A language model with its tokenizer."""
 
     snapshot: Snapshot
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     kinds: TokenKinds
-    context: int | None
+    context: Context
     in_use: UsageMark
     adapters: Adapters | None = None
 
@@ -75,11 +76,11 @@ class Loaded:
                 transfer=pending.transfer,
                 while_reading=while_reading,
             )
-            context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-            known = context if isinstance(context, int) and context > 0 else None
             adapters = _beside(model, prepared)
             stack.pop_all()
-        return cls(pending.snapshot, model, tokenizer, TokenKinds(tokenizer), known, pending.in_use, adapters)
+        return cls(
+            pending.snapshot, model, tokenizer, TokenKinds(tokenizer), Context.of(model), pending.in_use, adapters
+        )
 
     def end_use(self) -> None:
         """The snapshots are no longer in use by this worker."""
@@ -128,6 +129,7 @@ class TokenKinds:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self._texts: dict[int, str] = {}  # of a token each: log probabilities of a prompt ask for the same ones often
 
     @cached_property
     def special(self) -> frozenset[int]:
@@ -153,10 +155,18 @@ class TokenKinds:
     def text_of(self, token: int, before: Sequence[int] = ()) -> str:
         """The text of one token, as it stands in a text, together with the first tokens of its character, `before`; a
         special token's too."""
+        if before:
+            return self._decoded(*before, token)
+        if token not in self._texts:
+            self._texts[token] = self._decoded(token)
+        return self._texts[token]
+
+    def _decoded(self, *tokens: int) -> str:
+        """The text of tokens as it stands in a text."""
         decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
         anchor: str = decode([*self._anchor])
-        text: str = decode([*self._anchor, *before, token])
-        return text[len(anchor) :] if text.startswith(anchor) else decode([*before, token])
+        text: str = decode([*self._anchor, *tokens])
+        return text[len(anchor) :] if text.startswith(anchor) else decode([*tokens])
 
     def detokenizer(
         self, sampling: Sampling, prompt: Sequence[int], *, is_new_message: bool, stream: bool
@@ -217,26 +227,25 @@ class _WithoutToken:
 def encode(prompt: Prompt, loaded: Loaded, renderer: Renderer, add_special_tokens: bool | None = None) -> list[int]:
     """A prompt's tokens. `add_special_tokens`: whether the tokenizer adds its own; by default it does so to a text, and
     a conversation's template has them. Raises JobError."""
+    tokens: list[int]
     if prompt.tokens:
-        size = vocabulary_size(loaded)
-        if max(prompt.tokens) >= size:
-            raise invalid(f"prompt holds the token id {max(prompt.tokens)}: {loaded.key.repo_id} has {size} tokens")
-        return list(prompt.tokens)
-    if prompt.text is not None:
-        tokens: list[int] = loaded.tokenizer(prompt.text, add_special_tokens=add_special_tokens is not False)[
-            "input_ids"
-        ]
-        return tokens
-    if not loaded.tokenizer.chat_template:
+        tokens = list(prompt.tokens)
+    elif prompt.text is not None:
+        tokens = loaded.tokenizer(prompt.text, add_special_tokens=add_special_tokens is not False)["input_ids"]
+    elif loaded.tokenizer.chat_template:
+        tokens = _encode_messages(prompt, loaded, renderer, add_special_tokens=add_special_tokens is True)
+    else:
         raise invalid(f"{loaded.key.repo_id} has no chat template: send prompt instead of messages")
-    return _encode_messages(prompt, loaded, renderer, add_special_tokens=add_special_tokens is True)
+    size = vocabulary_size(loaded)
+    if tokens and max(tokens) >= size:  # also of a text: a tokenizer may have tokens that were added after the training
+        raise invalid(f"prompt holds the token id {max(tokens)}: {loaded.key.repo_id} has {size} tokens")
+    return tokens
 
 
 def _encode_messages(prompt: Prompt, loaded: Loaded, renderer: Renderer, *, add_special_tokens: bool) -> list[int]:
     """A conversation's tokens, as `apply_chat_template` gives them; the template is rendered in a process that can be
     killed."""
     tokenizer, template = loaded.tokenizer, prompt.template
-    messages = [dict(message) for message in prompt.messages]
     options: dict[str, Any] = {
         "add_generation_prompt": template.add_generation_prompt,
         "continue_final_message": template.continue_final_message,
@@ -246,10 +255,15 @@ def _encode_messages(prompt: Prompt, loaded: Loaded, renderer: Renderer, *, add_
     made: dict[str, list[int]]
     try:
         if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+            messages = [{**message, "content": text_of_content(message["content"])} for message in prompt.messages]
             made = tokenizer.apply_chat_template(messages, return_dict=True, **options, **template.variables)
         else:
             source = tokenizer.get_chat_template(tools=options.get("tools"))
             _check_used(source, options, loaded)
+            as_read = (
+                parts_of_content if renderer.reads_parts(source, tokenizer.special_tokens_map) else text_of_content
+            )
+            messages = [{**message, "content": as_read(message["content"])} for message in prompt.messages]
             variables = {**tokenizer.special_tokens_map, **template.variables}
             text = renderer.render(source, messages, variables, options)
             made = tokenizer(text, add_special_tokens=add_special_tokens)
@@ -295,23 +309,10 @@ def ends_of(sampling: Sampling, loaded: Loaded) -> frozenset[int]:
 
 def fitted(prompt_tokens: int, request: TextRequest, loaded: Loaded) -> Sampling:
     """How to sample within the model's context. Raises JobError if prompt and answer do not go into it."""
-    sampling, context = request.sampling, loaded.context
-    if prompt_tokens == 0:
-        raise invalid("prompt has no tokens")
-    if context is None or prompt_tokens + sampling.max_tokens <= context:
-        return sampling
-    if request.fit and prompt_tokens < context:
-        room = context - prompt_tokens
-        return replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
-    asked = "" if request.fit else f" and max_tokens {sampling.max_tokens}"
-    raise invalid(
-        f"the prompt's {prompt_tokens} tokens{asked} exceed the context of {context} tokens of {loaded.key.repo_id}"
-        if asked or prompt_tokens > context
-        else f"the prompt's {prompt_tokens} tokens leave no room for an answer in the context of {context} tokens"
-    )
+    return loaded.context.fitted(prompt_tokens, request.sampling, shorten=request.fit, label=loaded.key.repo_id)
 
 
 def pad_token_id(loaded: Loaded) -> int | None:
-    pad: int | None = loaded.tokenizer.pad_token_id
-    end: int | None = loaded.tokenizer.eos_token_id
-    return end if pad is None else pad
+    """A token for the places of a batch that hold no text; None if the tokenizer names none that the model has."""
+    ids = (loaded.tokenizer.pad_token_id, loaded.tokenizer.eos_token_id)
+    return next((number for number in ids if number is not None and number < vocabulary_size(loaded)), None)

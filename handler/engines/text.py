@@ -16,8 +16,9 @@ import torch
 
 from handler.answers import Answer, TextDelta, TokenLogprob
 from handler.engines import MANY, NUMBERS, compiled_code
+from handler.engines.active_sequence import ActiveSequence
 from handler.engines.adapter_gate import exchange_begun, exchange_ended, shown
-from handler.engines.batcher import ActiveSequence, Batcher, free_memory
+from handler.engines.batcher import Batcher, free_memory
 from handler.engines.chat_template import Renderer
 from handler.engines.loaded import Loaded, check_token_ids, encode, ends_of, fitted, pad_token_id
 from handler.engines.offload import Offload
@@ -142,7 +143,7 @@ class TextEngine:
             "model": loaded.key.repo_id,
             "commit": loaded.key.commit,
             "dtype": loaded.key.dtype,
-            "context": loaded.context,
+            "context": loaded.context.size,
             "memory": memory,
             **shown(loaded.adapters.current if loaded.adapters is not None else {}),
         }

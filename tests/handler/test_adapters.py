@@ -145,7 +145,7 @@ def test_an_alias_that_is_repointed_changes_new_answers_and_no_running_one(
 
     async def across_the_exchange() -> list[tuple[str, str]]:
         running = [asyncio.create_task(answer(engine, "style", long)) for _job in range(3)]
-        while sum(row.left < long for row in engine._serving.batcher._running) < len(running):
+        while sum(row.tokens_left < long for row in engine._serving.batcher._running) < len(running):
             await asyncio.sleep(0.001)
         store.set_alias("style", "org/two", dtype="keep")
         exchange = asyncio.get_running_loop().run_in_executor(None, follower.look)

@@ -6,66 +6,23 @@ import copy
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
 
-from handler.answers import TokenLogprob
-from handler.engines.batcher import JOIN_EVERY, ActiveSequence, Batcher
+from handler.engines.active_sequence import ActiveSequence
+from handler.engines.batcher import JOIN_EVERY, Batcher
 from handler.engines.detokenizer import Detokenizer
 from handler.engines.generation_defaults import generation_defaults
 from handler.errors import Code, JobError
 from handler.sampling import Sampling
+from tests.support.batches import GREEDY, Receiver, decode, row, wait
 
 VOCABULARY = 200
 END = 199
-GREEDY = Sampling(max_tokens=12, temperature=0.0)
-
-
-@dataclass
-class Receiver:
-    """Keeps what it gets."""
-
-    text: str = ""
-    tokens: int = 0
-    reason: str | None = None
-    error: BaseException | None = None
-    pieces: int = 0
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    ended: threading.Event = field(default_factory=threading.Event)
-
-    def piece(self, text: str, tokens: int, finish_reason: str | None, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
-        self.text += text
-        self.logprobs += logprobs
-        self.tokens += tokens
-        self.pieces += 1
-        if finish_reason:
-            self.reason = finish_reason
-            self.ended.set()
-
-    def failed(self, error: BaseException) -> None:
-        self.error = error
-        self.ended.set()
-
-
-def decode(tokens: Any) -> str:
-    return "".join(f"{token}." for token in tokens)
-
-
-def row(
-    prompt: list[int], sampling: Sampling = GREEDY, *, every_token: bool = False
-) -> tuple[ActiveSequence, Receiver]:
-    receiver = Receiver()
-    detokenizer = Detokenizer(decode, sampling.stop, at_the_end=not every_token)
-    return ActiveSequence(prompt, sampling, detokenizer, receiver, every_token=every_token), receiver
-
-
-def wait(*receivers: Receiver) -> None:
-    for receiver in receivers:
-        assert receiver.ended.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +75,8 @@ def calls(model: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[in
     real = type(model).generate
 
     def generate(self: Any, tokens: torch.Tensor, **keywords: Any) -> Any:
-        sizes.append(tokens.shape[0])
+        if not getattr(keywords.get("generation_config"), "return_dict_in_generate", False):  # the trial of the mask
+            sizes.append(tokens.shape[0])
         return real(self, tokens, **keywords)
 
     monkeypatch.setattr(type(model), "generate", generate)
@@ -290,6 +248,44 @@ def test_out_of_memory_makes_batches_smaller(
         assert receiver.text == alone(model, prompt, 12)
 
 
+def test_there_is_room_again_once_the_row_that_does_not_fit_has_failed(
+    model: tf.PreTrainedModel, batcher: Batcher, failing: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while other rows wait: with a steady load no batch is ever empty."""
+
+    def full(tokens: torch.Tensor) -> None:
+        if (tokens == 77).any():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    failing(full)
+    sizes = calls(model, monkeypatch)
+    bad, bad_got = row([77] * 3)
+    made = [row([number, 5, 9]) for number in range(1, 40)]
+    batcher.submit([bad, *(one for one, _ in made)])
+    wait(bad_got, *(receiver for _, receiver in made))
+    assert isinstance(bad_got.error, torch.OutOfMemoryError)
+    assert sizes.count(8) >= 3, f"of eight rows each, as before it: {sizes}"
+
+
+def test_batches_become_larger_again_after_a_peak(
+    model: tf.PreTrainedModel, batcher: Batcher, failing: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peak = [True]
+
+    def full(tokens: torch.Tensor) -> None:
+        if peak[0] and tokens.shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        peak[0] = False
+
+    failing(full)
+    sizes = calls(model, monkeypatch)
+    made = [row([number, 5, 9]) for number in range(1, 60)]
+    batcher.submit([one for one, _ in made])
+    wait(*(receiver for _, receiver in made))
+    assert sizes[:3] == [8, 4, 2]
+    assert max(sizes[3:]) == 8, sizes
+
+
 def test_a_row_that_does_not_fit_alone_fails_and_the_next_goes_on(
     batcher: Batcher, failing: Callable[..., None]
 ) -> None:
@@ -373,7 +369,7 @@ def test_a_row_that_has_ended_is_not_carried_beyond_the_context() -> None:
     batcher.submit([near, far])
     wait(near_got, far_got)
     batcher.close()
-    assert sizes == [2, 1], "begun together, and gone on with alone; nothing failed"
+    assert sizes[-2:] == [2, 1], "begun together, and gone on with alone; nothing failed"
     assert (near_got.tokens, far_got.tokens) == (4, 37)
 
 
@@ -618,6 +614,41 @@ def test_a_prompt_is_scored_without_a_token_generated(batcher: Batcher) -> None:
     sampling = replace(GREEDY, max_tokens=0, logprobs=1)
     got = texts(batcher, sampling, PROMPTS[2], beginning="P", scores_prompt=True)
     assert (got.text, got.tokens, got.reason, len(got.logprobs)) == ("P", 0, "length", len(PROMPTS[2]))
+
+
+def test_others_go_on_while_prompts_are_scored(
+    model: tf.PreTrainedModel, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts are scored one by one, and what was cancelled meanwhile is not."""
+    scored: list[int] = []
+    real = Batcher._score_prompt
+
+    def score(self: Batcher, one: ActiveSequence) -> None:
+        scored.append(len(other_got.text))
+        real(self, one)
+
+    monkeypatch.setattr(Batcher, "_score_prompt", score)
+    sampling = replace(GREEDY, max_tokens=0, logprobs=1)
+    other, other_got = row(PROMPTS[0], Sampling(max_tokens=300, temperature=0.0, ignore_eos=True), every_token=True)
+    batcher.submit([other])
+    while not other_got.pieces:
+        pass
+    made = []
+    for prompt in PROMPTS:
+        receiver = Receiver()
+        made.append(
+            (
+                ActiveSequence(prompt, sampling, Detokenizer(decode), receiver, every_token=False, scores_prompt=True),
+                receiver,
+            )
+        )
+    made[-1][0].cancel()
+    batcher.submit([one for one, _ in made])
+    wait(other_got, *(receiver for _, receiver in made[:-1]))
+    assert scored == sorted(set(scored)), "between two prompts the other row got tokens"
+    assert len(scored) == len(PROMPTS) - 1
+    for prompt, (_, receiver) in zip(PROMPTS[:-1], made[:-1], strict=True):
+        assert len(receiver.logprobs) == len(prompt)
 
 
 def test_a_job_without_a_value_gets_the_models_own(model: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 from handler.answers import TextAnswer, TextDelta
 from handler.errors import Code, JobError, not_served
 from handler.jobs import Limits, TextRequest, input_of, parse_text
-from handler.prompts import Prompt, TemplateOptions
+from handler.prompts import Prompt, TemplateOptions, parts_of_content, text_of_content
 from modelstore.settings import Settings
 
 MODEL = "org/name"
@@ -77,7 +77,12 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{
 )
 def test_contents_are_taken_as_openai_takes_them(content: Any, text: str) -> None:
     (prompt,) = parse(messages=[{"role": "user", "content": content}]).prompts
-    assert prompt.messages == ({"role": "user", "content": text},)
+    (message,) = prompt.messages
+    assert text_of_content(message["content"]) == text
+    assert parts_of_content(message["content"]) == [
+        {"type": "text", "text": each}
+        for each in ([content] if isinstance(content, str) else text.split("\n") if text else [])
+    ]
 
 
 def test_a_call_of_a_tool_and_its_answer_reach_the_template() -> None:
