@@ -39,6 +39,14 @@ class JobError(Exception):
         return {"error": f"{self.code}: {self}" if str(self) else self.code.value, "code": self.code.value}
 
 
+def not_a_number() -> JobError:
+    """The error of a model whose output is infinite or not a number."""
+    return JobError(
+        Code.INTERNAL_ERROR,
+        "the model's output is not a number, as if it overflowed in 16 bits: serve it with MODEL_DTYPE=float32",
+    )
+
+
 class TemplateError(ValueError):
     """The template does not take these messages; the text is the template's own."""
 

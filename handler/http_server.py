@@ -126,6 +126,8 @@ class _Server(uvicorn.Server):
             self._retiring_since = self._retiring_since or now
             if now - self._retiring_since > _LEAVES_AFTER_S and self._requests.is_idle:
                 self.should_exit = True
+        else:
+            self._retiring_since = None
         if self.should_exit:
             self._ending()
         return await super().on_tick(counter)

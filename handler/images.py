@@ -15,6 +15,7 @@ An output also has "nsfw_content_detected": [bool] if the pipeline has a safety 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -40,6 +41,10 @@ _NOT_SENT = re.compile(
     r"|.*_kwargs|num_(images|videos|waveforms)_per_prompt"
 )
 _PICTURE_COUNTS = ("batch_size", "decode_chunk_size", "class_labels")  # that say how many pictures are made at once
+# Arguments that say how long a pipeline works; `num_inference_steps` has a field of its own.
+_STEP_COUNTS = re.compile(r".*inference_steps(_list)?|num_.*steps|max_post_steps")
+_FRAME_COUNTS = re.compile(r"(.*_)?num_.*frames.*|frames|video_length")
+_NEW_TOKENS = re.compile(r".*max_new_tokens|gen_length")
 _PAIRS = ("_size", "_top_left")
 _PICTURES = re.compile(r"(.*_)?(image|images|mask)")
 
@@ -66,7 +71,7 @@ class ImageRequest:
     """
 
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None
     steps: int
     guidance_scale: float | None
     width: int | None
@@ -202,6 +207,11 @@ def parse_image(data: Mapping[str, Any], limits: Limits, call: PipelineCall) -> 
     width, height = (_side(fields, name, limits) for name in ("width", "height"))
     if width and height and width * height > limits.pixels:
         raise invalid(f"width times height must be at most {limits.pixels}, not {width * height}")
+    for name, side, other in (("width", width, "height"), ("height", height, "width")):
+        if (
+            side and (width is None or height is None) and side > math.isqrt(limits.pixels)
+        ):  # the pipeline has the other
+            raise invalid(f"{name} must be at most {math.isqrt(limits.pixels)} without {other}, not {side}")
     guidance = None
     if "guidance_scale" in fields:
         guidance = number(fields, "guidance_scale", 7.5, at_least=0.0, at_most=MAX_GUIDANCE)
@@ -214,7 +224,7 @@ def parse_image(data: Mapping[str, Any], limits: Limits, call: PipelineCall) -> 
     checked = {name: _argument(name, value, call, limits) for name, value in others.items() if name not in pictures}
     return ImageRequest(
         prompt=texts["prompt"],
-        negative_prompt=texts["negative_prompt"],
+        negative_prompt=texts["negative_prompt"] if "negative_prompt" in fields else None,
         steps=integer(fields, "num_inference_steps", steps, at_least=1, at_most=limits.steps),
         guidance_scale=guidance,
         width=width,
@@ -280,8 +290,10 @@ def _argument(name: str, value: Any, call: PipelineCall, limits: Limits) -> Any:
         and not (is_number or isinstance(value, list))
     ):
         raise invalid(f"{name} must be a number, not {shown(value)}")
-    if name == "num_frames":
-        integer({name: value}, name, 1, at_least=1, at_most=limits.frames)
+    counts = ((_STEP_COUNTS, limits.steps), (_FRAME_COUNTS, limits.frames), (_NEW_TOKENS, limits.max_tokens))
+    for at_most in (at_most for kind, at_most in counts if kind.fullmatch(name)):
+        for item in each:
+            integer({name: item}, name, 1, at_least=int(name == "num_frames"), at_most=at_most)
     if name == "max_sequence_length":
         integer({name: value}, name, 1, at_least=1, at_most=MAX_NUMBER)
     if isinstance(value, list) and (isinstance(default, tuple) or name.endswith(_PAIRS)):

@@ -39,7 +39,7 @@ from handler.engines.active_sequence import ActiveSequence
 from handler.engines.context import Context
 from handler.engines.generation_defaults import GenerationDefaults, generation_defaults
 from handler.engines.token_processors import processors_of
-from handler.errors import Code, JobError, invalid, is_gpu_lost, is_out_of_memory
+from handler.errors import invalid, is_gpu_lost, is_out_of_memory, not_a_number
 
 if TYPE_CHECKING:
     from handler.engines.adapters import Adapters, PreparedAdapter
@@ -50,7 +50,6 @@ _SCORED_AT_ONCE = 256  # tokens of a prompt: more would need much memory beside 
 _PADS = 16
 _PADS_CHANGE = 0.1  # of the logits: what rounding changes is far less, even in 16 bits
 _IMPOSSIBLE = -9999.0
-_NOT_A_NUMBER = "the model's output is not a number: its weights overflow here"
 
 logger = logging.getLogger(__name__)
 
@@ -363,7 +362,7 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if torch.isnan(scores).any():  # else the choice, greedy or not, would be made of nothing
-            raise JobError(Code.INTERNAL_ERROR, _NOT_A_NUMBER)
+            raise not_a_number()
         repeated = {number: ids[self._steps] for number, ids in enumerate(self._repeated) if self._steps < len(ids)}
         self._steps += 1
         with_logprobs = [
@@ -408,7 +407,7 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
             some = TopPLogitsWarper(top_p)(input_ids, some)
         odds = some.softmax(-1)
         if not torch.isfinite(odds).all():  # on a GPU multinomial would take the whole process with it
-            raise JobError(Code.INTERNAL_ERROR, _NOT_A_NUMBER)
+            raise not_a_number()
         for place, number in enumerate(numbers):
             chosen = torch.multinomial(odds[place], 1, generator=self._rows[number].generator(odds.device))
             _make_certain(scores[number], chosen)

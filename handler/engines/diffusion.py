@@ -7,11 +7,11 @@ import base64
 import inspect
 import io
 import json
+import logging
 import secrets
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -30,6 +30,7 @@ from handler import openai_routes
 from handler.answers import Answer, whole
 from handler.bucket import with_addresses
 from handler.engines import LARGE, compiled_code
+from handler.engines.abandoned import Abandoned
 from handler.engines.batcher import free_memory
 from handler.errors import invalid, is_gpu_lost, is_out_of_memory, not_served
 from handler.images import (
@@ -44,11 +45,12 @@ from handler.images import (
 )
 from handler.jobs import JobContext
 from handler.openai_images import OpenAIImagesAnswer, parse_images_job
-from modelstore.errors import BadSafetensors, NoWeights, Refused
+from modelstore.errors import BadSafetensors, NotServable, NoWeights, Refused
 from modelstore.load.model import bounded_build, build_part
 from modelstore.load.tensors import load_tensors
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
+from modelstore.units import one_line
 from modelstore.volume import durable
 from modelstore.volume.layout import Layout
 from modelstore.volume.snapshots import Catalog, Snapshot
@@ -56,7 +58,12 @@ from modelstore.warmstart import PendingStart
 
 _LIBRARIES = ("diffusers", "transformers")
 _QUALITY = 95  # of JPEG and WEBP, of 100
+_MESSAGE_CHARACTERS = 500  # of an error of torch
+_MOST_NAMED = 3  # weights, in an error
+_PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # whose size is told without the picture's decoding
 _STUCK_S = 120.0  # for a step of the pipeline that goes on though its picture is not needed any more
+
+logger = logging.getLogger(__name__)
 
 
 class DiffusionEngine:
@@ -73,13 +80,14 @@ class DiffusionEngine:
         self.call = PipelineCall(type(pipeline).__name__, arguments_of(type(pipeline)))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draw")
         self._lost_gpu = ""
-        self._abandoned: dict[Future[Images], float] = {}  # drawings without a waiting job, and since when
+        self._abandoned = Abandoned()
 
     @classmethod
     def load(cls, pending: PendingStart, *, while_reading: Callable[[], None] | None = None) -> DiffusionEngine:
         """The engine from a start whose bytes are in flight; `while_reading` is called before the last of them."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         pending.reading.wait_small_files(pending.snapshot)
+        check_parts(pending.snapshot)
         if while_reading is not None:
             while_reading()
         tensors = load_tensors(
@@ -97,8 +105,7 @@ class DiffusionEngine:
     @property
     def broken(self) -> str:
         """See Engine."""
-        since = min(self._abandoned.values(), default=None)
-        late_s = 0.0 if since is None else time.monotonic() - since
+        late_s = self._abandoned.longest_s
         return self._lost_gpu or (f"a drawing has not ended for {late_s:.0f} s" if late_s > _STUCK_S else "")
 
     async def answer(self, data: Mapping[str, Any], job: JobContext) -> Answer:
@@ -141,8 +148,7 @@ class DiffusionEngine:
                 drawing.exception()  # without a waiting job the error would never be retrieved
             steps.put_nowait(None)
 
-        work = self._thread.submit(self._draw, request, step, is_wanted)
-        work.add_done_callback(lambda done: self._abandoned.pop(done, None))  # the loop may have ended by then
+        work = self._thread.submit(self._draw, request, step)
         drawing = asyncio.wrap_future(work)
         drawing.add_done_callback(ended)
         try:
@@ -151,14 +157,9 @@ class DiffusionEngine:
             yield await drawing
         finally:
             is_wanted.clear()
-            if not work.done():
-                self._abandoned[work] = time.monotonic()
-                if work.done():
-                    self._abandoned.pop(work, None)
+            self._abandoned.leave(work)
 
-    def _draw(self, request: ImageRequest, step: Any, is_wanted: threading.Event) -> Images:
-        if not is_wanted.is_set():  # cancelled while it waited for its turn
-            raise Refused("the job of this picture has ended")
+    def _draw(self, request: ImageRequest, step: Any) -> Images:
         seed = secrets.randbits(32) if request.seed is None else request.seed
         arguments = self._arguments(request, seed) | {"callback_on_step_end": step}
         try:
@@ -200,7 +201,7 @@ class DiffusionEngine:
         device = self._pipeline._execution_device
         generators = [torch.Generator(device).manual_seed((seed + n) % 2**63) for n in range(request.count)]
         chosen = {
-            "negative_prompt": request.negative_prompt or None,
+            "negative_prompt": request.negative_prompt,
             "guidance_scale": request.guidance_scale,
             "width": request.width,
             "height": request.height,
@@ -269,7 +270,7 @@ def build_pipeline(snapshot: Snapshot, tensors: dict[str, torch.Tensor], device:
     """The pipeline that `model_index.json` names, from tensors whose names begin with the folder of their part.
 
     Raises NoWeights for a pipeline or a part that this version of diffusers does not know, BadSafetensors if weights
-    are missing or left over.
+    are missing.
     """
     index = json.loads(durable.read_file(snapshot.path / "model_index.json"))
     pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
@@ -277,18 +278,30 @@ def build_pipeline(snapshot: Snapshot, tensors: dict[str, torch.Tensor], device:
         raise NoWeights(
             f"diffusers {diffusers.__version__} has no {index.get('_class_name')!r}: upgrade it, or use another model"
         )
-    named = [(name, value) for name, value in index.items() if isinstance(value, list)]
-    parts = {name: _part(snapshot, name, value, tensors, device) for name, value in named}
+    parts = {
+        name: _part(snapshot, name, value[0], value[1], tensors, device)
+        for name, value in index.items()
+        if _names_class(value)
+    }
     # By its own class: the general one would load a part that is optional there once more, by itself.
     pipeline = pipeline_class.from_pretrained(snapshot.path, local_files_only=True, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
+def _names_class(value: object) -> bool:
+    """Whether an entry of `model_index.json` is a part, as a library and a class of it; others are settings."""
+    return isinstance(value, list) and len(value) == 2 and all(each is None or isinstance(each, str) for each in value)
+
+
 def _part(
-    snapshot: Snapshot, name: str, value: list[Any], tensors: dict[str, torch.Tensor], device: torch.device
+    snapshot: Snapshot,
+    name: str,
+    library: str | None,
+    class_name: str | None,
+    tensors: dict[str, torch.Tensor],
+    device: torch.device,
 ) -> Any:
-    library, class_name = value
     if library is None or class_name is None:
         return None
     cls = class_of(library, class_name)
@@ -307,12 +320,37 @@ def _part(
     wide = set(cls._keep_in_fp32_modules or ())
     own_module = {key: tensor.float() if wide & set(key.split(".")) else tensor for key, tensor in own_module.items()}
     try:
-        model.load_state_dict(own_module, strict=True, assign=True)
+        missing, left_over = model.load_state_dict(own_module, strict=False, assign=True)
     except RuntimeError as error:
+        reason = one_line(str(error), _MESSAGE_CHARACTERS)
         raise BadSafetensors(
-            f"{snapshot.key}: the weights of {name} are not those of a {class_name}: {error}"
+            f"{snapshot.key}: the weights of {name} are not those of a {class_name}: {reason}"
         ) from error
+    if missing:
+        raise BadSafetensors(
+            f"{snapshot.key}: the weights of {name} lack {_first_names(missing)}, which a {class_name} has: use "
+            "another revision"
+        )
+    if left_over:  # of a training, or of another version: diffusers leaves them out, too
+        logger.warning("%s: %s has no use for %s", snapshot.key, name, _first_names(left_over))
     return model.eval()
+
+
+def _first_names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
+
+
+def check_parts(snapshot: Snapshot) -> None:
+    """Raise NotServable for a pipeline with a part that is stored quantized: its classes are built of plain weights."""
+    for path in snapshot.manifest.paths:
+        folder, _, file = path.rpartition("/")
+        if folder and file == "config.json" and (settings := snapshot.config(path).get("quantization_config")):
+            how = settings.get("quant_method") if isinstance(settings, dict) else None
+            raise NotServable(
+                f"{snapshot.key}: {folder} is quantized ({str(how or 'quantization_config')[:40]}), which the "
+                "diffusion engine does not serve: name a repo with its weights in 16 or 32 bits"
+            )
 
 
 def class_of(library: str, class_name: str) -> Any:
@@ -365,7 +403,7 @@ def _decoded(text: str, name: str, most_pixels: int) -> Image:
     text = "".join(text.split()).rstrip("=")
     try:
         data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-        picture = open_picture(io.BytesIO(data))
+        picture = open_picture(io.BytesIO(data), formats=_PICTURE_FORMATS)
         if picture.width * picture.height > most_pixels:
             raise invalid(f"{name} must have at most {most_pixels} pixels, not {picture.width * picture.height}")
         upright: Image = exif_transpose(picture)  # as `load_image` of diffusers does

@@ -7,6 +7,7 @@ The library reads a folder by itself. Here its two ways to weights, transformers
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,8 +29,9 @@ from handler.embeddings import (
     rerank_output,
 )
 from handler.engines import LARGE, MANY
+from handler.engines.abandoned import Abandoned
 from handler.engines.batcher import free_memory
-from handler.errors import invalid, is_gpu_lost, not_served
+from handler.errors import invalid, is_gpu_lost, not_a_number, not_served
 from handler.jobs import JobContext
 from handler.openai_routes import models
 from modelstore.errors import IntegrityError, NotServable, Refused
@@ -45,6 +47,7 @@ from modelstore.warmstart import PendingStart
 _LIBRARY_CONFIG = "config_sentence_transformers.json"
 _MODULES_INDEX = "modules.json"
 _MESSAGE_CHARACTERS = 500  # of an error of the library
+_STUCK_S = 120.0  # for a batch that goes on though its job has ended
 
 
 class EmbeddingEngine:
@@ -59,7 +62,10 @@ class EmbeddingEngine:
         self._settings: Settings = pending.settings
         self._in_use = pending.in_use
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        self.broken = ""
+        self._is_wanted = threading.Event()  # of the job that the thread works for
+        self._abandoned = Abandoned()
+        self._lost_gpu = ""
+        encoder.register_forward_pre_hook(self._before_batch)
 
     @classmethod
     def load(cls, pending: PendingStart, *, while_reading: Callable[[], None] | None = None) -> EmbeddingEngine:
@@ -84,6 +90,12 @@ class EmbeddingEngine:
         """See Engine."""
         return self._snapshot.repo_id
 
+    @property
+    def broken(self) -> str:
+        """See Engine."""
+        late_s = self._abandoned.longest_s
+        return self._lost_gpu or (f"a batch of texts has not ended for {late_s:.0f} s" if late_s > _STUCK_S else "")
+
     async def answer(self, data: Mapping[str, Any], job: JobContext) -> Answer:
         """See Engine."""
         request = parse_encoder_job(data, job)
@@ -99,18 +111,30 @@ class EmbeddingEngine:
         return self._made(request, job), WholeAnswer()
 
     async def _made(self, request: EncoderRequest, job: JobContext) -> AsyncIterator[dict[str, Any]]:
-        """The one piece of an answer."""
-        work = (
-            partial(self._ordered, request, job.id)
-            if isinstance(request, RerankRequest)
-            else partial(self._embedded, request)
-        )
+        """The one piece of an answer. A caller that stops the iteration ends the work at its next batch."""
+        is_wanted = threading.Event()
+        is_wanted.set()
+
+        def run() -> dict[str, Any]:
+            self._is_wanted = is_wanted
+            if isinstance(request, RerankRequest):
+                return self._ordered(request, job.id)
+            return self._embedded(request)
+
+        work = self._thread.submit(run)
         try:
-            yield await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            yield await asyncio.wrap_future(work)
         except Exception as error:
             if is_gpu_lost(error):
-                self.broken = f"the GPU does not answer any more ({str(error)[:200]})"
+                self._lost_gpu = f"the GPU does not answer any more ({str(error)[:200]})"
             raise
+        finally:
+            is_wanted.clear()
+            self._abandoned.leave(work)
+
+    def _before_batch(self, *_: Any) -> None:
+        if not self._is_wanted.is_set():
+            raise Refused("the job of these texts has ended")
 
     def _embedded(self, request: EmbedRequest) -> dict[str, Any]:
         encoder = self._encoder
@@ -134,7 +158,7 @@ class EmbeddingEngine:
             normalize_embeddings=request.normalize,
             truncate_dim=request.dimensions,
         )
-        made: list[list[float]] = vectors.float().cpu().tolist()
+        made: list[list[float]] = _finite(vectors).tolist()
         return embeddings_output(request, made, tokens=tokens, truncated=truncated, model=self.model)
 
     def _ordered(self, request: RerankRequest, job_id: str) -> dict[str, Any]:
@@ -142,7 +166,7 @@ class EmbeddingEngine:
         pairs = [(request.query, document) for document in request.documents]
         scores = self._encoder.predict(pairs, show_progress_bar=False, convert_to_tensor=True)
         tokens, truncated = self._counted(pairs)
-        made: list[float] = scores.float().cpu().tolist()
+        made: list[float] = _finite(scores).tolist()
         return rerank_output(request, made, tokens=tokens, truncated=truncated, model=self.model, job_id=job_id)
 
     def _counted(self, inputs: Sequence[tuple[str, ...]]) -> tuple[int, list[int]]:
@@ -186,6 +210,14 @@ class EmbeddingEngine:
         self._in_use.end()
         del self._encoder
         free_memory()
+
+
+def _finite(output: torch.Tensor) -> torch.Tensor:
+    """An encoder's output in host memory. Raises JobError if it is not of numbers, which JSON could not hold."""
+    made = output.float().cpu()
+    if not torch.isfinite(made).all():
+        raise not_a_number()
+    return made
 
 
 def build_encoder(

@@ -12,7 +12,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
+from handler.engines.abandoned import Abandoned
+
 ABANDONED_LIMIT = 4
+STUCK_S = 60.0  # a slow tokenizer needs half a minute for the longest text
 
 R = TypeVar("R")
 
@@ -21,13 +24,14 @@ class Offload:
     """Runs calls beside the event loop."""
 
     def __init__(self) -> None:
-        self._abandoned: set[object] = set()
+        self._abandoned = Abandoned()
         self._lock = threading.Lock()
 
     @property
     def stuck(self) -> str:
-        """Why this process should be replaced: too many abandoned calls still run. Empty if all is well."""
-        count = len(self._abandoned)
+        """Why this process should be replaced: too many calls go on that were abandoned long ago. Empty if all is
+        well."""
+        count = self._abandoned.count(older_than_s=STUCK_S)
         return f"{count} calls of a tokenizer do not end" if count >= ABANDONED_LIMIT else ""
 
     async def run(self, call: Callable[[], R], *, limit_s: float) -> R:

@@ -23,7 +23,7 @@ from handler.images import Images, PipelineCall, Step, parse_image
 from handler.jobs import Limits
 from handler.worker import Worker
 from modelstore import ModelStore, load_tensors
-from modelstore.errors import BadSafetensors, NoWeights, Refused
+from modelstore.errors import BadSafetensors, NotServable, NoWeights, Refused
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
 from modelstore.volume.verify import verify_snapshot
@@ -228,8 +228,12 @@ def test_parts_that_are_not_served_or_not_whole_are_errors(settings: Settings, s
     snapshot = store.ensure("org/name")
     tensors = load_tensors(snapshot, "cpu")
     less = {name: tensor for name, tensor in tensors.items() if name != "unet/conv_in.weight"}
-    with pytest.raises(BadSafetensors, match="unet are not those of a UNet2DConditionModel"):
+    with pytest.raises(BadSafetensors, match=r"unet lack conv_in\.weight, which a UNet2DConditionModel has"):
         build_pipeline(snapshot, less, torch.device("cpu"))
+    other = tensors | {"unet/conv_in.weight": torch.zeros(3)}
+    with pytest.raises(BadSafetensors, match="unet are not those of a UNet2DConditionModel") as caught:
+        build_pipeline(snapshot, other, torch.device("cpu"))
+    assert "\n" not in str(caught.value)
     index = json.loads((snapshot.path / "model_index.json").read_text())
     for change, words in (
         ({"unet": ["os", "system"]}, "not served"),
@@ -241,6 +245,65 @@ def test_parts_that_are_not_served_or_not_whole_are_errors(settings: Settings, s
             build_pipeline(snapshot, dict(tensors), torch.device("cpu"))
 
 
+def test_what_diffusers_leaves_out_is_left_out(
+    settings: Settings, store: ModelStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tensors of a training, and settings that are lists, as those of Krea 2 and BLIP Diffusion."""
+    from handler.engines.diffusion import build_pipeline
+
+    snapshot = store.ensure("org/name")
+    tensors = load_tensors(snapshot, "cpu") | {"unet/norm_added_q.weight": torch.zeros(3)}
+    index = json.loads((snapshot.path / "model_index.json").read_text())
+    more = {"text_encoder_select_layers": [9, 18, 27], "mean": [0.5, 0.5], "names": ["a", "b", "c"]}
+    (snapshot.path / "model_index.json").write_text(json.dumps(index | more))
+    pipeline = build_pipeline(snapshot, tensors, torch.device("cpu"))
+    assert pipeline.safety_checker is None
+    assert "unet has no use for norm_added_q.weight" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "settings_of_part", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "torchao"}, {"x": 1}]
+)
+def test_a_quantized_part_is_refused_before_its_weights_are_read(
+    settings: Settings, hub: Hub, settings_of_part: dict[str, Any]
+) -> None:
+    from handler.engines.diffusion import DiffusionEngine
+
+    config = hub.folder / "org" / "name" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": settings_of_part}))
+    with pytest.raises(NotServable, match=r"unet is quantized .* name a repo with its weights in 16 or 32 bits"):
+        begin(settings).load(DiffusionEngine.load)
+
+
+def test_a_negative_prompt_that_is_empty_is_one(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipelines make another picture of an empty one than of none."""
+    asked: list[Any] = []
+    real = type(engine._pipeline).__call__
+
+    def call(self: Any, **arguments: Any) -> Any:
+        asked.append(arguments.get("negative_prompt", "none"))
+        return real(self, **arguments)
+
+    monkeypatch.setattr(type(engine._pipeline), "__call__", call)
+    drawn(engine)
+    drawn(engine, negative_prompt="")
+    drawn(engine, negative_prompt="b")
+    assert asked == ["none", "", "b"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["prior_num_inference_steps", "decoder_num_inference_steps", "original_inference_steps", "num_frames", "frames",
+     "video_length", "base_num_frames", "prompt_max_new_tokens", "pyramid_num_inference_steps_list"],
+)  # fmt: skip
+def test_every_argument_that_says_how_long_it_takes_has_a_limit(name: str) -> None:
+    call = PipelineCall("Pipeline", {"prompt": None, name: None})
+    for value in (200_000, [2, 200_000]):
+        with pytest.raises(JobError, match=f"{name} must be"):
+            parse_image({"prompt": "a", name: value}, LIMITS, call)
+    assert parse_image({"prompt": "a", name: 2}, LIMITS, call).others == {name: 2}
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -250,6 +313,8 @@ def test_parts_that_are_not_served_or_not_whole_are_errors(settings: Settings, s
         ({"prompt": "a", "num_inference_steps": 151}, "between 1 and 150, not 151"),
         ({"prompt": "a", "width": 33}, "width must be a multiple of 8, not 33"),
         ({"prompt": "a", "width": 4096, "height": 4096}, "width times height must be at most 4194304"),
+        ({"prompt": "a", "width": 4096}, "width must be at most 2048 without height, not 4096"),
+        ({"prompt": "a", "height": 524288}, "height must be at most 2048 without width"),
         ({"prompt": "a", "num_images": 5}, "num_images must be an integer between 1 and 4"),
         ({"prompt": "a", "guidance_scale": -1}, "guidance_scale"),
         ({"prompt": "a", "seed": "x"}, "seed"),
@@ -275,7 +340,7 @@ def test_modules_that_a_class_keeps_in_fp32_are_bit_for_bit(hub: Hub, store: Mod
     snapshot = store.ensure("org/wan")
     assert not snapshot.manifest.stored_unchanged
     tensors = load_tensors(snapshot, "cpu")
-    ours = _part(snapshot, "transformer", ["diffusers", "WanTransformer3DModel"], tensors, torch.device("cpu"))
+    ours = _part(snapshot, "transformer", "diffusers", "WanTransformer3DModel", tensors, torch.device("cpu"))
     theirs = diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float16)
     assert {tensor.dtype for tensor in theirs.state_dict().values()} == {torch.float16, torch.float32}
     for name, tensor in theirs.state_dict().items():

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -196,6 +197,75 @@ def test_a_classifier_is_no_reranker(serving: Make) -> None:
 )
 def test_bad_input_names_the_field(serving: Make, route: str, data: dict[str, Any], words: str) -> None:
     assert words in answer(serving(with_dense), route, **data)["error"]
+
+
+@pytest.mark.parametrize(
+    ("write", "data"), [(plain, {"texts": TEXTS}), (reranker, {"query": "paris", "documents": TEXTS})]
+)
+def test_an_output_that_is_no_number_is_an_error(
+    serving: Make, write: Callable[[Path], None], data: dict[str, Any]
+) -> None:
+    """As of an encoder that overflows in 16 bits: JSON has no number for it."""
+    worker = serving(write)
+    with torch.no_grad():
+        next(iter(worker._engine._encoder.parameters())).fill_(float("inf"))  # type: ignore[attr-defined]
+    output = answer(worker, **data)
+    assert output["code"] == "INTERNAL_ERROR"
+    assert "not a number" in output["error"]
+    assert "MODEL_DTYPE=float32" in output["error"]
+
+
+def test_texts_of_a_job_that_has_ended_are_left_at_the_next_batch(serving: Make) -> None:
+    worker = serving(plain)
+    engine = worker._engine
+    encoder = engine._encoder  # type: ignore[attr-defined]
+    batches: list[int] = []
+    release = threading.Event()
+
+    def slow(*_: object) -> None:
+        batches.append(1)
+        release.wait(30)
+
+    encoder[0].register_forward_pre_hook(slow)
+
+    async def run() -> None:
+        job = {"id": "1", "input": {"texts": ["hello"] * 320}}
+        task = asyncio.create_task(worker.handle(job))
+        while not batches:
+            await asyncio.sleep(0.01)
+        waiting = asyncio.create_task(worker.handle(job | {"id": "2"}))
+        await asyncio.sleep(0.05)
+        for each in (task, waiting):
+            each.cancel()
+        await asyncio.gather(task, waiting, return_exceptions=True)
+        assert engine.broken == ""
+
+    asyncio.run(run())
+    release.set()
+    assert len(answer(worker, texts=TEXTS)["embeddings"]) == 3
+    assert len(batches) == 2, "one of ten of the first job, none of the second"
+
+
+def test_a_batch_that_does_not_end_has_the_worker_replaced(serving: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = serving(plain)
+    engine = worker._engine
+    release = threading.Event()
+    monkeypatch.setattr("handler.engines.embedding._STUCK_S", 0.2)
+    encoder = engine._encoder  # type: ignore[attr-defined]
+    hook = encoder[0].register_forward_pre_hook(lambda *_: release.wait(30) and None)
+    late = Worker(engine, replace(worker._settings, max_job_s=0.1))
+
+    async def run() -> None:
+        assert (await late.handle({"id": "1", "input": {"texts": TEXTS}}))["code"] == "TIMEOUT"
+        await asyncio.sleep(0.3)
+        assert "a batch of texts has not ended" in engine.broken
+        assert late.retiring
+
+    asyncio.run(run())
+    release.set()
+    hook.remove()
+    assert answer(worker, texts=TEXTS)["embeddings"]
+    assert engine.broken == ""
 
 
 def test_models_and_status(serving: Make) -> None:

@@ -257,7 +257,12 @@ def test_a_repo_with_the_earlier_name_of_a_class_starts(serving: Make, monkeypat
 
 
 def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(serving: Make) -> None:
+    """Also if it is hidden in a format that Pillow decodes at once."""
     worker, engine, _theirs = serving("sd_image_to_image")
+    data = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(data, format="ICO")
+    icon = base64.b64encode(data.getvalue()).decode()
+    assert "image must be a picture in base64" in answer(worker, prompt="a", image=icon)["error"]
     small = Worker(engine, replace(worker._settings, max_pixels=1000))
     assert "must have at most 1000 pixels, not 1024" in answer(small, prompt="a", image=base64_of(GREY))["error"]
 
