@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import time
 import uuid
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from handler.worker import Worker
 from modelstore.settings import Settings
 from modelstore.units import one_line, size
 
+logger = logging.getLogger(__name__)
+
 MOST_BYTES = 30_000_000  # of a request and of an answer, as RunPod's load balancer has it
 _MOST_WAITING = 1000
 _MOST_HELD_BYTES = 256_000_000
@@ -31,6 +34,7 @@ _MOST_VALUES = 1_000_000  # in a body, which costs memory and the time to parse 
 _VALUE_BYTES = 64
 _BODY_S = 60.0  # for a body to arrive
 _PIECE_BYTES = 1 << 16  # of an answer
+_TAKEN_S = 330.0  # for a whole answer to be taken, as long as RunPod's load balancer waits for a request
 _CLOSE = {"Connection": "close"}  # its body is not read to the end
 _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
@@ -204,7 +208,25 @@ class Requests:
         if channel.has_begun:
             await channel.end()
         else:
-            await _send_whole(send, *_whole_answer(job, output, error, times))
+            body, status = _whole_answer(job, output, error, times)
+            output = None  # the client may take its bytes for long
+            await self._send_whole(send, body, status)
+
+    async def _send_whole(self, send: Send, body: bytes, status: int) -> None:
+        """Send an answer, whose bytes count as held until they are taken. A client that takes too long gets no more."""
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        self._held_bytes += len(body)
+        try:
+            async with asyncio.timeout(_TAKEN_S):
+                await send({"type": "http.response.start", "status": status, "headers": headers})
+                await _send_pieces(send, body)
+                await send({"type": "http.response.body", "body": b""})
+        except TimeoutError:
+            logger.warning(
+                "an answer of %s was not taken within %g s: its connection is closed", size(len(body)), _TAKEN_S
+            )
+        finally:
+            self._held_bytes -= len(body)
 
 
 def _takes_a_slot(job: Job) -> bool:
@@ -232,13 +254,6 @@ def _whole_answer(job: Job, output: Any, error: JobError | None, times: Mapping[
 
 def _encoded(content: Any) -> bytes:
     return json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
-
-
-async def _send_whole(send: Send, body: bytes, status: int) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await _send_pieces(send, body)
-    await send({"type": "http.response.body", "body": b""})
 
 
 async def _send_pieces(send: Send, body: bytes) -> None:

@@ -14,6 +14,7 @@ from handler.values import flag, objects, token_ids
 MAX_MESSAGES = 4096
 MAX_TOOLS = 256
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_MEDIA = ("url", "image_url", "audio_url", "video_url", "data", "file_data")  # of other parts: their contents
 # Variables of a template that have fields of their own, or are not a job's to set.
 _NOT_VARIABLES = frozenset(
     (
@@ -91,7 +92,8 @@ def parse_messages(value: object, characters: int) -> tuple[Mapping[str, Any], .
     the messages that are returned, too: the template says which of them it gets. A message's other fields, such as
     `name` or `tool_call_id`, are the template's.
     """
-    messages = unparsed_messages(value, characters)
+    messages = _checked_messages(value)
+    _check_characters(list(messages), characters)
     return tuple(_message(message, f"messages[{index}]") for index, message in enumerate(messages))
 
 
@@ -106,16 +108,41 @@ def parts_of_content(content: str | Sequence[Mapping[str, str]]) -> Sequence[Map
 
 
 def unparsed_messages(value: object, characters: int) -> tuple[Mapping[str, Any], ...]:
-    """A conversation as it came, for a server that reads it; checked for its size alone. Raises JobError."""
+    """A conversation as it came, for a server that reads it; checked for the size of its texts alone: pictures and
+    sounds in it are not counted. Raises JobError."""
+    messages = _checked_messages(value)
+    _check_characters(without_media(list(messages)), characters)
+    return messages
+
+
+def without_media(value: Any, *, in_media: bool = False) -> Any:
+    """A conversation without its pictures and sounds, which are `data:` addresses or base64 in parts of their own.
+    `in_media`: it is inside of such a part."""
+    if isinstance(value, dict):
+        kind = value.get("type")
+        in_media = in_media or (isinstance(kind, str) and kind not in _TEXT_PARTS)
+        return {
+            name: ""
+            if in_media and name in _MEDIA and isinstance(each, str)
+            else without_media(each, in_media=in_media)
+            for name, each in value.items()
+        }
+    return [without_media(each, in_media=in_media) for each in value] if isinstance(value, list) else value
+
+
+def _checked_messages(value: object) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(value, list) or not value:
         raise invalid(f"messages must be a list with at least one message, not {shown(value)}")
     check_message_count(value)
     for index, message in enumerate(value):
         if not isinstance(message, dict):
             raise invalid(f"messages[{index}] must be an object, not {shown(message)}")
-    if (size := _characters(value)) > characters:
-        raise invalid(f"messages must have at most {characters} characters together, not {size}")
     return tuple(value)
+
+
+def _check_characters(messages: object, characters: int) -> None:
+    if (size := _characters(messages)) > characters:
+        raise invalid(f"messages must have at most {characters} characters together, not {size}")
 
 
 def check_message_count(messages: list[Any]) -> None:

@@ -60,6 +60,8 @@ _MILESTONES = [
         (r"init engine \(", "graphs"),
     )
 ]
+# No host has this name. Jobs name addresses of pictures and sounds, and vLLM would open any.
+NO_DOMAIN = "none: send data: addresses, or set --allowed-media-domains in MODELSTORE_VLLM_ARGS"
 # In a config of the model that says how to generate: what vLLM takes from the model's own config without one
 _GENERATION = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "eos_token_id", "bos_token_id")
 
@@ -68,8 +70,8 @@ class Loader:
     """See `handler.engines.Loader`. The server starts at once: it imports vLLM while the snapshot is looked up."""
 
     def __init__(self, settings: Settings) -> None:
-        words = {word.partition("=")[0].replace("_", "-") for word in settings.vllm_args}
-        if settings.adapters and (other := words & {"--lora-modules", "--no-enable-lora"}):
+        other = [name for name in ("--lora-modules", "--no-enable-lora") if _names_option(settings, name)]
+        if settings.adapters and other:
             raise InvalidSetting(
                 f"{min(other)} stands beside MODEL_ADAPTERS: name all adapters there, and leave it out"
             )
@@ -276,9 +278,16 @@ def _names(pending: PendingStart, adapters: Collection[Adapter], path_of: Callab
     modules = [json.dumps({"name": each.name, "path": path_of(each)}) for each in adapters]
     names = dict.fromkeys((pending.snapshot.key.repo_id, str(settings.model), *settings.served_names))
     others = ["--lora-modules", *modules] if modules else []
-    if any(word.replace("_", "-").startswith("--generation-config") for word in settings.vllm_args):
+    if not _names_option(settings, "--allowed-media-domains"):
+        others += ["--allowed-media-domains", NO_DOMAIN]
+    if _names_option(settings, "--generation-config"):
         others += ["--override-generation-config", json.dumps({"max_new_tokens": settings.max_tokens})]
     return [*others, "--served-model-name", *names, "--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
+
+
+def _names_option(settings: Settings, option: str) -> bool:
+    """Whether an option of `vllm serve` is among those of the operator."""
+    return any(word.partition("=")[0].replace("_", "-") == option for word in settings.vllm_args)
 
 
 def _has_own_loader(settings: Settings) -> bool:

@@ -320,6 +320,24 @@ def test_a_client_that_reads_slowly_gets_all_of_it(monkeypatch: pytest.MonkeyPat
         assert time.monotonic() - began > 3.0, "it took longer than a client may read nothing"
 
 
+def test_answers_that_are_not_taken_count_as_held_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_requests, "_MOST_HELD_BYTES", 15_000_000)
+    monkeypatch.setattr(http_requests, "_TAKEN_S", 2.0)
+    with served(Large()) as http, ExitStack() as stack:
+        slow = [stack.enter_context(asking(http, {"prompt": "hi"}, "/generate")) for _ in range(2)]
+        assert eventually(lambda: http.requests._held_bytes > 15_000_000), "both answers wait"
+        refused = http.client.post("/generate", json={"prompt": "hi"})
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+        assert eventually(lambda: not http.requests._held_bytes)
+        for connection in slow:
+            count = 0
+            with suppress(ConnectionError):
+                while part := connection.recv(1 << 20):
+                    count += len(part)
+            assert count < 10_000_000, "its end is not sent"
+        assert http.client.post("/generate", json={"prompt": "hi"}).status_code == 200
+
+
 def test_a_connection_on_which_no_request_comes_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_protocol, "HEAD_S", 1.5)
     with served(Engine(takes_s=1.0)) as http:

@@ -25,7 +25,7 @@ from handler.openai_routes import (
     parse_route,
     route_and_body,
 )
-from handler.prompts import Prompt
+from handler.prompts import Prompt, unparsed_messages
 from modelstore.settings import Settings
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -261,3 +261,29 @@ def test_a_server_of_its_own_gets_nothing_but_openais_routes(route: object) -> N
 def test_limits_hold_for_a_server_of_its_own_too(body: Any, words: str) -> None:
     with pytest.raises(JobError, match=words):
         parse_request("/v1/completions", body, LIMITS)
+
+
+PICTURES = (
+    {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + "A" * 1_500_000}},
+    {"type": "input_image", "image_url": "data:image/jpeg;base64," + "A" * 1_500_000},
+    {"type": "input_audio", "input_audio": {"data": "A" * 1_500_000, "format": "wav"}},
+)
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda picture: str(picture["type"]))
+def test_pictures_are_no_characters_of_a_prompt(picture: dict[str, Any]) -> None:
+    """For a server that reads them. A text as long is one, wherever it stands."""
+    conversation = [{"role": "user", "content": [{"type": "text", "text": "what is it?"}, picture]}]
+    for route, name in (("/v1/chat/completions", "messages"), ("/v1/responses", "input")):
+        assert parse_request(route, {name: conversation}, LIMITS)[1] == {name: conversation}
+    assert unparsed_messages(conversation, 100) == tuple(conversation)
+    long = "A" * 1_500_000
+    for part in (
+        {"type": "text", "text": long},
+        {"type": "text", "text": "a", "url": long},
+        {"type": "x", "text": long},
+    ):
+        with pytest.raises(JobError, match="at most"):
+            unparsed_messages([{"role": "user", "content": [part]}], LIMITS.prompt_characters)
+        with pytest.raises(JobError, match="at most"):
+            parse_request("/v1/chat/completions", {"messages": [{"role": "user", "content": [part]}]}, LIMITS)

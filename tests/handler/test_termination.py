@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 
 import pytest
@@ -18,13 +19,14 @@ WORKER = """
 import sys, time
 from pathlib import Path
 from handler import termination
+from handler.engines import offload
 from handler.engines.offload import Offload
 from handler.first_answer import FirstAnswer
 from handler.worker import serve
 from modelstore.settings import Settings
 from tests.support.workers import Engine
 
-termination.GRACE_S, termination._CLOSE_S = 3.0, 2.0
+termination.GRACE_S, termination._CLOSE_S, offload.STUCK_S = 3.0, 2.0, 0.5
 
 class Hangs(Engine):
     def __init__(self):
@@ -88,7 +90,10 @@ def test_a_worker_with_too_many_calls_that_hang_asks_to_be_replaced_and_ends() -
         try:
             jobs = [runpod.submit(f"hung-{number}", {"prompt": "hang"}) for number in range(ABANDONED_LIMIT)]
             assert runpod.wait(lambda: all(job.status in FINAL for job in jobs))
-            assert any(job.stops_pod for job in jobs)
+            time.sleep(1)  # they have gone on for longer than it allows
+            jobs.append(runpod.submit("hung-last", {"prompt": "hang"}))
+            assert runpod.wait(lambda: all(job.status in FINAL for job in jobs))
+            assert jobs[-1].stops_pod
             assert process.wait(20) == 0
         finally:
             with suppress(ProcessLookupError):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from handler.__main__ import _engine_of
 from handler.engines import vllm_choice
+from handler.engines.vllm_start import _names
 from modelstore.errors import NotServable
 from modelstore.reference import parse_reference
 from modelstore.servable import check_nothing
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.timeline import Timeline
-from modelstore.warmstart import find_or_make
+from modelstore.warmstart import PendingStart, find_or_make
 from tests.support.hub import Hub
 from tests.support.models import write_model
 from tests.support.vllm import PYTHON, needs_vllm
@@ -124,3 +127,14 @@ def test_a_model_that_cannot_be_served_is_told_before_its_download(hub: Hub, sto
     with pytest.raises(NotServable):
         find_or_make(replace(store.settings, model=parse_reference("org/name")), Timeline(), refuse)
     assert not any("safetensors" in str(request) for request in hub.served.requests)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_set"),
+    [((), True), (("--allowed-media-domains", "a.org"), False), (("--allowed_media_domains=a.org",), False)],
+)
+def test_vllm_opens_no_address_unless_the_operator_says_so(arguments: tuple[str, ...], is_set: bool) -> None:
+    settings = Settings(root=Path("/"), model=parse_reference("org/name"), vllm_args=arguments)
+    snapshot = SimpleNamespace(key=SimpleNamespace(repo_id="org/name"))
+    options = _names(cast(PendingStart, SimpleNamespace(settings=settings, snapshot=snapshot)), [], lambda _adapter: "")
+    assert ("--allowed-media-domains" in options) == is_set

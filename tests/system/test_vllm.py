@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from openai import BadRequestError, NotFoundError
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from handler.engines.vllm_start import NO_DOMAIN
 from handler.fields import FIELDS
 from modelstore.store import ModelStore
 from modelstore.worker_vllm import VARIABLES
@@ -273,3 +275,24 @@ def test_the_table_of_fields_is_that_of_vllm(volume: dict[str, str]) -> None:
         name for name, field in FIELDS.items() if in_vllm(field) == "passed on" and field.routes != ("native",)
     }
     assert passed_on - {*chat, *text} == set()
+
+
+@needs_vllm
+def test_no_address_of_a_picture_is_opened() -> None:
+    """vLLM's own reader of pictures, with the option that the worker sets."""
+    program = (
+        "import sys; from vllm.multimodal.media import MediaConnector; from vllm.multimodal.media.image import ImageMediaIO\n"
+        "connector = MediaConnector(allowed_media_domains=[sys.argv[1]])\n"
+        "for url in sys.argv[2:]:\n"
+        "    try: print(connector.load_from_url(url, ImageMediaIO()))\n"
+        "    except (ValueError, RuntimeError) as error: print(error)\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.1)
+        port = server.getsockname()[1]
+        urls = [f"http://127.0.0.1:{port}/a.png", f"http://localhost:{port}/a.png", "file:///etc/hostname"]
+        done = subprocess.run([PYTHON, "-c", program, NO_DOMAIN, *urls], capture_output=True, text=True, check=True)
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert done.stdout.count("send data: addresses") == 2
+    assert "Cannot load local files" in done.stdout
