@@ -21,7 +21,7 @@ from modelstore.errors import ClaimLost, CodeRefused, IntegrityError, NoSpace, R
 from modelstore.fill.convert import config_in_dtype, converted_tensors
 from modelstore.fill.download import Download
 from modelstore.fill.footprint import DiskBudget
-from modelstore.fill.indexes import absent_tensors, index_of_converted, index_with_total_size, index_without
+from modelstore.fill.indexes import index_of_converted, index_with_places, index_with_total_size, misplaced_tensors
 from modelstore.fill.plan import CheckpointPlan, config_path, plan_checkpoint, select
 from modelstore.fill.progress import Progress
 from modelstore.fill.repo_code import code_of
@@ -248,18 +248,18 @@ class Fill:
                 self._staging.records[path] = _rewritten(path, after, record.original)
 
     def _finish_indexes(self, plan: CheckpointPlan, headers: Mapping[str, Header]) -> None:
-        """Check each index against the shards' headers; correct its total size if shards were converted, and leave out
-        tied weights that no shard holds."""
+        """Check each index against the shards' headers; correct its total size if shards were converted, and the shards
+        of tensors that it misplaces."""
         records = self._staging.records
         for path, weight_map in plan.selection.indexes.items():
             folder, stored = folder_of(path), stored_path(path)
             shards = {name: header for name, header in headers.items() if folder_of(name) == folder}
-            absent = absent_tensors(path, weight_map, shards, plan.configs[folder])
-            if not absent and not any(records[name].origin for name in shards):
+            misplaced = misplaced_tensors(path, weight_map, shards, plan.configs[folder])
+            if not misplaced and not any(records[name].origin for name in shards):
                 continue
             target = self._staging.paths.snapshot_file(stored)
             data = _read(target)
-            corrected = index_without(data, absent, where=stored)
+            corrected = index_with_places(data, misplaced, where=stored)
             total_size = partial(_tensor_bytes, shards, plan.policies[folder])
             corrected = index_with_total_size(corrected, total_size, where=stored)
             if corrected != data:

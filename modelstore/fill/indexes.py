@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
@@ -12,42 +13,49 @@ from modelstore.errors import BadSafetensors
 from modelstore.fill.repo_files import parse_json, stored_path
 from modelstore.volume.header import Header
 
+_OLD_BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|token_type_ids|masked_bias|cos_cached|sin_cached)$")
 
-def absent_tensors(
+
+def misplaced_tensors(
     path: str, weight_map: Mapping[str, str], shards: Mapping[str, Header], config: Mapping[str, Any]
-) -> frozenset[str]:
-    """The tensors that the index at `path` names and no shard holds, because they are another weight's second name.
+) -> dict[str, str | None]:
+    """The tensors that the index at `path` places in a shard which does not hold them, as transformers never looks, and
+    the shard that does; None if none does, because they are another weight's second name, or buffers of old versions.
 
     `shards`: the headers of the files beside it by their paths in the snapshot, as they were before a conversion or
     after it; only the names of their tensors count. `config`: the model's, which says whether weights are tied. Raises
-    BadSafetensors for another tensor that is not in the file which the index names for it.
+    BadSafetensors for another tensor that no shard holds.
     """
-    names_by_shard = {}
-    for shard in set(weight_map.values()):
+    shard_of: dict[str, str] = {}
+    for shard in sorted(set(weight_map.values())):
         header = shards[stored_path(str(PurePosixPath(path).with_name(shard)))]
-        names_by_shard[shard] = {tensor.name for tensor in header.tensors}
-    present = frozenset().union(*names_by_shard.values())
+        for tensor in header.tensors:
+            if tensor.name not in shard_of or weight_map.get(tensor.name) == shard:
+                shard_of[tensor.name] = shard
     types = {name for name in model_types.model_types(config) if model_types.is_known(name)}
-    absent = set()
-    for tensor, shard in weight_map.items():
-        if tensor in names_by_shard[shard]:
+    misplaced: dict[str, str | None] = {}
+    for name, shard in weight_map.items():
+        actual = shard_of.get(name)
+        if actual == shard:
             continue
-        is_output = ".embed_tokens." not in f".{tensor}"
-        is_untied = is_output and config.get("tie_word_embeddings") is False
-        if tensor in present or is_untied or not model_types.is_tied(tensor, types):
+        is_output = ".embed_tokens." not in f".{name}"
+        is_tied = model_types.is_tied(name, types) and not (is_output and config.get("tie_word_embeddings") is False)
+        is_buffer = _OLD_BUFFER.search(name) is not None and model_types.is_unloaded(name, types)
+        if actual is None and not is_tied and not is_buffer:
             raise BadSafetensors(
-                f"{path} places {tensor[:80]!r} in {shard}, which does not hold it: name another revision"
+                f"{path} places {name[:80]!r} in {shard}, which does not hold it: name another revision"
             )
-        absent.add(tensor)
-    return frozenset(absent)
+        misplaced[name] = actual
+    return misplaced
 
 
-def index_without(data: bytes, tensors: frozenset[str], *, where: str) -> bytes:
-    """The index without these tensors."""
-    if not tensors:
+def index_with_places(data: bytes, places: Mapping[str, str | None], *, where: str) -> bytes:
+    """The index with these tensors in these shards; None leaves a tensor out."""
+    if not places:
         return data
     index = parse_json(data, where)
-    weight_map = {tensor: shard for tensor, shard in index["weight_map"].items() if tensor not in tensors}
+    corrected = {tensor: places.get(tensor, shard) for tensor, shard in index["weight_map"].items()}
+    weight_map = {tensor: shard for tensor, shard in corrected.items() if shard is not None}
     return _encoded({**index, "weight_map": weight_map})
 
 

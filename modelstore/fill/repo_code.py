@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from pathlib import PurePosixPath
 
+from modelstore.errors import BadSafetensors
 from modelstore.fill.components import MODULES_INDEX, PIPELINE_INDEX
 from modelstore.fill.repo_files import folder_of, join, parse_json, parse_object
 from modelstore.model_types import is_known
+
+_IGNORED_IF_NO_JSON = "generation_config.json"  # by transformers, which takes the values of config.json then
 
 
 def code_of(paths: Iterable[str], read: Callable[[str], bytes], repo: Collection[str], *, allowed: bool = False) -> str:
@@ -41,7 +44,12 @@ def code_in(path: str, data: bytes, repo: Collection[str], *, model_type: object
     name = PurePosixPath(path).name
     if not name.endswith(".json") or not ("config" in name or name in (PIPELINE_INDEX, MODULES_INDEX)):
         return ""
-    record = parse_json(data, path)
+    try:
+        record = parse_json(data, path)
+    except BadSafetensors:
+        if name == _IGNORED_IF_NO_JSON:
+            return ""
+        raise
     if name == MODULES_INDEX and isinstance(record, list):
         types = [module.get("type") for module in record if isinstance(module, dict)]
         foreign = [each for each in types if not str(each).startswith("sentence_transformers.")]

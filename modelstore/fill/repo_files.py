@@ -25,6 +25,7 @@ TOKENIZER_FILES = frozenset({
 """The default names of tokenizer and processor files in transformers; a test compares them with it."""
 
 _SMALL_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe"})
+_VERSIONED_TOKENIZER = re.compile(r"tokenizer(\.\w+)*\.model\.v\w+")  # of Mistral
 _LICENCE = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)([-_.].*)?", re.IGNORECASE)
 _FOREIGN = re.compile(r"(pytorch_model|tf_model|flax_model|consolidated|rust_model).*\.json|trainer_state\.json")
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -91,6 +92,8 @@ def is_small(file: SourceFile) -> bool:
         return True
     if is_index(file.path):
         return False  # the one that is used is chosen with the weights
+    if _VERSIONED_TOKENIZER.fullmatch(name.name):
+        return True
     return name.suffix in _SMALL_SUFFIXES and not _FOREIGN.fullmatch(name.name)
 
 

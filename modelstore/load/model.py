@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel, modeling_utils
 
 from modelstore.dtypes import DTYPES
-from modelstore.errors import BadConfig, DoesNotFit, IntegrityError, NotFound, NoWeights, UsageError
+from modelstore.errors import BadConfig, DoesNotFit, IntegrityError, NotFound, NoWeights, UsageError, WeightOverflow
 from modelstore.load.model_class import MESSAGE_CHARACTERS, config_of, generation_config_of, model_class, own_class
 from modelstore.load.reader import Reading, start_reading
 from modelstore.load.tensors import ArrivingTensors, begin_transfer, load_tensors
@@ -103,6 +103,7 @@ def load_model(
         if model is None:
             with timeline.span("build"):
                 model = _built(cls, config, snapshot, tensors, spread or {"": target})
+                _check_overflow(model, snapshot, tensors)
         else:
             _settle(model, weights, target)
             if spread is not None:
@@ -136,7 +137,9 @@ def build_part(
     cls: type[PreTrainedModel], config: Any, snapshot: Snapshot, tensors: dict[str, torch.Tensor], device: torch.device
 ) -> PreTrainedModel:
     """A part of a pipeline from its tensors, which are on `device`. Raises IntegrityError if some are missing."""
-    return _from_tensors(cls, config, snapshot, tensors, {"": device}).eval()
+    model = _from_tensors(cls, config, snapshot, tensors, {"": device})
+    _check_overflow(model, snapshot, tensors)
+    return model.eval()
 
 
 def _from_tensors(
@@ -157,18 +160,48 @@ def _from_tensors(
             output_loading_info=True,
         )
     if missing := sorted(info["missing_keys"]):
-        if not _is_unused_pooler(model, missing):
+        if not _are_unused(model, missing):
             raise IntegrityError(
                 f"{snapshot.key} lacks weights that {cls.__name__} needs ({', '.join(missing[:5])}): use another model"
             )
-        logger.warning("%s has no pooler (%s): what it gives out is random", snapshot.key, ", ".join(missing[:5]))
+        logger.warning("%s lacks %s: what is made of them alone is random", snapshot.key, ", ".join(missing[:5]))
     return model
 
 
-def _is_unused_pooler(model: PreTrainedModel, missing: list[str]) -> bool:
-    """Whether all of these weights are an encoder's pooler, which published encoders often lack; a class with a head on
-    it needs it."""
-    return model.base_model is model and all("pooler" in name.split(".") for name in missing)
+_OF_TRAINING = frozenset({"masked_spec_embed", "mask_token"})  # in the place of what a training hides from the model
+_SHOW_THE_MASK = ("ForPreTraining", "ForMaskedImageModeling")
+
+
+def _are_unused(model: PreTrainedModel, missing: list[str]) -> bool:
+    """Whether published models often lack all of these weights, because they are made no use of: those of training, and
+    an encoder's pooler, unless a class has a head on it."""
+    is_trained_only = not type(model).__name__.endswith(_SHOW_THE_MASK)
+    return all(
+        (is_trained_only and name.rpartition(".")[2] in _OF_TRAINING)
+        or (model.base_model is model and "pooler" in name.split("."))
+        for name in missing
+    )
+
+
+def _check_overflow(model: PreTrainedModel, snapshot: Snapshot, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise WeightOverflow if weights that were stored as they came became infinite in the dtype of the model."""
+    dtype = _torch_dtype(snapshot)
+    if dtype is None or not (
+        snapshot.manifest.stored_unchanged or any(t.dtype == torch.float64 for t in tensors.values())
+    ):
+        return
+    most = torch.finfo(dtype).max
+    beyond = {
+        name
+        for name, tensor in tensors.items()
+        if tensor.dtype in (torch.float32, torch.float64, torch.bfloat16) and (tensor.abs() > most).any()
+    }
+    if beyond and any(weight.dtype == dtype and torch.isinf(weight).any() for weight in model.parameters()):
+        raise WeightOverflow(
+            f"{snapshot.dtype} ends at {most:g}, and {min(beyond)[:80]} of {snapshot.key} goes beyond it",
+            "serve it with MODEL_DTYPE=bfloat16, or with MODEL_DTYPE=keep",
+            tensors=tuple(sorted(beyond)),
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from modelstore.errors import BadConfig, NotFound, NotServable
 from modelstore.servable import check_loadable
 from modelstore.units import one_line
 from modelstore.volume.snapshots import Snapshot
+
+logger = logging.getLogger(__name__)
 
 MESSAGE_CHARACTERS = 500  # of an error of transformers
 
@@ -47,9 +50,13 @@ def own_class(config: Any, folder: Path) -> type[PreTrainedModel] | None:
 
 
 def generation_config_of(folder: Path) -> GenerationConfig:
-    """As `from_pretrained` finds it: its own file, else the generation keys of an older `config.json`."""
+    """As `from_pretrained` finds it: its own file, else the generation keys of an older `config.json`, also if the file
+    is no JSON object."""
     if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder)
+        try:
+            return GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            logger.warning("generation_config.json is not used: %s", one_line(str(error), MESSAGE_CHARACTERS))
     return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
 
 

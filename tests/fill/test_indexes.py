@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 
 from modelstore.errors import BadSafetensors
-from modelstore.fill.indexes import absent_tensors, index_of_converted, index_with_total_size
+from modelstore.fill.indexes import (
+    index_of_converted,
+    index_with_places,
+    index_with_total_size,
+    misplaced_tensors,
+)
 from modelstore.volume.header import Header, TensorInfo
 
 SHARDS = {
@@ -19,9 +24,40 @@ SHARDS = {
 
 def test_an_index_is_checked_against_the_headers_beside_it() -> None:
     path = "unet/a.safetensors.index.json"
-    assert not absent_tensors(path, {"x": "a-1-of-2.safetensors", "y": "a-2-of-2.safetensors"}, SHARDS, {})
-    with pytest.raises(BadSafetensors, match=r"places 'y' in a-1-of-2.safetensors, which does not hold it"):
-        absent_tensors(path, {"x": "a-1-of-2.safetensors", "y": "a-1-of-2.safetensors"}, SHARDS, {})
+    right = {"x": "a-1-of-2.safetensors", "y": "a-2-of-2.safetensors"}
+    assert not misplaced_tensors(path, right, SHARDS, {})
+    for config in ({}, {"model_type": "llama"}, {"model_type": "no-such-type"}):
+        with pytest.raises(
+            BadSafetensors, match=r"places 'q_proj.weight' in a-1-of-2.safetensors, which does not hold it"
+        ):
+            misplaced_tensors(path, right | {"q_proj.weight": "a-1-of-2.safetensors"}, SHARDS, config)
+
+
+def test_shards_that_an_index_exchanges_are_corrected() -> None:
+    """transformers opens all of them, and takes each tensor from the one that holds it."""
+    wrong = {"x": "a-2-of-2.safetensors", "y": "a-1-of-2.safetensors"}
+    places = misplaced_tensors("unet/a.safetensors.index.json", wrong, SHARDS, {})
+    assert places == {"x": "a-1-of-2.safetensors", "y": "a-2-of-2.safetensors"}
+    data = json.dumps({"metadata": {"a": 1}, "weight_map": wrong}).encode()
+    assert json.loads(index_with_places(data, places, where="i")) == {"metadata": {"a": 1}, "weight_map": places}
+    assert index_with_places(data, {}, where="i") is data
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tensor"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("bert", "bert.embeddings.position_ids"),
+        ("clip", "text_model.embeddings.position_ids"),
+    ],
+)
+def test_entries_of_old_buffers_may_be_stale(model_type: str, tensor: str) -> None:
+    right = {"x": "a-1-of-2.safetensors", "y": "a-2-of-2.safetensors"}
+    stale = right | {tensor: "a-2-of-2.safetensors"}
+    places = misplaced_tensors("unet/a.safetensors.index.json", stale, SHARDS, {"model_type": model_type})
+    assert places == {tensor: None}
+    data = json.dumps({"weight_map": stale}).encode()
+    assert json.loads(index_with_places(data, places, where="i")) == {"weight_map": right}
 
 
 @pytest.mark.parametrize("index", [{"weight_map": {}}, {"metadata": None}, {"metadata": {"format": "pt"}}])

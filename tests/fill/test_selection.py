@@ -416,6 +416,15 @@ def test_every_default_name_of_a_tokenizer_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["tokenizer.model.v1", "tokenizer.model.v3", "tokenizer.model.v7m1", "tokenizer.mm.model.v7m1", "tekken.json"],
+)
+def test_the_tokenizers_of_mistral_have_versions_in_their_names(name: str) -> None:
+    assert is_small(SourceFile(name, 1))
+    assert not is_small(SourceFile("consolidated.model.v3", 1))
+
+
+@pytest.mark.parametrize(
     "names",
     [
         ("LICENSE", "license"),

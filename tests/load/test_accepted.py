@@ -13,7 +13,15 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
-from modelstore.errors import BadConfig, BadSafetensors, CodeRefused, IntegrityError, ModelStoreError, NotServable
+from modelstore.errors import (
+    BadConfig,
+    BadSafetensors,
+    CodeRefused,
+    IntegrityError,
+    ModelStoreError,
+    NotServable,
+    WeightOverflow,
+)
 from modelstore.load.model import load_model
 from modelstore.store import ModelStore
 from tests.conftest import MakeStore
@@ -217,7 +225,61 @@ def test_an_encoder_without_its_pooler_loads(
     ours = stored(store, tmp_path / "model").state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs if "pooler" not in name)
-    assert "has no pooler (pooler.dense.bias" in caplog.text
+    assert "lacks pooler.dense.bias, pooler.dense.weight" in caplog.text
+
+
+OF_TRAINING = {
+    "wav2vec2": (
+        tf.Wav2Vec2ForCTC,
+        tf.Wav2Vec2Config(
+            vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+            conv_dim=(16, 16), conv_stride=(4, 4), conv_kernel=(8, 8), num_feat_extract_layers=2, mask_time_prob=0.05,
+            num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        ),
+        "wav2vec2.masked_spec_embed",
+    ),
+    "dinov2": (
+        tf.Dinov2Model,
+        tf.Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14),
+        "embeddings.mask_token",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OF_TRAINING)
+def test_a_model_without_what_only_a_training_uses_loads(store: ModelStore, tmp_path: Path, kind: str) -> None:
+    cls, config, name = OF_TRAINING[kind]
+    torch.manual_seed(0)
+    cls(config).save_pretrained(tmp_path / "model")
+    without(tmp_path / "model", name)
+    theirs = cls.from_pretrained(tmp_path / "model", dtype=torch.float16).state_dict()
+    ours = stored(store, tmp_path / "model").state_dict()
+    assert ours.keys() == theirs.keys()
+    assert name in ours
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs if key != name)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7"])
+def test_a_generation_config_that_is_none_is_left_out(store: ModelStore, tmp_path: Path, content: str) -> None:
+    tf.LlamaForCausalLM(tf.LlamaConfig(**LLAMA, eos_token_id=77)).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(content)
+    assert stored(store, tmp_path / "model").generation_config.eos_token_id == 77
+
+
+def test_a_weight_that_only_a_load_would_make_infinite_is_an_error(store: ModelStore, tmp_path: Path) -> None:
+    """One that was stored as it came, in 64 bits."""
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**LLAMA))
+    tensors = {name: tensor.double().contiguous() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "model")
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    assert stored(store, tmp_path / "model").dtype is torch.float16
+    tensors["model.norm.weight"][3] = 1e5
+    model.save_pretrained(tmp_path / "large")
+    save_file(tensors, tmp_path / "large" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        WeightOverflow, match=r"model\.norm\.weight of .* goes beyond it: serve it with MODEL_DTYPE=bfloat16"
+    ):
+        stored(store, tmp_path / "large")
 
 
 def without(folder: Path, name: str) -> None:
