@@ -32,6 +32,8 @@ def staging_folders(folder: Path) -> list[tuple[int, Path]]:
     that holds most."""
     matches = [match for name in tree.names(folder) if (match := _FOLDER.fullmatch(name))]
     folders = [(int(match[1]), folder / match[0]) for match in matches]
+    if len(folders) < 2:
+        return folders
     return sorted(folders, key=lambda each: (each[0], tree.tree_blocks(each[1])), reverse=True)
 
 

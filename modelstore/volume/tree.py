@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -113,24 +113,31 @@ def tree_bytes(folder: Path, counted: set[tuple[int, int]] | None = None, *, uns
     """
     counted = set() if counted is None else counted
     total = 0
-    try:
-        with os.scandir(folder) as entry_names:
-            for entry in entry_names:
-                if entry.is_dir(follow_symlinks=False):
-                    total += tree_bytes(Path(entry.path), counted, unshared=unshared)
-                elif entry.is_file(follow_symlinks=False):
-                    state = entry.stat(follow_symlinks=False)
-                    if state.st_nlink == 1 or not (unshared or (state.st_dev, state.st_ino) in counted):
-                        counted.add((state.st_dev, state.st_ino))
-                        total += state.st_size
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # removed while we looked
+    for state in _file_states(folder):
+        if state.st_nlink == 1 or not (unshared or (state.st_dev, state.st_ino) in counted):
+            counted.add((state.st_dev, state.st_ino))
+            total += state.st_size
     return total
 
 
 def tree_blocks(folder: Path) -> int:
-    """The bytes of a folder's files on the disk, holes left out; MooseFS counts holes."""
-    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
+    """The bytes of a folder's regular files on the disk, holes left out; MooseFS counts holes."""
+    return sum(state.st_blocks * 512 for state in _file_states(folder))
+
+
+def _file_states(folder: Path) -> Iterator[os.stat_result]:
+    """The states of a folder's regular files, at any depth. What another process removes or renames meanwhile is left
+    out."""
+    try:
+        with os.scandir(folder) as entry_names:
+            for entry in entry_names:
+                with suppress(FileNotFoundError):
+                    if entry.is_dir(follow_symlinks=False):
+                        yield from _file_states(Path(entry.path))
+                    elif entry.is_file(follow_symlinks=False):
+                        yield entry.stat(follow_symlinks=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return
 
 
 def newest_mtime(path: Path) -> float:

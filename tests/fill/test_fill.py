@@ -273,7 +273,7 @@ def test_too_little_space_is_said_before_the_download(
         return os.statvfs_result((*state[:4], 1, *state[5:]))
 
     monkeypatch.setattr(os, "statvfs", nearly_full)
-    with pytest.raises(NoSpace, match=r"needs 1\.54 MB more .* has 4\.1 kB free") as caught:
+    with pytest.raises(NoSpace, match=r"needs 1\.56 MB more .* has 4\.1 kB free") as caught:
         store.ensure("org/name")
     assert caught.value.exit_code == 6
     assert hub.served.bytes["model.safetensors"] == 0 < weights_bytes(repo)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -119,6 +120,32 @@ def test_links_are_told_from_folders_at_any_depth(tmp_path: Path) -> None:
     for path in ("link/deep/x", "link", "real/dangling"):
         with pytest.raises(UnsafeName, match="is a link"):
             tree.check_no_links(tmp_path, tmp_path / path)
+
+
+def test_a_folder_is_measured_while_others_write_into_it(tmp_path: Path) -> None:
+    """As a waiting worker does with the staging of another one."""
+    for number in range(20):
+        (tmp_path / f"{number}").write_bytes(bytes(4096))
+    has_ended = threading.Event()
+
+    def write() -> None:
+        while not has_ended.is_set():
+            for number in range(20):
+                durable.write_atomic(tmp_path / f"{number}", bytes(4096))
+            (tmp_path / "sub").mkdir()
+            (tmp_path / "sub").rename(tmp_path / "moved")
+            (tmp_path / "moved").rmdir()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(2000):
+            assert 0 < tree.tree_bytes(tmp_path) <= 21 * 4096
+            assert tree.tree_blocks(tmp_path) > 0
+    finally:
+        has_ended.set()
+        writer.join()
+    assert tree.tree_bytes(tmp_path) == 20 * 4096
 
 
 def test_hard_links_are_counted_once(tmp_path: Path) -> None:
