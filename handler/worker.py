@@ -110,7 +110,7 @@ class Worker:
         return self._engine.broken
 
     def concurrency(self, _current: int) -> int:
-        """How many jobs to take at once. While this changes, the SDK takes none before it is free."""
+        """The most jobs at once. The SDK takes no new job while this number changes, until all that run have ended."""
         return 1 if self.retiring else min(self._settings.max_concurrency, self._engine.jobs_at_once)
 
     def replace(self, reason: str) -> None:

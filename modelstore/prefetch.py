@@ -104,21 +104,21 @@ class StagingPrefetch(Observer):
         except (ModelStoreError, OSError) as error:
             logger.debug("%s cannot be read just now: %s", record.path, error)
 
-    def finish(self, snapshot: Snapshot) -> Reading | None:
-        """The reading of all of the snapshot, of which a part has arrived; None if other bytes were published."""
+    def finish(self, snapshot: Snapshot) -> bool:
+        """Read the rest of the snapshot, too; whether that is possible. It is not if other bytes were published."""
         contents = {file.path: file for file in snapshot.manifest.contents}
         if any(contents.get(path) != record for path, record in self._followed.items()):
             logger.info("%s was published with other bytes than those followed: it is read again", snapshot.key)
             self.give_up()
-            return None
+            return False
         missing = [file for file in contents.values() if file.path not in self._followed]
         try:
             self._reading.add(snapshot.path, missing, block_bytes=snapshot.manifest.block_bytes)
         except SnapshotNotFound:  # evicted already: whoever asks will look again
             self.give_up()
-            return None
+            return False
         self._reading.no_more()
-        return self._reading
+        return True
 
     def give_up(self) -> None:
         """Stop to read."""

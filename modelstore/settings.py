@@ -1,4 +1,4 @@
-"""Every setting, from one environment: the only reader of it in the package.
+"""Every setting, from one environment, which only this file and `environment.py` read.
 
 A value that cannot be used raises InvalidSetting, which names the variable, the value and what to do. `FIELDS`, at the
 end, is the table of all variables: a new setting is an attribute of `Settings` with its default, and a line there.

@@ -1,4 +1,4 @@
-"""The store: look up a snapshot, make sure that one is there, list all of them.
+"""The store: look up snapshots, fill those that are missing, and list all of them.
 
 `volume/snapshots.py` looks up, and reads only the volume. This file fills a snapshot that it does not find.
 """
@@ -57,12 +57,10 @@ class ModelStore:
         *,
         settings: Settings | None = None,
         sleep: Callable[[float], None] = time.sleep,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = replace(settings or Settings.from_env(root=Path(root)), root=Path(root).absolute())
         self.layout = Layout(self.settings.root)
         self._sleep = sleep
-        self._clock = clock
 
     @cached_property
     def catalog(self) -> Catalog:
@@ -94,8 +92,8 @@ class ModelStore:
         percent: int = 100,
         observer: Observer = SILENT,
     ) -> Snapshot:
-        """Let the alias `name` (without its @) point to a snapshot, which is downloaded first if need be, and verified;
-        with `percent` for so much of the fleet; the rest keeps its snapshot.
+        """Let the alias `name` (without its @) point to a snapshot, which is downloaded first if need be, and verified.
+        `percent`: the share of the workers that get it; the others keep the snapshot that they have.
 
         Raises InvalidReference for a name that is none, and what `ensure` raises.
         """
@@ -116,8 +114,7 @@ class ModelStore:
         overflow: Overflow = "stop",
     ) -> dict[str, Any]:
         """The outcome of `ensure(…, refresh=True)`, without doing it: `status` is "present", "resumable", "missing" or
-        "damaged";
-        sizes in bytes. Raises what `ensure` raises for a source that cannot be read.
+        "damaged"; sizes in bytes. Raises what `ensure` raises for a source that cannot be read.
         """
         named = parsed = _parsed(reference, revision)
         variant = self._requested_dtype(dtype) or DEFAULT_DTYPE
@@ -393,7 +390,7 @@ class ModelStore:
             check_decoder()
         key, timeline = request.key, request.timeline
         limit_s = self.settings.wait_s if request.wait_s is None else request.wait_s
-        deadline = self._clock() + limit_s
+        deadline = time.monotonic() + limit_s
         waited_from: float | None = None
         contender: Contender | None = None
         while True:
@@ -429,7 +426,7 @@ class ModelStore:
                     raise
             if waited_from is None:
                 waited_from = timeline.now()
-            left_s = deadline - self._clock()
+            left_s = deadline - time.monotonic()
             if left_s <= 0:
                 request.observer.failed(key)
                 raise _waited_too_long(key, outcome, limit_s)
@@ -530,7 +527,7 @@ class ModelStore:
         return damaged if damaged is not None and not damaged.path.is_relative_to(self.layout.root) else None
 
     def _quarantine_if_damaged(self, key: SnapshotKey, claim: Claim) -> Snapshot | None:
-        """What is in a snapshot's place and is no whole one, if its manifest tells which of its files are intact.
+        """A damaged snapshot in the place of this one, if its manifest tells which of its files are intact.
 
         It is moved to the quarantine only if bytes of it were read and are wrong. Otherwise it stays, and is completed
         in its place: files that this host does not see may be there for others.

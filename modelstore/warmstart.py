@@ -332,7 +332,7 @@ class _Start:
             with _beside(self.while_filling):
                 snapshot = store.ensure(self.settings.model, timeline=self.timeline, observer=prefetch)
                 self.check_fits(snapshot.key, snapshot.weights_bytes)
-                is_of_use = prefetch.finish(snapshot) is not None
+                is_of_use = prefetch.finish(snapshot)
         except BaseException:
             prefetch.give_up()
             raise

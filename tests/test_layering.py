@@ -1,6 +1,7 @@
 """Imports go one way: from each floor of the package only to the floors below it, and the light floors stay light."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,6 +51,17 @@ ALONE = {
     "warmstart": "start",
     "serve_weights": "start",
 }
+
+PACKAGES = [path.parent for top in ("modelstore", "handler") for path in (ROOT / top).rglob("__init__.py")]
+PACKAGES.remove(ROOT / "modelstore")  # its docstring is for its users
+
+
+@pytest.mark.parametrize("folder", PACKAGES, ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_the_docstring_of_a_package_names_each_of_its_files(folder: Path) -> None:
+    docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert {name for name in files if not re.search(rf"\b{name}\b", docstring)} == set()
+
 
 HEAVY = {"torch", "transformers", "runpod", "accelerate"}
 # pickles and loaders are programs of their own: nothing that imports them imports torch.

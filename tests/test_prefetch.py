@@ -90,7 +90,7 @@ def test_other_published_bytes_are_read_again(store: ModelStore, hub: Hub, last:
     for record in (replace(first, blocks="0" * 16), replace(first, size_bytes=first.size_bytes + 1)):
         following = StagingPrefetch(store.layout, SILENT, reading := Reading())
         following._followed = {first.path: record}
-        assert following.finish(snapshot) is None
+        assert not following.finish(snapshot)
         assert reading.over
     assert others
 

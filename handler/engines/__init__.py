@@ -1,9 +1,16 @@
 """Engines: each turns a snapshot into something that answers jobs, behind one small interface.
 
-    text.py, multi.py      transformers: one model that can be exchanged, and several of them in one worker
-    diffusion.py           diffusers
-    embedding.py           sentence-transformers
-    vllm_engine.py         vLLM, a server in a process of its own (server.py, vllm_start.py), with OpenAI's routes
+    text, multi           transformers: one model that can be exchanged, and several of them in one worker
+      loaded, context       a model with its tokenizer, and how many tokens it takes
+      batcher, active_sequence, token_processors    many prompts at once
+      generation_defaults, chat_template, detokenizer    a model's own defaults; a conversation to a text; tokens to one
+      adapters, adapter_gate    adapters beside a model, and their exchange
+    diffusion             diffusers
+    embedding             sentence-transformers
+    vllm_engine           vLLM: OpenAI's routes of a server in a process of its own
+      server, vllm_start, vllm_server, vllm_choice    that process, its boot, its program, and when it is taken
+    compiled_code         the code that an engine compiles, restored and published
+    offload, abandoned    calls beside the event loop, and work whose job has ended before it
 
 `ENGINES` is the table of them. A new engine is a line there, its name in `settings.EngineName`, and a module with a
 `Loader`; another server with OpenAI's routes takes `server.py` as vLLM does.

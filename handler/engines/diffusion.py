@@ -99,17 +99,14 @@ class DiffusionEngine:
 
     @property
     def model(self) -> str:
-        """See Engine."""
         return self._snapshot.repo_id
 
     @property
     def broken(self) -> str:
-        """See Engine."""
         late_s = self._abandoned.longest_s
         return self._lost_gpu or (f"a drawing has not ended for {late_s:.0f} s" if late_s > _STUCK_S else "")
 
     async def answer(self, data: Mapping[str, Any], job: JobContext) -> Answer:
-        """See Engine."""
         uploads = self._settings.bucket_endpoint is not None and job.may_upload
         responder: ImageAnswer | OpenAIImagesAnswer
         if openai_routes.is_request(data):
@@ -226,12 +223,10 @@ class DiffusionEngine:
         return pictures, frames is not None
 
     def compile(self) -> None:
-        """See Compiles."""
         for part in self._denoisers():
             part.compile_repeated_blocks()
 
     def run_uncompiled(self) -> None:
-        """See Compiles."""
         for part in self._denoisers():
             compiled_code.run_uncompiled(part)
 
@@ -241,15 +236,12 @@ class DiffusionEngine:
         return [part for part in parts if isinstance(part, diffusers.ModelMixin) and part._repeated_blocks]
 
     def swap(self, reference: str) -> Timeline:
-        """See Engine."""
         raise Refused(f"a pipeline such as {self.model} is not exchanged in the process: restart the worker instead")
 
     def check(self) -> None:
-        """See Engine."""
         Catalog(Layout(self._settings.root)).check_unchanged(self._snapshot)
 
     def status(self) -> dict[str, Any]:
-        """See Engine."""
         return {
             "engine": "diffusion",
             "model": self.model,
@@ -259,7 +251,6 @@ class DiffusionEngine:
         }
 
     def close(self) -> None:
-        """See Engine."""
         self._thread.shutdown()
         self._in_use.end()
         del self._pipeline
@@ -429,7 +420,6 @@ class Loader:
         pass
 
     def load(self, pending: PendingStart, import_server: Callable[[], None]) -> DiffusionEngine:
-        """See `handler.engines.Loader`."""
         return pending.load(partial(DiffusionEngine.load, while_reading=import_server))
 
     def cancel(self) -> None:

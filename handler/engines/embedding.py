@@ -87,17 +87,14 @@ class EmbeddingEngine:
 
     @property
     def model(self) -> str:
-        """See Engine."""
         return self._snapshot.repo_id
 
     @property
     def broken(self) -> str:
-        """See Engine."""
         late_s = self._abandoned.longest_s
         return self._lost_gpu or (f"a batch of texts has not ended for {late_s:.0f} s" if late_s > _STUCK_S else "")
 
     async def answer(self, data: Mapping[str, Any], job: JobContext) -> Answer:
-        """See Engine."""
         request = parse_encoder_job(data, job)
         if request is None:
             return whole(models(job.models, created=job.created))
@@ -185,17 +182,14 @@ class EmbeddingEngine:
         return sum(min(count, longest) for count in counts), truncated
 
     def swap(self, reference: str) -> Timeline:
-        """See Engine."""
         raise Refused(f"an encoder such as {self.model} is not exchanged in the process: restart the worker instead")
 
     def check(self) -> None:
-        """See Engine."""
         Catalog(Layout(self._settings.root)).check_unchanged(self._snapshot)
         if self.broken:
             raise IntegrityError(self.broken)
 
     def status(self) -> dict[str, Any]:
-        """See Engine."""
         return {
             "engine": "embedding",
             "model": self.model,
@@ -205,7 +199,6 @@ class EmbeddingEngine:
         }
 
     def close(self) -> None:
-        """See Engine."""
         self._thread.shutdown()
         self._in_use.end()
         del self._encoder
@@ -292,7 +285,6 @@ class Loader:
         pass
 
     def load(self, pending: PendingStart, import_server: Callable[[], None]) -> EmbeddingEngine:
-        """See `handler.engines.Loader`."""
         return pending.load(partial(EmbeddingEngine.load, while_reading=import_server))
 
     def cancel(self) -> None:

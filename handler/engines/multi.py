@@ -67,49 +67,38 @@ class MultiModelEngine:
 
     @property
     def broken(self) -> str:
-        """See Engine."""
         return next((resident.engine.broken for resident in self._all() if resident.engine.broken), "")
 
     def check(self) -> None:
-        """See Engine."""
         self._own.engine.check()
 
     def status(self) -> dict[str, Any]:
-        """See Engine."""
         return self._own.engine.status() | {"other_models": list(self._others)}
 
     def compile(self) -> None:
-        """See Compiles."""
         self._own.engine.compile()
 
     def run_uncompiled(self) -> None:
-        """See Compiles."""
         self._own.engine.run_uncompiled()
 
     def swap(self, reference: str) -> Timeline:
-        """See Engine."""
         return self._own.engine.swap(reference)
 
     def adapter(self, name: str) -> SnapshotKey:
-        """See ServesAdapters."""
         return self._own.engine.adapter(name)
 
     def swap_adapter(self, name: str) -> Timeline:
-        """See ServesAdapters."""
         return self._own.engine.swap_adapter(name)
 
     def serves(self, name: str) -> bool:
-        """See TextEngine."""
         return any(resident.engine.serves(name) for resident in self._all())
 
     def close(self) -> None:
-        """See Engine."""
         self._loader.shutdown()
         for resident in self._all():
             resident.engine.close()
 
     async def answer(self, data: Mapping[str, Any], job: JobContext) -> Answer:
-        """See Engine."""
         return text_answer(self.generate, data, job)
 
     async def generate(self, request: TextRequest) -> AsyncIterator[TextDelta]:
@@ -248,14 +237,12 @@ class Loader:
         self._renderer = Renderer()
 
     def load(self, pending: PendingStart, import_server: Callable[[], None]) -> MultiModelEngine:
-        """See `handler.engines.Loader`."""
         build = partial(TextEngine.load, while_reading=import_server, renderer=self._renderer)
         engine = pending.load(build)
         self._renderer.start()
         return MultiModelEngine(engine, pending.settings, self._load_another)
 
     def cancel(self) -> None:
-        """See `handler.engines.Loader`."""
         self._renderer.close()
 
     def _load_another(self, settings: Settings) -> TextEngine:

@@ -104,7 +104,6 @@ class TextEngine:
 
     @property
     def model(self) -> str:
-        """See Engine."""
         return self._loaded.key.repo_id
 
     def serves(self, name: str) -> bool:
@@ -113,26 +112,21 @@ class TextEngine:
 
     @property
     def broken(self) -> str:
-        """See Engine."""
         leaving = self._leaving
         return self._serving.batcher.broken or (leaving.batcher.broken if leaving else "") or self._offload.stuck
 
     def compile(self) -> None:
-        """See Compiles."""
         self._loaded.model.compile(dynamic=True)
 
     def run_uncompiled(self) -> None:
-        """See Compiles."""
         compiled_code.run_uncompiled(self._loaded.model)
 
     def check(self) -> None:
-        """See Engine."""
         Catalog(Layout(self._settings.root)).check_unchanged(self._loaded.snapshot)
         if self.broken:
             raise IntegrityError(self.broken)
 
     def status(self) -> dict[str, Any]:
-        """See Engine."""
         loaded = self._loaded
         memory = {"weights_bytes": self._serving.weights_bytes, "device": str(loaded.model.device)}
         if torch.cuda.is_available():
@@ -149,7 +143,6 @@ class TextEngine:
         }
 
     async def answer(self, data: Mapping[str, Any], job: JobContext) -> Answer:
-        """See Engine."""
         return text_answer(self.generate, data, job)
 
     async def generate(self, request: TextRequest) -> AsyncIterator[TextDelta]:
@@ -217,12 +210,10 @@ class TextEngine:
             return timeline
 
     def adapter(self, name: str) -> SnapshotKey:
-        """See ServesAdapters."""
         assert self._loaded.adapters is not None
         return self._loaded.adapters.current[name].snapshot.key
 
     def swap_adapter(self, name: str) -> Timeline:
-        """See ServesAdapters."""
         with self._swapping:
             serving = self._serving
             adapters = serving.loaded.adapters
@@ -240,7 +231,6 @@ class TextEngine:
             return exchange_ended(timeline, adapter)
 
     def close(self) -> None:
-        """See Engine."""
         for serving in (self._leaving, self._serving):
             if serving is not None:
                 serving.batcher.close()

@@ -73,7 +73,6 @@ class VllmEngine:
 
     @property
     def model(self) -> str:
-        """See Engine."""
         return self._snapshot.key.repo_id
 
     def serves(self, name: str) -> bool:
@@ -82,31 +81,25 @@ class VllmEngine:
 
     @property
     def broken(self) -> str:
-        """See Engine."""
         return self._server.ended
 
     def check(self) -> None:
-        """See Engine."""
         Catalog(Layout(self._settings.root)).check_unchanged(self._snapshot)
         if self.broken:
             raise IntegrityError(self.broken)
 
     def status(self) -> dict[str, Any]:
-        """See Engine."""
         key = self._snapshot.key
         status = {"engine": "vllm", "model": key.repo_id, "commit": key.commit, "dtype": key.dtype}
         return status | shown(self._adapters)
 
     def swap(self, reference: str) -> Timeline:
-        """See Engine."""
         raise Refused(f"vLLM serves one model in its life: {reference} takes a new worker")
 
     def adapter(self, name: str) -> SnapshotKey:
-        """See ServesAdapters."""
         return self._adapters[name].snapshot.key
 
     def swap_adapter(self, name: str) -> Timeline:
-        """See ServesAdapters."""
         timeline, before = exchange_begun(self._settings, name), self._adapters[name]
         adapter = find_or_make(self._settings, name, self._snapshot.key, timeline)
         try:
@@ -140,7 +133,6 @@ class VllmEngine:
                         raise NotServable(f"vLLM does not take the adapter {adapter.snapshot.key}: {error}") from error
 
     def close(self) -> None:
-        """See Engine."""
         self._close()
         self._in_use.end()
 

@@ -91,7 +91,6 @@ class Loader:
         self._folder: ModelFolder | None = None
 
     def load(self, pending: PendingStart, import_server: Callable[[], None]) -> VllmEngine:
-        """See `handler.engines.Loader`."""
         imports = [import_server]
 
         def build(pending: PendingStart) -> VllmEngine:
@@ -104,7 +103,6 @@ class Loader:
         return pending.load(build)
 
     def cancel(self) -> None:
-        """See `handler.engines.Loader`."""
         with ExitStack() as stack:  # each step is taken, whichever fails
             stack.callback(self._place.cleanup)
             for folder in (self._folder, self._code):

@@ -5,6 +5,8 @@
     output     the text of results
     bars       progress bars
     fill       seed, adopt, export
+    sync       sync: from one store to others
+    recode     compress, expand
     start      warm, bench
     inspect    ls, show, path, du, claims, watch, doctor, verify
     history    history, report, metrics

@@ -126,7 +126,7 @@ class Context:
             print(line, file=sys.stderr, flush=True)
 
     def confirm(self, question: str, *, yes: bool, plan: Callable[[Console], None] = lambda _console: None) -> None:
-        """Raise Refused unless the person said yes, by the option or on a terminal. `plan` is drawn on stderr
+        """Raise Refused unless the person confirms, by the option or on a terminal. `plan` is drawn on stderr
         before the question."""
         if yes:
             return

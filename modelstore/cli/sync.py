@@ -28,7 +28,7 @@ def sync(
     ] = None,
     dry_run: DRY_RUN = False,
 ) -> None:
-    """Copy models, pins and aliases to other volumes. What is there already costs no bytes."""
+    """Copy models, pins and aliases to other volumes. Files that a target has already are not copied."""
     from modelstore.fill.store_roots import FolderRoot, parse_store_root  # boto3 and HTTP are for few commands
 
     if not to:

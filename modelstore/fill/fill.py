@@ -171,10 +171,8 @@ class Fill:
         """Whether a config names code of the repo. Raises CodeRefused if that may not be stored."""
         staged = {file.path: self._staging.paths.snapshot_file(stored_path(file.path)) for file in selection.small}
         repo = frozenset(file.path for file in files)
-        phrase, key = (
-            code_of(staged, lambda path: _read(staged[path]), repo, allowed=self._request.code),
-            self._request.key,
-        )
+        phrase = code_of(staged, lambda path: _read(staged[path]), repo, allowed=self._request.code)
+        key = self._request.key
         if phrase and not self._request.code:
             raise CodeRefused(
                 f"{key.repo_id} brings code of its own ({phrase}): read it, then name the commit in full "

@@ -5,12 +5,13 @@ The dry run and the fill make the same plan, so that they cannot differ; each br
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from modelstore.dtypes import DTYPES
+from modelstore.fill.components import ReadFile
 from modelstore.fill.footprint import Footprint, footprint_of, named_dtype
 from modelstore.fill.repo_files import folder_of, join, parse_object
 from modelstore.fill.request import FillRequest
@@ -19,8 +20,6 @@ from modelstore.fill.source import SourceFile
 from modelstore.fill.storage_policy import QUANTIZATION_FILES, StoragePolicy, storage_policy
 from modelstore.settings import Settings
 from modelstore.volume.header import Header
-
-ReadFile = Callable[[SourceFile], bytes]
 
 
 def config_path(folder: str) -> str:

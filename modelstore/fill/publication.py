@@ -38,13 +38,11 @@ class Publication:
         key: SnapshotKey,
         *,
         observer: Observer,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._layout = layout
         self._settings = settings
         self._key = key
         self._observer = observer
-        self._sleep = sleep
 
     def run(self, fill: FillStaging, *, needed_bytes: int) -> bool:
         """Have `fill` make the snapshot, which takes `needed_bytes`; False if it is there, or another process made it.
@@ -63,7 +61,7 @@ class Publication:
                 return False
             staging = Staging(self._layout, self._key, claim)
             durable.make_folder(staging.paths.snapshot)
-            Space(self._layout, self._settings, sleep=self._sleep).reserve(
+            Space(self._layout, self._settings).reserve(
                 self._key, claim, needed_bytes, present_bytes=staging.present_bytes
             )
             self._publish(staging, fill(staging, claim), claim)
@@ -85,7 +83,7 @@ class Publication:
             if left_s <= 0:
                 raise WaitTimeout(f"{self._key} is being made by {outcome.describe()}: try again later")
             self._observer.waiting(self._key, outcome, left_s=left_s)
-            self._sleep(min(_POLL_S, left_s))
+            time.sleep(min(_POLL_S, left_s))
         return None
 
     def _publish(self, staging: Staging, manifest: bytes, claim: Claim) -> None:

@@ -51,7 +51,6 @@ class RemoteVolume:
     def __init__(
         self, target: Target, *, endpoint: str | None = None, sleep: Callable[[float], object] | None = None
     ) -> None:
-        """See `Bucket`."""
         self.bucket = Bucket(target, endpoint=endpoint, sleep=sleep)
         self.target = target
 

@@ -7,8 +7,6 @@ a copy that was cut short goes on with the blocks that are there. The snapshot a
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -43,7 +41,6 @@ class VerbatimCopy:
         settings: Settings,
         *,
         observer: Observer,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """`manifest`: its file's bytes at the source. `layout`, `settings`: of the store that gets it. Raises
         BadManifest."""
@@ -56,7 +53,7 @@ class VerbatimCopy:
                 f"{self._key} at {source.label} has blocks of {self._manifest.block_bytes} bytes: seed it"
             )
         self._observer = observer
-        self._publication = Publication(layout, settings, self._key, observer=observer, sleep=sleep)
+        self._publication = Publication(layout, settings, self._key, observer=observer)
         self._progress = Progress(self._manifest.size_bytes)
 
     def run(self) -> int:

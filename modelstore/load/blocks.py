@@ -48,7 +48,7 @@ ARRIVED, WRONG, SHORT, FAILED = range(4)
 REPORT = struct.Struct("<iiiidd")
 # The messages to the reader process: kind and a number. FILE, RING: so many bytes of JSON follow.
 MESSAGE = struct.Struct("<II")
-FILE, RING, RELEASE, NO_MORE = range(4)
+FILE, RING, RELEASE = range(3)
 
 _of_thread = threading.local()
 
@@ -120,9 +120,10 @@ class File:
 
 
 class ReadConcurrency:
-    """How many reads at once: twice as many as long as that is faster by a tenth, tried again now and then. A block of
-    the page cache is copied in memory: from the first of those on, as many at once as three quarters of the processors,
-    which leaves some to the copies to a GPU (16 readers on 16 processors took 1.7 times as long as 12, measured)."""
+    """The number of reads at once. It is doubled as long as that makes reading a tenth faster, and tried again later. A
+    block of the page cache is copied in memory: from the first of those on, there are as many reads as three quarters
+    of the processors, which leaves some to the copies to a GPU (16 readers on 16 processors took 1.7 times as long as
+    12, measured)."""
 
     WINDOW_S = 0.2
     SETTLED_WINDOWS = 15
@@ -187,9 +188,9 @@ class BlockReader:
     block is begun. The files are closed when the threads end.
     """
 
-    def __init__(self, report: Report, *, pace: ReadConcurrency | None = None) -> None:
+    def __init__(self, report: Report) -> None:
         self._report = report
-        self._pace = pace or ReadConcurrency()
+        self._pace = ReadConcurrency()
         self._changed = threading.Condition()
         self._files: list[File] = []
         self._own: deque[tuple[File, int]] = deque()  # blocks of files with memory of their own
@@ -466,8 +467,6 @@ def _serve(sock: socket.socket) -> None:
         kind, number = MESSAGE.unpack(head)
         if kind == RELEASE:
             reader.release(number)
-        elif kind == NO_MORE:
-            reader.no_more()
         else:
             record = json.loads(sock.recv(number, socket.MSG_WAITALL))
             if kind == RING:

@@ -148,7 +148,6 @@ class Gpus:
             raise
 
     def allocate(self, device: str, size_bytes: int) -> GpuMemory | memoryview:
-        """See Device."""
         gpu = self._gpus.get(device)
         return GpuMemory(gpu, size_bytes) if gpu is not None else self._host.allocate(device, size_bytes)
 
@@ -165,7 +164,6 @@ class Gpus:
             self._pinned.add(address_of(memory))
 
     def unpin(self, memory: memoryview) -> None:
-        """See Device."""
         if (address := address_of(memory)) in self._pinned:
             self._pinned.discard(address)
             if self._may_be_copying:
@@ -173,7 +171,6 @@ class Gpus:
             next(iter(self._gpus.values())).unregister(address)
 
     def copy(self, parts: Sequence[Part]) -> list[_Event]:
-        """See Device."""
         self._may_be_copying = True
         of_gpus: dict[str, list[Part]] = {}
         for part in parts:
@@ -184,20 +181,17 @@ class Gpus:
         return [self._enqueue_copies(device, parts) for device, parts in of_gpus.items()]
 
     def is_done(self, event: list[_Event]) -> bool:
-        """See Device."""
         if not all(each.gpu.is_done(each.handle) for each in event):
             return False
         self._give_back(event)
         return True
 
     def wait(self, event: list[_Event]) -> None:
-        """See Device."""
         for each in event:
             each.gpu.wait(each.handle)
         self._give_back(event)
 
     def close(self) -> None:
-        """See Device."""
         self._finish_copies()
         for device, stream in self._streams.items():
             self._gpus[device].end_stream(stream.handle, stream.events)

@@ -146,10 +146,6 @@ class Reading:
         """Whether the file was added."""
         return any(opened.record.path == path for opened in self._files)
 
-    def in_ring(self, path: str) -> bool:
-        """Whether the file has no memory of its own."""
-        return self._opened(path).memory is None
-
     def add(self, folder: Path, files: Sequence[FileRecord], *, block_bytes: int) -> None:
         """Open files, contents of a snapshot, all of them before one is read, and read them. Raises SnapshotNotFound if
         one is not there, NotFound if one is compressed and the library for that is not installed."""
@@ -201,7 +197,7 @@ class Reading:
 
     def header(self, path: str) -> tuple[Header, bytes]:
         """The header of a safetensors file, and its bytes, read ahead of the blocks that hold them: compare the two
-        when those have arrived. Raises DigestMismatch if it is none, because one was published."""
+        when those have arrived. Raises DigestMismatch if they are no header: a published file has one."""
         opened = self._opened(path)
         size, where = opened.record.size_bytes, str(opened.folder / path)
 

@@ -91,7 +91,6 @@ class TorchDevices:
         self._may_pin = bool(self._streams)
 
     def allocate(self, device: str, size_bytes: int) -> torch.Tensor | memoryview:
-        """See Device."""
         if device == "cpu":
             return self._host.allocate(device, size_bytes)
         memory = torch.empty(size_bytes, dtype=torch.uint8, device=device)
@@ -113,13 +112,11 @@ class TorchDevices:
             torch.zeros(1, device=next(iter(self._streams)))
 
     def unpin(self, memory: memoryview) -> None:
-        """See Device."""
         if (address := address_of(memory)) in self._pinned:
             self._pinned.discard(address)
             _cudart("cudaHostUnregister", address)
 
     def copy(self, parts: Sequence[Part]) -> list[torch.cuda.Event]:
-        """See Device."""
         events = []
         for part in parts:
             if isinstance(part.memory, memoryview):
@@ -136,11 +133,9 @@ class TorchDevices:
         return events
 
     def is_done(self, event: list[torch.cuda.Event]) -> bool:
-        """See Device."""
         return all(each.query() for each in event)  # type: ignore[no-untyped-call]
 
     def wait(self, event: list[torch.cuda.Event]) -> None:
-        """See Device."""
         for each in event:
             each.synchronize()
 

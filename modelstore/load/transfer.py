@@ -71,16 +71,13 @@ class HostMemory:
     """The device `cpu`: copies are done when they are asked for."""
 
     def allocate(self, device: str, size_bytes: int) -> memoryview:
-        """See Device."""
         return memoryview(mmap.mmap(-1, max(1, size_bytes), flags=mmap.MAP_PRIVATE))
 
     def copy(self, parts: Sequence[Part]) -> None:
-        """See Device."""
         for part in parts:
             copy_bytes(part.memory[part.begin :], part.view)
 
     def is_done(self, event: Any) -> bool:
-        """See Device."""
         return True
 
     def pin(self, memory: memoryview) -> None: ...

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 from modelstore.dtypes import parse_dtype
@@ -25,7 +24,7 @@ from modelstore.volume.space import Space
 from modelstore.volume.unfinished import Unfinished
 from modelstore.volume.verify import known_problem
 
-_LOOK_AGAIN_S = 1.5
+_BETWEEN_LOOKS_S = 1.5
 
 _Seen = tuple[SnapshotKey, durable.Contents | None, set[str] | None, tuple[pins.Mark, ...], str]
 
@@ -115,7 +114,7 @@ def space(layout: Layout, settings: Settings) -> dict[str, Any]:
     }
 
 
-def claims(layout: Layout, *, sleep: Callable[[float], None] = time.sleep) -> list[dict[str, Any]]:
+def claims(layout: Layout) -> list[dict[str, Any]]:
     """The claims that are held: the worker, its progress, the time left, and whether the holder is alive.
 
     Looks twice, a few heartbeats apart: a holder that said nothing in between is gone, or its host is. `silent_s`:
@@ -131,7 +130,7 @@ def claims(layout: Layout, *, sleep: Callable[[float], None] = time.sleep) -> li
     first = [claim for claim in tree.map_concurrently(held_claim, keys) if claim is not None]
     if not first:
         return []
-    sleep(_LOOK_AGAIN_S)
+    time.sleep(_BETWEEN_LOOKS_S)
     now = pins.volume_time(layout)
     records = []
     for key, generation, before in first:

@@ -3,8 +3,8 @@
 >>> plan = SyncPlan(parse_store_root("/runpod-volume/modelstore", settings), settings)
 >>> plan.run(parse_store_root("s3://abc123@EU-RO-1", settings), [], observer=SILENT)
 
-What is there already costs no bytes. Files go first, a snapshot's manifest last, and the names that lead to it after
-that, so that nothing ever leads to half of a snapshot. What was cut short goes on.
+Files that the target has already are not copied. Files go first, a snapshot's manifest last, and the names that lead to
+it after that, so that nothing ever leads to half of a snapshot. A run that was cut short is continued by the next one.
 """
 
 from __future__ import annotations

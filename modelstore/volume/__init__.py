@@ -17,6 +17,11 @@
     verify         the comparison of snapshots with their manifests
     history        records of starts and of events
     config_sizes   sizes in a config that would fill the memory of a start
+    capabilities, trials           what a volume can do, and the trials that show it
+    unfinished     the downloads that are not published
+    engine_caches, archive         compiled code of engines; a folder as one archive
+    planes, block_table, content   compressed weights: a block, the table of a file's blocks, and its plain bytes
+    preferred_form                 plain or compressed, if both are possible
 
 Other packages may import all of these.
 """

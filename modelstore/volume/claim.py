@@ -232,7 +232,7 @@ class Claim:
         except BaseException:
             self._release_lock()
             raise
-        self._look_who_holds_it()
+        self._detect_second_holder()
         self._thread = threading.Thread(target=self._beat, name=f"heartbeat-{self.generation}", daemon=True)
         self._thread.start()
 
@@ -296,7 +296,7 @@ class Claim:
             "this volume elected two, and this worker waits for the other one"
         )
 
-    def _look_who_holds_it(self) -> None:
+    def _detect_second_holder(self) -> None:
         """Read the record back: on a volume that lets two processes create one file, the last to write holds it."""
         with suppress(OSError):
             record = parse_record(_read(self._path))
@@ -311,7 +311,7 @@ class Claim:
 
     def _beat(self) -> None:
         while not self._stop.wait(self._heartbeat_s):
-            self._look_who_holds_it()
+            self._detect_second_holder()
             if self._overwritten_by:
                 return
             try:

@@ -97,8 +97,8 @@ class UsageMark:
                     return
 
     def _remove_old_marks(self) -> None:
-        """Remove marks of workers that were killed: all that are a day old, and the oldest of more than a few that
-        that are never refreshed, as workers leave that start and fail in a loop. This one's own mark is the newest."""
+        """Remove marks of workers that were killed: all that are a day old, and, beyond the newest few, those that are
+        not refreshed any more, as workers leave that start and fail in a loop. This one's own mark is the newest."""
         now = self._path.lstat().st_mtime
         marks = [path for path in tree.entries(self._path.parent) if _MARK.fullmatch(path.name)]
         ages = sorted((now - path.lstat().st_mtime, path) for path in marks)
@@ -108,7 +108,7 @@ class UsageMark:
 
 
 def mark_used(layout: Layout, key: SnapshotKey) -> bool:
-    """Note a use that ends at once; False if the volume is read-only or does not take it, which fails nothing."""
+    """Note a use that ends at once. False, with no error, if the volume cannot be changed."""
     return _touched(layout, key, layout.used(key) / _LAST)
 
 

@@ -207,7 +207,7 @@ class Space:
         return needed_bytes <= tree.tree_bytes(self._layout.root) + error.free_bytes
 
     def _bytes_promised(self, promised: dict[SnapshotKey, tuple[int, int]]) -> int:
-        """The promises of claims whose heart beats; a dead worker needs no room."""
+        """The bytes that live claims have reserved."""
         if promised:
             self._sleep(DEAD_AFTER_S)
         alive = {key for key, (_size, beat) in promised.items() if reserved_bytes(self._layout.claims(key))[1] != beat}

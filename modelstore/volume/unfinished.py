@@ -7,7 +7,7 @@ last byte. `drop` is for a person who wants the space now.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from modelstore.errors import Refused
@@ -58,9 +58,7 @@ def is_running(layout: Layout, key: SnapshotKey) -> bool:
     return record is not None and record.state == "held" and pins.volume_time(layout) - beat_at < _SILENT_S
 
 
-def drop(
-    layout: Layout, key: SnapshotKey, *, worker: str, lease_s: float, sleep: Callable[[float], None] = time.sleep
-) -> None:
+def drop(layout: Layout, key: SnapshotKey, *, worker: str, lease_s: float) -> None:
     """Remove an unfinished download, under its claim. Waits for the lease if its holder's host is gone.
 
     Raises Refused if its holder is alive.
@@ -73,7 +71,7 @@ def drop(
         beats.add((holder.generation, holder.record.beat if holder.record is not None else 0))
         if len(beats) > 1:
             raise Refused(f"{key} is being downloaded by {holder.describe()}: stop that first")
-        sleep(DEAD_AFTER_S / 4)
+        time.sleep(DEAD_AFTER_S / 4)
     with holder as claim:
         claim.check()
         durable.remove_tree(layout.staging(key))

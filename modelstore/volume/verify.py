@@ -1,10 +1,10 @@
 """Whether a snapshot still is as its manifest says: offline, whole or a sample, at once or in parts.
 
 Blocks are counted over all files of a snapshot. A sample of 1/20 compares the blocks r, r + 20, r + 40, … and the next
-run takes the next r, so that twenty runs have compared every byte. If a run came to is kept beside the snapshot
-(`verified/`), so that one that is cut short, by its time or by a kill, is gone on with. The first problem is kept
-there, too, until the snapshot is made again or a whole run finds nothing. Names, sizes and foreign files
-are compared in every run. Bytes come from the volume: this machine's page cache of a file is dropped first.
+run takes the next r, so that twenty runs have compared every byte. The position that a run reached is kept beside the
+snapshot (`verified/`), so that the next run continues there. The first problem is kept there, too, until the snapshot
+is made again or a whole run finds nothing. Names, sizes and foreign files are compared in every run. Bytes come from
+the volume: this machine's page cache of a file is dropped first.
 """
 
 from __future__ import annotations
