@@ -64,16 +64,13 @@ def read_header(
 ) -> Header:
     """The checked header of a safetensors file; `where` names it in errors. `content`: what the file at `path` holds,
     if it may be compressed. `ready` is called before each read of it."""
-    fd = durable.open_for_read(path)
-    try:
+    with durable.opened(path) as fd:
         content = content or FileRecord(path.name, os.fstat(fd).st_size, "", "")
         size = content.size_bytes
         ready(0, min(LENGTH_BYTES, size))
         length = header_length(read_content(fd, content, LENGTH_BYTES, 0), file_bytes=size, where=where)
         ready(LENGTH_BYTES, length)
         return parse_header(read_content(fd, content, length, LENGTH_BYTES), file_bytes=size, where=where)
-    finally:
-        os.close(fd)
 
 
 def converted_tensors(header: Header, policy: StoragePolicy) -> tuple[TensorInfo, ...]:
@@ -117,8 +114,7 @@ def convert_file(
     """
     tensors = converted_tensors(header, policy)
     overflowing: list[str] = []
-    source_fd = durable.open_for_read(source)
-    try:
+    with durable.opened(source) as source_fd:
         write = _Writer(target, memory)
         write(encode_header(tensors, header.metadata))
         originals = {tensor.name: tensor for tensor in header.tensors}
@@ -131,23 +127,18 @@ def convert_file(
                 write(cast.data.cast("B"))
         if overflowing:
             raise _overflow(policy.dtype, source.name, overflowing)
-    finally:
-        os.close(source_fd)
 
 
 def copy_file(
     source: Path, size_bytes: int, target: StoredFile, *, ready: Ready, memory: memoryview | None = None
 ) -> None:
     """Write the `size_bytes` of `source` to `target` as they are; for the other arguments see `convert_file`."""
-    fd = durable.open_for_read(source)
-    try:
+    with durable.opened(source) as fd:
         write = _Writer(target, memory)
         for offset in range(0, size_bytes, CHUNK_BYTES):
             length = min(CHUNK_BYTES, size_bytes - offset)
             ready(offset, length)
             write(_read(fd, length, offset, source))
-    finally:
-        os.close(fd)
 
 
 class _Writer:

@@ -55,11 +55,8 @@ def sampled(snapshot: Snapshot) -> Sample:
     sampled_bytes = stored_bytes = 0
     decoding_s = 0.0
     for file, offset, length in places[:: -(-len(places) // _SAMPLES) or 1]:
-        fd = durable.open_for_read(snapshot.path / file.path)
-        try:
+        with durable.opened(snapshot.path / file.path) as fd:
             block = os.pread(fd, length, offset)
-        finally:
-            os.close(fd)
         entry, parts = planes.encode(block)
         stored, target = memoryview(b"".join(parts)), memoryview(bytearray(len(block)))
         began = time.thread_time()

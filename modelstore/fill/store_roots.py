@@ -56,11 +56,8 @@ class FolderRoot(StoreRoot):
     def part(self, path: str, start: int, length: int) -> bytes:
         place = self.root / path
         try:
-            fd = durable.open_for_read(place)
-            try:
+            with durable.opened(place) as fd:
                 return os.pread(fd, length, start)
-            finally:
-                os.close(fd)
         except OSError as error:
             raise tree.unreadable(error, place) from error
 

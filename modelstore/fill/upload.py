@@ -224,14 +224,11 @@ class _Upload:
 
     def _whole_etag(self) -> str:
         """S3's tag of an object that was sent in these parts: the MD5 of their MD5s."""
-        fd = durable.open_for_read(self._path)
-        try:
+        with durable.opened(self._path) as fd:
             parts = [
                 hashlib.md5(os.pread(fd, self._part_bytes, offset), usedforsecurity=False).digest()
                 for offset in range(0, self._size, self._part_bytes)
             ]
-        finally:
-            os.close(fd)
         return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
     def _open_upload(self) -> str:
@@ -274,11 +271,8 @@ class _Upload:
         self._progress.begin(self._name, self._size)
         offset = (number - 1) * self._part_bytes
         length = min(self._part_bytes, self._size - offset)
-        fd = durable.open_for_read(self._path)
-        try:
+        with durable.opened(self._path) as fd:
             data = os.pread(fd, length, offset)
-        finally:
-            os.close(fd)
         etag, size = self._known.get(number, ("", 0))
         if size == length and etag.strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest():
             self._etags[number] = etag

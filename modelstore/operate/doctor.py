@@ -223,15 +223,12 @@ def _measure_rates(folder: Path, probe_bytes: int) -> tuple[float, float]:
     finally:
         durable.close(fd, path=path)
     wrote = probe_bytes / (time.monotonic() - began)
-    fd = durable.open_for_read(path)
-    try:
+    with durable.opened(path) as fd:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         began = time.monotonic()
         while os.read(fd, 8 << 20):
             pass
         read = probe_bytes / (time.monotonic() - began)
-    finally:
-        os.close(fd)
     return wrote, read
 
 

@@ -61,13 +61,10 @@ class RunningDigests:
 def digests_of_file(path: Path, *, guard: Callable[[], None] = lambda: None) -> Digests:
     """The digests of a file as it lies; `guard` is called for each block, and may raise."""
     running = RunningDigests()
-    fd = durable.open_for_read(path)
-    try:
+    with durable.opened(path) as fd:
         while data := os.read(fd, BLOCK_BYTES):
             guard()
             running.update(data)
-    finally:
-        os.close(fd)
     return running.finish()
 
 
@@ -83,11 +80,8 @@ def git_oid(fd: int, size_bytes: int) -> str:
 
 def git_oid_of(path: Path) -> str:
     """The same, of a file by its path."""
-    fd = durable.open_for_read(path)
-    try:
+    with durable.opened(path) as fd:
         return git_oid(fd, os.fstat(fd).st_size)
-    finally:
-        os.close(fd)
 
 
 def has_blocks(path: Path, record: FileRecord) -> bool:

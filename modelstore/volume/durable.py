@@ -166,9 +166,18 @@ def read_with_state(path: Path, limit_bytes: int = RECORD_BYTES) -> Contents:
     return once_more(lambda: _read_with_state(path, limit_bytes))
 
 
-def _read_with_state(path: Path, limit_bytes: int) -> Contents:
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """The descriptor of a regular file, open for reading. Errors are those of `open_for_read`."""
     fd = open_for_read(path)
     try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _read_with_state(path: Path, limit_bytes: int) -> Contents:
+    with opened(path) as fd:
         state = os.fstat(fd)
         size = state.st_size + 1  # asked for more than it believes to have, a file system looks again
         remaining = limit_bytes + 1
@@ -179,8 +188,6 @@ def _read_with_state(path: Path, limit_bytes: int) -> Contents:
         if state.st_size > limit_bytes or not remaining:
             raise OSError(errno.EINVAL, f"larger than {limit_bytes} bytes, which no such file is", str(path))
         return Contents(b"".join(parts), state)
-    finally:
-        os.close(fd)
 
 
 def write_at(fd: int, data: bytes | bytearray | memoryview, offset: int, *, path: Path) -> None:
