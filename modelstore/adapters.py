@@ -51,7 +51,7 @@ def find_or_make(settings: Settings, name: str, base: SnapshotKey, timeline: Tim
     from modelstore.store import ModelStore  # its imports are for a start with adapters alone
 
     # The operator has named it; adapters are small, and their libraries open plain files.
-    store = ModelStore(settings.root, settings=replace(settings, allowed_models=(), compress="never"))
+    store = ModelStore.of(replace(settings, allowed_models=(), compress="never"))
     reference: Reference = settings.adapters[name]
     with timeline.span("adapter", name):
         snapshot = store.ensure(reference, dtype="keep")

@@ -45,7 +45,7 @@ def private_copy(settings: Settings, snapshot: Snapshot, *, observer: Observer, 
     )
     reference = Reference("hub", snapshot.repo_id, snapshot.commit)
     try:
-        made = ModelStore(own.root, settings=own).ensure(
+        made = ModelStore.of(own).ensure(
             reference, dtype=snapshot.dtype, damaged=snapshot, observer=observer, timeline=timeline
         )
         if not made.manifest.has_contents_of(snapshot.manifest):

@@ -26,13 +26,14 @@ from modelstore.load.model_folder import ModelFolder
 from modelstore.load.reader import Reading
 from modelstore.load.weights_socket import WeightsServer, shared_files
 from modelstore.logs import log_to_stderr
+from modelstore.pending_start import PendingStart
 from modelstore.reference import parse_reference
 from modelstore.runtime import runtime_folder
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.volume import history
 from modelstore.volume.layout import Layout, SnapshotKey
-from modelstore.warmstart import PendingStart, begin
+from modelstore.warmstart import begin
 
 _IDLE_S = 10.0  # without a rank, after one has loaded: several engines of one server start beside each other
 _UNUSED_S = 600.0  # without a rank that has loaded: vLLM reads the weights by itself

@@ -68,10 +68,14 @@ class ModelStore:
         return Catalog.of(self.settings)
 
     @classmethod
+    def of(cls, settings: Settings) -> ModelStore:
+        """The store that the settings describe."""
+        return cls(settings.root, settings=settings)
+
+    @classmethod
     def from_env(cls) -> ModelStore:
         """The store that the environment describes (MODELSTORE_ROOT and the other settings)."""
-        settings = Settings.from_env()
-        return cls(settings.root, settings=settings)
+        return cls.of(Settings.from_env())
 
     def lookup(
         self, reference: str | Reference, *, revision: str | None = None, dtype: str | None = None

@@ -10,7 +10,6 @@ A start that has to fill the snapshot takes the bytes as they come: see `prefetc
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 import threading
@@ -20,21 +19,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from modelstore.errors import (
-    DigestMismatch,
     DoesNotFit,
     InvalidSetting,
-    ModelStoreError,
-    ServerFailed,
     SnapshotNotFound,
 )
 from modelstore.fill.observer import LogObserver, Observer
 from modelstore.load import memory
 from modelstore.load.reader import RING_BYTES, Reading, start_reading
+from modelstore.pending_start import PendingStart, begin_copies, end_reading
 from modelstore.servable import CheckConfig, check_nothing
 from modelstore.settings import Settings
 from modelstore.timeline import Outcome, Timeline
-from modelstore.volume.capabilities import may_change
-from modelstore.volume.config_sizes import check_configs
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.pins import UsageMark, wait_while_evicting
 from modelstore.volume.snapshots import Catalog, Snapshot, Status
@@ -57,113 +52,6 @@ _OUTCOMES: Mapping[Status, tuple[Outcome, str]] = {
     "resumed": ("resumed", "an earlier worker had left the download unfinished"),
     "downloaded": ("downloaded", "the snapshot was not on the volume"),
 }
-
-
-@dataclass(slots=True)
-class PendingStart:
-    """A start whose bytes are in flight. `snapshot` and `reading` are exchanged if the first were damaged.
-
-    `transfer`: the copies to the GPU, which have begun unless several GPUs have to share the weights; None without one.
-    """
-
-    settings: Settings
-    snapshot: Snapshot
-    reading: Reading
-    in_use: UsageMark
-    timeline: Timeline
-    observer: Observer
-    ring_bytes: int
-    transfer: Transfer | None = None
-
-    @property
-    def trusted(self) -> bool:
-        """Whether the snapshot brings code of its own that may run."""
-        key, model = self.snapshot.key, self.settings.model
-        names = {key.repo_id} if model is None or model.kind != "hub" else {key.repo_id, model.name}
-        may_run = any(self.settings.may_run_code_of(name, key.commit) for name in names)
-        return self.snapshot.manifest.remote_code and may_run
-
-    def load(self, build: Callable[[PendingStart], T]) -> T:
-        """The model that `build` makes of this start; called again, once, if the first bytes were not those published.
-
-        Raises DigestMismatch if the damage cannot be mended, and whatever `build` raises.
-        """
-        files = (file.path for file in self.snapshot.manifest.contents)
-        try:
-            check_configs(self.snapshot.path, files, str(self.snapshot.key))
-            self._check_gpus()
-            return self._built(build)
-        except (KeyboardInterrupt, SystemExit):
-            self._end_copies()
-            raise
-        except BaseException as error:  # a damaged tokenizer can raise anything in its parser
-            if isinstance(error, ServerFailed):  # it was told of wrong bytes, if there were any
-                self._end_copies()
-                raise
-            mismatch = error if isinstance(error, DigestMismatch) else self.reading.damage()
-            if mismatch is None:
-                self._end_copies()
-                raise
-            damage = str(mismatch)
-            del mismatch  # its traceback holds the buffers
-        logger.warning("%s; comparing it again", damage)
-        device = self.transfer.device_of("") if self.transfer is not None else None
-        has_weights = any(self.reading.holds(file.path) for file in self.snapshot.weights)
-        self._stop_reading()
-        try:
-            self._begin_again(device, has_weights=has_weights)
-        except ModelStoreError as error:
-            raise DigestMismatch(f"{damage}; it could not be made again: {error}") from error
-        return self._built(build)
-
-    def _built(self, build: Callable[[PendingStart], T]) -> T:
-        model = build(self)
-        self.transfer = None  # it knows the memory, which is freed with the model
-        return model
-
-    def _stop_reading(self) -> None:
-        """End the read and the copies, so that their memory is free before the next ones take as much."""
-        self._end_copies()
-        del self.reading
-        gc.collect()
-
-    def _end_copies(self) -> None:
-        _end(self.reading, self.transfer)
-        self.transfer = None
-
-    def _check_gpus(self) -> None:
-        """Read for the CPU instead, if the weights are on their way to a GPU that torch cannot use."""
-        if self.transfer is None:
-            return
-        from modelstore.load.torch_device import can_use_gpus
-
-        if not can_use_gpus():
-            logger.warning("there is a GPU, and the installed torch cannot use it: the model is loaded on the CPU")
-            self._stop_reading()
-            self.ring_bytes = 0
-            self.reading = start_reading(self.snapshot, beside=True)
-
-    def _begin_again(self, device: str | None, *, has_weights: bool) -> None:
-        from modelstore.store import ModelStore
-
-        store, model = ModelStore(self.settings.root, settings=self.settings), self.settings.model
-        assert model is not None
-        if may_change(store.layout, self.settings):
-            fresh = store.ensure(
-                model, dtype=self.snapshot.dtype, damaged=self.snapshot, observer=self.observer, timeline=self.timeline
-            )
-            self.timeline.reason += "; it was damaged and made again"
-        else:
-            from modelstore.private_copy import private_copy
-
-            fresh = private_copy(self.settings, self.snapshot, observer=self.observer, timeline=self.timeline)
-            self.timeline.reason += "; it is damaged on a volume that is not changed: this worker has a copy of its own"
-        self.in_use.end()
-        self.in_use = UsageMark(store.layout, fresh.key, self.settings.worker_id)
-        self.timeline.commit, self.timeline.dtype = fresh.commit, fresh.dtype
-        self.snapshot = fresh
-        self.reading = start_reading(fresh, beside=True, ring_bytes=self.ring_bytes, weights=has_weights)
-        self.transfer = None if device is None else _transfer_to(device, self.reading)
 
 
 @contextmanager
@@ -294,16 +182,14 @@ class _Start:
     def _find_or_fill(self) -> Snapshot:
         settings = self.settings
         assert settings.model is not None
-        with self.timeline.span("lookup"):
-            catalog = Catalog.of(settings)
-            snapshot = catalog.find(settings.model, settings.dtype, worker=settings.worker_id)
+        catalog = Catalog.of(settings)
+        snapshot = _lookup(settings, catalog, self.timeline)
         if snapshot is None and self.target != "shared":
             snapshot = self._fill_and_prefetch()
         elif snapshot is None:
             from modelstore.store import ModelStore
 
-            store = ModelStore(settings.root, settings=settings)
-            snapshot = store.ensure(settings.model, timeline=self.timeline, observer=self.observer)
+            snapshot = ModelStore.of(settings).ensure(settings.model, timeline=self.timeline, observer=self.observer)
         if self.target == "shared":
             snapshot = _readable_by_server(snapshot, catalog, self.check_fits)
         return snapshot
@@ -315,10 +201,10 @@ class _Start:
         from modelstore.store import ModelStore  # its imports (numpy, HTTP) are for a miss alone
 
         assert self.settings.model is not None
-        store = ModelStore(self.settings.root, settings=self.settings)
+        store = ModelStore.of(self.settings)
         reading = self.reading = Reading(beside=True, ring_bytes=self.ring_bytes)
         if self.gpus is not None and len(self.gpus) == 1:
-            self.transfer = _transfer_to(self.gpu, reading)
+            self.transfer = begin_copies(self.gpu, reading)
         keep_bytes = _KEPT_BYTES if self.ring_bytes else float("inf")
         prefetch = StagingPrefetch(
             store.layout,
@@ -358,12 +244,12 @@ class _Start:
             self.reading = start_reading(snapshot, beside=True, ring_bytes=self.ring_bytes, weights=weights)
             needed_bytes = snapshot.weights_bytes + self.spare_bytes
             if self.gpus is not None and self.gpus[_number(self.gpu, self.gpus)] >= needed_bytes:
-                self.transfer = _transfer_to(self.gpu, self.reading)
+                self.transfer = begin_copies(self.gpu, self.reading)
         return self.reading
 
     def _end_reading(self) -> None:
         """Stop the read and its copies, and give their memory back."""
-        _end(self.reading, self.transfer)
+        end_reading(self.reading, self.transfer)
         self.reading = self.transfer = None
 
 
@@ -384,15 +270,18 @@ def find_or_make(settings: Settings, timeline: Timeline, check_config: CheckConf
     if settings.model is None:
         raise _no_model()
     settings.check_allowed(settings.model)
-    with timeline.span("lookup"):
-        catalog = Catalog.of(settings)
-        snapshot = catalog.find(settings.model, settings.dtype, worker=settings.worker_id)
-    if snapshot is not None:
+    if (snapshot := _lookup(settings, Catalog.of(settings), timeline)) is not None:
         return snapshot
     from modelstore.store import ModelStore
 
-    store = ModelStore(settings.root, settings=settings)
-    return store.ensure(settings.model, timeline=timeline, observer=_CheckedFill(check_config))
+    return ModelStore.of(settings).ensure(settings.model, timeline=timeline, observer=_CheckedFill(check_config))
+
+
+def _lookup(settings: Settings, catalog: Catalog, timeline: Timeline) -> Snapshot | None:
+    """The model's snapshot, if it is on the volume; a span of the start."""
+    assert settings.model is not None
+    with timeline.span("lookup"):
+        return catalog.find(settings.model, settings.dtype, worker=settings.worker_id)
 
 
 def note_outcome(timeline: Timeline, snapshot: Snapshot) -> None:
@@ -405,22 +294,6 @@ def note_outcome(timeline: Timeline, snapshot: Snapshot) -> None:
 
 def _no_model() -> InvalidSetting:
     return InvalidSetting("MODEL_ID is not set: name the model to serve, as in MODEL_ID=org/name")
-
-
-def _transfer_to(gpu: str, reading: Reading) -> Transfer:
-    """Copy the blocks of a reading to a GPU as they arrive."""
-    from modelstore.load.device import open_devices
-    from modelstore.load.transfer import Transfer
-
-    return Transfer(reading, lambda: open_devices([gpu]), lambda _name: gpu)
-
-
-def _end(reading: Reading | None, transfer: Transfer | None) -> None:
-    """Stop a read and its copies, and give their memory back."""
-    if reading is not None:
-        reading.close()
-    if transfer is not None:
-        transfer.end()
 
 
 def _number(gpu: str, gpus: Sequence[int]) -> int:

@@ -49,6 +49,7 @@ ALONE = {
     "prefetch": "start",
     "private_copy": "start",
     "warmstart": "start",
+    "pending_start": "start",
     "serve_weights": "start",
 }
 

@@ -22,6 +22,7 @@ from modelstore import warmstart
 from modelstore.errors import DigestMismatch, DoesNotFit
 from modelstore.load.model import load_model
 from modelstore.load.weights_socket import shared_files
+from modelstore.pending_start import PendingStart
 from modelstore.reference import parse_reference
 from modelstore.settings import Settings
 from modelstore.startup import gc_paused
@@ -30,7 +31,7 @@ from modelstore.volume import pins
 from modelstore.volume.evict import evict
 from modelstore.volume.snapshots import Snapshot
 from modelstore.volume.verify import verify_snapshot
-from modelstore.warmstart import PendingStart, begin
+from modelstore.warmstart import begin
 from tests.conftest import MakeStore
 from tests.support.fake_cuda import FakeCuda
 from tests.support.hub import Hub

@@ -24,11 +24,12 @@ from typing import Any, Protocol, runtime_checkable
 
 from handler.answers import Answer
 from handler.jobs import JobContext
+from modelstore.pending_start import PendingStart
 from modelstore.servable import CheckConfig, check_encodes, check_generates_text, check_nothing, is_encoder
 from modelstore.settings import EngineName
 from modelstore.timeline import Timeline
 from modelstore.volume.layout import SnapshotKey
-from modelstore.warmstart import PendingStart, Target
+from modelstore.warmstart import Target
 
 
 class Engine(Protocol):

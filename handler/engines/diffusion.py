@@ -48,13 +48,13 @@ from handler.openai_images import OpenAIImagesAnswer, parse_images_job
 from modelstore.errors import BadSafetensors, NotServable, NoWeights, Refused
 from modelstore.load.model import bounded_build, build_part
 from modelstore.load.tensors import load_tensors
+from modelstore.pending_start import PendingStart
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.units import one_line
 from modelstore.volume import durable
 from modelstore.volume.layout import Layout
 from modelstore.volume.snapshots import Catalog, Snapshot
-from modelstore.warmstart import PendingStart
 
 _LIBRARIES = ("diffusers", "transformers")
 _QUALITY = 95  # of JPEG and WEBP, of 100

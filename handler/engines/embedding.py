@@ -37,12 +37,12 @@ from handler.openai_routes import models
 from modelstore.errors import IntegrityError, NotServable, Refused
 from modelstore.load.model import build_part
 from modelstore.load.tensors import load_tensors
+from modelstore.pending_start import PendingStart
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.units import one_line
 from modelstore.volume.layout import Layout
 from modelstore.volume.snapshots import Catalog, Snapshot, check_code
-from modelstore.warmstart import PendingStart
 
 _LIBRARY_CONFIG = "config_sentence_transformers.json"
 _MODULES_INDEX = "modules.json"

@@ -22,12 +22,12 @@ from modelstore.adapters import Adapter, find_or_make
 from modelstore.errors import NotServable
 from modelstore.load.model import load_model
 from modelstore.load.torch_device import needs_several_gpus
+from modelstore.pending_start import PendingStart
 from modelstore.servable import check_generates_text
 from modelstore.units import one_line
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.pins import UsageMark
 from modelstore.volume.snapshots import Snapshot, check_code
-from modelstore.warmstart import PendingStart
 
 if TYPE_CHECKING:
     from handler.engines.adapters import Adapters

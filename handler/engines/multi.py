@@ -24,12 +24,13 @@ from handler.errors import Code, JobError, not_served
 from handler.jobs import JobContext, TextRequest
 from handler.text_jobs import text_answer
 from modelstore.errors import DoesNotFit, ModelStoreError
+from modelstore.pending_start import PendingStart
 from modelstore.reference import parse_reference
 from modelstore.servable import check_generates_text
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.volume.layout import SnapshotKey
-from modelstore.warmstart import PendingStart, begin
+from modelstore.warmstart import begin
 
 logger = logging.getLogger(__name__)
 

@@ -30,13 +30,14 @@ from handler.text_jobs import text_answer
 from modelstore.adapters import find_or_make
 from modelstore.errors import DoesNotFit, IntegrityError, Refused
 from modelstore.load.torch_device import check_room, device_name, spare_bytes
+from modelstore.pending_start import PendingStart
 from modelstore.reference import parse_reference
 from modelstore.servable import check_generates_text
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.snapshots import Catalog
-from modelstore.warmstart import PendingStart, Target, begin
+from modelstore.warmstart import Target, begin
 
 logger = logging.getLogger(__name__)
 

@@ -24,11 +24,11 @@ from handler.jobs import JobContext, TextRequest, parse_text
 from handler.prompts import Prompt
 from modelstore.adapters import Adapter, find_or_make
 from modelstore.errors import IntegrityError, NotServable, Refused
+from modelstore.pending_start import PendingStart
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.snapshots import Catalog, Snapshot
-from modelstore.warmstart import PendingStart
 
 logger = logging.getLogger(__name__)
 

@@ -36,11 +36,11 @@ from modelstore.load import vllm_plugin
 from modelstore.load.model_folder import ModelFolder
 from modelstore.load.reader import Reading
 from modelstore.load.weights_socket import WeightsServer, shared_files
+from modelstore.pending_start import PendingStart
 from modelstore.runtime import runtime_folder
 from modelstore.settings import Settings
 from modelstore.volume.layout import SnapshotKey
 from modelstore.volume.snapshots import check_code
-from modelstore.warmstart import PendingStart
 
 logger = logging.getLogger(__name__)
 

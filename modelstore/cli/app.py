@@ -98,7 +98,7 @@ class Context:
 
     def store(self, **changes: Any) -> ModelStore:
         settings = replace(Settings.from_env(root=self.root), **changes)
-        return ModelStore(settings.root, settings=settings)
+        return ModelStore.of(settings)
 
     def volume(self) -> ModelStore:
         """The same, for reading. Raises RootUnusable if there is no place for a store: an empty list

@@ -206,7 +206,7 @@ class SeedPlan:
         if model.compress is None:
             return self.store
         mode: CompressMode = "always" if model.compress else "never"
-        return ModelStore(settings.root, settings=replace(settings, compress=mode))
+        return ModelStore.of(replace(settings, compress=mode))
 
     def _previewed_or_failed(self, model: ListedModel) -> dict[str, Any]:
         """The same; the record of the error if there are other models."""

@@ -13,12 +13,13 @@ from handler.__main__ import _engine_of
 from handler.engines import vllm_choice
 from handler.engines.vllm_start import _names
 from modelstore.errors import NotServable
+from modelstore.pending_start import PendingStart
 from modelstore.reference import parse_reference
 from modelstore.servable import check_nothing
 from modelstore.settings import Settings
 from modelstore.store import ModelStore
 from modelstore.timeline import Timeline
-from modelstore.warmstart import PendingStart, find_or_make
+from modelstore.warmstart import find_or_make
 from tests.support.hub import Hub
 from tests.support.models import write_model
 from tests.support.vllm import PYTHON, needs_vllm
