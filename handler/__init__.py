@@ -1,6 +1,7 @@
 """The RunPod worker: `python -m handler`.
 
     __main__          the start: the read, the imports, the model, then jobs
+    engine_start      which engine it is, its imports beside the read, and its model
     worker            one job in, one answer out; the SDK's loop
     delivery          chunks and progress on their way to RunPod
     sdk               the SDK's import without its pause

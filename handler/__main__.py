@@ -11,39 +11,31 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from handler import readahead, sdk
-from handler.engines import ENGINES, engine_for, vllm_choice
+from handler import readahead
+from handler.engine_start import EngineStart
 from handler.first_answer import FirstAnswer
 from handler.privileges import become_owner_of
 from handler.redaction import VolumePaths
 from handler.start_failure import tell_waiting_jobs
 from modelstore.environment import forget_secrets
-from modelstore.errors import InvalidSetting, ModelStoreError, not_installed
-from modelstore.logs import LINE_CHARACTERS, log_to_stderr, take_library_logs
-from modelstore.settings import EngineName, Settings, ineffective
+from modelstore.errors import ModelStoreError
+from modelstore.logs import LINE_CHARACTERS, log_to_stderr
+from modelstore.settings import Settings, ineffective
 from modelstore.startup import gc_paused
 from modelstore.timeline import Timeline
 from modelstore.units import one_line
 from modelstore.volume import history
 from modelstore.volume.layout import Layout
-from modelstore.warmstart import begin, find_or_make, note_outcome
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
-    from handler.engines import Engine, Loader
+    from handler.engines import Engine
     from handler.listening import Listening
-    from modelstore.volume.snapshots import Snapshot
 
 logger = logging.getLogger("handler")
-
-_WITH_ADAPTERS: Sequence[EngineName] = ("text", "vllm")
 
 
 def main() -> int:
@@ -98,7 +90,7 @@ def _start_engine(settings: Settings, listening: Listening | None) -> Callable[[
     timeline = Timeline(worker=settings.worker_id, model=str(settings.model or ""), dtype=settings.dtype or "")
     layout = Layout(settings.root)
     try:
-        engine = _load_engine(settings, timeline, "runpod" if listening is None else "uvicorn")
+        engine = EngineStart(settings, timeline, "runpod" if listening is None else "uvicorn").load()
         from handler.compilation import compile_model
         from handler.warm_up import warm_up
 
@@ -128,81 +120,6 @@ def _check(engine: Engine) -> None:
     except BaseException:
         engine.close()
         raise
-
-
-def _load_engine(settings: Settings, timeline: Timeline, library: Literal["runpod", "uvicorn"]) -> Engine:
-    """The engine that serves the model; `library` brings it requests. The read starts before the imports, but for an
-    engine that is a server: that one imports while the snapshot is looked up."""
-
-    def import_engine(name: EngineName) -> ModuleType:
-        entry = ENGINES[name]
-        try:
-            for each in entry.libraries[:-1]:
-                with timeline.span("import", each):
-                    import_module(each)
-            with timeline.span("import", entry.libraries[-1]):
-                module = import_module(f"handler.engines.{entry.module}")
-                import_module("handler.worker")
-        except ModuleNotFoundError as error:
-            raise not_installed(error, entry.extra) from error
-        take_library_logs()
-        return module
-
-    def import_server() -> None:  # last, because nothing before needs it
-        with timeline.span("import", library):
-            sdk.import_sdk() if library == "runpod" else import_module("handler.http_server")
-
-    def while_filling() -> None:
-        import_engine(settings.engine or "text")  # the engine is known only with the model's own index
-        import_server()
-
-    def check_config(config: Mapping[str, Any], files: Collection[str], label: str) -> None:
-        ENGINES[settings.engine or engine_for(config, files)].check_config(config, files, label)
-
-    name, reason = settings.engine, "as set by ENGINE"
-    chosen: Snapshot | None = None
-    if name is None and vllm_choice.is_possible(settings):
-        chosen = find_or_make(settings, timeline, check_config)  # vLLM reads to another place than the others
-        name, reason = _engine_of(chosen, settings)
-        if name == "vllm":  # which understands more variables
-            secrets = {name: getattr(settings, name) for name in ("hf_token", "engine_cache_key", "api_key")}
-            settings = replace(Settings.from_env(engine="vllm"), **secrets)  # the environment has them no more
-    target = ENGINES[name].target if name else "device"
-    loader: Loader | None = None
-    if name and target == "shared":
-        loader = import_engine(name).Loader(settings)
-    try:
-        pending = begin(
-            settings, timeline=timeline, target=target, while_filling=while_filling, check_config=check_config
-        )
-        if chosen is not None and chosen.key == pending.snapshot.key:
-            note_outcome(timeline, chosen)
-        try:
-            if name is None:
-                name, reason = engine_for(pending.snapshot.config(), pending.snapshot.manifest.paths), "by the model"
-            logger.info("the engine is %s: %s", name, reason)
-            if settings.adapters and name not in _WITH_ADAPTERS:
-                raise InvalidSetting(
-                    f"MODEL_ADAPTERS is set, and the engine {name} serves none: unset it, or use {_WITH_ADAPTERS[0]}"
-                )
-            loader = loader or import_engine(name).Loader(settings)
-            return loader.load(pending, import_server)
-        except BaseException:
-            pending.in_use.end()
-            raise
-    except BaseException:
-        if loader is not None:
-            loader.cancel()
-        raise
-
-
-def _engine_of(snapshot: Snapshot, settings: Settings) -> tuple[EngineName, str]:
-    """The engine for a snapshot if ENGINE is not set and vLLM is possible, and why."""
-    config = snapshot.config()
-    name = engine_for(config, snapshot.manifest.paths)
-    if name == "text" and (architecture := vllm_choice.architecture_served(settings, config)):
-        return "vllm", f"it is installed, there is a GPU, and it has {architecture}; ENGINE=text takes transformers"
-    return name, "by the model"
 
 
 def _failed(reason: str, code: int) -> int:

@@ -9,7 +9,7 @@ from typing import cast
 
 import pytest
 
-from handler.__main__ import _engine_of
+from handler.engine_start import engine_of
 from handler.engines import vllm_choice
 from handler.engines.vllm_start import _names
 from modelstore.errors import NotServable
@@ -110,12 +110,12 @@ def test_a_model_is_put_on_the_volume_and_gets_its_engine(
     write_model(hub.folder / "org" / "name", seed=1, architecture=architecture)
     chosen = replace(store.settings, model=parse_reference("org/name"), vllm_python=python)
     timeline = Timeline()
-    name, reason = _engine_of(find_or_make(chosen, timeline, check_nothing), chosen)
+    name, reason = engine_of(find_or_make(chosen, timeline, check_nothing), chosen)
     assert name == engine
     assert "LlamaForCausalLM" in reason if engine == "vllm" else reason == "by the model"
     assert {"download", "publish"} <= {span.name for span in timeline.spans}
     hub.served.reset()
-    assert _engine_of(find_or_make(chosen, Timeline(), check_nothing), chosen)[0] == engine
+    assert engine_of(find_or_make(chosen, Timeline(), check_nothing), chosen)[0] == engine
     assert hub.served.requests == []
 
 
