@@ -10,7 +10,6 @@ are missing and trusts the others only after comparing their blocks. Only a sour
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -282,12 +281,7 @@ class Fill:
             remote_code=has_code,
         )
         folder = self._staging.paths.snapshot
-        self._staging.keep_only({MANIFEST, *(record.path for record in records.values())})
-        durable.write_atomic(folder / MANIFEST, manifest.encode())
-        for parent, _folders, _names in os.walk(folder, topdown=False):
-            durable.sync_path(Path(parent))
-        self._claim.check()
-        if not durable.publish_folder(folder, self._layout.snapshot(key)):
+        if not self._staging.publish(manifest, manifest.encode(), self._layout.snapshot(key)):
             if self._is_in_place or Catalog(self._layout).published(key) is None:
                 self._complete(folder, manifest)
             else:

@@ -6,10 +6,8 @@ what was cut short goes on with the files that are there.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from modelstore.errors import BadManifest, WaitTimeout
 from modelstore.fill.observer import Observer
@@ -64,7 +62,7 @@ class Publication:
             Space(self._layout, self._settings).reserve(
                 self._key, claim, needed_bytes, present_bytes=staging.present_bytes
             )
-            self._publish(staging, fill(staging, claim), claim)
+            self._publish(staging, fill(staging, claim))
             claim.finish("published")
         return True
 
@@ -86,14 +84,10 @@ class Publication:
             time.sleep(min(_POLL_S, left_s))
         return None
 
-    def _publish(self, staging: Staging, manifest: bytes, claim: Claim) -> None:
+    def _publish(self, staging: Staging, data: bytes) -> None:
         folder, place = staging.paths.snapshot, self._layout.snapshot(self._key)
-        durable.write_atomic(folder / MANIFEST, manifest)
-        staging.keep_only({MANIFEST, *parse_manifest(manifest, where=str(folder)).paths})
-        for parent, _folders, _names in os.walk(folder, topdown=False):
-            durable.sync_path(Path(parent))
-        claim.check()
-        if not durable.publish_folder(folder, place) and not self._is_published():
+        manifest = parse_manifest(data, where=str(folder))
+        if not staging.publish(manifest, data, place) and not self._is_published():
             durable.remove_file(place / MANIFEST)  # so that no file is ever served by another one's manifest
             durable.complete_folder(folder, place, last=MANIFEST)
         if not self._is_published():

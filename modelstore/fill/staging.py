@@ -20,8 +20,15 @@ from modelstore.fill.stored_file import stored_name
 from modelstore.volume import durable, tree
 from modelstore.volume.checksums import has_blocks
 from modelstore.volume.claim import Claim
-from modelstore.volume.layout import Layout, SnapshotKey, StagingLayout
-from modelstore.volume.manifest import BLOCK_BYTES, FileRecord, digest_of, file_as_json, parse_file_record
+from modelstore.volume.layout import MANIFEST, Layout, SnapshotKey, StagingLayout
+from modelstore.volume.manifest import (
+    BLOCK_BYTES,
+    FileRecord,
+    Manifest,
+    digest_of,
+    file_as_json,
+    parse_file_record,
+)
 from modelstore.volume.snapshots import Snapshot
 
 _FOLDER = re.compile(r"([1-9][0-9]{0,14})(?:-[0-9a-f]{8})?")  # before 0.2 without a random part
@@ -55,6 +62,7 @@ class Staging:
         self.records: dict[str, FileRecord] = {}
         self.inherited = self._inherit(layout.staging(key), claim)
         self.device = layout.root.stat().st_dev
+        self._claim = claim
         self._damaged = damaged
         self._compressed = key.compressed
 
@@ -90,8 +98,19 @@ class Staging:
                 progress.add(done=file.size_bytes, reused=file.size_bytes)
         return unfinished
 
-    def keep_only(self, names: Iterable[str]) -> None:
-        """Remove the files of an earlier attempt that the manifest will not name."""
+    def publish(self, manifest: Manifest, data: bytes, place: Path) -> bool:
+        """Move the snapshot to its place by one rename. `data`: the bytes of its manifest. False if a folder with files
+        is there. Raises ClaimLost."""
+        folder = self.paths.snapshot
+        self._keep_only({MANIFEST, *manifest.paths})
+        durable.write_atomic(folder / MANIFEST, data)
+        for parent, _folders, _names in os.walk(folder, topdown=False):
+            durable.sync_path(Path(parent))
+        self._claim.check()
+        return durable.publish_folder(folder, place)
+
+    def _keep_only(self, names: Iterable[str]) -> None:
+        """Remove the files of an earlier attempt that the manifest does not name."""
         kept = set(names)
         for parent, _folders, files in os.walk(self.paths.snapshot):
             for name in files:
