@@ -2,7 +2,7 @@
 
     blocks            threads or a process: blocks into memory, each compared with its checksum
     reader            the reading of one snapshot, and the memory that it fills
-    reader_process    the process that reads beside a worker
+    reader_process    what reads for it: threads, or a process beside a worker
     transfer          blocks from the ring to the memory of devices
     device            GPUs by their driver, without torch
     torch_device      devices as torch has them

@@ -23,11 +23,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from modelstore.errors import BadSafetensors, DigestMismatch, NoWeights, RootUnusable, SnapshotNotFound
 from modelstore.load import blocks
-from modelstore.load.reader_process import ReaderProcess
+from modelstore.load.reader_process import BlockSource, ReaderProcess, ReaderThreads
 from modelstore.timeline import Span, Timeline
 from modelstore.volume import durable
 from modelstore.volume.block_table import Entry, stored_ranges
@@ -116,8 +115,9 @@ class Reading:
         self._error: Exception | None = None
         self._complete = False
         self._arrivals: deque[LoadedBlock] = deque()
-        self._process = ReaderProcess.start(self) if beside and _has_shared_memory() else None
-        self._threads = blocks.BlockReader(self.report) if self._process is None else None
+        process = ReaderProcess.start(self) if beside and _has_shared_memory() else None
+        self._shares_memory = process is not None
+        self._source: BlockSource | None = process or ReaderThreads(self)
 
     def as_span(self, timeline: Timeline) -> Span:
         """The read as a span of a start; it ends now if it has not ended yet."""
@@ -161,17 +161,17 @@ class Reading:
             with self._changed:
                 index = len(self._files)
                 self._files.append(opened)
-            if opened.blocks_left:
-                arguments: dict[str, Any] = {
-                    "size_bytes": record.size_bytes,
-                    "block_bytes": block_bytes,
-                    "checksums": record.blocks if self._verify else "",
-                    "compressed": opened.compressed,
-                }
-                if self._threads is not None:
-                    self._threads.add(blocks.File(index, os.dup(fd), memory=memory, **arguments))
-                elif self._process is not None:
-                    self._process.add(index, fd, memory_fd, **arguments)
+            if opened.blocks_left and self._source is not None:
+                self._source.add(
+                    index,
+                    fd,
+                    memory,
+                    memory_fd,
+                    size_bytes=record.size_bytes,
+                    block_bytes=block_bytes,
+                    checksums=record.blocks if self._verify else "",
+                    compressed=opened.compressed,
+                )
 
     def adopt(self, folder: Path, record: FileRecord, memory: memoryview, *, block_bytes: int) -> None:
         """Take a file of `folder` whose bytes are in `memory` already, and right: all its blocks have arrived."""
@@ -190,10 +190,8 @@ class Reading:
             self._complete = True
             self._end_if_done()
             self._changed.notify_all()
-        if self._threads is not None:
-            self._threads.no_more()
-        elif self._process is not None and self.ended is not None:
-            self._process.close_channel()
+        if self._source is not None:
+            self._source.no_more()
 
     def header(self, path: str) -> tuple[Header, bytes]:
         """The header of a safetensors file, and its bytes, read ahead of the blocks that hold them: compare the two
@@ -300,12 +298,8 @@ class Reading:
 
     def release(self, arrival: LoadedBlock) -> None:
         """The block was taken away: its slot may be filled again."""
-        if arrival.slot < 0:
-            return
-        if self._threads is not None:
-            self._threads.release(arrival.slot)
-        elif self._process is not None:
-            self._process.release(arrival.slot)
+        if arrival.slot >= 0 and self._source is not None:
+            self._source.release(arrival.slot)
 
     def damage(self) -> DigestMismatch | None:
         """The error of the bytes, once all of them were read or the first wrong block was; a file that cannot be
@@ -331,14 +325,9 @@ class Reading:
             if not self.over:
                 self._error = OSError(0, "the reading was closed")
             self._changed.notify_all()
-        threads, process = self._threads, self._process
-        self._threads = self._process = None  # they know this object, and would keep its memory
-        if threads is not None:
-            threads.stop()
-        if wait and threads is not None:
-            threads.join()
-        if wait and process is not None:
-            process.end()
+        source, self._source = self._source, None  # it knows this object, and would keep its memory
+        if source is not None:
+            source.close(wait=wait)
         with self._changed:
             for opened in self._files:
                 for fd in (opened.fd, opened.memory_fd):
@@ -393,7 +382,7 @@ class Reading:
 
     def _shared_memory(self, size_bytes: int) -> tuple[memoryview, int]:
         """Memory for a file, with a descriptor if a process shares it, else -1."""
-        if self._process is None:
+        if not self._shares_memory:
             return host_memory(size_bytes), -1
         length = _memory_length(size_bytes)
         fd = os.memfd_create("modelstore", os.MFD_CLOEXEC)
@@ -403,10 +392,9 @@ class Reading:
     def _make_ring(self, slot_bytes: int) -> None:
         self._slot_bytes = slot_bytes
         self._ring, fd = self._shared_memory(max(4, self._ring_bytes // slot_bytes) * slot_bytes)
-        if self._threads is not None:
-            self._threads.use_ring(self._ring, slot_bytes)
-        elif self._process is not None:
-            self._process.use_ring(fd, slot_bytes)
+        if self._source is not None:
+            self._source.use_ring(self._ring, fd, slot_bytes)
+        if fd >= 0:
             os.close(fd)
 
 

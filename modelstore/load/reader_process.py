@@ -1,7 +1,7 @@
-"""The reader process beside a worker: how it is started, what it is told, and its reports.
+"""What reads the blocks of a reading: threads of this process, or the reader process beside it.
 
-It runs `blocks.py` as a program, with the standard library and xxhash alone as long as no file is compressed, and ends
-with its socket.
+The process runs `blocks.py` as a program, with the standard library and xxhash alone as long as no file is compressed,
+and ends with its socket.
 """
 
 from __future__ import annotations
@@ -41,12 +41,57 @@ class Listener(Protocol):
         """The process has failed, or ended before all blocks were read."""
 
 
+class BlockSource(Protocol):
+    """Reads files block by block, and reports each to its listener. A file has memory of its own, behind `memory_fd` if
+    that is not -1, or none: its blocks go to the ring."""
+
+    def add(self, index: int, fd: int, memory: memoryview | None, memory_fd: int, **record: Any) -> None:
+        """Read a file, which stays the caller's to close; `record`: the further arguments of `blocks.File`."""
+
+    def use_ring(self, memory: memoryview, memory_fd: int, slot_bytes: int) -> None:
+        """Take the memory for files without memory of their own."""
+
+    def release(self, slot: int) -> None:
+        """A slot of the ring may be used again."""
+
+    def no_more(self) -> None:
+        """All files were added."""
+
+    def close(self, *, wait: bool) -> None:
+        """End, at once, even if it still reads; without `wait`, what has done its work ends by itself."""
+
+
+class ReaderThreads:
+    """Threads of this process that read: a BlockSource."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._reader = blocks.BlockReader(listener.report)
+
+    def add(self, index: int, fd: int, memory: memoryview | None, memory_fd: int, **record: Any) -> None:
+        self._reader.add(blocks.File(index, os.dup(fd), memory=memory, **record))
+
+    def use_ring(self, memory: memoryview, memory_fd: int, slot_bytes: int) -> None:
+        self._reader.use_ring(memory, slot_bytes)
+
+    def release(self, slot: int) -> None:
+        self._reader.release(slot)
+
+    def no_more(self) -> None:
+        self._reader.no_more()
+
+    def close(self, *, wait: bool) -> None:
+        self._reader.stop()
+        if wait:
+            self._reader.join()
+
+
 class ReaderProcess:
-    """The reader process, and the thread that listens to it. It ends with its socket."""
+    """The reader process, and the thread that listens to it: a BlockSource. It ends with its socket."""
 
     def __init__(self, listener: Listener, pid: int, sock: socket.socket) -> None:
         self._pid = pid
         self._socket = sock
+        self._listener: Listener | None = listener
         self._sending = threading.Lock()
         self._thread = threading.Thread(target=self._listen, args=(listener,), name="read", daemon=True)
         self._thread.start()
@@ -71,28 +116,28 @@ class ReaderProcess:
             child_channel.close()
         return cls(listener, pid, channel)
 
-    def add(self, index: int, fd: int, memory_fd: int, **record: Any) -> None:
-        """Have it read a file into the memory behind `memory_fd`, or into the ring if that is -1; `record`: the further
-        arguments of `blocks.File`."""
+    def add(self, index: int, fd: int, memory: memoryview | None, memory_fd: int, **record: Any) -> None:
         self._send(lambda: blocks.send_file(self._socket, index, fd, memory_fd, **record))
 
-    def use_ring(self, fd: int, slot_bytes: int) -> None:
-        """Give it the memory for files without memory of their own."""
-        self._send(lambda: blocks.send_ring(self._socket, fd, slot_bytes))
+    def use_ring(self, memory: memoryview, memory_fd: int, slot_bytes: int) -> None:
+        self._send(lambda: blocks.send_ring(self._socket, memory_fd, slot_bytes))
 
     def release(self, slot: int) -> None:
-        """Let it use a slot of the ring again."""
         self._send(lambda: self._socket.sendall(blocks.MESSAGE.pack(blocks.RELEASE, slot)))
 
-    def close_channel(self) -> None:
-        """Let the process end, at once, even if it still reads."""
+    def no_more(self) -> None:
+        if self._listener is not None and self._listener.over:  # its last report came before
+            self._close_channel()
+
+    def close(self, *, wait: bool) -> None:
+        self._listener = None  # which knows this object, and would keep its memory
+        if wait:
+            self._close_channel()
+            self._thread.join()
+
+    def _close_channel(self) -> None:
         with contextlib.suppress(OSError):  # it has ended
             self._socket.shutdown(socket.SHUT_RDWR)
-
-    def end(self) -> None:
-        """Return when the process has ended."""
-        self.close_channel()
-        self._thread.join()
 
     def _send(self, send: Callable[[], None]) -> None:
         try:
