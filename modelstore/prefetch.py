@@ -10,16 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from modelstore.errors import ModelStoreError, SnapshotNotFound
-from modelstore.fill.observer import Observer
-from modelstore.fill.progress import Progress
+from modelstore.fill.observer import ForwardingObserver, Observer
 from modelstore.fill.staging import finished_record, staging_folders
 from modelstore.load.reader import Reading, host_memory
-from modelstore.servable import CheckConfig, check_nothing
 from modelstore.volume import tree
 from modelstore.volume.layout import Layout, SnapshotKey, StagingLayout
 from modelstore.volume.manifest import BLOCK_BYTES, FileRecord
@@ -33,7 +30,7 @@ logger = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.5
 
 
-class StagingPrefetch(Observer):
+class StagingPrefetch(ForwardingObserver):
     """Watches a fill, passes all calls on to `observer`, and has `reading` take the finished files.
 
     Use `finish` for the snapshot that was made, and `give_up` if there will be none.
@@ -46,36 +43,20 @@ class StagingPrefetch(Observer):
         reading: Reading,
         *,
         keep_bytes: float = float("inf"),
-        check: Callable[[object, int], None] = lambda _key, _weights_bytes: None,
-        check_config: CheckConfig = check_nothing,
     ) -> None:
-        """`keep_bytes`: host memory for the bytes that this process writes itself. `check` gets the planned size and
-        `check_config` the config and the files; their errors stop the fill."""
+        """`keep_bytes`: host memory for the bytes that this process writes itself."""
+        super().__init__(observer)
         self._layout = layout
-        self._observer = observer
         self._reading = reading
-        self._check = check
-        self._check_config = check_config
-        self._left = keep_bytes
+        self._room_bytes = keep_bytes
         self._given: dict[str, int] = {}  # bytes of memory, by file
         self._key: SnapshotKey | None = None
         self._followed: dict[str, FileRecord] = {}
         self._looked = float("-inf")
         self._lock = threading.Lock()
 
-    def described(self, key: SnapshotKey, config: Mapping[str, Any], files: Collection[str]) -> None:
-        self._check_config(config, files, key.repo_id)
-        self._observer.described(key, config, files)
-
-    def planned(self, key: SnapshotKey, *, weights_bytes: int) -> None:
-        self._check(key, weights_bytes)
-        self._observer.planned(key, weights_bytes=weights_bytes)
-
-    def filling(self, key: SnapshotKey, progress: Progress) -> None:
-        self._observer.filling(key, progress)
-
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
-        self._observer.waiting(key, holder, left_s=left_s)
+        super().waiting(key, holder, left_s=left_s)
         now = time.monotonic()
         if now - self._looked >= _LOOK_EVERY_S:
             self._looked = now
@@ -84,21 +65,18 @@ class StagingPrefetch(Observer):
             except (ModelStoreError, OSError) as error:  # it moves under us, when it is published or taken over
                 logger.debug("the staging of %s cannot be followed just now: %s", key, error)
 
-    def failed(self, key: SnapshotKey) -> None:
-        self._observer.failed(key)
-
     def memory(self, key: SnapshotKey, path: str, size_bytes: int) -> memoryview | None:
         with self._lock:
-            self._left += self._given.pop(path, 0)
-            if not self._is_of(key) or path in self._followed or size_bytes > self._left:
+            self._room_bytes += self._given.pop(path, 0)
+            if not self._is_of(key) or path in self._followed or size_bytes > self._room_bytes:
                 return None
             memory = host_memory(size_bytes)
             self._given[path] = len(memory)
-            self._left -= len(memory)
+            self._room_bytes -= len(memory)
             return memory
 
     def finished(self, key: SnapshotKey, folder: Path, record: FileRecord, memory: memoryview | None = None) -> None:
-        self._observer.finished(key, folder, record, memory)
+        super().finished(key, folder, record, memory)
         try:
             self._take(key, folder, record, memory)
         except (ModelStoreError, OSError) as error:
@@ -133,7 +111,7 @@ class StagingPrefetch(Observer):
         with self._lock:
             content = record.content
             if memory is None:
-                self._left += self._given.pop(content.path, 0)
+                self._room_bytes += self._given.pop(content.path, 0)
             if not self._is_of(key) or content.path in self._followed:
                 return
             if memory is not None:

@@ -23,7 +23,7 @@ from modelstore.errors import (
     InvalidSetting,
     SnapshotNotFound,
 )
-from modelstore.fill.observer import LogObserver, Observer
+from modelstore.fill.observer import ForwardingObserver, LogObserver, Observer
 from modelstore.load import memory
 from modelstore.load.reader import RING_BYTES, Reading, start_reading
 from modelstore.pending_start import PendingStart, begin_copies, end_reading
@@ -206,14 +206,8 @@ class _Start:
         if self.gpus is not None and len(self.gpus) == 1:
             self.transfer = begin_copies(self.gpu, reading)
         keep_bytes = _KEPT_BYTES if self.ring_bytes else float("inf")
-        prefetch = StagingPrefetch(
-            store.layout,
-            self.observer,
-            reading,
-            keep_bytes=keep_bytes,
-            check=self.check_fits,
-            check_config=self.check_config,
-        )
+        observer = _CheckedFill(self.observer, self.check_config, self.check_fits)
+        prefetch = StagingPrefetch(store.layout, observer, reading, keep_bytes=keep_bytes)
         try:
             with _beside(self.while_filling):
                 snapshot = store.ensure(self.settings.model, timeline=self.timeline, observer=prefetch)
@@ -253,15 +247,21 @@ class _Start:
         self.reading = self.transfer = None
 
 
-class _CheckedFill(LogObserver):
-    """Logs a fill that the config of the model may stop."""
+class _CheckedFill(ForwardingObserver):
+    """Stops a fill of a model that is not served, by its config, or that does not fit."""
 
-    def __init__(self, check_config: CheckConfig) -> None:
-        super().__init__()
+    def __init__(self, observer: Observer, check_config: CheckConfig, check_fits: CheckFits) -> None:
+        super().__init__(observer)
         self._check_config = check_config
+        self._check_fits = check_fits
 
     def described(self, key: SnapshotKey, config: Mapping[str, Any], files: Collection[str]) -> None:
         self._check_config(config, files, key.repo_id)
+        super().described(key, config, files)
+
+    def planned(self, key: SnapshotKey, *, weights_bytes: int) -> None:
+        self._check_fits(key, weights_bytes)
+        super().planned(key, weights_bytes=weights_bytes)
 
 
 def find_or_make(settings: Settings, timeline: Timeline, check_config: CheckConfig) -> Snapshot:
@@ -274,7 +274,8 @@ def find_or_make(settings: Settings, timeline: Timeline, check_config: CheckConf
         return snapshot
     from modelstore.store import ModelStore
 
-    return ModelStore.of(settings).ensure(settings.model, timeline=timeline, observer=_CheckedFill(check_config))
+    observer = _CheckedFill(LogObserver(), check_config, _no_check)
+    return ModelStore.of(settings).ensure(settings.model, timeline=timeline, observer=observer)
 
 
 def _lookup(settings: Settings, catalog: Catalog, timeline: Timeline) -> Snapshot | None:

@@ -56,6 +56,34 @@ class Observer:
 SILENT = Observer()
 
 
+class ForwardingObserver(Observer):
+    """Passes all calls on to another observer; for a subclass, which adds to some of them."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def described(self, key: SnapshotKey, config: Mapping[str, Any], files: Collection[str]) -> None:
+        self._observer.described(key, config, files)
+
+    def planned(self, key: SnapshotKey, *, weights_bytes: int) -> None:
+        self._observer.planned(key, weights_bytes=weights_bytes)
+
+    def filling(self, key: SnapshotKey, progress: Progress) -> None:
+        self._observer.filling(key, progress)
+
+    def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
+        self._observer.waiting(key, holder, left_s=left_s)
+
+    def failed(self, key: SnapshotKey) -> None:
+        self._observer.failed(key)
+
+    def memory(self, key: SnapshotKey, path: str, size_bytes: int) -> memoryview | None:
+        return self._observer.memory(key, path, size_bytes)
+
+    def finished(self, key: SnapshotKey, folder: Path, record: FileRecord, memory: memoryview | None = None) -> None:
+        self._observer.finished(key, folder, record, memory)
+
+
 class LogObserver(Observer):
     """Progress as log lines, a few a minute: a billed GPU that waits says why."""
 

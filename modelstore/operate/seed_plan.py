@@ -15,11 +15,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelstore.errors import ModelStoreError
-from modelstore.fill.observer import SILENT, Observer
+from modelstore.fill.observer import SILENT, ForwardingObserver, Observer
 from modelstore.fill.progress import Progress
 from modelstore.operate import inventory
 from modelstore.operate.seed_list import ListedModel
@@ -29,7 +28,6 @@ from modelstore.volume import aliases, pins, refs
 from modelstore.volume.claim import Holder
 from modelstore.volume.evict import Candidate, evict, survey
 from modelstore.volume.layout import SnapshotKey
-from modelstore.volume.manifest import FileRecord
 
 if TYPE_CHECKING:
     from modelstore.fill.upload import RemoteVolume
@@ -285,29 +283,21 @@ class SeedPlan:
         return records
 
 
-class _StoppableObserver(Observer):
-    """Passes all calls on to another observer, and ends every download once `stop` was called."""
+class _StoppableObserver(ForwardingObserver):
+    """Ends every download once `stop` was called."""
 
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
-        self._stopped = False
+    _stopped = False
 
     def stop(self) -> None:
         self._stopped = True
 
     def filling(self, key: SnapshotKey, progress: Progress) -> None:
         self._check()
-        self._observer.filling(key, progress)
+        super().filling(key, progress)
 
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
         self._check()
-        self._observer.waiting(key, holder, left_s=left_s)
-
-    def failed(self, key: SnapshotKey) -> None:
-        self._observer.failed(key)
-
-    def finished(self, key: SnapshotKey, folder: Path, record: FileRecord, memory: memoryview | None = None) -> None:
-        self._observer.finished(key, folder, record, memory)
+        super().waiting(key, holder, left_s=left_s)
 
     def _check(self) -> None:
         if self._stopped:
