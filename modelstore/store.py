@@ -1,6 +1,7 @@
 """The store: look up snapshots, fill those that are missing, and list all of them.
 
-`volume/snapshots.py` looks up, and reads only the volume. This file fills a snapshot that it does not find.
+`volume/snapshots.py` looks up, and reads only the volume; `single_fill.py` makes a snapshot that is not there. This
+file decides which snapshot answers a reference, and records it.
 """
 
 from __future__ import annotations
@@ -16,14 +17,10 @@ from typing import Any
 
 from modelstore.dtypes import DEFAULT_DTYPE, Dtype, Overflow, accepted_dtypes, parse_dtype
 from modelstore.errors import (
-    BadManifest,
-    ClaimLost,
     DigestMismatch,
     IntegrityError,
     ModelStoreError,
-    NoSpace,
     RepoNotFound,
-    WaitTimeout,
     WeightOverflow,
 )
 from modelstore.fill.observer import SILENT, Observer
@@ -32,20 +29,18 @@ from modelstore.fill.source import Resolved, Source
 from modelstore.fill.sources import resolve
 from modelstore.reference import Reference, is_commit, parse_reference, repo_id_of
 from modelstore.settings import Settings
-from modelstore.timeline import Span, Timeline
-from modelstore.volume import aliases, capabilities, durable, history, refs, tree
-from modelstore.volume.claim import Claim, Contender, Holder, current_record
-from modelstore.volume.content import check_decoder, has_decoder
+from modelstore.single_fill import SingleFill, is_same
+from modelstore.timeline import Timeline
+from modelstore.volume import aliases, capabilities, refs, tree
+from modelstore.volume.claim import current_record
+from modelstore.volume.content import has_decoder
 from modelstore.volume.layout import Layout, SnapshotKey
 from modelstore.volume.pins import mark_used, wait_while_evicting
 from modelstore.volume.preferred_form import prefers_compressed, recorded_rate
 from modelstore.volume.snapshots import Catalog, Snapshot
-from modelstore.volume.unfinished import is_running
-from modelstore.volume.verify import is_as_published, known_problem, save_result, verify_snapshot, wrong_bytes
+from modelstore.volume.verify import known_problem
 
 logger = logging.getLogger(__name__)
-
-_POLL_S = 0.25
 
 
 class ModelStore:
@@ -66,6 +61,10 @@ class ModelStore:
     def catalog(self) -> Catalog:
         """The published snapshots, and which form of one is preferred."""
         return Catalog.of(self.settings)
+
+    @cached_property
+    def _single_fill(self) -> SingleFill:
+        return SingleFill(self.layout, self.settings, self.catalog, sleep=self._sleep)
 
     @classmethod
     def of(cls, settings: Settings) -> ModelStore:
@@ -185,7 +184,7 @@ class ModelStore:
         code = source.may_bring_code(resolved, self.settings, named=None)
         variant = self._requested_dtype(dtype) or DEFAULT_DTYPE
         request = FillRequest(source=source, resolved=resolved, dtype=variant, code=code, link=True, observer=observer)
-        snapshot = self.catalog.published_twin(request.key) or self._obtain(request)
+        snapshot = self.catalog.published_twin(request.key) or self._single_fill.obtain(request)
         refs.record_commit(
             self.layout,
             resolved.repo_id,
@@ -242,7 +241,7 @@ class ModelStore:
         with timeline.span("lookup"):
             present = self._present(parsed, accepted_dtypes(variant, overflow), refresh=refresh)
         mended = present if refresh and present is not None and known_problem(self.layout, present.key) else None
-        if present is not None and _same(present, damaged):
+        if present is not None and is_same(present, damaged):
             parsed, variant = replace(parsed, revision=present.commit), parse_dtype("dtype", present.dtype)
         elif (
             present is not None
@@ -374,7 +373,7 @@ class ModelStore:
         snapshot = self._published(request.key, accepted) if request.damaged is None else None
         for dtype in accepted if snapshot is None else ():
             try:
-                return self._obtain(replace(request, dtype=dtype))
+                return self._single_fill.obtain(replace(request, dtype=dtype))
             except WeightOverflow as error:
                 if dtype == accepted[-1]:
                     raise
@@ -386,117 +385,11 @@ class ModelStore:
         """The first of these variants of a snapshot that is published."""
         return next(filter(None, (self.catalog.published_twin(replace(key, dtype=dtype)) for dtype in dtypes)), None)
 
-    def _obtain(self, request: FillRequest) -> Snapshot:
-        """Claim and fill, or wait for the process that does; the volume is looked at again after every change."""
-        if request.damaged is None:
-            request = self._in_form_under_way(request)
-        if request.compressed:
-            check_decoder()
-        key, timeline = request.key, request.timeline
-        limit_s = self.settings.wait_s if request.wait_s is None else request.wait_s
-        deadline = time.monotonic() + limit_s
-        waited_from: float | None = None
-        contender: Contender | None = None
-        while True:
-            snapshot = self.catalog.published(key)
-            if snapshot is not None and not _same(snapshot, request.damaged):
-                if waited_from is None:
-                    return snapshot
-                timeline.add(Span("wait", waited_from, timeline.now()))
-                return replace(snapshot, status="waited")
-            if contender is None:
-                self.check_may_change()
-            refs.prepare_store(self.layout)
-            tree.check_no_links(self.layout.root, self.layout.claims(key))
-            contender = contender or Contender(
-                self.layout.claims(key), worker=self.settings.worker_id, lease_s=self.settings.lease_s
-            )
-            outcome = contender.try_claim()
-            if isinstance(outcome, Claim):
-                if waited_from is not None:
-                    timeline.add(Span("wait", waited_from, timeline.now()))
-                try:
-                    return self._fill(request, outcome)
-                except ClaimLost as error:
-                    logger.warning("%s", error)
-                    contender, waited_from = None, timeline.now()
-                    continue
-                except BaseException as error:
-                    if isinstance(error, OSError | ModelStoreError) and self._is_published(key, request.damaged):
-                        logger.warning("%s was published by another worker meanwhile (%s)", key, error)
-                        contender, waited_from = None, timeline.now()
-                        continue
-                    request.observer.failed(key)
-                    raise
-            if waited_from is None:
-                waited_from = timeline.now()
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                request.observer.failed(key)
-                raise _waited_too_long(key, outcome, limit_s)
-            timeline.waited_for = outcome.record.worker if outcome.record else timeline.waited_for
-            request.observer.waiting(key, outcome, left_s=left_s)
-            self._sleep(min(_POLL_S, left_s))
-
     def _form_to_store(self) -> bool:
         """Whether a new snapshot is compressed."""
         if self.settings.compress == "auto" and recorded_rate(self.layout) is None:
             logger.info("MODELSTORE_COMPRESS=auto: stored plain, until `modelstore doctor` has measured the read rate")
         return prefers_compressed(self.layout, self.settings.compress)
-
-    def _in_form_under_way(self, request: FillRequest) -> FillRequest:
-        """The request, for the other form if another worker is making that: one of them is enough. Files that are to be
-        linked stay plain."""
-        twin = request.key.twin
-        if request.link or not is_running(self.layout, twin) or self.catalog.published(request.key) is not None:
-            return request
-        if twin.compressed and not has_decoder():
-            return request
-        logger.info("%s is being made by another worker: it is used", twin)
-        return replace(request, compressed=twin.compressed)
-
-    def _is_published(self, key: SnapshotKey, damaged: Snapshot | None) -> bool:
-        """Whether a snapshot is there that is not the damaged one; False if the volume does not say."""
-        try:
-            snapshot = self.catalog.published(key)
-        except (ModelStoreError, OSError):
-            return False
-        return snapshot is not None and not _same(snapshot, damaged)
-
-    def _fill(self, request: FillRequest, claim: Claim) -> Snapshot:
-        """Fill the snapshot under a claim, unless another process has published it since."""
-        from modelstore.fill.fill import Fill  # numpy and HTTP are for a download alone
-
-        key = request.key
-        with claim:
-            # Between our look and our claim another worker may have published and released.
-            if (snapshot := self.catalog.published(key)) is not None:
-                if not _same(snapshot, request.damaged):
-                    claim.finish("published")
-                    return replace(snapshot, status="waited")
-                with request.timeline.span("verify"):
-                    verified = verify_snapshot(snapshot)
-                if is_as_published(snapshot, verified):
-                    save_result(self.layout, key, verified, whole=True)
-                    logger.warning("%s reads back as it was published: the damage was on its way to this worker", key)
-                    claim.finish("published")
-                    return snapshot
-            request = replace(
-                request, damaged=self._quarantine_if_damaged(key, claim) or self._if_in_other_store(request.damaged)
-            )
-            while True:
-                fill = Fill(self.layout, request, claim, self.settings, sleep=self._sleep)
-                try:
-                    filled = fill.run()
-                    break
-                except NoSpace as error:
-                    if not fill.make_room(error):
-                        raise
-            claim.finish("published")
-        snapshot = self.catalog.published(key)
-        if snapshot is None:
-            raise BadManifest(f"{key} was published and cannot be read back: check the volume, then seed again")
-        return replace(snapshot, status="resumed" if filled.reused else "downloaded", downloaded_bytes=filled.network)
 
     def _resolve(self, reference: Reference, *, refresh: bool, copies: bool = True) -> tuple[Source, Resolved]:
         """The source to fill from, and the commit. `copies`: an HF cache on the volume may be the source."""
@@ -526,48 +419,6 @@ class ModelStore:
             return requested or DEFAULT_DTYPE
         return parse_dtype("dtype", self.catalog.dtype_of(reference))
 
-    def _if_in_other_store(self, damaged: Snapshot | None) -> Snapshot | None:
-        """A damaged snapshot of another store, whose intact files are copied."""
-        return damaged if damaged is not None and not damaged.path.is_relative_to(self.layout.root) else None
-
-    def _quarantine_if_damaged(self, key: SnapshotKey, claim: Claim) -> Snapshot | None:
-        """A damaged snapshot in the place of this one, if its manifest tells which of its files are intact.
-
-        It is moved to the quarantine only if bytes of it were read and are wrong. Otherwise it stays, and is completed
-        in its place: files that this host does not see may be there for others.
-        """
-        path = self.layout.snapshot(key)
-        if not tree.exists(path):
-            return None
-        manifest = self.catalog.manifest(key)
-        if not (problem := wrong_bytes(path, key)):
-            return Snapshot(path, manifest) if manifest is not None else None
-        aside = self.layout.aside(self.layout.quarantine, key)
-        tree.check_no_links(self.layout.root, path.parent)
-        tree.check_no_links(self.layout.root, aside)
-        durable.make_folder(aside.parent)
-        claim.check()
-        durable.touch_folder(path)
-        try:
-            durable.rename(path, aside)
-        except FileNotFoundError:  # evicted meanwhile
-            return None
-        history.record_event(self.layout, "quarantined", key)
-        logger.warning("%s is damaged (%s): moved to %s, and made again", key, problem, aside)
-        return Snapshot(aside, manifest) if manifest is not None else None
-
-
-def _same(snapshot: Snapshot, damaged: Snapshot | None) -> bool:
-    """Whether the published snapshot is still the one that was damaged."""
-    return damaged is not None and (snapshot.key, snapshot.inode) == (damaged.key, damaged.inode)
-
 
 def _parsed(reference: str | Reference, revision: str | None) -> Reference:
     return parse_reference(reference, revision=revision) if isinstance(reference, str) else reference
-
-
-def _waited_too_long(key: SnapshotKey, holder: Holder, waited_s: float) -> WaitTimeout:
-    return WaitTimeout(
-        f"{key} is not there after waiting {waited_s:.0f} s for {holder.describe()}: "
-        "raise MODELSTORE_WAIT_S, or seed the model before the launch"
-    )

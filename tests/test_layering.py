@@ -45,6 +45,7 @@ GROUND = {
 }
 ALONE = {
     "store": "store",
+    "single_fill": "store",
     "adapters": "start",
     "prefetch": "start",
     "private_copy": "start",
