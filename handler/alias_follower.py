@@ -19,7 +19,7 @@ from modelstore.volume.layout import Layout, SnapshotKey
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 2.0
-_TRY_AGAIN_S = 30.0
+_RETRY_S = 30.0
 
 
 class Follower(ABC):
@@ -53,7 +53,7 @@ class Follower(ABC):
         pointed_to = aliases.target(self._layout, self._name, worker=self._worker)
         if pointed_to == self._served():
             return
-        if self._failed and self._failed[0] == pointed_to and time.monotonic() - self._failed[1] < _TRY_AGAIN_S:
+        if self._failed and self._failed[0] == pointed_to and time.monotonic() - self._failed[1] < _RETRY_S:
             return
         logger.info("@%s points to %s now: swapping", self._name, pointed_to)
         began = time.monotonic()

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 GRACE_S = 30.0  # without a job, from the signal or the last answer on
 _CLOSE_S = 60.0  # longer than vLLM gets to end by itself
-_LOOK_EVERY_S = 0.2
+_POLL_S = 0.2
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Termination:
     def _end_when_idle(self) -> None:
         idle_since = time.monotonic()
         while time.monotonic() - idle_since < GRACE_S:
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(_POLL_S)
             if not self._is_idle():
                 idle_since = time.monotonic()
         self.close()

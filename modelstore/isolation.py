@@ -17,7 +17,7 @@ from contextlib import suppress
 _PR_SET_PDEATHSIG = 1
 _NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000
 _NOBODY = 65534
-_LOOK_EVERY_S = 1.0
+_POLL_S = 1.0
 _FORBIDDEN = (
     "socket.",
     "subprocess.",
@@ -57,7 +57,7 @@ def watch_parent(parent: int) -> None:
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(_POLL_S)
         os._exit(0)
 
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOOK_EVERY_S = 0.5
+_CHECK_EVERY_S = 0.5
 
 
 class StagingPrefetch(ForwardingObserver):
@@ -58,7 +58,7 @@ class StagingPrefetch(ForwardingObserver):
     def waiting(self, key: SnapshotKey, holder: Holder, *, left_s: float) -> None:
         super().waiting(key, holder, left_s=left_s)
         now = time.monotonic()
-        if now - self._looked >= _LOOK_EVERY_S:
+        if now - self._looked >= _CHECK_EVERY_S:
             self._looked = now
             try:
                 self._look(key)

@@ -37,7 +37,7 @@ from modelstore.warmstart import begin
 
 _IDLE_S = 10.0  # without a rank, after one has loaded: several engines of one server start beside each other
 _UNUSED_S = 600.0  # without a rank that has loaded: vLLM reads the weights by itself
-_LOOK_EVERY_S = 0.5
+_POLL_S = 0.5
 
 
 def main() -> int:
@@ -84,7 +84,7 @@ class _Served:
         while time.monotonic() - max(self._server.idle_since, read_at) < (
             _IDLE_S if self._server.is_idle else _UNUSED_S
         ):
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(_POLL_S)
         self._server.close()
         if self._reading is not None:
             self._reading.close()

@@ -15,7 +15,7 @@ from modelstore.errors import WaitTimeout
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
 
-_LOOK_AGAIN_S = 0.02
+_POLL_S = 0.02
 _DRAIN_S = 600.0  # until answers have ended, for an exchange
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -33,7 +33,7 @@ class AdapterGate:
     async def answering(self, name: str) -> AsyncIterator[None]:
         """An answer with this adapter, for the time of the block; it begins when no exchange is under way."""
         while not self._enter(name):
-            await asyncio.sleep(_LOOK_AGAIN_S)
+            await asyncio.sleep(_POLL_S)
         try:
             yield
         finally:

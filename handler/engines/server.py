@@ -32,7 +32,7 @@ from modelstore.units import one_line
 
 logger = logging.getLogger(__name__)
 
-_LOOK_AGAIN_S = 0.05
+_POLL_S = 0.05
 _END_S = 20.0
 _ENDS_WITHIN_S = 2.0
 _LINE_BYTES = 1 << 22  # an event of a stream is one line
@@ -183,7 +183,7 @@ class Server:
                     async with session.get(f"{_URL}/health") as response:
                         if response.status == 200:
                             return
-                await asyncio.sleep(_LOOK_AGAIN_S)
+                await asyncio.sleep(_POLL_S)
         raise ServerFailed(f"{ended}: {self._hint}")
 
     @asynccontextmanager
@@ -204,7 +204,7 @@ class Server:
             with suppress(TimeoutError):  # it breaks off a moment before it has ended
                 async with asyncio.timeout(_ENDS_WITHIN_S):
                     while not self.ended:
-                        await asyncio.sleep(_LOOK_AGAIN_S)
+                        await asyncio.sleep(_POLL_S)
             raise JobError(Code.INTERNAL_ERROR, self.ended or f"{self._name} broke off: {error}") from error
 
     async def fields(self) -> ServerFields:

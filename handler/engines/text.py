@@ -41,7 +41,7 @@ from modelstore.warmstart import Target, begin
 
 logger = logging.getLogger(__name__)
 
-_LOOK_AGAIN_S = 0.02
+_POLL_S = 0.02
 _ENCODE_S = 60.0  # for one job's prompts: a million characters take a slow tokenizer half a minute
 
 
@@ -152,7 +152,7 @@ class TextEngine:
         Raises JobError for errors that the sender can mend. Requests may overlap.
         """
         while (serving := self._begin_answer()) is None:
-            await asyncio.sleep(_LOOK_AGAIN_S)
+            await asyncio.sleep(_POLL_S)
         rows: list[ActiveSequence] = []
         try:
             loaded, batcher = serving.loaded, serving.batcher

@@ -120,10 +120,10 @@ def _remove_unfinished(
     present = [each for each in unfinished_downloads(layout) if variant in (None, each.key.dtype)]
     chosen = {each.key: each for each in present if not references}
     for reference in references:
-        named = [each for each in present if _is_of(store, each.key, reference, revision)]
-        if not named:
+        matching = [each for each in present if _is_of(store, each.key, reference, revision)]
+        if not matching:
             raise SnapshotNotFound(f"there is no unfinished download of {reference}: look at `modelstore ls`")
-        chosen |= {each.key: each for each in named}
+        chosen |= {each.key: each for each in matching}
     if chosen and not dry_run:
         label = those(len(chosen), "unfinished download")
         running = {True: ", which is being downloaded", False: ""}

@@ -26,7 +26,7 @@ CONNECTIONS = 8
 _MIN_SPAN_BYTES = 1 << 20
 _MAX_SPAN_BYTES = 64 << 20
 _ATTEMPTS = 6
-_LOOK_AGAIN_S = 0.05
+_POLL_S = 0.05
 _FIRST_CONNECTIONS = 2
 _RAMP_S = 0.2
 _FAST_BYTES_PER_S = 150e6
@@ -244,10 +244,10 @@ class _SpanQueue:
                     return None
                 # A fresh file opens in no time: waiting for its spans keeps the download in file order. One with much
                 # to compare takes long, and another thread goes on with the next file.
-                if self._files and not (self._opening and self._changed.wait(_LOOK_AGAIN_S)):
+                if self._files and not (self._opening and self._changed.wait(_POLL_S)):
                     if not self._spans and self._files and self._try_begin(self._files[0]):
                         break
-                    self._changed.wait(_LOOK_AGAIN_S)
+                    self._changed.wait(_POLL_S)
                 elif not self._files:
                     self._changed.wait(0.5)
             if self._spans:

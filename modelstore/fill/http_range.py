@@ -48,9 +48,9 @@ def proxies() -> dict[str, str]:
 
     Raises InvalidSetting for one of SOCKS.
     """
-    named = urllib.request.getproxies()
-    others = {"http": named["all"], "https": named["all"]} if "all" in named else {}
-    chosen = others | {scheme: proxy for scheme, proxy in named.items() if scheme in ("http", "https")}
+    proxies = urllib.request.getproxies()
+    others = {"http": proxies["all"], "https": proxies["all"]} if "all" in proxies else {}
+    chosen = others | {scheme: proxy for scheme, proxy in proxies.items() if scheme in ("http", "https")}
     for scheme, proxy in chosen.items():
         if proxy.lower().startswith("socks"):
             raise InvalidSetting(f"the proxy for {scheme} is one of SOCKS, which is not served: name one of HTTP")

@@ -27,7 +27,7 @@ from modelstore.errors import NoSpace, NotFound, PickleRefused, ProcessFailed
 
 _SPARE_BYTES = 6 << 30  # mapped by torch itself and the interpreter
 _NO_TORCH = 3
-_LOOK_EVERY_S = 0.2
+_POLL_S = 0.2
 _ERROR_BYTES = 64 << 10
 
 
@@ -95,7 +95,7 @@ def _ended(process: subprocess.Popen[bytes], deadline: float, guard: Callable[[]
     while time.monotonic() < deadline:
         guard()
         try:
-            process.wait(_LOOK_EVERY_S)
+            process.wait(_POLL_S)
             return True
         except subprocess.TimeoutExpired:
             continue

@@ -42,7 +42,7 @@ _SEGMENT_GRANULES = SEGMENT_BYTES // GRANULE_BYTES
 _SLOT_BYTES = 16
 _NO_SLOT = bytes(_SLOT_BYTES)
 _AHEAD_BYTES = 128 << 20
-_LOOK_EVERY_S = 0.05
+_POLL_S = 0.05
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +235,7 @@ class StagedFile:
         while True:
             guard()
             with self._changed:
-                if self._changed.wait_for(ready, _LOOK_EVERY_S):
+                if self._changed.wait_for(ready, _POLL_S):
                     return
 
     def finish(self) -> Digests:

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 _FILES_IN_MESSAGE = 64  # the kernel passes 253 descriptors at most, and a packet is to stay below its buffer
 _MESSAGE_BYTES = 1 << 17
 _LOADED = b"loaded"
-_ACCEPT_AGAIN_S = 0.1
+_RETRY_S = 0.1
 
 
 def shared_files(snapshot: Snapshot, reading: Reading) -> list[FileRecord]:
@@ -105,7 +105,7 @@ class WeightsServer:
             except OSError as error:  # it is closed, or this process has too many descriptors just now
                 if not self._closed:
                     logger.warning("a process that wants the weights is not served: %s", error)
-                    time.sleep(_ACCEPT_AGAIN_S)
+                    time.sleep(_RETRY_S)
                 continue
             threading.Thread(target=self._serve, args=(client,), name="weights", daemon=True).start()
 

@@ -68,10 +68,10 @@ class SyncPlan:
             return [key for repo in repos for key in self._keys_of(repo)]
         chosen: dict[SnapshotKey, None] = {}
         for text in references:
-            named = [key for key in self._named(text) if self._manifest(key) is not None]
-            if not named:
+            matching = [key for key in self._named(text) if self._manifest(key) is not None]
+            if not matching:
                 raise SnapshotNotFound(f"{text} is not at {self._source.label}")
-            chosen |= dict.fromkeys(named)
+            chosen |= dict.fromkeys(matching)
         return list(chosen)
 
     def preview(self, target: StoreRoot, references: Sequence[str]) -> list[dict[str, Any]]:
@@ -119,9 +119,11 @@ class SyncPlan:
                 yield from [each for each in self._keys_of(key.parts[0]) if each.plain == key] or [key]
             return
         _repo, at, revision = text.partition("@")
-        named = [each for each in self._refs() if each.name == reference.name and (not at or each.revision == revision)]
-        commits = {each.to.commit for each in named} if at and named else set()
-        for repo_id in dict.fromkeys((reference.name, *(each.to.repo_id for each in named))):
+        matching = [
+            each for each in self._refs() if each.name == reference.name and (not at or each.revision == revision)
+        ]
+        commits = {each.to.commit for each in matching} if at and matching else set()
+        for repo_id in dict.fromkeys((reference.name, *(each.to.repo_id for each in matching))):
             for key in self._keys_of(repo_folder(repo_id)):
                 if key.commit in commits or (not commits and key.commit.startswith(revision)):
                     yield key
