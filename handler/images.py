@@ -1,6 +1,6 @@
 """Image jobs: their requests and their answers. Pure functions, no torch, no network.
 
-    in      {"prompt": str, "negative_prompt": "", "num_inference_steps": 30, "guidance_scale": 7.5, "width", "height",
+    in      {"prompt": str, "negative_prompt": str, "num_inference_steps": 30, "guidance_scale": 7.5, "width", "height",
              "num_images": 1, "seed", "image_format": "png" | "jpeg" | "webp", "stream": false, "model": "org/name"},
              and what else the pipeline's `__call__` takes: "strength", "true_cfg_scale", …, and pictures in base64
     out     {"image_base64": str, "images": [{"seed": int}, {"seed": int, "image_base64": str}, …], "seed": int,

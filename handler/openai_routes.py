@@ -16,7 +16,7 @@ from handler.answers import TextAnswer, TextDelta, TokenLogprob, WholeAnswer
 from handler.errors import Code, JobError, invalid, shown
 from handler.fields import check_fields, unknown_field
 from handler.jobs import AS_IN_VLLM, Limits, TextRequest, parse_completion
-from handler.prompts import check_message_count, without_media
+from handler.prompts import check_message_count, media_characters
 from handler.values import flag, integer
 
 CompletionRoute = Literal["chat/completions", "completions"]
@@ -104,8 +104,8 @@ def parse_request(route: object, body: object, limits: Limits) -> tuple[str, Map
     prompts = body["prompt"] if isinstance(body.get("prompt"), list) else [body.get("prompt")]
     if isinstance(prompts[0] if prompts else None, str | list) and len(prompts) * choices > limits.prompts:
         raise invalid(f"n times the prompts must be at most {limits.prompts}, not {len(prompts) * choices}")
-    sources = without_media([body.get(name) for name in ("prompt", "messages", "input")])
-    size = len(json.dumps(sources, ensure_ascii=False))
+    sources = [body.get(name) for name in ("prompt", "messages", "input")]
+    size = len(json.dumps(sources, ensure_ascii=False)) - media_characters(sources)
     if size > limits.prompt_characters:
         raise invalid(f"prompt, messages and input must have at most {limits.prompt_characters} characters, not {size}")
     if isinstance(messages := body.get("messages"), list):

@@ -93,7 +93,7 @@ def parse_messages(value: object, characters: int) -> tuple[Mapping[str, Any], .
     `name` or `tool_call_id`, are the template's.
     """
     messages = _checked_messages(value)
-    _check_characters(list(messages), characters)
+    _check_characters(messages, characters)
     return tuple(_message(message, f"messages[{index}]") for index, message in enumerate(messages))
 
 
@@ -111,23 +111,26 @@ def unparsed_messages(value: object, characters: int) -> tuple[Mapping[str, Any]
     """A conversation as it came, for a server that reads it; checked for the size of its texts alone: pictures and
     sounds in it are not counted. Raises JobError."""
     messages = _checked_messages(value)
-    _check_characters(without_media(list(messages)), characters)
+    _check_characters(messages, characters + media_characters(list(messages)))
     return messages
 
 
-def without_media(value: Any, *, in_media: bool = False) -> Any:
-    """A conversation without its pictures and sounds, which are `data:` addresses or base64 in parts of their own.
-    `in_media`: it is inside of such a part."""
-    if isinstance(value, dict):
-        kind = value.get("type")
-        in_media = in_media or (isinstance(kind, str) and kind not in _TEXT_PARTS)
-        return {
-            name: ""
-            if in_media and name in _MEDIA and isinstance(each, str)
-            else without_media(each, in_media=in_media)
-            for name, each in value.items()
-        }
-    return [without_media(each, in_media=in_media) for each in value] if isinstance(value, list) else value
+def media_characters(value: Any) -> int:
+    """The characters of the pictures and sounds in a conversation: `data:` addresses or base64, in their own parts."""
+    total, pending = 0, [(value, False)]
+    while pending:
+        item, in_media = pending.pop()
+        if isinstance(item, list):
+            pending += ((each, in_media) for each in item)
+        elif isinstance(item, dict):
+            kind = item.get("type")
+            in_media = in_media or (isinstance(kind, str) and kind not in _TEXT_PARTS)
+            for name, each in item.items():
+                if in_media and name in _MEDIA and isinstance(each, str):
+                    total += len(each)
+                else:
+                    pending.append((each, in_media))
+    return total
 
 
 def _checked_messages(value: object) -> tuple[Mapping[str, Any], ...]:
@@ -140,8 +143,8 @@ def _checked_messages(value: object) -> tuple[Mapping[str, Any], ...]:
     return tuple(value)
 
 
-def _check_characters(messages: object, characters: int) -> None:
-    if (size := _characters(messages)) > characters:
+def _check_characters(messages: Sequence[Mapping[str, Any]], characters: int) -> None:
+    if (size := _characters(list(messages))) > characters:
         raise invalid(f"messages must have at most {characters} characters together, not {size}")
 
 

@@ -58,6 +58,7 @@ class ActiveSequence:
         self.scores_prompt = scores_prompt
         self.ended_at: float | None = None
         self.alone = False
+        self.drawn: torch.Tensor | None = None  # the next token, if it is chosen and not pushed yet
         self._detokenizer = detokenizer
         self._receiver = receiver
         self._every_token = every_token
@@ -109,6 +110,7 @@ class ActiveSequence:
 
     def push(self, token: int, ends: frozenset[int]) -> None:
         """Take one more token."""
+        self.drawn = None
         self.tokens.append(token)
         self.tokens_left -= 1
         self._unsent_tokens += 1

@@ -3,9 +3,10 @@
 One thread owns the model. A waiting request joins the running batch: that is stopped every few tokens for it, and goes
 on with both, each row with its own way to choose tokens, its own random numbers and its own end. The cost of such a
 stop is one forward pass over the tokens so far. Prompts of different lengths are padded, unless the model ignores the
-mask of the pads: that is tried with the first such batch. `generate` brings caches, positions and masks of every
-architecture that transformers knows; its own continuous batching has neither seeds nor repetition penalties for each
-request (5.23).
+mask of the pads: that is tried with the first such batch, and such a model gets prompts of one length, to their end.
+
+`generate` brings caches, positions and masks of every architecture that transformers knows; its own continuous batching
+has neither seeds nor repetition penalties for each request (5.23).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from transformers import (
 )
 
 from handler.engines.active_sequence import ActiveSequence
+from handler.engines.batch_room import BatchRoom
 from handler.engines.context import Context
 from handler.engines.generation_defaults import GenerationDefaults, generation_defaults
 from handler.engines.token_processors import processors_of
@@ -71,8 +73,7 @@ class Batcher:
         self._adapters = adapters
         self._exchanges: deque[tuple[PreparedAdapter, Future[None]]] = deque()
         self._retired: list[str] = []  # keys of adapters that were exchanged
-        self._most = self._room = limit
-        self._ended_since = 0  # rows, since there was less room
+        self._room = BatchRoom(limit)
         self._applies_mask: bool | None = None
         vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 1 << 60
         own_defaults = model.generation_config
@@ -163,27 +164,21 @@ class Batcher:
             with self._changed:
                 count = len(self._running)
                 self._running = [row for row in self._running if not row.ended]
-                self._widen(count - len(self._running))
-                while self._waiting and len(self._running) < self._room:
+                self._room.note_ended(count - len(self._running))
+                while self._waiting and len(self._running) < self._room.rows:
                     row = self._waiting.popleft()
                     if not row.ended:
                         self._running.append(row)
                 if self._running:
                     # The rows of a batch that failed go one by one: only a row that fails alone is to blame.
                     return [row for row in self._running if row.alone][:1] or self._running
-                self._room = self._most
+                self._room.reset()
                 if self._closed:
                     break
                 if not self._exchanges and not self._retired:
                     self._changed.wait()
         self._fail_all(RuntimeError("the engine has ended"))
         return None
-
-    def _widen(self, ended: int) -> None:
-        """Give a batch room for one more row, if a whole batch of rows has ended since the memory was too small."""
-        self._ended_since += ended
-        if self._ended_since >= self._room and self._room < self._most:
-            self._room, self._ended_since = self._room + 1, 0
 
     def _exchange_adapters(self) -> None:
         """Add the adapters that wait for it, and remove those that no row has any more."""
@@ -210,26 +205,30 @@ class Batcher:
 
     def _wanted(self) -> bool:
         """Whether a request waits that could join, an adapter, or a prompt that is to be scored. An encoder's state is
-        never extended, only computed again."""
-        if self._model.config.is_encoder_decoder or self._applies_mask is False:
+        never extended, only computed again; and beside a row that goes alone, or of one length, nothing joins."""
+        if self._model.config.is_encoder_decoder:
             return False
-        if any(row.scores_prompt and not row.ended for row in self._running):
-            return True
-        has_room = sum(not row.ended for row in self._running) < self._room
-        return bool(self._exchanges) or (bool(self._waiting) and has_room)
+        running = [row for row in self._running if not row.ended]
+        if self._exchanges or self._applies_mask is False or any(row.alone for row in running):
+            return bool(self._exchanges)
+        has_room = len(running) < self._room.rows
+        return any(row.scores_prompt for row in running) or (bool(self._waiting) and has_room)
 
     def _generate(self, rows: list[ActiveSequence]) -> None:
         """Generate until all have ended, or a request joins. One prompt at most is scored before: the other rows go on
         in between."""
-        unscored = next((row for row in rows if row.scores_prompt), None)
-        if unscored is not None:
-            self._score_prompt(unscored)
+        unscored = [row for row in rows if row.scores_prompt]
+        if unscored:
+            self._score_or_fail(unscored[0])
+        if len(unscored) > 1 and not any(row.generated for row in rows if not row.ended):
+            return  # nobody waits for the next token: score the others, too, and generate for all of them together
         for row in rows:
             if not row.scores_prompt and not row.tokens_left and not row.ended:
                 row.end("length")
         rows = self._alike([row for row in rows if not row.scores_prompt and not row.ended])
         if not rows:
             return
+        self._generating = rows
         # An encoder has the prompt again, and the decoder what was generated from it.
         repeated = [row.generated if self._model.config.is_encoder_decoder else [] for row in rows]
         config = copy.copy(self._defaults.config)
@@ -241,7 +240,7 @@ class Batcher:
             [self._input_of(row) for row in rows],
             generation_config=config,
             logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([_EndOfRows(rows, ends, repeated, self._wanted, self._context)]),
+            stopping_criteria=StoppingCriteriaList([_EndOfRows(rows, ends, sampler, self._wanted, self._context)]),
         )
 
     def _input_of(self, row: ActiveSequence) -> list[int]:
@@ -253,23 +252,28 @@ class Batcher:
         lengths = [len(self._input_of(row)) for row in rows]
         if len(set(lengths)) > 1:
             if self._applies_mask is None:
-                self._applies_mask = self._pads_change_nothing(rows[lengths.index(max(lengths))])
+                self._applies_mask = self._try_mask(rows[lengths.index(max(lengths))])
             if not self._applies_mask:
                 return [row for row, length in zip(rows, lengths, strict=True) if length == lengths[0]]
         return rows
 
-    def _pads_change_nothing(self, row: ActiveSequence) -> bool:
-        """Whether the model gives the same logits for a prompt with pads. Some with a recurrent state do not know of a
-        mask, and others accept one and do not look at it."""
+    def _try_mask(self, row: ActiveSequence) -> bool | None:
+        """Whether the model gives the same logits for a prompt with pads; None if this prompt does not tell. Some with
+        a recurrent state do not know of a mask, and others accept one and do not look at it."""
         config = copy.copy(self._defaults.config)
         config.max_new_tokens, config.return_dict_in_generate, config.output_logits = 1, True, True
         tokens = self._input_of(row)[-_PADS:]
-        alone, padded = (
+        outputs = [
             self._call_generate([row], [tokens], width=len(tokens) + pads, generation_config=config)
-            .logits[0][0]
-            .float()
             for pads in (0, _PADS)
-        )
+        ]
+        if not all(getattr(output, "logits", None) for output in outputs):
+            return True  # a `generate` of its own, which is taken at its word
+        alone, padded = (output.logits[0][0].float() for output in outputs)
+        numbers = torch.isfinite(alone) & torch.isfinite(padded)
+        if not numbers.any() or torch.isnan(alone).any():
+            return None
+        alone, padded = alone[numbers], padded[numbers]
         change = float((alone - padded).norm() / (alone - alone.mean()).norm().clamp(min=1e-6))
         if change > _PADS_CHANGE:
             logger.warning("the model ignores the mask of pads: only prompts of one length are a batch")
@@ -294,6 +298,17 @@ class Batcher:
                 return self._model.generate(tokens, **options)
             return self._adapters.generate(tokens, keys=[row.adapter_key for row in rows], **options)
 
+    def _score_or_fail(self, row: ActiveSequence) -> None:
+        """Score a prompt. It is computed alone: an error is its own, unless the GPU is lost."""
+        self._generating = [row]
+        try:
+            self._score_prompt(row)
+        except BaseException as error:
+            if is_gpu_lost(error):
+                raise
+            row.fail(error.with_traceback(None))
+            free_memory()
+
     def _score_prompt(self, row: ActiveSequence) -> None:
         """Note the log probabilities of a prompt's tokens, by one pass over them."""
         tokens = torch.tensor([row.tokens], device=self._model.device)
@@ -306,7 +321,8 @@ class Batcher:
                 if row.ended:
                     break
                 following = row.tokens[begin + 1 : begin + 1 + _SCORED_AT_ONCE]
-                _add_logprobs(row, following, logits[begin : begin + len(following)])
+                for entry in _logprobs(following, logits[begin : begin + len(following)], row.sampling.logprobs or 0):
+                    row.tell(*entry)
         row.scores_prompt = False
 
     def _after_failure(self, rows: list[ActiveSequence], error: BaseException) -> None:
@@ -318,14 +334,14 @@ class Batcher:
         if len(rows) == 1 or self._broken:
             for row in rows:
                 row.fail(error)
-            self._room = self._most  # the row that failed alone was to blame
+            if is_out_of_memory(error):
+                self._room.blame_one()
         elif is_out_of_memory(error):
-            self._ended_since = 0
-            self._room = max(1, len(rows) // 2)
-            logger.warning("out of memory with %d prompts at once: going on with %d", len(rows), self._room)
+            self._room.shrink(len(rows))
+            logger.warning("out of memory with %d prompts at once: going on with %d", len(rows), self._room.rows)
             with self._changed:
-                self._waiting.extendleft(reversed(self._running[self._room :]))
-                del self._running[self._room :]
+                self._waiting.extendleft(reversed(self._running[self._room.rows :]))
+                del self._running[self._room.rows :]
         else:
             logger.warning("%s with %d prompts at once: trying them one by one", error, len(rows))
             for row in rows:
@@ -352,6 +368,7 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
         self._ends = ends
         self._repeated = repeated
         self._steps = 0
+        self.logprobs: dict[int, _Logprob] = {}  # of the tokens of the last step, by row, if they are asked for
         self._defaults = defaults
         self._has_encoder = has_encoder
         self._sampling = [defaults.completed(row.sampling) for row in rows]
@@ -365,6 +382,7 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
             raise not_a_number()
         repeated = {number: ids[self._steps] for number, ids in enumerate(self._repeated) if self._steps < len(ids)}
         self._steps += 1
+        self.logprobs = {}
         with_logprobs = [
             number
             for number, row in enumerate(self._rows)
@@ -388,13 +406,22 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
             _make_certain(scores[number], token)
         if raw is not None:
             for place, number in enumerate(with_logprobs):
-                _add_logprobs(self._rows[number], [int(scores[number].argmax())], raw[place : place + 1])
+                token, most = int(scores[number].argmax()), self._rows[number].sampling.logprobs or 0
+                (self.logprobs[number],) = _logprobs([token], raw[place : place + 1], most)
         return scores
+
+    def is_repeated(self, number: int) -> bool:
+        """Whether the token of a row in the last step is one that it had before."""
+        return self._steps <= len(self._repeated[number])
 
     def _choose(
         self, numbers: list[int], way: tuple[float, float, int, float], input_ids: torch.Tensor, scores: torch.Tensor
     ) -> None:
         """Choose the tokens of rows that are sampled in the same way: temperature, min_p, top_k and top_p."""
+        for number in numbers:
+            if (drawn := self._rows[number].drawn) is not None:  # in a step that has failed
+                _make_certain(scores[number], drawn)
+        numbers = [number for number in numbers if self._rows[number].drawn is None]
         if not numbers:
             return
         temperature, min_p, top_k, top_p = way
@@ -409,8 +436,9 @@ class _TokenSampler(LogitsProcessor):  # type: ignore[misc]
         if not torch.isfinite(odds).all():  # on a GPU multinomial would take the whole process with it
             raise not_a_number()
         for place, number in enumerate(numbers):
-            chosen = torch.multinomial(odds[place], 1, generator=self._rows[number].generator(odds.device))
-            _make_certain(scores[number], chosen)
+            row = self._rows[number]
+            row.drawn = torch.multinomial(odds[place], 1, generator=row.generator(odds.device))
+            _make_certain(scores[number], row.drawn)
 
     def _build_processors(self, device: torch.device) -> dict[int, list[LogitsProcessor]]:
         """The processors of each row."""
@@ -432,13 +460,22 @@ def _make_certain(scores: torch.Tensor, token: int | torch.Tensor) -> None:
     scores[token] = 0.0
 
 
-def _add_logprobs(row: ActiveSequence, tokens: Sequence[int], logits: torch.Tensor) -> None:
-    """Note the log probabilities of tokens; `logits`: as the model gave them, shape (tokens, vocabulary)."""
+_Logprob = tuple[int, float, list[tuple[int, float]]]
+"""A token, its log probability, and the most likely tokens with theirs."""
+
+
+def _logprobs(tokens: Sequence[int], logits: torch.Tensor, most: int) -> list[_Logprob]:
+    """The log probabilities of tokens, and of the `most` likely ones; `logits`: as the model gave them, shape
+    (tokens, vocabulary). Raises JobError if they are not numbers."""
     odds = logits.float().log_softmax(-1)
+    if torch.isnan(odds).any():
+        raise not_a_number()
     chosen = odds.gather(1, torch.tensor(tokens, device=odds.device)[:, None])[:, 0].tolist()
-    values, ids = (each.tolist() for each in odds.topk(min(row.sampling.logprobs or 0, odds.shape[-1])))
-    for token, logprob, top_ids, top_values in zip(tokens, chosen, ids, values, strict=True):
-        row.tell(token, _finite(logprob), zip(top_ids, map(_finite, top_values), strict=True))
+    values, ids = (each.tolist() for each in odds.topk(min(most, odds.shape[-1])))
+    return [
+        (token, _finite(logprob), list(zip(top_ids, map(_finite, top_values), strict=True)))
+        for token, logprob, top_ids, top_values in zip(tokens, chosen, ids, values, strict=True)
+    ]
 
 
 def _finite(logprob: float) -> float:
@@ -454,15 +491,15 @@ class _EndOfRows(StoppingCriteria):  # type: ignore[misc]
         self,
         rows: list[ActiveSequence],
         ends: Sequence[frozenset[int]],
-        repeated: Sequence[Sequence[int]],
+        sampler: _TokenSampler,
         is_wanted: Callable[[], bool],
         context: int | None,
     ) -> None:
-        """`ends`: the tokens that end each row. `repeated`: those that each row begins with once more. `context`: the
-        most tokens that the model takes, prompt and answer together, if there is such a limit."""
+        """`ends`: the tokens that end each row. `sampler`: it has chosen the tokens. `context`: the most tokens that
+        the model takes, prompt and answer together, if there is such a limit."""
         self._rows = rows
         self._lengths = [len(row.tokens) for row in rows]
-        self._repeated = [len(tokens) for tokens in repeated]
+        self._sampler = sampler
         self._context = context
         self._ends = ends
         self._wanted = is_wanted
@@ -470,10 +507,15 @@ class _EndOfRows(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         self._steps += 1
-        tokens = input_ids[:, -1].tolist()
-        for row, ends, repeated, token in zip(self._rows, self._ends, self._repeated, tokens, strict=True):
-            if not row.ended and self._steps > repeated:
-                row.push(token, ends)
+        for number, token in enumerate(input_ids[:, -1].tolist()):
+            row = self._rows[number]
+            if not row.ended and not self._sampler.is_repeated(number):
+                try:
+                    if (logprob := self._sampler.logprobs.get(number)) is not None:
+                        row.tell(*logprob)
+                    row.push(token, self._ends[number])
+                except BaseException as error:  # a panic of the tokenizer, too: the other rows have their tokens
+                    row.fail(error.with_traceback(None))
         ended = [row.ended for row in self._rows]
         beyond = self._context is not None and any(
             row.ended and length + self._steps >= self._context

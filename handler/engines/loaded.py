@@ -236,7 +236,7 @@ def encode(prompt: Prompt, loaded: Loaded, renderer: Renderer, add_special_token
         tokens = _encode_messages(prompt, loaded, renderer, add_special_tokens=add_special_tokens is True)
     else:
         raise invalid(f"{loaded.key.repo_id} has no chat template: send prompt instead of messages")
-    size = vocabulary_size(loaded)
+    size = _prompt_vocabulary(loaded)
     if tokens and max(tokens) >= size:  # also of a text: a tokenizer may have tokens that were added after the training
         raise invalid(f"prompt holds the token id {max(tokens)}: {loaded.key.repo_id} has {size} tokens")
     return tokens
@@ -283,8 +283,15 @@ def _check_used(template: str, options: Mapping[str, Any], loaded: Loaded) -> No
             raise invalid(f"{name} are not in the chat template of {loaded.key.repo_id}: leave them out")
 
 
+def _prompt_vocabulary(loaded: Loaded) -> int:
+    """The number of tokens that the model reads: an encoder may have a vocabulary of its own."""
+    if not loaded.model.config.is_encoder_decoder:
+        return vocabulary_size(loaded)
+    return int(loaded.model.get_input_embeddings().weight.shape[0])
+
+
 def vocabulary_size(loaded: Loaded) -> int:
-    """The number of tokens that the model knows."""
+    """The number of tokens that the model generates."""
     size = getattr(loaded.model.config.get_text_config(), "vocab_size", None)
     return size if isinstance(size, int) and size > 0 else len(loaded.tokenizer)
 

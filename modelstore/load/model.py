@@ -183,6 +183,12 @@ def _are_unused(model: PreTrainedModel, missing: list[str]) -> bool:
     )
 
 
+def _largest(tensor: torch.Tensor) -> float:
+    """The largest magnitude in a tensor; nothing as large is made for that."""
+    least, most = tensor.aminmax()
+    return max(-float(least), float(most))
+
+
 def _check_overflow(model: PreTrainedModel, snapshot: Snapshot, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise WeightOverflow if weights that were stored as they came became infinite in the dtype of the model."""
     dtype = _torch_dtype(snapshot)
@@ -191,10 +197,11 @@ def _check_overflow(model: PreTrainedModel, snapshot: Snapshot, tensors: Mapping
     ):
         return
     most = torch.finfo(dtype).max
+    wider = (torch.float64, torch.float32, torch.bfloat16)
     beyond = {
         name
         for name, tensor in tensors.items()
-        if tensor.dtype in (torch.float32, torch.float64, torch.bfloat16) and (tensor.abs() > most).any()
+        if tensor.dtype in wider and torch.finfo(tensor.dtype).max > most and tensor.numel() and _largest(tensor) > most
     }
     if beyond and any(weight.dtype == dtype and torch.isinf(weight).any() for weight in model.parameters()):
         raise WeightOverflow(

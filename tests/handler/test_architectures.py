@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -168,6 +169,33 @@ def test_a_batch_of_a_decoder_behind_an_encoder_goes_on_after_a_failure(
     model.forward = fails
     assert texts() == expected
     batcher.close()
+
+
+def test_a_prompt_that_overflows_tells_nothing_of_the_mask() -> None:
+    model = made(gpt2)
+    batcher = Batcher(model, limit=8, pad_token_id=0)
+    forward = model.forward
+
+    @functools.wraps(forward)  # `generate` looks at the signature
+    def overflows(input_ids: torch.Tensor, **options: Any) -> Any:
+        output = forward(input_ids, **options)
+        if (input_ids == 77).any():
+            output.logits[:] = float("nan")
+        return output
+
+    model.forward = overflows
+    bad, bad_got = row([77] * 30, Sampling(max_tokens=4, temperature=0.0))
+    rows = [row(prompt, Sampling(max_tokens=4, temperature=0.0)) for prompt in PROMPTS]
+    batcher.submit([bad, *(each for each, _ in rows)])
+    wait(bad_got, *(receiver for _, receiver in rows))
+    assert "not a number" in str(bad_got.error)
+    assert [receiver.error for _, receiver in rows] == [None] * len(rows)
+    sizes = sizes_of(model)
+    later = [row(prompt, Sampling(max_tokens=4, temperature=0.0)) for prompt in PROMPTS]
+    batcher.submit([each for each, _ in later])
+    wait(*(receiver for _, receiver in later))
+    batcher.close()
+    assert sizes == [len(PROMPTS)], "the trial was made with a prompt that tells it"
 
 
 def test_the_context_of_an_encoder_is_not_the_answers() -> None:

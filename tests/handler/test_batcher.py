@@ -632,7 +632,7 @@ def test_others_go_on_while_prompts_are_scored(
     other, other_got = row(PROMPTS[0], Sampling(max_tokens=300, temperature=0.0, ignore_eos=True), every_token=True)
     batcher.submit([other])
     while not other_got.pieces:
-        pass
+        assert not other_got.ended.wait(0.01)
     made = []
     for prompt in PROMPTS:
         receiver = Receiver()
@@ -649,6 +649,85 @@ def test_others_go_on_while_prompts_are_scored(
     assert len(scored) == len(PROMPTS) - 1
     for prompt, (_, receiver) in zip(PROMPTS[:-1], made[:-1], strict=True):
         assert len(receiver.logprobs) == len(prompt)
+
+
+def scored(prompt: list[int], tokens: int) -> tuple[ActiveSequence, Receiver]:
+    receiver = Receiver()
+    sampling = replace(GREEDY, max_tokens=tokens, logprobs=1, ignore_eos=True)
+    detokenizer = Detokenizer(decode, (), at_the_end=True)
+    return ActiveSequence(prompt, sampling, detokenizer, receiver, every_token=False, scores_prompt=True), receiver
+
+
+def test_prompts_that_are_scored_are_generated_for_together(
+    model: tf.PreTrainedModel, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = calls(model, monkeypatch)
+    made = [scored(prompt, 4) for prompt in PROMPTS]
+    batcher.submit([one for one, _ in made])
+    wait(*(receiver for _, receiver in made))
+    assert sizes == [len(PROMPTS)]
+    assert [len(receiver.logprobs) for _, receiver in made] == [len(prompt) + 4 for prompt in PROMPTS]
+
+
+def test_a_prompt_that_cannot_be_scored_fails_alone(
+    model: tf.PreTrainedModel, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = type(model).forward
+
+    def fails(self: Any, *tokens: torch.Tensor, **more: Any) -> Any:  # `generate` names its arguments
+        if tokens and (tokens[0] == 77).any():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        output = forward(self, *tokens, **more)
+        if tokens and (tokens[0] == 78).any():
+            output.logits[:] = float("nan")
+        return output
+
+    monkeypatch.setattr(type(model), "forward", fails)
+    other, other_got = row(PROMPTS[0])
+    bad, bad_got = scored([3, 77], 0)
+    odd, odd_got = scored([3, 78], 0)
+    good, good_got = scored([3, 7], 0)
+    batcher.submit([bad, other, odd, good])
+    wait(bad_got, other_got, odd_got, good_got)
+    assert isinstance(bad_got.error, torch.OutOfMemoryError)
+    assert "not a number" in str(odd_got.error)
+    assert not odd_got.logprobs, "and no NaN goes out"
+    assert other_got.text == alone(model, PROMPTS[0], 12)
+    assert len(good_got.logprobs) == 2
+    assert batcher._room.rows == 8, "nobody else had less room"
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_step_that_fails_in_the_middle_is_done_once_more_as_it_was(
+    model: tf.PreTrainedModel, batcher: Batcher, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Rows that have drawn their token keep it, and log probabilities are told once."""
+    ways = [
+        replace(GREEDY, temperature=1.0, seed=1, logprobs=1, ignore_eos=True),
+        replace(GREEDY, temperature=0.7, seed=2, logprobs=1, ignore_eos=True),
+    ]
+
+    def run() -> list[Receiver]:
+        made = [row(prompt, way) for prompt, way in zip(PROMPTS, ways, strict=False)]
+        batcher.submit([one for one, _ in made])
+        wait(*(receiver for _, receiver in made))
+        return [receiver for _, receiver in made]
+
+    expected = run()
+    real, drawn = torch.multinomial, []
+
+    def fails(*arguments: Any, **options: Any) -> torch.Tensor:
+        drawn.append(1)
+        if len(drawn) == 2 * step:  # the second row of a step, when the first one has drawn
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(torch, "multinomial", fails)
+    got = run()
+    assert len(drawn) == 2 * 12 + 1
+    for one, other in zip(got, expected, strict=True):
+        assert (one.text, one.tokens) == (other.text, other.tokens)
+        assert [each.token for each in one.logprobs] == [each.token for each in other.logprobs]
 
 
 def test_a_job_without_a_value_gets_the_models_own(model: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

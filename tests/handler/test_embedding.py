@@ -231,7 +231,7 @@ def test_texts_of_a_job_that_has_ended_are_left_at_the_next_batch(serving: Make)
     async def run() -> None:
         job = {"id": "1", "input": {"texts": ["hello"] * 320}}
         task = asyncio.create_task(worker.handle(job))
-        while not batches:
+        while not batches and not task.done():
             await asyncio.sleep(0.01)
         waiting = asyncio.create_task(worker.handle(job | {"id": "2"}))
         await asyncio.sleep(0.05)

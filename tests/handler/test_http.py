@@ -322,7 +322,7 @@ def test_a_client_that_reads_slowly_gets_all_of_it(monkeypatch: pytest.MonkeyPat
 
 def test_answers_that_are_not_taken_count_as_held_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_requests, "_MOST_HELD_BYTES", 15_000_000)
-    monkeypatch.setattr(http_requests, "_TAKEN_S", 2.0)
+    monkeypatch.setattr(http_requests, "_TAKEN_S", 6.0)
     with served(Large()) as http, ExitStack() as stack:
         slow = [stack.enter_context(asking(http, {"prompt": "hi"}, "/generate")) for _ in range(2)]
         assert eventually(lambda: http.requests._held_bytes > 15_000_000), "both answers wait"

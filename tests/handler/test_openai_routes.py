@@ -277,6 +277,10 @@ def test_pictures_are_no_characters_of_a_prompt(picture: dict[str, Any]) -> None
     for route, name in (("/v1/chat/completions", "messages"), ("/v1/responses", "input")):
         assert parse_request(route, {name: conversation}, LIMITS)[1] == {name: conversation}
     assert unparsed_messages(conversation, 100) == tuple(conversation)
+    deep: Any = "a"
+    for _ in range(600):
+        deep = [deep]
+    assert parse_request("/v1/chat/completions", {"messages": [{"role": "user", "content": deep}]}, LIMITS)
     long = "A" * 1_500_000
     for part in (
         {"type": "text", "text": long},

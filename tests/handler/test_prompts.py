@@ -91,6 +91,21 @@ def test_tokens_that_the_model_has_no_row_for_are_refused(renderer: Renderer, lo
     assert encode(Prompt(text="hello"), loaded, renderer) == [3]
 
 
+def test_an_encoder_has_a_vocabulary_of_its_own(renderer: Renderer, loaded: Loaded) -> None:
+    """As FSMT has one for each language."""
+    config = tf.FSMTConfig(
+        src_vocab_size=40, tgt_vocab_size=9, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16,
+        decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2,
+    )  # fmt: skip
+    parts = SimpleNamespace(
+        tokenizer=loaded.tokenizer, model=tf.FSMTForConditionalGeneration(config), key=SimpleNamespace(repo_id="a/b")
+    )
+    translator = cast(Loaded, parts)
+    assert encode(Prompt(tokens=(3, 39)), translator, renderer) == [3, 39]
+    with pytest.raises(JobError, match="has 40 tokens"):
+        encode(Prompt(tokens=(3, 40)), translator, renderer)
+
+
 def test_a_batch_is_padded_with_a_token_of_the_model(loaded: Loaded) -> None:
     assert pad_token_id(loaded) == WORDS.index("<end>")
     loaded.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
