@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,6 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'x' %}{% break %}{% endif %}"
     "<{{ m.role }}>{{ m.content | tojson }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
-
-
-@pytest.fixture(scope="module")
-def renderer() -> Iterator[Renderer]:
-    made = Renderer()
-    made.start()
-    yield made
-    made.close()
 
 
 def test_a_template_gives_the_text_of_transformers(renderer: Renderer, tmp_path: Path) -> None:

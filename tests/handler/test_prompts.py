@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -28,13 +27,6 @@ READS_BOTH = (
     "{% for m in messages %}<{{ m.role }}> {% if m.content is string %}{{ m.content }} {% else %}"
     "{% for part in m.content %}{{ part.text }} {% endfor %}{% endif %}{% endfor %}"
 )
-
-
-@pytest.fixture(scope="module")
-def renderer() -> Iterator[Renderer]:
-    made = Renderer()
-    yield made
-    made.close()
 
 
 @pytest.fixture
