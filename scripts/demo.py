@@ -37,8 +37,8 @@ from modelstore.volume.claim import highest_generation, parse_record
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
 
-from scripts.dev.smollm2 import REPO_ID, export  # noqa: E402
-from tests.support.hub import hub_process  # noqa: E402
+from scripts.dev.smollm2 import REPO_ID, export
+from tests.support.hub import hub_process
 
 CACHE = HERE / ".cache" / "hub"
 QUESTION = "What is the capital of France?"

@@ -20,8 +20,8 @@ from pathlib import Path
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from modelstore.bench.race import environment  # noqa: E402
-from scripts.bench.sections import write_section  # noqa: E402
+from modelstore.bench.race import environment
+from scripts.bench.sections import write_section
 
 MODEL = HERE / ".cache" / "hub" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
 CODE = """

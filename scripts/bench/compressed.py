@@ -26,15 +26,15 @@ import numpy as np
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from modelstore.bench.checkpoints import make_checkpoint, seeded, weights_bytes  # noqa: E402
-from modelstore.bench.race import Entrant, Measured, Sample, environment, race, run_contender, run_worker, table  # noqa: E402
-from modelstore.settings import parse_size  # noqa: E402
-from modelstore.volume import planes  # noqa: E402
-from modelstore.volume.block_table import stored_length  # noqa: E402
-from modelstore.volume.manifest import BLOCK_BYTES  # noqa: E402
-from scripts.bench import throttled as volumes  # noqa: E402
-from scripts.bench.sections import write_section  # noqa: E402
-from scripts.bench.start import draw  # noqa: E402
+from modelstore.bench.checkpoints import make_checkpoint, seeded, weights_bytes
+from modelstore.bench.race import Entrant, Measured, Sample, environment, race, run_contender, run_worker, table
+from modelstore.settings import parse_size
+from modelstore.volume import planes
+from modelstore.volume.block_table import stored_length
+from modelstore.volume.manifest import BLOCK_BYTES
+from scripts.bench import throttled as volumes
+from scripts.bench.sections import write_section
+from scripts.bench.start import draw
 
 RATES = {300 << 20: "300 MiB/s", 1000 << 20: "1000 MiB/s"}
 KINDS = {

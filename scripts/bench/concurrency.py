@@ -25,17 +25,17 @@ from typing import Any
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-import torch  # noqa: E402
-from transformers import GenerationConfig  # noqa: E402
+import torch
+from transformers import GenerationConfig
 
-from handler.engines.text import TextEngine  # noqa: E402
-from handler.jobs import Limits, parse_text  # noqa: E402
-from modelstore.bench.race import environment  # noqa: E402
-from modelstore.dtypes import Dtype, parse_dtype  # noqa: E402
-from modelstore.reference import parse_reference  # noqa: E402
-from modelstore.settings import Settings  # noqa: E402
-from modelstore.warmstart import begin  # noqa: E402
-from scripts.bench.sections import write_section  # noqa: E402
+from handler.engines.text import TextEngine
+from handler.jobs import Limits, parse_text
+from modelstore.bench.race import environment
+from modelstore.dtypes import Dtype, parse_dtype
+from modelstore.reference import parse_reference
+from modelstore.settings import Settings
+from modelstore.warmstart import begin
+from scripts.bench.sections import write_section
 
 AT_ONCE = (1, 4, 16)
 TOPICS = ("rivers", "a lighthouse keeper", "the history of bread", "how glass is made from sand and fire")

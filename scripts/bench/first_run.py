@@ -25,11 +25,11 @@ from pathlib import Path
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from modelstore.bench.checkpoints import make_checkpoint  # noqa: E402
-from modelstore.bench.race import Entrant, Sample, environment, race, run_contender, run_worker  # noqa: E402
-from modelstore.settings import parse_size  # noqa: E402
-from scripts.bench.sections import write_section  # noqa: E402
-from tests.support.hub import hub_process  # noqa: E402
+from modelstore.bench.checkpoints import make_checkpoint
+from modelstore.bench.race import Entrant, Sample, environment, race, run_contender, run_worker
+from modelstore.settings import parse_size
+from scripts.bench.sections import write_section
+from tests.support.hub import hub_process
 
 REPO, FLEET = "bench/fp32", "bench/fleet"
 WORKERS = 8

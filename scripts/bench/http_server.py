@@ -34,8 +34,8 @@ import httpx
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from modelstore.bench.race import environment  # noqa: E402
-from scripts.bench.sections import write_section  # noqa: E402
+from modelstore.bench.race import environment
+from scripts.bench.sections import write_section
 
 CLIENTS = (1, 16, 64)
 VLLM = HERE / ".venv-vllm" / "bin" / "python"

@@ -30,9 +30,9 @@ import numpy as np
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from modelstore.settings import parse_size  # noqa: E402
-from modelstore.volume.header import TensorInfo, encode_header  # noqa: E402
-from scripts.bench.sections import write_section  # noqa: E402
+from modelstore.settings import parse_size
+from modelstore.volume.header import TensorInfo, encode_header
+from scripts.bench.sections import write_section
 
 FLOOR = """
 import http.client, json, sys, urllib.parse, urllib.request

@@ -21,8 +21,8 @@ from typing import Any
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from modelstore.bench.checkpoints import make_checkpoint, seeded  # noqa: E402
-from modelstore.bench.race import (  # noqa: E402
+from modelstore.bench.checkpoints import make_checkpoint, seeded
+from modelstore.bench.race import (
     Entrant,
     Measured,
     drop_page_cache,
@@ -34,11 +34,11 @@ from modelstore.bench.race import (  # noqa: E402
     start_contenders,
     table,
 )
-from modelstore.settings import parse_size  # noqa: E402
-from modelstore.timeline import SPAN_KINDS  # noqa: E402
-from scripts.bench import throttled as volumes  # noqa: E402
-from scripts.bench.sections import write_section  # noqa: E402
-from tests.support.moosefs import MooseFS, why_not  # noqa: E402
+from modelstore.settings import parse_size
+from modelstore.timeline import SPAN_KINDS
+from scripts.bench import throttled as volumes
+from scripts.bench.sections import write_section
+from tests.support.moosefs import MooseFS, why_not
 
 RATES = {300 << 20: "300 MiB/s", 1000 << 20: "1000 MiB/s"}
 DTYPES = ("float16", "bfloat16", "float32")

@@ -26,13 +26,13 @@ import numpy as np
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from modelstore import ModelStore, load_tensors  # noqa: E402
-from modelstore.load.reader import start_reading  # noqa: E402
-from modelstore.settings import Settings, parse_size  # noqa: E402
-from modelstore.volume.header import TensorInfo, encode_header  # noqa: E402
-from modelstore.volume.snapshots import Snapshot  # noqa: E402
-from scripts.bench.sections import write_section  # noqa: E402
-from tests.support.moosefs import MooseFS, why_not  # noqa: E402
+from modelstore import ModelStore, load_tensors
+from modelstore.load.reader import start_reading
+from modelstore.settings import Settings, parse_size
+from modelstore.volume.header import TensorInfo, encode_header
+from modelstore.volume.snapshots import Snapshot
+from scripts.bench.sections import write_section
+from tests.support.moosefs import MooseFS, why_not
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,12 @@ from typing import Any
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from modelstore.bench.checkpoints import make_checkpoint, seeded  # noqa: E402
-from modelstore.bench.race import drop_page_cache, environment, fill_page_cache  # noqa: E402
-from modelstore.load import vllm_plugin  # noqa: E402
-from scripts.bench import throttled as volumes  # noqa: E402
-from scripts.bench.sections import write_section  # noqa: E402
-from tests.support.moosefs import MooseFS, why_not  # noqa: E402
+from modelstore.bench.checkpoints import make_checkpoint, seeded
+from modelstore.bench.race import drop_page_cache, environment, fill_page_cache
+from modelstore.load import vllm_plugin
+from scripts.bench import throttled as volumes
+from scripts.bench.sections import write_section
+from tests.support.moosefs import MooseFS, why_not
 
 PYTHON = HERE / ".venv-vllm" / "bin" / "python"
 MODEL = HERE / ".cache" / "hub" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"

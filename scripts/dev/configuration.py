@@ -13,8 +13,8 @@ from pathlib import Path
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from modelstore.settings import FIELDS  # noqa: E402
-from modelstore.worker_vllm import VARIABLES  # noqa: E402
+from modelstore.settings import FIELDS
+from modelstore.worker_vllm import VARIABLES
 
 PAGE = HERE / "docs" / "configuration.md"
 MIGRATION_PAGE = HERE / "docs" / "migrate.md"

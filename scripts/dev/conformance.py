@@ -32,13 +32,13 @@ from pathlib import Path
 HERE = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(HERE), str(Path(__file__).parent)]
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from tiny_models import MOST_PARAMETERS, class_named, loadable_classes, tiny_configs, with_another_rope  # noqa: E402
-from transformers import PreTrainedConfig, PreTrainedModel  # noqa: E402
+import torch
+import transformers
+from tiny_models import MOST_PARAMETERS, class_named, loadable_classes, tiny_configs, with_another_rope
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from modelstore import ModelStore, load_model  # noqa: E402
-from modelstore.settings import Settings  # noqa: E402
+from modelstore import ModelStore, load_model
+from modelstore.settings import Settings
 
 DTYPE = torch.float16
 _BEGIN, _END = "<!-- conformance -->", "<!-- /conformance -->"

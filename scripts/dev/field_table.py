@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from handler.fields import FIELDS, NOT_STREAMED, Field  # noqa: E402
+from handler.fields import FIELDS, NOT_STREAMED, Field
 
 PAGE = HERE / "docs" / "client.md"
 MIGRATION_PAGE = HERE / "docs" / "migrate.md"

@@ -28,13 +28,13 @@ from typing import Any
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from modelstore.bench.checkpoints import make_checkpoint, seeded, snapshot_of  # noqa: E402
-from modelstore.bench.race import drop_page_cache, environment, run_worker  # noqa: E402
-from modelstore.processors import processors  # noqa: E402
-from modelstore.settings import parse_size  # noqa: E402
-from modelstore.timeline import total_s  # noqa: E402
-from scripts.bench import throttled  # noqa: E402
-from scripts.bench.sections import write_section  # noqa: E402
+from modelstore.bench.checkpoints import make_checkpoint, seeded, snapshot_of
+from modelstore.bench.race import drop_page_cache, environment, run_worker
+from modelstore.processors import processors
+from modelstore.settings import parse_size
+from modelstore.timeline import total_s
+from scripts.bench import throttled
+from scripts.bench.sections import write_section
 
 _CHECKED_WORKERS = 8
 _CHECKED_RATE = 200 << 20

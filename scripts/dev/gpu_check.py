@@ -32,16 +32,16 @@ from typing import Any
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from modelstore.bench import race  # noqa: E402
-from modelstore.bench.checkpoints import make_checkpoint, seeded, snapshot_of  # noqa: E402
-from modelstore.environment import without_secrets  # noqa: E402
-from modelstore.errors import DigestMismatch, DoesNotFit, ProcessFailed  # noqa: E402
-from modelstore.reference import parse_reference  # noqa: E402
-from modelstore.settings import Settings, parse_size  # noqa: E402
-from modelstore.timeline import Timeline, waterfall  # noqa: E402
-from scripts.bench import throttled  # noqa: E402
-from scripts.bench.sections import write_section  # noqa: E402
-from scripts.bench.start import draw  # noqa: E402
+from modelstore.bench import race
+from modelstore.bench.checkpoints import make_checkpoint, seeded, snapshot_of
+from modelstore.environment import without_secrets
+from modelstore.errors import DigestMismatch, DoesNotFit, ProcessFailed
+from modelstore.reference import parse_reference
+from modelstore.settings import Settings, parse_size
+from modelstore.timeline import Timeline, waterfall
+from scripts.bench import throttled
+from scripts.bench.sections import write_section
+from scripts.bench.start import draw
 
 SUITE = [
     "tests/load",

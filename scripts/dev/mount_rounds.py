@@ -21,9 +21,9 @@ from pathlib import Path
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from tests.support.checkpoints import random_tensors, write_repo  # noqa: E402
-from tests.support.hub import running_hub  # noqa: E402
-from tests.support.mounts import KINDS, Volume, mounted, why_not  # noqa: E402
+from tests.support.checkpoints import random_tensors, write_repo
+from tests.support.hub import running_hub
+from tests.support.mounts import KINDS, Volume, mounted, why_not
 
 SEEDERS = 4
 _ROUNDS_OF_A_VOLUME = 10  # the server of buckets takes longer with each object

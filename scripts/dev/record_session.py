@@ -21,10 +21,10 @@ from pathlib import Path
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from tests.support.checkpoints import random_tensors, write_repo  # noqa: E402
-from tests.support.hub import running_hub  # noqa: E402
-from tests.support.models import write_model  # noqa: E402
-from tests.support.s3_server import running_s3  # noqa: E402
+from tests.support.checkpoints import random_tensors, write_repo
+from tests.support.hub import running_hub
+from tests.support.models import write_model
+from tests.support.s3_server import running_s3
 
 PAGE = HERE / "docs" / "operations.md"
 _BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)

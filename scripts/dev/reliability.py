@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from scripts.bench.sections import write_section  # noqa: E402
+from scripts.bench.sections import write_section
 
 TESTS = [
     "tests/system/test_crash.py",

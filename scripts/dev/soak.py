@@ -31,11 +31,11 @@ from typing import Any
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from handler.errors import Code  # noqa: E402
-from modelstore import ModelStore  # noqa: E402
-from modelstore.settings import Settings  # noqa: E402
-from tests.support.hub import Hub, running_hub  # noqa: E402
-from tests.support.runpod_api import FINAL, Job, RunPod  # noqa: E402
+from handler.errors import Code
+from modelstore import ModelStore
+from modelstore.settings import Settings
+from tests.support.hub import Hub, running_hub
+from tests.support.runpod_api import FINAL, Job, RunPod
 
 NAMES = ("org/one", "org/two", "org/three")
 PROMPTS = ("hello world", "what is the capital", "paris of france", "the capital of paris is world")

@@ -18,13 +18,13 @@ from pathlib import Path
 HERE = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HERE))
 
-from modelstore.bench.race import environment  # noqa: E402
-from modelstore.operate.doctor import diagnose  # noqa: E402
-from modelstore.settings import Settings  # noqa: E402
-from modelstore.volume.capabilities import MEANINGS  # noqa: E402
-from scripts.bench.sections import write_section  # noqa: E402
-from tests.support.moosefs import MooseFS  # noqa: E402
-from tests.support.mounts import KINDS, mounted  # noqa: E402
+from modelstore.bench.race import environment
+from modelstore.operate.doctor import diagnose
+from modelstore.settings import Settings
+from modelstore.volume.capabilities import MEANINGS
+from scripts.bench.sections import write_section
+from tests.support.moosefs import MooseFS
+from tests.support.mounts import KINDS, mounted
 
 Mounts = tuple[Path, Path]
 

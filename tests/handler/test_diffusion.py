@@ -34,7 +34,7 @@ from tests.support.workers import RecordedChannel
 
 diffusers = pytest.importorskip("diffusers")
 
-from handler.engines.diffusion import arguments_of  # noqa: E402 (needs diffusers)
+from handler.engines.diffusion import arguments_of
 
 LIMITS = Limits.of(Settings(root=Path("/")))
 JOB = {"prompt": "a b", "num_inference_steps": 3, "seed": 7, "guidance_scale": 5.0, "width": 32, "height": 32}

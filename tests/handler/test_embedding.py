@@ -18,17 +18,17 @@ import transformers as tf
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 
-from sentence_transformers.base.modules import Dense, Transformer  # noqa: E402
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling  # noqa: E402
+from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
-from handler.engines.embedding import EmbeddingEngine  # noqa: E402
-from handler.worker import Worker  # noqa: E402
-from modelstore import ModelStore  # noqa: E402
-from modelstore.errors import NotServable  # noqa: E402
-from modelstore.reference import parse_reference  # noqa: E402
-from modelstore.warmstart import begin  # noqa: E402
-from tests.support.hub import Hub  # noqa: E402
-from tests.support.models import SMALL, write_model  # noqa: E402
+from handler.engines.embedding import EmbeddingEngine
+from handler.worker import Worker
+from modelstore import ModelStore
+from modelstore.errors import NotServable
+from modelstore.reference import parse_reference
+from modelstore.warmstart import begin
+from tests.support.hub import Hub
+from tests.support.models import SMALL, write_model
 
 TEXTS = ["hello world", "what is the capital", "paris"]
 
