@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -41,6 +41,11 @@ def one_line(text: str, limit: int) -> str:
     if len(text) > limit:
         text = text[: limit - 3] + "..."
     return printable(" ".join(text.split()))
+
+
+def first_names(names: Sequence[str], most: int = 3) -> str:
+    """The first names of many, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def truth(text: str) -> bool | None:

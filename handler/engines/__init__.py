@@ -2,7 +2,7 @@
 
     text, multi           transformers: one model that can be exchanged, and several of them in one worker
       loaded, context       a model with its tokenizer, and how many tokens it takes
-      batcher, batch_room, active_sequence, token_processors    many prompts at once
+      batcher, batch_room, active_sequence, token_choice, token_processors    many prompts at once
       generation_defaults, chat_template, detokenizer    a model's own defaults; a conversation to a text; tokens to one
       adapters, adapter_gate    adapters beside a model, and their exchange
     diffusion             diffusers

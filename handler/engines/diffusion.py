@@ -10,7 +10,7 @@ import json
 import logging
 import secrets
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -51,7 +51,7 @@ from modelstore.load.tensors import load_tensors
 from modelstore.pending_start import PendingStart
 from modelstore.settings import Settings
 from modelstore.timeline import Timeline
-from modelstore.units import one_line
+from modelstore.units import first_names, one_line
 from modelstore.volume import durable
 from modelstore.volume.layout import Layout
 from modelstore.volume.snapshots import Catalog, Snapshot
@@ -59,7 +59,6 @@ from modelstore.volume.snapshots import Catalog, Snapshot
 _LIBRARIES = ("diffusers", "transformers")
 _QUALITY = 95  # of JPEG and WEBP, of 100
 _MESSAGE_CHARACTERS = 500  # of an error of torch
-_MOST_NAMED = 3  # weights, in an error
 _PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # whose size is told without the picture's decoding
 _STUCK_S = 120.0  # for a step of the pipeline that goes on though its picture is not needed any more
 
@@ -319,17 +318,12 @@ def _part(
         ) from error
     if missing:
         raise BadSafetensors(
-            f"{snapshot.key}: the weights of {name} lack {_first_names(missing)}, which a {class_name} has: use "
+            f"{snapshot.key}: the weights of {name} lack {first_names(missing)}, which a {class_name} has: use "
             "another revision"
         )
     if left_over:  # of a training, or of another version: diffusers leaves them out, too
-        logger.warning("%s: %s has no use for %s", snapshot.key, name, _first_names(left_over))
+        logger.warning("%s: %s has no use for %s", snapshot.key, name, first_names(left_over))
     return model.eval()
-
-
-def _first_names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
 
 
 def check_parts(snapshot: Snapshot) -> None:

@@ -23,6 +23,7 @@ from modelstore.dtypes import DTYPES, Dtype
 from modelstore.errors import BadSafetensors, WeightOverflow
 from modelstore.fill.storage_policy import CONVERTED, StoragePolicy
 from modelstore.fill.stored_file import StoredFile
+from modelstore.units import first_names
 from modelstore.volume import durable
 from modelstore.volume.content import read_content
 from modelstore.volume.header import (
@@ -158,9 +159,7 @@ class _Writer:
 
 def _overflow(dtype: Dtype, file: str, names: list[str]) -> WeightOverflow:
     wider = DTYPES[dtype].falls_back_to
-    shown = ", ".join(names[:_MOST_NAMED]) + (
-        f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    )
+    shown = first_names(names, _MOST_NAMED)
     verb = "goes" if len(names) == 1 else "go"
     return WeightOverflow(
         f"{dtype} ends at {DTYPES[dtype].largest} and {shown} in {file} {verb} beyond it",

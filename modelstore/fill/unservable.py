@@ -12,8 +12,7 @@ from modelstore.errors import NoWeights, PickleRefused
 from modelstore.fill.components import Component, ReadFile
 from modelstore.fill.repo_files import folder_of, is_foreign_weights, is_pickle, is_weights, join, parse_object
 from modelstore.fill.source import SourceFile
-
-_MOST_NAMED = 3
+from modelstore.units import first_names
 
 
 def missing_weights(
@@ -33,36 +32,39 @@ def missing_weights(
     pickled = [name for name in names if is_pickle(name)]
     if convertible:
         return PickleRefused(
-            f"{label} has its weights only as pickles ({_shown(pickled)}), which can run code when opened: use a "
+            f"{label} has its weights only as pickles ({first_names(pickled)}), which can run code when opened: use a "
             "revision or a repo with safetensors, or allow it with --allow-pickle (MODELSTORE_ALLOW_PICKLE=1)"
         )
-    if any(name.endswith(".gguf") for name in names):
+    if gguf := [name for name in names if name.endswith(".gguf")]:
         return NoWeights(
-            f"{label} has GGUF only ({_shown([n for n in names if n.endswith('.gguf')])}), which llama.cpp serves: "
+            f"{label} has GGUF only ({first_names(gguf)}), which llama.cpp serves: "
             "name the repo with safetensors that these files were made from"
         )
     safetensors = [name for name in names if name.endswith(".safetensors")]
+    shown = first_names(safetensors)
     if lora := [name for name in safetensors if is_foreign_weights(name) and "lora" in name.lower()]:
         return NoWeights(
-            f"{label} is a LoRA adapter ({_shown(lora)}) and no model: name the model that it was made for"
+            f"{label} is a LoRA adapter ({first_names(lora)}) and no model: name the model that it was made for"
         )
     if pickled:
         return PickleRefused(
-            f"{label} has its weights as {_shown(pickled)}, pickles that transformers does not open by these names: "
-            "name a repo with safetensors; of pickles only pytorch_model.bin and its shards are converted"
+            f"{label} has its weights as {first_names(pickled)}, pickles that transformers does not open by these "
+            "names: name a repo with safetensors; of pickles only pytorch_model.bin and its shards are converted"
         )
     if safetensors and join(part.folder, "config.json") in files:
         return NoWeights(
-            f"{label} has safetensors by names that its loader does not take for the model's ({_shown(safetensors)}): "
+            f"{label} has safetensors by names that its loader does not take for the model's ({shown}): "
             "name a repo with model.safetensors, or all shards of it"
         )
     if safetensors and not part.folder:
         return NoWeights(
-            f"{label} is a Diffusers single file, or another program's ({_shown(safetensors)}), without config.json: "
+            f"{label} is a Diffusers single file, or another program's ({shown}), without config.json: "
             "name the repo of the same model in folders, with model_index.json"
         )
     if names:
-        return NoWeights(f"{label} has its weights only as {_shown(names)}: use a repo or a revision with safetensors")
+        return NoWeights(
+            f"{label} has its weights only as {first_names(names)}: use a repo or a revision with safetensors"
+        )
     return NoWeights(f"{label} has no safetensors weights: use a repo or a revision that has them")
 
 
@@ -72,8 +74,3 @@ def _adapter(label: str, config: Mapping[str, object]) -> NoWeights:
     beside = f"{base}, with this in MODEL_ADAPTERS" if kind == "LoRA" else base
     remedy = f"name {beside}, or a repo with the two merged" if base else "name a repo with the two merged"
     return NoWeights(f"{label} is a {kind} adapter of {base or 'another model'}: it is no model by itself; {remedy}")
-
-
-def _shown(names: list[str]) -> str:
-    ending = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + ending

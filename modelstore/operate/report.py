@@ -15,7 +15,7 @@ from typing import Any
 from modelstore.operate import drawings, fleet
 from modelstore.operate.drawings import look_of, mark
 from modelstore.timeline import SPAN_KINDS, outcome_of, total_s, verdict, waterfall
-from modelstore.units import ago, clock, counted, size, variant
+from modelstore.units import ago, clock, counted, first_names, size, variant
 
 _SHOWN_STARTS = 40
 NO_STARTS = "No start has been recorded yet: start a worker with this volume, or run `modelstore warm REF`."
@@ -252,9 +252,7 @@ def _failures(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _some(names: Iterable[str]) -> str:
     """The first three different names, and how many more there are."""
-    different = list(dict.fromkeys(names))
-    count = f" and {len(different) - 3} more" if len(different) > 3 else ""
-    return ", ".join(different[:3]) + count
+    return first_names(list(dict.fromkeys(names)))
 
 
 def _latest(records: Sequence[dict[str, Any]]) -> str:

@@ -14,9 +14,10 @@ import torch
 import transformers as tf
 
 from handler.engines.active_sequence import ActiveSequence
-from handler.engines.batcher import JOIN_EVERY, Batcher
+from handler.engines.batcher import Batcher
 from handler.engines.detokenizer import Detokenizer
 from handler.engines.generation_defaults import generation_defaults
+from handler.engines.token_choice import JOIN_EVERY
 from handler.errors import Code, JobError
 from handler.sampling import Sampling
 from tests.support.batches import GREEDY, Receiver, decode, row, wait
