@@ -77,6 +77,11 @@ def is_gpu_lost(error: BaseException) -> bool:
     return not is_out_of_memory(error) and any(phrase in str(error) for phrase in _GPU_LOST)
 
 
+def gpu_loss(error: BaseException) -> str:
+    """Why no job can be answered in this process any more, if an error says that; else empty."""
+    return f"the GPU does not answer any more ({str(error)[:200]})" if is_gpu_lost(error) else ""
+
+
 class _Short(reprlib.Repr):
     """Quotes a foreign value in a few characters, without making the whole of it first."""
 

@@ -35,7 +35,7 @@ from handler.engines.batch_room import BatchRoom
 from handler.engines.context import Context
 from handler.engines.generation_defaults import generation_defaults
 from handler.engines.token_choice import EndOfRows, TokenSampler, logprobs_of
-from handler.errors import is_gpu_lost, is_out_of_memory
+from handler.errors import gpu_loss, is_gpu_lost, is_out_of_memory
 
 if TYPE_CHECKING:
     from handler.engines.adapters import Adapters, PreparedAdapter
@@ -318,8 +318,8 @@ class Batcher:
         row.scores_prompt = False
 
     def _after_failure(self, rows: list[ActiveSequence], error: BaseException) -> None:
-        if is_gpu_lost(error):
-            self._broken = f"the GPU does not answer any more ({str(error)[:200]})"
+        if lost := gpu_loss(error):
+            self._broken = lost
             with self._changed:
                 rows = [*self._running, *self._waiting]
                 self._waiting.clear()

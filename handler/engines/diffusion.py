@@ -32,7 +32,7 @@ from handler.bucket import with_addresses
 from handler.engines import LARGE, compiled_code
 from handler.engines.abandoned import Abandoned
 from handler.engines.batcher import free_memory
-from handler.errors import invalid, is_gpu_lost, is_out_of_memory, not_served
+from handler.errors import gpu_loss, invalid, is_gpu_lost, is_out_of_memory, not_served
 from handler.images import (
     ImageAnswer,
     ImageFormat,
@@ -47,6 +47,7 @@ from handler.jobs import JobContext
 from handler.openai_images import OpenAIImagesAnswer, parse_images_job
 from modelstore.errors import BadSafetensors, NotServable, NoWeights, Refused
 from modelstore.load.model import bounded_build, build_part
+from modelstore.load.model_class import MESSAGE_CHARACTERS
 from modelstore.load.tensors import load_tensors
 from modelstore.pending_start import PendingStart
 from modelstore.settings import Settings
@@ -58,7 +59,6 @@ from modelstore.volume.snapshots import Catalog, Snapshot
 
 _LIBRARIES = ("diffusers", "transformers")
 _QUALITY = 95  # of JPEG and WEBP, of 100
-_MESSAGE_CHARACTERS = 500  # of an error of torch
 _PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # whose size is told without the picture's decoding
 _STUCK_S = 120.0  # for a step of the pipeline that goes on though its picture is not needed any more
 
@@ -162,8 +162,7 @@ class DiffusionEngine:
             with torch.inference_mode():
                 made = self._pipeline(**{name: each for name, each in arguments.items() if name in self.call.defaults})
         except Exception as error:
-            if is_gpu_lost(error):
-                self._lost_gpu = f"the GPU does not answer any more ({str(error)[:200]})"
+            self._lost_gpu = gpu_loss(error) or self._lost_gpu
             error.with_traceback(None)
             free_memory()
             if self._is_of_the_job(error, request):
@@ -312,7 +311,7 @@ def _part(
     try:
         missing, left_over = model.load_state_dict(own_module, strict=False, assign=True)
     except RuntimeError as error:
-        reason = one_line(str(error), _MESSAGE_CHARACTERS)
+        reason = one_line(str(error), MESSAGE_CHARACTERS)
         raise BadSafetensors(
             f"{snapshot.key}: the weights of {name} are not those of a {class_name}: {reason}"
         ) from error

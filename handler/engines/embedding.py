@@ -31,11 +31,12 @@ from handler.embeddings import (
 from handler.engines import LARGE, MANY
 from handler.engines.abandoned import Abandoned
 from handler.engines.batcher import free_memory
-from handler.errors import invalid, is_gpu_lost, not_a_number, not_served
+from handler.errors import gpu_loss, invalid, not_a_number, not_served
 from handler.jobs import JobContext
 from handler.openai_routes import models
 from modelstore.errors import IntegrityError, NotServable, Refused
 from modelstore.load.model import build_part
+from modelstore.load.model_class import MESSAGE_CHARACTERS
 from modelstore.load.tensors import load_tensors
 from modelstore.pending_start import PendingStart
 from modelstore.settings import Settings
@@ -46,7 +47,6 @@ from modelstore.volume.snapshots import Catalog, Snapshot, check_code
 
 _LIBRARY_CONFIG = "config_sentence_transformers.json"
 _MODULES_INDEX = "modules.json"
-_MESSAGE_CHARACTERS = 500  # of an error of the library
 _STUCK_S = 120.0  # for a batch that goes on though its job has ended
 
 
@@ -122,8 +122,7 @@ class EmbeddingEngine:
         try:
             yield await asyncio.wrap_future(work)
         except Exception as error:
-            if is_gpu_lost(error):
-                self._lost_gpu = f"the GPU does not answer any more ({str(error)[:200]})"
+            self._lost_gpu = gpu_loss(error) or self._lost_gpu
             raise
         finally:
             is_wanted.clear()
@@ -229,7 +228,7 @@ def build_encoder(
     except (ImportError, ValueError, KeyError, OSError, RuntimeError, TypeError) as error:
         raise NotServable(
             f"sentence-transformers makes no {cls.__name__} of {snapshot.key}: "
-            f"{one_line(str(error), _MESSAGE_CHARACTERS)}"
+            f"{one_line(str(error), MESSAGE_CHARACTERS)}"
         ) from error
     if isinstance(encoder, CrossEncoder) and encoder.num_labels != 1:
         raise NotServable(

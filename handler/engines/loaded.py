@@ -21,6 +21,7 @@ from handler.sampling import Sampling
 from modelstore.adapters import Adapter, find_or_make
 from modelstore.errors import NotServable
 from modelstore.load.model import load_model
+from modelstore.load.model_class import MESSAGE_CHARACTERS
 from modelstore.load.torch_device import needs_several_gpus
 from modelstore.pending_start import PendingStart
 from modelstore.servable import check_generates_text
@@ -31,8 +32,6 @@ from modelstore.volume.snapshots import Snapshot, check_code
 
 if TYPE_CHECKING:
     from handler.engines.adapters import Adapters
-
-_MESSAGE_CHARACTERS = 500  # of an error of a tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +118,7 @@ def _tokenizer_of(pending: PendingStart) -> PreTrainedTokenizerBase:
         )
     except Exception as error:  # the tokenizers of each library have their own
         raise NotServable(
-            f"the tokenizer of {pending.snapshot.key} cannot be loaded: {one_line(str(error), _MESSAGE_CHARACTERS)}"
+            f"the tokenizer of {pending.snapshot.key} cannot be loaded: {one_line(str(error), MESSAGE_CHARACTERS)}"
         ) from error
     return tokenizer
 

@@ -16,7 +16,7 @@ from modelstore.volume.snapshots import Snapshot
 
 logger = logging.getLogger(__name__)
 
-MESSAGE_CHARACTERS = 500  # of an error of transformers
+MESSAGE_CHARACTERS = 500  # of an error of transformers, or of a library beside it
 
 
 def config_of(snapshot: Snapshot, *, trusted: bool) -> PreTrainedConfig:
